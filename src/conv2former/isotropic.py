@@ -29,10 +29,9 @@ class PatchEmbed(nn.Module):
             each of the first two followed by GELU and BatchNorm like the hierarchical stem.
     """
 
-    stride = 16
-
     def __init__(self, in_chans: int, dim: int, *, convs: int = 1) -> None:
         super().__init__()
+        self.stride = 16
         if convs == 1:
             self.proj: nn.Module = nn.Conv2d(in_chans, dim, 16, stride=16)
         elif convs == 3:

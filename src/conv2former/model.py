@@ -174,10 +174,9 @@ class Stem(nn.Module):
 
 def check_image_size(x: Tensor, min_size: int) -> None:
     """Refuses images that would leave less than one position in the last stage (below the network's total stride)."""
-    _assert(
-        x.shape[-2] >= min_size and x.shape[-1] >= min_size,
-        f"the image is smaller than {min_size} pixels, the network's total stride: resize it to at least that",
-    )
+    message = f"the image is smaller than {min_size} pixels, the network's total stride: resize it to at least that"
+    _assert(x.shape[-2] >= min_size, message)  # two calls: `and` would be control flow, which torch.fx cannot trace
+    _assert(x.shape[-1] >= min_size, message)
 
 
 class Stage(nn.Module):
@@ -275,7 +274,7 @@ class Head(nn.Module):
         x = self.drop(self.global_pool(x))
         if not pre_logits:
             x = self.fc(x)
-        return x if x.ndim == 2 else x.permute(0, 3, 1, 2)
+        return x.permute(0, 3, 1, 2) if self.global_pool.is_identity() else x
 
 
 def init_weights(module: nn.Module) -> None:
