@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from conv2former.model import SIZES, Conv2Former, ConvMod, create_conv2former, default_cfg
 
-__all__ = ["LinearMod", "L1Mod", "SigmoidMod", "SumMod"]
-
-EPS = 1e-6
+__all__ = ["L1Mod", "LinearMod", "SigmoidMod", "SumMod"]
 
 
 class SumMod(ConvMod):
@@ -46,9 +44,9 @@ class L1Mod(ConvMod):
     """
 
     def fuse(self, a: Tensor, v: Tensor) -> Tensor:
-        """(B, H, W, C) twice -> (B, H, W, C). The norm is summed in float32."""
-        norm = a.float().abs().sum(dim=-1, keepdim=True).clamp_min(EPS)
-        return (a / norm).to(v.dtype) * v
+        """(B, H, W, C) twice -> (B, H, W, C). Computed in float32."""
+        weights = nn.functional.normalize(a.float(), p=1.0, dim=-1, eps=1e-6)
+        return (weights * v).to(v.dtype)
 
 
 class LinearMod(ConvMod):
@@ -60,9 +58,11 @@ class LinearMod(ConvMod):
 
     def fuse(self, a: Tensor, v: Tensor) -> Tensor:
         """(B, H, W, C) twice -> (B, H, W, C). Computed in float32."""
-        weights = a.float()
-        low, high = weights.amin(dim=-1, keepdim=True), weights.amax(dim=-1, keepdim=True)
-        return ((weights - low + EPS) / (high - low + EPS)).to(v.dtype) * v
+        eps = 1e-6
+        a = a.float()
+        low, high = a.amin(dim=-1, keepdim=True), a.amax(dim=-1, keepdim=True)
+        weights = (a - low + eps) / (high - low + eps)
+        return (weights * v).to(v.dtype)
 
 
 WEIGHTINGS: dict[str, type[ConvMod]] = {"sum": SumMod, "sigmoid": SigmoidMod, "l1": L1Mod, "linear": LinearMod}

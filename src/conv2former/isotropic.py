@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers.trace_utils import _assert
-from timm.models import generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ class Conv2FormerIsotropic(Conv2Former):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -92,22 +92,22 @@ class Conv2FormerIsotropic(Conv2Former):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """As ``Conv2Former.forward_intermediates``, with an index per block."""
         _assert(output_fmt == "NCHW", "output_fmt must be NCHW")
-        blocks = self.stages[0].blocks
+        blocks: Any = self.stages[0].blocks
         take, last = feature_take_indices(len(blocks), indices)
         x = self.stem(x).permute(0, 2, 3, 1)
         intermediates = []
         for i, block in enumerate(blocks[: last + 1] if stop_early else blocks):
-            x = block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if i in take:
                 intermediates.append(x.permute(0, 3, 1, 2))
         x = x.permute(0, 3, 1, 2)
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the blocks behind the last one asked for, and the head; returns the indices kept."""
-        blocks = self.stages[0].blocks
+        blocks: Any = self.stages[0].blocks
         take, last = feature_take_indices(len(blocks), indices)
         pruned = last < len(blocks) - 1
         self.stages[0].blocks = blocks[: last + 1]
@@ -132,8 +132,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Conv2FormerIsotropic:
-    # the blocks' outputs at a third, two thirds and so on up to the last: four maps, as a feature pyramid wants
-    feature_cfg = dict(out_indices=(4, 8, 12, 17), feature_cls="getter")
+    # four maps, as a feature pyramid wants: after each quarter of the blocks
+    depth = kwargs.get("depth", 18)
+    feature_cfg = dict(out_indices=tuple(depth * i // 4 - 1 for i in range(1, 5)), feature_cls="getter")
     return create_conv2former(Conv2FormerIsotropic, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

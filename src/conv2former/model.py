@@ -184,7 +184,8 @@ class Stage(nn.Module):
 
     Args:
         in_dim: Channels of the stage before.
-        dim: Channels of this stage; a downsampling is built where it differs from ``in_dim`` or ``downsample`` is set.
+        dim: Channels of this stage; equal to ``in_dim`` without downsampling.
+        kernel_size: Side of the modulation kernel.
         drop_path: One rate per block; its length is the depth of the stage.
         downsample: Whether to halve the resolution first.
         **block_args: Passed to every ``Block``.
@@ -250,7 +251,6 @@ class Head(nn.Module):
 
         ``reset_other`` takes out the convolution and its norm too, so that the head passes its input through.
         """
-        reference = self.conv.weight if isinstance(self.conv, nn.Linear) else None
         if pool_type is not None:
             self.global_pool = SelectAdaptivePool2d(
                 pool_type=pool_type, flatten=bool(pool_type), input_fmt="NHWC" if pool_type else "NCHW"
@@ -262,10 +262,9 @@ class Head(nn.Module):
         if num_classes > 0:
             self.fc: nn.Module = nn.Linear(self.num_features, num_classes)
             init_weights(self.fc)
-            if reference is not None:
-                self.fc.to(device=reference.device, dtype=reference.dtype)
         else:
             self.fc = nn.Identity()
+        self.train(self.training)  # the new modules too
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C4, H, W) -> (B, num_classes); with ``pre_logits`` (B, hidden_size); unpooled (B, ..., H, W)."""
@@ -295,8 +294,8 @@ def drop_path_rates(drop_path_rate: float, depths: tuple[int, ...]) -> list[list
 class Conv2Former(nn.Module):
     """The hierarchical network of Fig. 2.
 
-    Any image of at least the total stride (32 pixels; 16 with ``stem_stride=2``) on each side is taken; rows and columns
-    that a stride-2 convolution leaves over are dropped, as in ConvNeXt. Smaller images are refused.
+    Any image of at least the total stride (32 pixels; 16 with ``stem_stride=2``) on each side is taken; rows and
+    columns that a stride-2 convolution leaves over are dropped, as in ConvNeXt. Smaller images are refused.
 
     Args:
         in_chans: Channels of the image.
@@ -394,7 +393,7 @@ class Conv2Former(nn.Module):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^head\.(conv|norm)", (99999,)),
+                (r"^head\.(?:conv|norm)", (99999,)),  # no capture: timm sorts by what is captured
             ],
         )
 
@@ -402,6 +401,7 @@ class Conv2Former(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks' activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -414,12 +414,14 @@ class Conv2Former(nn.Module):
         """Makes a new classifier for ``num_classes``; see ``Head.reset``."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, reset_other=reset_other)
+        reference = next(self.parameters())
+        self.head.fc.to(device=reference.device, dtype=reference.dtype)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -449,7 +451,7 @@ class Conv2Former(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the stages behind the last one asked for, and the head; returns the indices kept."""
         take, last = feature_take_indices(len(self.stages), indices)
@@ -475,8 +477,14 @@ class Conv2Former(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """Builds a registered model through timm, with one clear error where weights are asked for that nobody publishes.
+
+    Args:
+        model_cls: Class of the network.
+        variant: Registered name.
+        pretrained: Whether to load weights.
+        **kwargs: timm's own arguments and those of ``model_cls``; ``device`` and ``dtype`` as timm's models take them.
 
     Raises:
         RuntimeError: ``pretrained=True`` and no source of weights for ``variant``.
@@ -488,8 +496,11 @@ def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: boo
             f"`conv2former convert CHECKPOINT DST --model {variant}`, then timm.create_model('local-dir:DST', "
             "pretrained=True)"
         )
-    kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), flatten_sequential=True))
-    return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    stages = tuple(range(len(kwargs.get("dims", ()))))
+    kwargs.setdefault("feature_cfg", dict(out_indices=stages, flatten_sequential=True))
+    dtype = kwargs.pop("dtype", None)
+    with torch.device(kwargs.pop("device", None) or torch.get_default_device()):
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs).to(dtype=dtype)
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:
@@ -594,7 +605,7 @@ def conv2former_femto(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
 
 @register_model
 def conv2former_atto(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 3.5M parameters, for edge devices; the head is halved like femto's."""
+    """Not in the paper: about 3.8M parameters, for edge devices; the head is halved like femto's."""
     sizes: dict[str, Any] = dict(dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640)
     return create_conv2former(Conv2Former, "conv2former_atto", pretrained, **(sizes | kwargs))
 

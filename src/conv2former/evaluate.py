@@ -1,0 +1,186 @@
+"""Evaluation of a trained classifier: exact counts, a confusion matrix, the worst mistakes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import resolve_model_data_config
+
+from conv2former import plots
+from conv2former.checkpoints import load_pretrained
+from conv2former.data.classification import (
+    ImageDataset,
+    ImageSource,
+    checked,
+    eval_loader,
+    eval_transform,
+    open_eval_source,
+    open_splits,
+)
+from conv2former.data.sampling import EvalSampler
+from conv2former.errors import UserError
+from conv2former.labels import class_names
+from conv2former.run import RunFolder, replace_text
+from conv2former.tasks.classification import ClassificationCounts
+
+MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits a picture nor, at 21,841 classes, the memory
+SHEET_IMAGES = 16  # pictures in each block of the sheet of predictions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a classifier made of a set of N images in K classes.
+
+    Attributes:
+        counts: ``ClassificationCounts.compute``.
+        classes: K names.
+        targets: Index of the true class of every image, (N,).
+        predicted: Index of the top class of every image, (N,).
+        confidence: Its probability, (N,).
+        true_probability: Probability of the true class, (N,).
+    """
+
+    counts: dict[str, Any]
+    classes: list[str]
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    true_probability: np.ndarray
+
+    def matrix(self) -> np.ndarray:
+        """The confusion matrix: counts (K, K), rows true, columns predicted."""
+        counts = np.zeros((len(self.classes), len(self.classes)), np.int64)
+        np.add.at(counts, (self.targets, self.predicted), 1)
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, with accuracy per class by name."""
+        per_class = {
+            name: dict(correct=correct, images=images, top1=100 * correct / images if images else None)
+            for name, (correct, images) in zip(self.classes, self.counts["per_class"], strict=True)
+        }
+        return {key: value for key, value in self.counts.items() if key != "per_class"} | dict(per_class=per_class)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """'auto' is the GPU where there is one.
+
+    Raises:
+        UserError: A device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {name!r} is not there: use --device cpu") from None
+    return device
+
+
+@torch.inference_mode()
+def evaluate_source(
+    model: Any, source: ImageSource, *, batch_size: int = 64, workers: int = 0, device: str = "auto"
+) -> Evaluation:
+    """Runs the model over every image once.
+
+    Raises:
+        UserError: An image that cannot be read.
+    """
+    place = pick_device(device)
+    model.eval().to(place)
+    dataset = ImageDataset(source, eval_transform(resolve_model_data_config(model)))
+    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers)
+    counts = ClassificationCounts(model.num_classes).to(place)
+    columns: list[list[np.ndarray]] = []
+    for batch in loader:
+        images, targets, _ = checked(batch)
+        logits, truth = model(images.to(place)), targets.to(place)
+        counts.update(logits, truth)
+        probabilities = logits.float().softmax(dim=1)
+        confidence, predicted = probabilities.max(dim=1)
+        true_probability = probabilities.gather(1, truth[:, None])[:, 0]
+        columns.append([column.cpu().numpy() for column in (predicted, confidence, true_probability)])
+    predicted, confidence, true_probability = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Evaluation(
+        counts.compute(), list(source.classes), np.asarray(source.targets), predicted, confidence, true_probability
+    )
+
+
+def evaluate(
+    checkpoint: Path,
+    *,
+    data: Path | None,
+    out: Path | None = None,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str = "auto",
+) -> tuple[Evaluation, Path | None]:
+    """Evaluates a run (its best weights) or a saved model on a folder of images.
+
+    Args:
+        checkpoint: Run folder, folder with ``config.json`` and ``model.safetensors``, or the latter file.
+        data: Folder with ``val/`` or class folders; None for what the run itself was validated on.
+        out: Where the report goes; None for the run folder, or nowhere for a saved model.
+        batch_size: Images per forward pass; the counts do not depend on it.
+        workers: Processes that read images.
+        device: 'auto', 'cpu', 'cuda', ...
+
+    Returns:
+        The evaluation, and the folder of its report if one was written.
+
+    Raises:
+        UserError: Anything wrong with what was given.
+    """
+    model = load_pretrained(checkpoint)
+    run = RunFolder(Path(checkpoint))
+    if data is None and run.exists():
+        recipe, recorded = run.recipe(), run.facts().get("data")
+        source = open_splits(recipe.data, Path(recorded) if recorded else None, seed=recipe.engine.seed).val
+    else:
+        source = open_eval_source(data, class_names(model))
+    evaluation = evaluate_source(model, source, batch_size=batch_size, workers=workers, device=device)
+    folder = out or (run.path if run.exists() else None)
+    if folder:
+        write_report(evaluation, source, folder)
+    return evaluation, folder
+
+
+def write_report(evaluation: Evaluation, source: ImageSource, folder: Path) -> None:
+    """``evaluation.json``, ``confusion_matrix.png`` and ``predictions.png``.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+        if len(evaluation.classes) <= MAX_MATRIX_CLASSES:
+            plots.confusion_matrix(evaluation.matrix(), evaluation.classes, folder / "confusion_matrix.png")
+        _draw_sheet(evaluation, source, folder / "predictions.png")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from None
+
+
+def _draw_sheet(evaluation: Evaluation, source: ImageSource, path: Path) -> None:
+    targets = evaluation.targets
+    wrong = np.flatnonzero(evaluation.predicted != targets)
+    worst = wrong[np.argsort(evaluation.true_probability[wrong], kind="stable")][:SHEET_IMAGES]
+    # spread evenly over the set, so that every class has its turn
+    others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)
+
+    def entry(index: int) -> tuple[Any, str, bool]:
+        predicted, target = evaluation.predicted[index], targets[index]
+        picture = source.load(index)
+        picture.thumbnail((160, 160))
+        caption = f"{evaluation.classes[predicted]} {evaluation.confidence[index]:.0%}"
+        if predicted != target:
+            caption += f"\nis {evaluation.classes[target]}"
+        return picture, caption, bool(predicted == target)
+
+    plots.prediction_sheet([entry(i) for i in worst], [entry(i) for i in others], path)

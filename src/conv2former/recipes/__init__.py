@@ -1,0 +1,5 @@
+"""Experiments as data: one YAML file each, checked by ``schema``."""
+
+from conv2former.recipes.schema import Recipe, load_recipe, recipe_names
+
+__all__ = ["Recipe", "load_recipe", "recipe_names"]

@@ -1,0 +1,168 @@
+"""The run folder: everything that one training leaves behind, and needs to go on.
+
+recipe.yaml            the resolved recipe
+run.json               data, classes, command, versions, machine, recipe hash
+metrics.jsonl          a row per logged step and per evaluation
+metrics.csv            a row per evaluation
+tensorboard/           the same for TensorBoard
+checkpoints/last.ckpt  weights, optimizer and step, to resume from
+best/ last/            model.safetensors and config.json, for timm's local-dir:
+*.png                  pictures
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from conv2former.errors import UserError
+from conv2former.recipes.schema import Recipe, parse_recipe
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: The folder; ``create`` or ``open`` checks it first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoints" / "last.ckpt"
+        self.best, self.last = path / "best", path / "last"
+        self.metrics_jsonl, self.metrics_csv = path / "metrics.jsonl", path / "metrics.csv"
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> RunFolder:
+        """Makes the folder and writes what is known before the first step.
+
+        Raises:
+            UserError: The folder holds a run and ``overwrite`` is off, holds other things, or cannot be written.
+        """
+        run = cls(path)
+        if run.exists():
+            if not overwrite:
+                raise UserError(
+                    f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
+                )
+            shutil.rmtree(path)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
+        try:
+            run.checkpoint.parent.mkdir(parents=True)
+            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            run.write_json("run.json", facts | dict(recipe_hash=recipe.digest()) | machine_facts())
+        except OSError as error:
+            raise UserError(f"cannot write the output folder {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            UserError: The folder is not a run.
+        """
+        run = cls(path)
+        if not run.exists():
+            raise UserError(f"{path} is not a run folder (no recipe.yaml in it)")
+        return run
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / "recipe.yaml").is_file()
+
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe."""
+        path = self.path / "recipe.yaml"
+        return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` says."""
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file of the run, whole or not at all."""
+        replace_text(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Appends to ``metrics.jsonl``; a row that ends an epoch goes to ``metrics.csv`` too."""
+        with self.metrics_jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if row["kind"] == "epoch":
+            self._write_csv()
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The rows written so far, oldest first."""
+        if not self.metrics_jsonl.exists():
+            return []
+        rows = [json.loads(line) for line in self.metrics_jsonl.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if kind in (None, row["kind"])]
+
+    def drop_rows_after(self, step: int) -> None:
+        """Takes out the rows of steps that a resumed run is about to do again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        replace_text(self.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in kept))
+        self._write_csv()
+
+    def _write_csv(self) -> None:
+        rows = self.rows("epoch")
+        if not rows:
+            return
+        with (partial := self.metrics_csv.with_suffix(".partial")).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=[key for key in rows[0] if key != "kind"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.metrics_csv)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file next to its place, then moves it there: a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Command, versions, commit and machine, for whoever repeats the run."""
+    packages = ("conv2former", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
+    return dict(
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        versions={name: version(name) for name in packages} | dict(python=platform.python_version()),
+        commit=_commit(),
+        machine=dict(
+            system=f"{platform.system()} {platform.machine()}",
+            cpus=os.cpu_count(),
+            gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        ),
+    )
+
+
+def _commit() -> str | None:
+    # only where the package runs from a checkout of its own; an installed wheel has its version
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,1 @@
+"""What is learned: losses, metrics and optimizers as LightningModules."""

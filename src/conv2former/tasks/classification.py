@@ -1,0 +1,193 @@
+"""Image classification: loss with MixUp and CutMix, exact counts, the recipe's optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from conv2former import checkpoints
+from conv2former.errors import UserError
+from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection, nearest
+
+
+class ClassificationCounts(Metric):
+    """Counts over all images seen, summed over processes: nothing is averaged before the end.
+
+    Args:
+        num_classes: Classes K. Top-5 is top-K where there are fewer than five.
+    """
+
+    full_state_update = False
+    seen: Tensor
+    correct: Tensor
+    correct_top5: Tensor
+    loss_sum: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.top_k = min(5, num_classes)
+        per_class = torch.zeros(num_classes, dtype=torch.long)
+        self.add_state("seen", per_class.clone(), dist_reduce_fx="sum")
+        self.add_state("correct", per_class.clone(), dist_reduce_fx="sum")
+        self.add_state("correct_top5", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Logits (B, K) and targets (B,)."""
+        logits = logits.float()
+        top = logits.topk(self.top_k, dim=1).indices
+        hits = top == targets[:, None]
+        self.seen += torch.bincount(targets, minlength=len(self.seen))
+        self.correct += torch.bincount(targets[hits[:, 0]], minlength=len(self.correct))
+        self.correct_top5 += hits.any(dim=1).sum()
+        self.loss_sum += F.cross_entropy(logits, targets, reduction="sum").double()
+
+    def compute(self) -> dict[str, Any]:
+        """Accuracies in percent, the mean loss and the counts behind them."""
+        seen = int(self.seen.sum())
+        correct, correct_top5 = int(self.correct.sum()), int(self.correct_top5)
+        share = 100 / max(seen, 1)
+        return dict(
+            images=seen,
+            correct=correct,
+            correct_top5=correct_top5,
+            top1=correct * share,
+            top5=correct_top5 * share,
+            loss=float(self.loss_sum) / max(seen, 1),
+            per_class=[(int(c), int(n)) for c, n in zip(self.correct, self.seen, strict=True)],
+        )
+
+
+class ClassificationTask(L.LightningModule):
+    """A classifier with its recipe. Usable with any Lightning engine; ``conv2former.train`` runs it on Fabric.
+
+    Args:
+        model: A timm classifier.
+        recipe: Gives the loss, the optimizer and the schedule.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        augment = recipe.augment
+        self.mixup = None
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(
+                augment.mixup,
+                augment.cutmix,
+                prob=augment.mix_prob,
+                label_smoothing=augment.label_smoothing,
+                num_classes=model.num_classes,
+            )
+            self.criterion = SoftTargetCrossEntropy()
+        self.counts = ClassificationCounts(model.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, K)."""
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The mean loss of a batch; MixUp draws from NumPy's generator, which the engine has keyed."""
+        images, targets, _ = batch
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        return self.criterion(self(images), targets)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Adds a batch to ``counts``."""
+        images, targets, _ = batch
+        self.counts.update(self(images), targets)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer at the recipe's learning rate for one process; the engine sets each step's rate itself."""
+        return build_optimizer(self.model, self.recipe.optim, lr=scaled_lr(self.recipe.optim, world=1))
+
+
+def build_model(section: ModelSection, *, num_classes: int) -> Any:
+    """The recipe's network, from scratch or from ``section.weights`` with a new classifier where the classes differ.
+
+    Raises:
+        UserError: Unknown model or argument, weights that do not fit.
+    """
+    import conv2former  # noqa: F401  registers the family
+
+    if section.weights:
+        model: Any = checkpoints.load_pretrained(section.weights)
+        architecture = model.pretrained_cfg["architecture"]
+        if architecture != section.name:
+            raise UserError(
+                f"model.weights ({section.weights}) holds a {architecture}, the recipe says {section.name}: "
+                f"give --model {architecture} or other weights"
+            )
+    if not timm.is_model(section.name):
+        raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
+    rates = {"drop_path_rate": section.drop_path_rate, "drop_rate": section.drop_rate}
+    kwargs = section.args | {key: rate for key, rate in rates.items() if rate}
+    try:
+        network = timm.create_model(section.name, num_classes=num_classes, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"model.args of {section.name}: {error}") from None
+    if section.weights:
+        _copy_weights(model, network, section.weights)
+    return network
+
+
+def _copy_weights(source: Any, target: Any, origin: str) -> None:
+    state = source.state_dict()
+    if source.num_classes != target.num_classes:
+        classifier = target.pretrained_cfg["classifier"]
+        for name in [classifier] if isinstance(classifier, str) else classifier:
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+    wanted = target.state_dict()
+    wrong = [key for key, value in state.items() if key not in wanted or wanted[key].shape != value.shape]
+    if wrong:
+        raise UserError(f"model.weights ({origin}) does not fit the recipe's model.args: {', '.join(wrong[:3])} differ")
+    target.load_state_dict(state, strict=False)
+
+
+def scaled_lr(optim: OptimSection, *, world: int) -> float:
+    """Sec. 4.1: the base rate times the effective batch over ``base_batch``."""
+    return optim.base_lr * optim.batch_size * optim.accumulate * world / optim.base_batch
+
+
+def build_optimizer(model: nn.Module, optim: OptimSection, *, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer with timm's parameter groups: vectors are not decayed, layer-wise decay if asked for.
+
+    Raises:
+        UserError: Unknown optimizer.
+    """
+    options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps) if "adam" in optim.name else {}
+    try:
+        return create_optimizer_v2(
+            model, optim.name, lr=lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **options
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"optim.name {optim.name!r}: {error}") from None
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleSection, *, steps_per_epoch: int
+) -> CosineLRScheduler:
+    """Linear warm-up and cosine decay; ``step_update(step)`` sets the rate of a step, whatever came before."""
+    steps = schedule.epochs * steps_per_epoch
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=steps - round(schedule.warmup_epochs * steps_per_epoch),
+        lr_min=schedule.min_lr,
+        warmup_t=round(schedule.warmup_epochs * steps_per_epoch),
+        warmup_lr_init=schedule.warmup_lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
