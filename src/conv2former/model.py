@@ -506,8 +506,8 @@ def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: boo
 def default_cfg(**overrides: Any) -> dict[str, Any]:
     """The preprocessing that goes with the models.
 
-    ImageNet mean and standard deviation: the authors' README. Crop 0.9 at 224: between the 0.875 of ConvNeXt's and
-    Swin's 0.9, the paper does not say; crop 1.0 at 384: ConvNeXt's and Swin's habit for fine-tuned models.
+    ImageNet mean and standard deviation: the authors' README. The paper says nothing of the crop: 0.9 at 224 is Swin's
+    (ConvNeXt evaluates at 0.875), 1.0 at 384 is what both use for fine-tuned models.
     """
     return (
         dict(

@@ -7,7 +7,8 @@ metrics.csv            a row per evaluation
 tensorboard/           the same for TensorBoard
 checkpoints/last.ckpt  weights, optimizer and step, to resume from
 best/ last/            model.safetensors and config.json, for timm's local-dir:
-*.png                  pictures
+evaluation.json        the best weights' counts, also per class
+*.png                  learning curves, confusion matrix, predictions
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -50,6 +50,7 @@ from conv2former.tasks.classification import (
 )
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+SAMPLES = 8  # held-out pictures that the quick start leaves as files
 LOG_INTERVAL = 20  # optimizer steps between logged losses
 
 
@@ -166,8 +167,9 @@ class _Trainer:
         self.steps_per_epoch = steps_per_epoch(len(splits.train), global_batch)
         self.steps = recipe.schedule.epochs * self.steps_per_epoch
         self.position = Position()
-        # losses stay on the device, added up, until they are fetched: each fetch waits for the device
-        self.pending, self.pending_steps = torch.zeros((), device=fabric.device), 0
+        # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in double
+        # precision, so that the sum is the same wherever a stop cuts it in two
+        self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
 
         engine, data = recipe.engine, recipe.data
         if engine.grad_checkpointing:
@@ -350,13 +352,14 @@ class _Trainer:
             if self.fabric.is_global_zero:
                 self.run.drop_rows_after(0)
             return
-        loaded = self.fabric.load(self.run.checkpoint, self._state(), weights_only=True)
-        self.position.__dict__.update({key: loaded["position"][key] for key in self.position.__dict__})
+        state = self._state()
+        self.fabric.load(self.run.checkpoint, state, weights_only=True)
+        self.position = Position(**state["position"])
         if self.fabric.is_global_zero:
             self.run.drop_rows_after(self.position.step)
 
     def _state(self) -> dict[str, Any]:
-        return dict(task=self.task, optimizer=self.optimizer, position=dict(self.position.__dict__))
+        return dict(task=self.task, optimizer=self.optimizer, position=asdict(self.position))
 
     def _batches(self, start: int) -> Iterator[Any]:
         recipe, fabric = self.recipe, self.fabric
@@ -414,7 +417,16 @@ class _Trainer:
         )
         write_report(evaluation, self.splits.val, self.run.path)
         plots.learning_curves(self.run.rows(), self.run.path / "learning_curves.png")
+        if self.recipe.data.source == "digits":
+            self._write_samples()
         return evaluation
+
+    def _write_samples(self) -> None:
+        """A few held-out pictures as files, to try ``predict`` on where the data brings none."""
+        folder, source = self.run.path / "samples", self.splits.val
+        folder.mkdir(exist_ok=True)
+        for index in range(0, len(source), max(len(source) // SAMPLES, 1)):
+            source.load(index).save(folder / source.name(index))
 
 
 def _batch_that_fits(recipe: Recipe, images: int, world: int) -> int:

@@ -36,7 +36,8 @@ class SampleKey(NamedTuple):
 
 def derive_seed(purpose: Purpose, *key: int) -> int:
     """A 64-bit seed for a key; different keys give independent streams."""
-    return int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0])
+    # the length goes in, because NumPy takes (1, 0) and (1, 0, 0) for the same
+    return int(np.random.SeedSequence((purpose, len(key), *key)).generate_state(1, np.uint64)[0])
 
 
 def seed_all(seed: int) -> None:

@@ -1,0 +1,179 @@
+"""Folders of labelled images: what is taken, what is refused, and that reading them is keyed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from digits import tiny_recipe, write_digits
+
+from conv2former.data.classification import (
+    DigitsSource,
+    ImageDataset,
+    checked,
+    collate,
+    eval_loader,
+    eval_transform,
+    open_eval_source,
+    open_splits,
+    train_loader,
+    train_transform,
+)
+from conv2former.data.images import BadImage
+from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
+from conv2former.errors import UserError
+
+DATA = tiny_recipe().data
+WHOLE = tiny_recipe("data.val_fraction=0").data
+CONFIG = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_digits(tmp_path / "digits", train=6, val=2)
+
+
+def test_train_and_val_folders(data: Path) -> None:
+    splits = open_splits(WHOLE, data, seed=0)
+    assert (len(splits.train), len(splits.val)) == (24, 8)
+    assert splits.train.classes == splits.val.classes == [f"digit-{i}" for i in range(4)]
+    assert sorted(splits.train.targets) == [i for i in range(4) for _ in range(6)]
+    assert splits.train.load(0).size == (8, 8)
+    (data / "val").rename(data / "validation")
+    assert len(open_splits(WHOLE, data, seed=0).val) == 8
+
+
+def test_a_val_folder_wins_over_val_fraction(data: Path) -> None:
+    assert len(open_splits(DATA, data, seed=0).train) == 24
+
+
+def test_one_folder_is_split_by_class_and_by_seed_alone(data: Path) -> None:
+    first, again = (open_splits(DATA, data / "train", seed=0) for _ in range(2))
+    other = open_splits(DATA, data / "train", seed=1)
+    names = [{split.val.name(i) for i in range(len(split.val))} for split in (first, again, other)]
+    assert names[0] == names[1] != names[2]
+    assert sorted(first.val.targets) == [0, 1, 2, 3]
+    trained = {first.train.name(i) for i in range(len(first.train))}
+    assert len(trained) == 20 and not trained & names[0]
+
+
+def test_a_train_folder_alone_is_split(data: Path) -> None:
+    shutil.rmtree(data / "val")
+    assert len(open_splits(DATA, data, seed=0).val) == 4
+    with pytest.raises(UserError, match=r"no val/ folder in .*data.val_fraction=0.1"):
+        open_splits(WHOLE, data, seed=0)
+
+
+def test_the_embedded_digits() -> None:
+    splits = open_splits(tiny_recipe("data.source=digits").data, None, seed=0)
+    assert len(splits.train) + len(splits.val) == 1797
+    share = np.bincount(splits.val.targets) / np.bincount([*splits.train.targets, *splits.val.targets])
+    assert share == pytest.approx(np.full(10, 0.2), abs=0.005)
+    source = DigitsSource()
+    assert np.asarray(source.load(0)).max() == 239 and np.asarray(source.load(0)).shape == (8, 8, 3)
+
+
+def empty(data: Path) -> None:
+    for image in data.rglob("*.png"):
+        image.unlink()
+
+
+def one_class(data: Path) -> None:
+    for split in ("train", "val"):
+        for digit in (1, 2, 3):
+            shutil.rmtree(data / split / f"digit-{digit}")
+
+
+def rename_class(data: Path) -> None:
+    (data / "val" / "digit-3").rename(data / "val" / "three")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (empty, "no images in .*train: expected one folder per class"),
+        (one_class, "only one class \\('digit-0'\\) in .*train: give at least two"),
+        (rename_class, "different classes \\(only in train: digit-3; only in val: three\\)"),
+        (lambda data: shutil.rmtree(data / "val" / "digit-1"), "only in train: digit-1"),
+        (lambda data: shutil.rmtree(data), "no such folder"),
+        (lambda data: shutil.rmtree(data / "train"), "no train/ folder"),
+    ],
+)
+def test_what_is_refused(data: Path, spoil: object, message: str) -> None:
+    spoil(data)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        open_splits(WHOLE, data, seed=0)
+
+
+def test_a_file_in_place_of_the_folder(data: Path) -> None:
+    with pytest.raises(UserError, match="not a folder"):
+        open_splits(WHOLE, next(data.rglob("*.png")), seed=0)
+    with pytest.raises(UserError, match="name the folder of images with --data"):
+        open_splits(WHOLE, None, seed=0)
+
+
+def test_a_class_of_one_image_cannot_be_split(data: Path) -> None:
+    for image in sorted((data / "train" / "digit-2").iterdir())[1:]:
+        image.unlink()
+    with pytest.raises(UserError, match="class 'digit-2' has 1 image"):
+        open_splits(DATA, data / "train", seed=0)
+
+
+def test_evaluation_maps_folders_to_the_classes_of_the_model(data: Path) -> None:
+    shutil.rmtree(data / "val" / "digit-0")
+    source = open_eval_source(data, ["digit-3", "digit-9", "digit-2", "digit-1"])
+    names = [source.name(i).split("/")[0] for i in range(len(source))]
+    assert dict(zip(names, source.targets, strict=True)) == {"digit-1": 3, "digit-2": 2, "digit-3": 0}
+    with pytest.raises(UserError, match="class folders that the model does not know \\(digit-1"):
+        open_eval_source(data, ["digit-2", "digit-3"])
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(data: Path) -> None:
+    recipe = tiny_recipe("augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.5")
+    source = open_splits(WHOLE, data, seed=0).train
+    first, other = (ImageDataset(source, train_transform(recipe.data, recipe.augment), seed=seed) for seed in (0, 1))
+    image = first[SampleKey(0, 3)][0]
+    torch.manual_seed(99)  # what ran before does not matter
+    assert torch.equal(first[SampleKey(0, 3)][0], image)
+    assert not torch.equal(first[SampleKey(1, 3)][0], image)
+    assert not torch.equal(other[SampleKey(0, 3)][0], image)
+
+
+def test_workers_do_not_change_the_images(data: Path) -> None:
+    recipe = tiny_recipe("augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.5")
+    source = open_splits(WHOLE, data, seed=0).train
+    dataset = ImageDataset(source, train_transform(recipe.data, recipe.augment))
+    runs = [
+        list(train_loader(dataset, TrainSampler(len(source), 8, seed=0, steps=6), workers=workers))
+        for workers in (0, 2)
+    ]
+    assert len(runs[0]) == 6
+    for mine, theirs in zip(*runs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_evaluation_loader_keeps_the_last_small_batch(data: Path) -> None:
+    source = open_splits(WHOLE, data, seed=0).train
+    loader = eval_loader(ImageDataset(source, eval_transform(CONFIG)), EvalSampler(24), batch_size=5, workers=0)
+    indices = torch.cat([indices for _, _, indices in loader])
+    assert indices.tolist() == list(range(24))
+
+
+def test_a_broken_image_travels_as_a_value_and_is_raised_where_it_is_asked_for(data: Path) -> None:
+    victim = sorted((data / "train" / "digit-1").iterdir())[0]
+    victim.write_bytes(b"")
+    source = open_splits(WHOLE, data, seed=0).train
+    loader = eval_loader(ImageDataset(source, eval_transform(CONFIG)), EvalSampler(24), batch_size=12, workers=2)
+    batches = list(loader)
+    assert sum(isinstance(batch, BadImage) for batch in batches) == 1
+    with pytest.raises(BadImage, match=victim.name):
+        for batch in batches:
+            checked(batch)
+
+
+def test_collate_stacks() -> None:
+    images, targets, indices = checked(collate([(torch.zeros(3, 2, 2), 1, 7), (torch.ones(3, 2, 2), 0, 8)]))
+    assert images.shape == (2, 3, 2, 2) and targets.tolist() == [1, 0] and indices.tolist() == [7, 8]

@@ -1,0 +1,96 @@
+"""The documents say what is true: tables, Python examples, commands, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import typer.main
+from digits import tiny_recipe, write_digits
+
+import conv2former_cli
+from conv2former import zoo
+from conv2former.recipes import recipe_names
+from conv2former.recipes import schema as recipe_schema
+from conv2former.train import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def table() -> str:
+    return zoo.to_markdown(zoo.rows(variants=True))
+
+
+def test_the_table_of_models_is_what_the_command_prints(table: str) -> None:
+    assert (ROOT / "docs/results/models.md").read_text() == table + "\n", "run `make docs-tables`"
+
+
+def test_the_readmes_table_is_a_part_of_it(table: str) -> None:
+    block = README.split("<!-- models:")[1].split("-->")[1].split("<!-- /models")[0].strip().splitlines()
+    lines = table.splitlines()
+    assert block[:2] == lines[:2] and set(block) <= set(lines)
+    listed = {line.split("|")[1].strip() for line in block[2:]}
+    assert {f"conv2former_{size}" for size in ("n", "t", "s", "b", "l", "is", "ib", "pico", "femto", "atto")} <= listed
+
+
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, as a reader would; with small pictures and a short recipe in place of real ones."""
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / "photos", train=12)
+    small = ["model.name=conv2former_test", "model.args={}", "data.input_size=32", "schedule.epochs=2"]
+    train(tiny_recipe(*small), data=tmp_path / "photos", out=tmp_path / "runs" / "pretrained")
+    original = recipe_schema.load_recipe
+
+    def short(name: str, *, overrides: list[str]) -> recipe_schema.Recipe:
+        cut = ["schedule.epochs=1", "schedule.warmup_epochs=0", "optim.batch_size=16", "data.input_size=32"]
+        return original(name, overrides=[*overrides, *cut, "data.workers=0", "engine.accelerator=cpu"])
+
+    monkeypatch.setattr("conv2former.recipes.load_recipe", short)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert [tuple(m.shape[1:]) for m in names["pyramid"]] == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
+    assert names["logits"].shape == (1, 10) and names["model"].num_classes == 4
+    assert names["recipe"].model.weights == "runs/pretrained"
+
+
+def test_commands_parse() -> None:
+    """Every ``conv2former ...`` line of a code block names a real command with real options."""
+    group = typer.main.get_command(conv2former_cli.app)
+    found = 0
+    for document in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] != ["conv2former"]:
+                    continue
+                found += 1
+                command = group.commands[words[1]]
+                context = command.make_context(words[1], words[2:], resilient_parsing=False)
+                recipe = context.params.get("recipe")
+                assert recipe is None or recipe in recipe_names(), line
+                assert context.params.get("model") in (None, *timm.list_models()), line
+    assert found >= 8
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+def test_the_paper_map_names_real_tests_and_models() -> None:
+    text = (ROOT / "docs/paper_map.md").read_text()
+    tests = set(re.findall(r"test_\w+\.py", text))
+    assert tests and all((ROOT / "tests" / name).exists() for name in tests)
+    recipes = {word for word in re.findall(r"`(\w+)`", text) if word.startswith(("imagenet", "coco", "ade20k"))}
+    assert recipes <= set(recipe_names())

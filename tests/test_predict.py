@@ -1,0 +1,90 @@
+"""Prediction on picture files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from digits import one_picture, tiny_recipe, write_digits
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from conv2former.errors import UserError
+from conv2former.predict import predict, run_predict
+from conv2former.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("predict")
+    train(tiny_recipe("schedule.epochs=2"), data=write_digits(root / "digits"), out=root / "run")
+    return root / "run"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    one_picture(folder / "a.png")
+    one_picture(folder / "more" / "a.png", 1)
+    Image.fromarray(load_sample_images().images[0]).save(folder / "temple.jpg")
+    return folder
+
+
+def test_a_line_per_file(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_predict(run, [pictures, pictures / "a.png"], top_k=3) == 0
+    output = capsys.readouterr()
+    rows = [json.loads(line) for line in output.out.splitlines()]
+    assert [Path(row["file"]).relative_to(pictures).as_posix() for row in rows].count("a.png") == 2
+    assert len(rows) == 4 and all(row["ok"] for row in rows) and output.err == ""
+    for row in rows:
+        probabilities = [entry["probability"] for entry in row["top"]]
+        assert len(row["top"]) == 3 and probabilities == sorted(probabilities, reverse=True)
+        assert all(entry["label"] == f"digit-{entry['index']}" for entry in row["top"])
+
+
+def test_the_batch_does_not_change_a_prediction(run: Path, pictures: Path) -> None:
+    one, many = (list(predict(run, [pictures], batch_size=size, top_k=4)) for size in (1, 8))
+    for mine, theirs in zip(one, many, strict=True):
+        for a, b in zip(mine["top"], theirs["top"], strict=True):
+            assert a["index"] == b["index"] and a["probability"] == pytest.approx(b["probability"], abs=1e-6)
+        assert sum(entry["probability"] for entry in mine["top"]) == pytest.approx(1)
+
+
+def test_one_bad_file_does_not_stop_the_rest(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pictures / "b.jpg").write_text("not a picture")
+    status = run_predict(run, [pictures / "b.jpg", pictures / "none.png", pictures], out=pictures / "out", batch_size=2)
+    output = capsys.readouterr()
+    rows = [json.loads(line) for line in output.out.splitlines()]
+    assert status == 1 and output.err.splitlines()[-1] == "3 of 6 files could not be read"
+    assert [row["ok"] for row in rows].count(False) == 3
+    assert all(set(row) == {"file", "ok", "top" if row["ok"] else "error"} for row in rows)
+    assert "\n" not in rows[0]["error"]
+
+
+def test_annotated_pictures_do_not_overwrite_each_other(run: Path, pictures: Path) -> None:
+    assert run_predict(run, [pictures], out=pictures.parent / "out") == 0
+    drawn = sorted(path.name for path in (pictures.parent / "out").iterdir())
+    assert drawn == ["a-2.png", "a.png", "temple.png"]
+    assert Image.open(pictures.parent / "out" / "temple.png").width == 512
+
+
+def test_what_is_refused(run: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in"):
+        list(predict(run, [tmp_path / "empty"]))
+    with pytest.raises(UserError, match="nowhere"):
+        list(predict(tmp_path / "nowhere", [pictures]))
+    with pytest.raises(UserError, match="cannot write the output folder"):
+        run_predict(run, [pictures], out=pictures / "a.png" / "out")
+
+
+def test_a_model_without_names_gives_numbers(run: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "best", tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    del config["label_names"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    (row,) = predict(tmp_path / "bare", [pictures / "a.png"], top_k=1)
+    assert row["top"][0]["label"] == str(row["top"][0]["index"])

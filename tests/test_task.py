@@ -1,0 +1,114 @@
+"""Counts, loss and optimizer of the classification task."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import timm
+import torch
+from digits import tiny_recipe
+
+from conv2former.tasks.classification import ClassificationCounts, ClassificationTask, build_optimizer, scaled_lr
+
+
+def test_counts_by_hand() -> None:
+    """Six images in six classes: right, second, fifth, sixth place, right, and one class never seen."""
+    order = torch.tensor(
+        [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [3, 0, 1, 2, 4, 5]]
+    )
+    logits = torch.zeros(5, 6).scatter_(1, order, torch.arange(6, 0, -1.0).expand(5, 6))
+    counts = ClassificationCounts(6)
+    counts.update(logits, torch.tensor([0, 1, 4, 5, 3]))
+    result = counts.compute()
+    assert (result["images"], result["correct"], result["correct_top5"]) == (5, 2, 4)
+    assert (result["top1"], result["top5"]) == (40.0, 80.0)
+    assert result["per_class"] == [(1, 1), (0, 1), (0, 0), (1, 1), (0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_counts_do_not_depend_on_the_batches(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = (
+        torch.randn(101, classes, generator=generator),
+        torch.randint(classes, (101,), generator=generator),
+    )
+    results = []
+    for size in (101, 7, 1):
+        counts = ClassificationCounts(classes)
+        for first in range(0, 101, size):
+            counts.update(logits[first : first + size], targets[first : first + size])
+        results.append(counts.compute())
+    for result in results[1:]:
+        assert result.pop("loss") == pytest.approx(results[0]["loss"], rel=1e-6)
+        assert result == {key: value for key, value in results[0].items() if key != "loss"}
+    rank = (-logits).argsort(dim=1).argsort(dim=1)[torch.arange(101), targets]
+    assert results[0]["correct"] == int((rank == 0).sum())
+    assert results[0]["correct_top5"] == int((rank < 5).sum())
+    assert results[0]["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, targets)), rel=1e-5)
+
+
+def test_two_processes_add_up() -> None:
+    parts = [ClassificationCounts(3) for _ in range(2)]
+    whole = ClassificationCounts(3)
+    for seed, part in enumerate(parts):
+        generator = torch.Generator().manual_seed(seed)
+        logits, targets = (
+            torch.randn(10 + seed, 3, generator=generator),
+            torch.randint(3, (10 + seed,), generator=generator),
+        )
+        part.update(logits, targets)
+        whole.update(logits, targets)
+    merged = ClassificationCounts(3)
+    for part in parts:  # what torchmetrics does with states of dist_reduce_fx="sum"
+        merged.merge_state(part)
+    assert merged.compute() == whole.compute()
+
+
+def test_mixup_keeps_the_loss_of_the_mixed_labels() -> None:
+    model = timm.create_model("conv2former_test", num_classes=4, stem_stride=2)
+    task = ClassificationTask(model, tiny_recipe("augment.mixup=0.8", "augment.cutmix=1.0"))
+    images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    np.random.seed(0)
+    loss = task.training_step((images.clone(), targets, targets), 0)
+    np.random.seed(0)
+    mixed, soft = task.mixup(images.clone(), targets)
+    logits = model(mixed)
+    torch.testing.assert_close(loss, -(soft * logits.log_softmax(1)).sum(1).mean())
+    assert torch.allclose(soft.sum(1), torch.ones(4)) and not torch.equal(mixed, images)
+
+
+def test_learning_rate_scales_with_the_effective_batch() -> None:
+    optim = tiny_recipe(
+        "optim.base_lr=1e-3", "optim.base_batch=1024", "optim.batch_size=64", "optim.accumulate=2"
+    ).optim
+    assert scaled_lr(optim, world=8) == pytest.approx(1e-3)
+    assert scaled_lr(optim, world=4) == pytest.approx(5e-4)
+
+
+def test_layer_decay_gives_earlier_blocks_smaller_rates() -> None:
+    model = timm.create_model("conv2former_test")
+    optimizer = build_optimizer(model, tiny_recipe("optim.layer_decay=0.5").optim, lr=1.0)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    order = [
+        "stem.conv1",
+        "stages.0.blocks.0.mod.w1",
+        "stages.2.blocks.0.mod.w1",
+        "stages.2.blocks.1.mod.w1",
+        "head.fc",
+    ]
+    scales = [scale[id(model.get_submodule(name).weight)] for name in order]
+    assert scales == sorted(scales) and len(set(scales)) == len(scales) and scales[-1] == 1.0
+
+
+def test_the_task_runs_under_lightnings_trainer() -> None:
+    model = timm.create_model("conv2former_test", num_classes=4, stem_stride=2)
+    task = ClassificationTask(model, tiny_recipe())
+    data = [(torch.randn(3, 16, 16), i % 4, i) for i in range(8)]
+    before = model.head.fc.weight.clone()
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=4), torch.utils.data.DataLoader(data, batch_size=4))
+    assert not torch.equal(model.head.fc.weight, before)
+    assert task.counts.compute()["images"] >= 8
