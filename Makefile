@@ -32,7 +32,7 @@ format: $(VENV)/.installed-dev ## put the code into the project's style
 	$(BIN)/ruff format .
 
 docs-tables: $(VENV)/.installed ## write the tables that commands make
-	$(BIN)/conv2former models --variants --markdown > docs/results/models.md
+	$(BIN)/python docs/tables.py
 
 constraints: $(VENV)/.installed-dev ## write constraints.txt from what is installed
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new

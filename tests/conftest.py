@@ -1,13 +1,18 @@
-"""Shared by all tests: a fixed seed, and weights that look like trained ones."""
+"""Shared by all tests: a fixed seed, weights that look like trained ones, networks without memory."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
+
+import conv2former  # noqa: F401  registers the names
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,18 @@ def fill_weights(module: nn.Module) -> nn.Module:
             values = 1 + 0.1 * wave
         tensor.copy_(values.view_as(tensor))
     return module
+
+
+@pytest.fixture(scope="session")
+def on_meta() -> Callable[..., nn.Module]:
+    """A function that builds a network of full size on the meta device, by name and arguments, and keeps it.
+
+    The tests share the network: they copy what they change.
+    """
+
+    @functools.cache
+    def build(name: str, **kwargs: Any) -> nn.Module:
+        with torch.device("meta"):
+            return timm.create_model(name, **kwargs).eval()
+
+    return build

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import math
 
@@ -162,13 +161,6 @@ REGISTERED: dict[str, type[ConvMod]] = {
 }
 
 
-@functools.cache
-def on_meta(name: str) -> nn.Module:
-    """The network without memory for its weights: shared, not to be changed."""
-    with torch.device("meta"):
-        return timm.create_model(name)
-
-
 def modulations(model: nn.Module) -> set[type]:
     return {type(m) for m in model.modules() if isinstance(m, ConvMod)}
 
@@ -178,7 +170,7 @@ def test_registered_names():
 
 
 @pytest.mark.parametrize(("name", "weighting"), REGISTERED.items())
-def test_registered_network(name, weighting):
+def test_registered_network(name, weighting, on_meta):
     """The weighting in every block, and else the network without suffix: names, shapes, features, configuration."""
     model, plain = on_meta(name), on_meta(name.rsplit("_", 1)[0])
     assert modulations(model) == {weighting}

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from conv2former import checkpoints
 from conv2former.checkpoints import (
     authors_state_dict,
     convert,
     convert_authors_state_dict,
+    hub,
     load_pretrained,
     read_state_dict,
     save_pretrained,
@@ -471,7 +471,7 @@ def test_a_tag_sets_the_input_size(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         os.mkdir(directory)
         written.append(export.pretrained_cfg)
 
-    monkeypatch.setattr(checkpoints, "save_for_hf", save)
+    monkeypatch.setattr(hub, "save_for_hf", save)
     torch.save(zeros("conv2former_b", num_classes=2), tmp_path / "c.pth")
     for model in ("conv2former_b", "conv2former_b.untrained_384"):
         assert convert(tmp_path / "c.pth", tmp_path / model, model=model).model == "conv2former_b"
@@ -631,7 +631,7 @@ def test_a_failed_save_leaves_the_old_model(
         Path(directory, "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoints, "save_for_hf", fail)
+    monkeypatch.setattr(hub, "save_for_hf", fail)
     if isinstance(error, OSError):
         assert "No space left" in refusal(save_pretrained, model, folder)
     else:  # not the user's mistake

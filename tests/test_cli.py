@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from digits import TINY, one_picture, tiny_recipe, write_digits
 
 import conv2former_cli
 from conv2former.train import train
+from digits import TINY, one_picture, tiny_recipe, write_digits
 
 COMMANDS = ["train", "evaluate", "predict", "convert", "models", "recipes"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from digits import tiny_recipe, write_digits
 
 from conv2former.data.classification import (
     DigitsSource,
@@ -25,6 +24,7 @@ from conv2former.data.classification import (
 from conv2former.data.images import BadImage
 from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
 from conv2former.errors import UserError
+from digits import tiny_recipe, write_digits
 
 DATA = tiny_recipe().data
 WHOLE = tiny_recipe("data.val_fraction=0").data

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import typer.main
-from digits import tiny_recipe, write_digits
 
 import conv2former_cli
 from conv2former import zoo
 from conv2former.recipes import recipe_names
 from conv2former.recipes import schema as recipe_schema
 from conv2former.train import train
+from digits import tiny_recipe, write_digits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

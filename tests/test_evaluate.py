@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from digits import tiny_recipe, write_digits
 from timm.data import resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
@@ -16,6 +15,7 @@ from conv2former.data.classification import FolderSource, eval_transform
 from conv2former.errors import UserError
 from conv2former.evaluate import evaluate, pick_device
 from conv2former.train import train
+from digits import tiny_recipe, write_digits
 
 
 @pytest.fixture(scope="module")

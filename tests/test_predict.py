@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from digits import one_picture, tiny_recipe, write_digits
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from conv2former.errors import UserError
 from conv2former.predict import predict, run_predict
 from conv2former.train import train
+from digits import one_picture, tiny_recipe, write_digits
 
 
 @pytest.fixture(scope="module")

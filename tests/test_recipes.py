@@ -118,7 +118,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 def test_recipe_files_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    with pytest.raises(UserError, match="cannot read recipe .*mine.yaml: No such file"):
+    with pytest.raises(UserError, match=r"cannot read recipe .*mine\.yaml: No such file"):
         load_recipe(str(path))
     path.write_text("name: [")
     with pytest.raises(UserError, match="is not YAML"):
@@ -129,7 +129,7 @@ def test_recipe_files_of_ones_own(tmp_path: Path) -> None:
     raw = yaml.safe_load(load_recipe("quickstart").to_yaml())
     del raw["model"]["name"]
     path.write_text(yaml.safe_dump(raw))
-    with pytest.raises(UserError, match="'model.name' is missing"):
+    with pytest.raises(UserError, match=r"'model\.name' is missing"):
         load_recipe(str(path))
 
 
@@ -157,5 +157,5 @@ def test_a_model_that_cannot_be_built(section: list[str], message: str) -> None:
 
 def test_an_unknown_optimizer() -> None:
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="optim.name 'adamz'"):
+    with pytest.raises(UserError, match=r"optim\.name 'adamz'"):
         build_optimizer(model, load_recipe("quickstart", overrides=["optim.name=adamz"]).optim, lr=1.0)

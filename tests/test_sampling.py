@@ -20,13 +20,13 @@ def batches(**options: int) -> list[list[SampleKey]]:
 def test_an_epoch_gives_each_image_at_most_once_and_drops_the_rest() -> None:
     epoch = [key for batch in batches()[:5] for key in batch]
     assert {key.epoch for key in epoch} == {0}
-    assert len({key.index for key in epoch}) == 20
+    assert len({key.image for key in epoch}) == 20
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
     first, second = batches()[:5], batches()[5:10]
     assert {key.epoch for batch in second for key in batch} == {1}
-    assert [[k.index for k in batch] for batch in first] != [[k.index for k in batch] for batch in second]
+    assert [[k.image for k in batch] for batch in first] != [[k.image for k in batch] for batch in second]
     assert batches() == batches() != batches(seed=2)
 
 
@@ -53,7 +53,7 @@ def test_length() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_evaluation_sees_every_image_once(world: int) -> None:
     shares = [list(EvalSampler(17, rank=rank, world=world)) for rank in range(world)]
-    assert sorted(key.index for share in shares for key in share) == list(range(17))
+    assert sorted(key.image for share in shares for key in share) == list(range(17))
     assert [len(EvalSampler(17, rank=rank, world=world)) for rank in range(world)] == [len(s) for s in shares]
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from digits import tiny_recipe
 
 from conv2former.tasks.classification import ClassificationCounts, ClassificationTask, build_optimizer, scaled_lr
+from digits import tiny_recipe
 
 
 def test_counts_by_hand() -> None:

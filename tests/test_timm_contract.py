@@ -7,7 +7,6 @@ rest goes through the same entrypoints with small widths and depths, so that twe
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +51,6 @@ def small_args(name: str) -> dict[str, Any]:
     return args | (dict(dims=(8, 12, 16, 24), depths=(1, 1, 2, 1)) if name in PYRAMIDS else dict(dim=16, depth=5))
 
 
-@functools.cache
-def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """The network in full size without memory for its weights: shared, not to be changed."""
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
-
-
 def images(batch: int = 1, size: tuple[int, int] = (64, 48)) -> Tensor:
     return torch.randn(batch, 3, *size)
 
@@ -94,19 +86,9 @@ def test_full_size(name):
         assert model.eval()(images()).isfinite().all()
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_full_size_on_meta(name):
-    """The large ones in the quick run: shapes, and which parameters get a gradient."""
-    model = copy.deepcopy(on_meta(name)).train()
-    y = model(torch.empty(2, 3, 64, 64, device="meta"))
-    assert y.shape == (2, 1000)
-    y.mean().backward()
-    assert not [k for k, p in model.named_parameters() if p.grad is None or p.grad.shape != p.shape]
-
-
-def test_default_cfg(name):
-    """The configuration tells the truth about the network, at its own input size."""
-    model = copy.deepcopy(on_meta(name))
+def test_default_cfg(name, on_meta):
+    """The configuration tells the truth about the network, at its own input size; every parameter gets a gradient."""
+    model = on_meta(name)
     cfg = model.default_cfg
     assert model.num_classes == cfg["num_classes"] == 1000
     assert model.in_chans == cfg["input_size"][0] == 3
@@ -114,28 +96,31 @@ def test_default_cfg(name):
     assert model.state_dict()[f"{cfg['classifier']}.weight"].shape == (1000, model.head_hidden_size)
     assert model.state_dict()[f"{cfg['first_conv']}.weight"].shape[1] == 3
 
-    x = torch.empty(1, *cfg["input_size"], device="meta")
-    features = model.forward_features(x)
+    features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
     assert features.shape == (1, model.num_features, *cfg["pool_size"])
     assert model.feature_info[-1]["num_chs"] == model.num_features
-    smallest = torch.empty(1, *cfg["min_input_size"], device="meta")
-    assert model.forward_features(smallest).shape == (1, model.num_features, 1, 1)
+    y = model.forward_head(features)
+    assert y.shape == (1, 1000)
+    gradients = torch.autograd.grad(y.mean(), list(model.parameters()))
+    assert [g.shape for g in gradients] == [p.shape for p in model.parameters()]
 
-    assert model.head(features).shape == (1, 1000)
-    model.reset_classifier(0)
-    assert model.forward_head(features).shape == (1, model.head_hidden_size)
-    model.reset_classifier(0, "")
-    assert model.forward_head(features).shape == (1, model.head_hidden_size, *cfg["pool_size"])
+
+def test_smallest_input(small):
+    """``min_input_size`` is taken, and leaves one position."""
+    model = small()
+    features = model.forward_features(images(1, model.default_cfg["min_input_size"][1:]))
+    assert features.shape[-2:] == (1, 1)
+    assert model.forward_head(features).isfinite().all()
 
 
 @pytest.mark.parametrize("size", ["b", "l"])
-def test_configuration_for_384(size):
+def test_configuration_for_384(size, on_meta):
     cfg = on_meta(f"conv2former_{size}.untrained_384").default_cfg
     assert (cfg["input_size"], cfg["pool_size"], cfg["crop_pct"]) == ((3, 384, 384), (12, 12), 1.0)
     assert on_meta(f"conv2former_{size}").default_cfg["input_size"] == (3, 224, 224)
 
 
-def test_data_config(name):
+def test_data_config(name, on_meta):
     """The preprocessing that timm derives, with the authors' mean and deviation."""
     config = resolve_model_data_config(on_meta(name))
     size = 64 if name == "conv2former_test" else 224
@@ -145,7 +130,7 @@ def test_data_config(name):
 
 
 @pytest.mark.parametrize("coarse", [False, True], ids=["fine", "coarse"])
-def test_layer_groups(name, coarse):
+def test_layer_groups(name, coarse, on_meta):
     """Each parameter is in one group; ids rise from the stem over the blocks to the classifier."""
     model = on_meta(name)
     ids = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
@@ -162,7 +147,7 @@ def test_layer_groups(name, coarse):
     assert last == expected
 
 
-def test_layer_decay(name):
+def test_layer_decay(name, on_meta):
     """timm's layer-wise decay takes all parameters once: full rate at the classifier, least at the stem."""
     model = on_meta(name)
     groups = param_groups_layer_decay(
@@ -179,7 +164,7 @@ def test_layer_decay(name):
             assert of_parameter[id(p)]["lr_scale"] == 1
 
 
-def test_no_weight_decay_names_parameters(name):
+def test_no_weight_decay_names_parameters(name, on_meta):
     model = on_meta(name)
     assert model.no_weight_decay() <= {k for k, _ in model.named_parameters()}
 
@@ -281,13 +266,16 @@ def test_features_only(small, out_indices):
     assert_equal(maps, model.forward_intermediates(x, indices=list(out_indices), intermediates_only=True), atol=1e-5)
 
 
-def test_default_features_of_the_full_network(name):
-    """Strides 4 to 32; or four blocks at stride 16, the last one among them."""
-    features = on_meta(name, features_only=True)
-    x = torch.empty(1, 3, 96, 64, device="meta")
+def test_default_features(name, on_meta):
+    """Strides 4 to 32 in the network's widths; or four of the 18 blocks at stride 16, the last one among them."""
     pyramid = name in PYRAMIDS
-    assert features.feature_info.reduction() == ([4, 8, 16, 32] if pyramid else [16] * 4)
-    assert [m.shape[-2:] for m in features(x)] == [(96 // r, 64 // r) for r in features.feature_info.reduction()]
+    features = on_meta(name, features_only=True, **(dict(depths=(1, 1, 1, 1)) if pyramid else {}))
+    reductions = [4, 8, 16, 32] if pyramid else [16] * 4
+    assert features.feature_info.reduction() == reductions
+    assert features.feature_info.channels() == [m["num_chs"] for m in on_meta(name).feature_info][-4:]
+    maps = features(torch.empty(1, 3, 96, 64, device="meta"))
+    assert [m.shape[1] for m in maps] == features.feature_info.channels()
+    assert [m.shape[-2:] for m in maps] == [(96 // r, 64 // r) for r in reductions]
     expected = [f"stages.{i}" for i in range(4)] if pyramid else [f"stages.0.blocks.{i}" for i in (3, 8, 12, 17)]
     assert features.feature_info.module_name() == expected
 
@@ -496,7 +484,7 @@ def test_hub_folder(small, name, tmp_path):
 
 def test_factory_options(name):
     """timm's device and dtype."""
-    model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16, **small_args(name))
     tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
     assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.bfloat16)}
 

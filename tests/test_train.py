@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from digits import TINY, tiny_recipe, write_digits
 from safetensors.torch import load_file
 
 from conv2former import train as engine
 from conv2former.errors import UserError
 from conv2former.run import RunFolder
 from conv2former.train import Interrupted, train
+from digits import TINY, tiny_recipe, write_digits
 
 EVERYTHING = ["augment.mixup=0.8", "augment.cutmix=1.0", "augment.random_erasing=0.25", "model.drop_path_rate=0.3"]
 

@@ -240,9 +240,9 @@ class Head(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.hidden_size = hidden_size
-        self.conv = nn.Linear(in_features, hidden_size)
-        self.act = nn.GELU()
-        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.conv: nn.Module = nn.Linear(in_features, hidden_size)
+        self.act: nn.Module = nn.GELU()
+        self.norm: nn.Module = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type)
 
@@ -329,7 +329,7 @@ class Conv2Former(nn.Module):
         depths: tuple[int, ...] = (3, 3, 12, 3),
         kernel_size: int = 11,
         stem_stride: int = 4,
-        stem: nn.Module | None = None,
+        stem: Any = None,
         mlp_ratio: float = 4.0,
         head_hidden_size: int = 1280,
         ls_init_value: float | None = 1e-6,

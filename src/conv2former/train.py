@@ -167,8 +167,8 @@ class _Trainer:
         self.steps_per_epoch = steps_per_epoch(len(splits.train), global_batch)
         self.steps = recipe.schedule.epochs * self.steps_per_epoch
         self.position = Position()
-        # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in double
-        # precision, so that the sum is the same wherever a stop cuts it in two
+        # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
+        # double precision, so that the sum is the same wherever a stop cuts it in two
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
 
         engine, data = recipe.engine, recipe.data

@@ -28,7 +28,7 @@ class ImageSource(Protocol):
     """A set of labelled images."""
 
     classes: list[str]
-    targets: Sequence[int]
+    targets: list[int]
 
     def __len__(self) -> int: ...
 
@@ -258,11 +258,11 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, int] | BadImage:
         try:
-            image = self.source.load(key.index)
+            image = self.source.load(key.image)
         except BadImage as error:
             return error
         with seeded(Purpose.AUGMENT, self.seed, *key):
-            return self.transform(image), self.source.targets[key.index], key.index
+            return self.transform(image), self.source.targets[key.image], key.image
 
 
 def collate(samples: list[Any]) -> Batch | BadImage:

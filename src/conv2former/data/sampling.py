@@ -31,7 +31,7 @@ class SampleKey(NamedTuple):
     """One image in one epoch."""
 
     epoch: int
-    index: int
+    image: int
 
 
 def derive_seed(purpose: Purpose, *key: int) -> int:

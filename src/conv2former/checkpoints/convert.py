@@ -1,0 +1,249 @@
+"""The authors' checkpoints to ours: names, shapes, and the folder that timm loads."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from conv2former import model as hierarchical
+from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
+from conv2former.checkpoints.reading import StrPath, extract_weights, read_checkpoint, some
+from conv2former.errors import UserError
+
+# The authors' modules and ours. {i}: stage, {j}: block, {n}: LayerNorm 0 or convolution 1 of a downsampling. The last
+# column marks the 1x1 convolutions, (out, in, 1, 1) with them and (out, in) with us. The first match counts, so that
+# the stem, their downsample_layers.0, comes before the downsamplings.
+NAMES = [
+    ("downsample_layers.0.0", "stem.conv1", False),
+    ("downsample_layers.0.2", "stem.norm1", False),
+    ("downsample_layers.0.3", "stem.conv2", False),
+    ("downsample_layers.0.5", "stem.norm2", False),
+    ("downsample_layers.0.6", "stem.conv3", False),
+    ("downsample_layers.{i}.{n}", "stages.{i}.downsample.{n}", False),
+    ("stages.{i}.{j}.attn.norm", "stages.{i}.blocks.{j}.norm1", False),
+    ("stages.{i}.{j}.attn.att.0", "stages.{i}.blocks.{j}.mod.w1", True),
+    ("stages.{i}.{j}.attn.att.2", "stages.{i}.blocks.{j}.mod.dwconv", False),
+    ("stages.{i}.{j}.attn.v", "stages.{i}.blocks.{j}.mod.w2", True),
+    ("stages.{i}.{j}.attn.proj", "stages.{i}.blocks.{j}.mod.proj", True),
+    ("stages.{i}.{j}.layer_scale_1", "stages.{i}.blocks.{j}.ls1.gamma", False),
+    ("stages.{i}.{j}.mlp.norm", "stages.{i}.blocks.{j}.norm2", False),
+    ("stages.{i}.{j}.mlp.fc1", "stages.{i}.blocks.{j}.mlp.fc1", True),
+    ("stages.{i}.{j}.mlp.pos", "stages.{i}.blocks.{j}.mlp.dwconv", False),
+    ("stages.{i}.{j}.mlp.fc2", "stages.{i}.blocks.{j}.mlp.fc2", True),
+    ("stages.{i}.{j}.layer_scale_2", "stages.{i}.blocks.{j}.ls2.gamma", False),
+    ("head.0", "head.conv", True),
+    ("head.2", "head.norm", False),
+    ("pred", "head.fc", False),
+]
+
+
+def convert_authors_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names and shapes to ours; names that are not theirs, ours among them, stay as they are.
+
+    Args:
+        state_dict: As in the authors' checkpoints, 1x1 convolutions (out, in, 1, 1).
+
+    Returns:
+        The same tensors under the names of ``conv2former.Conv2Former``, linear layers (out, in).
+
+    Raises:
+        UserError: Two names stand for the same parameter.
+    """
+    return rename(state_dict, [(compile_template(theirs), ours, linear) for theirs, ours, linear in NAMES], to_linear)
+
+
+def authors_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``convert_authors_state_dict``: the hierarchical network's names to the authors'."""
+    return rename(state_dict, [(compile_template(ours), theirs, linear) for theirs, ours, linear in NAMES], to_conv)
+
+
+def compile_template(template: str) -> re.Pattern[str]:
+    """A pattern for the names under a module of the table; group ``tail`` is '.weight' and the like, or empty."""
+    pattern = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(template))
+    return re.compile(rf"{pattern}(?P<tail>(?:\.\w+)?)")
+
+
+def rename(
+    state_dict: Mapping[str, Tensor], table: list[tuple[re.Pattern[str], str, bool]], reshape: Any
+) -> dict[str, Tensor]:
+    """Every tensor under its new name, weights of the marked rows reshaped."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        for pattern, template, linear in table:
+            if match := pattern.fullmatch(name):
+                groups = match.groupdict()
+                name = template.format(**groups) + groups["tail"]
+                tensor = reshape(tensor) if linear and groups["tail"] == ".weight" else tensor
+                break
+        if name in renamed:
+            raise UserError(f"the checkpoint holds {name} under two names: save one model alone")
+        renamed[name] = tensor
+    return renamed
+
+
+def to_linear(weight: Tensor) -> Tensor:
+    """(out, in, 1, 1) -> (out, in); any other shape stays and is reported where it does not fit."""
+    return weight.flatten(1) if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight
+
+
+def to_conv(weight: Tensor) -> Tensor:
+    """(out, in) -> (out, in, 1, 1)."""
+    return weight[:, :, None, None] if weight.ndim == 2 else weight
+
+
+MEAN_STD = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What ``convert`` did.
+
+    Attributes:
+        folder: The folder written.
+        model: Registered name of the architecture.
+        kernel_size: Side of the modulation kernel, read off the checkpoint.
+        num_classes: Classes, read off the checkpoint.
+        parameters: Number of parameters.
+        normalisation: 'imagenet' or 'half', as recorded.
+        ema: Whether the weights are a moving average.
+        source: Name of the file converted.
+        sha256: Its hash.
+    """
+
+    folder: Path
+    model: str
+    kernel_size: int
+    num_classes: int
+    parameters: int
+    normalisation: str
+    ema: bool
+    source: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.model}, kernel {self.kernel_size}, {self.num_classes} classes, "
+            f"{self.parameters:,} parameters, {'averaged weights' if self.ema else 'weights'} of {self.source} "
+            f"(sha256 {self.sha256}), normalisation {self.normalisation}"
+        )
+
+
+def convert(
+    src: StrPath,
+    dst: StrPath,
+    *,
+    model: str,
+    mean_std: Literal["imagenet", "half"] = "imagenet",
+    ema: bool = True,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Turns a checkpoint with the authors' names, or with ours, into a folder in timm's hub layout.
+
+    The kernel size and the number of classes come from the checkpoint; the stride of the stem, which leaves no trace in
+    the weights, is taken for the paper's. The result loads with ``timm.create_model("local-dir:DST", pretrained=True)``
+    and with ``load_pretrained``.
+
+    Args:
+        src: The checkpoint, see ``read_state_dict``.
+        dst: The folder to write.
+        model: A registered hierarchical Conv2Former; a tag sets the input size (``conv2former_b.untrained_384``).
+        mean_std: Normalisation of the images to record. The authors' README says ImageNet's mean and deviation;
+            the default of their old library was 0.5 and 0.5 ('half'). Evaluate both where accuracy looks low.
+        ema: Prefer the moving average of the weights.
+        overwrite: Replace a model that is in ``dst`` already. A folder with anything else in it is never replaced.
+
+    Raises:
+        UserError: Unknown model, unreadable checkpoint, a checkpoint that does not fit the model, ``dst`` taken or not
+            writable.
+    """
+    if mean_std not in MEAN_STD:
+        raise UserError(f"mean_std is {mean_std!r}: use 'imagenet' or 'half'")
+    architecture = check_model_name(model)
+    src, dst = Path(src), Path(dst)
+    check_replaceable(dst, overwrite=overwrite)
+
+    weights, averaged = extract_weights(read_checkpoint(src), src, ema=ema)
+    state_dict = convert_authors_state_dict(weights)
+    kernel = state_dict.get("stages.0.blocks.0.mod.dwconv.weight")
+    if kernel is None or kernel.ndim != 4:
+        raise UserError(
+            f"{src} is not a Conv2Former checkpoint: it has no depthwise convolution (theirs: stages.0.0.attn.att.2, "
+            f"ours: stages.0.blocks.0.mod.dwconv) but {some(list(weights))}"
+        )
+    kernel_size = kernel.shape[-1]
+    if kernel_size % 2 == 0:
+        raise UserError(f"{src} has modulation kernels of side {kernel_size}: Conv2Former's are odd")
+    classifier = state_dict.get("head.fc.bias")
+    num_classes = 0 if classifier is None else classifier.numel()
+
+    model_args: dict[str, Any] = dict(kernel_size=kernel_size, num_classes=num_classes)
+    if difference := differences(expected_shapes(model, **model_args), state_dict):
+        fitting = [
+            name for name in family() if not differences(expected_shapes(name, **model_args), state_dict)
+        ]  # the sizes differ in width or depth, so that one fits at most
+        advice = f"it fits {fitting[0]}: give that as model" if fitting else "it fits no registered size"
+        raise UserError(f"{src} does not fit {architecture}: {difference}; {advice}")
+
+    mean, std = MEAN_STD[mean_std]
+    network = timm.create_model(model, **model_args)
+    network.load_state_dict(state_dict)
+    with open(src, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    provenance = dict(source=src.name, sha256=sha256, normalisation=mean_std, ema=averaged)
+    save_pretrained(
+        network,
+        dst,
+        model_args=dict(kernel_size=kernel_size),
+        # nobody states a license for the authors' weights, so none is recorded
+        pretrained_cfg=dict(mean=mean, std=std, license=None),
+        extra=dict(conv2former=provenance),
+    )
+    return ConvertReport(
+        folder=dst,
+        model=architecture,
+        kernel_size=kernel_size,
+        num_classes=num_classes,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        normalisation=mean_std,
+        ema=averaged,
+        source=src.name,
+        sha256=sha256,
+    )
+
+
+def family() -> list[str]:
+    """Registered names of the hierarchical network, the paper's sizes first; its ablations are not among them."""
+    names = [
+        name
+        for name in timm.list_models("conv2former*")
+        if timm.model_entrypoint(name).__module__ == hierarchical.__name__
+    ]
+    return sorted(names, key=lambda name: name.removeprefix("conv2former_") not in hierarchical.SIZES)
+
+
+def check_model_name(model: str) -> str:
+    """The architecture that ``model`` names, tag taken off."""
+    architecture, _, tag = model.partition(".")
+    if architecture in family():
+        try:
+            get_pretrained_cfg(model)
+        except RuntimeError as error:
+            raise UserError(f"{architecture} has no variant {tag!r}: leave it out, or see timm's registry") from error
+        return architecture
+    if timm.is_model(architecture):
+        raise UserError(f"{architecture} is not a network of the authors' checkpoints: use one of {some(family(), 5)}")
+    nearest = difflib.get_close_matches(architecture, family(), n=1, cutoff=0)[0]
+    raise UserError(f"there is no model {architecture!r}: the nearest name is {nearest}")

@@ -1,0 +1,243 @@
+"""Folders in timm's hub layout: written whole or not at all, read with a check that the weights fit."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import filter_pretrained_cfg, save_for_hf
+from timm.models._hub import load_model_config_from_path
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from conv2former.checkpoints.reading import StrPath, read_state_dict, reason, some
+from conv2former.errors import UserError
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
+RUN_FOLDERS = ("best", "last")
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: StrPath,
+    *,
+    label_names: list[str] | None = None,
+    model_args: dict[str, Any] | None = None,
+    pretrained_cfg: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a timm model in hub layout, whole or not at all; a model that is in ``folder`` already is replaced.
+
+    The files are written to a hidden folder beside ``folder``, which is renamed when complete. Whoever is killed on the
+    way leaves the old model in place (between two renames: beside it, as ``.NAME.PID.old``).
+
+    Args:
+        model: A model built by timm, without wrappers such as DistributedDataParallel. It is not changed.
+        folder: Where to; parents are made.
+        label_names: Names of the classes, in order.
+        model_args: Arguments of ``timm.create_model`` that the architecture's name does not imply, such as
+            ``kernel_size``. Newer timm records those that the model was built with by itself, older does not.
+        pretrained_cfg: Changes to the preprocessing and the rest of timm's ``pretrained_cfg``; None takes an entry out.
+        extra: Further top-level entries of ``config.json``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: ``folder`` is a file, holds something else than a model, or cannot be written.
+        ValueError: Another number of ``label_names`` than the model has classes.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(f"{len(label_names)} label names for {model.num_classes} classes: give one for each")
+    folder = Path(folder)
+    check_replaceable(folder, overwrite=True)
+    folder = folder.resolve()
+
+    # save_for_hf takes the weights and the configuration from the model: a shallow copy gets what shall be written
+    export: Any = copy.copy(model)
+    export.pretrained_cfg = exported_cfg(model, pretrained_cfg or {})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    export.state_dict = lambda: tensors
+    model_config = dict(extra or {}) | ({"label_names": list(label_names)} if label_names else {})
+
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            save_for_hf(export, str(new), model_config=model_config, model_args=model_args, safe_serialization=True)
+            swap(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({reason(error)}): give a folder on a disk with room") from error
+    return folder
+
+
+def exported_cfg(model: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """The model's ``pretrained_cfg`` as it describes the weights of now: without their source, tag and old labels."""
+    cfg = dict(model.pretrained_cfg)
+    dropped = {"state_dict", "tag"}
+    if cfg.get("num_classes") != model.num_classes:
+        dropped |= {"label_names", "label_descriptions", "label_offset"}
+    cfg = (
+        {key: value for key, value in cfg.items() if key not in dropped} | changes | {"num_classes": model.num_classes}
+    )
+    return filter_pretrained_cfg(cfg, remove_source=True)
+
+
+def check_replaceable(folder: Path, *, overwrite: bool) -> None:
+    """Refuses a target that is a file, a model unless ``overwrite``, or a folder with anything that is not ours."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder")
+    try:
+        files = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({reason(error)}): give another folder") from error
+    foreign = [name for name in files if name not in (CONFIG_FILE, WEIGHT_FILES[0])]
+    if foreign:
+        raise UserError(f"{folder} holds {some(foreign)} and is not replaced: give a new folder")
+    if files and not overwrite:
+        raise UserError(f"{folder} holds a model already: give a new folder, or overwrite it")
+
+
+def swap(new: Path, folder: Path) -> None:
+    """Puts a complete folder in the place of ``folder``, which comes back where that fails."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
+    """Builds the model of a folder in timm's hub layout, with its weights, in evaluation mode, on the CPU.
+
+    As ``timm.create_model("local-dir:PATH", pretrained=True, **model_args)``, but the weights go through
+    ``read_state_dict``, because timm before 1.0.26 executes the pickles that it finds in such a folder, and they are
+    held against the folder's configuration first, because timm lets missing weights pass when ``num_classes`` changes.
+
+    Args:
+        path: The folder, its weights file, or a training run's folder, of which ``best/`` is taken, else ``last/``.
+        **model_args: For ``timm.create_model``: ``num_classes``, ``in_chans``, ``features_only``, ``drop_path_rate``.
+
+    Raises:
+        UserError: No such path, not such a folder, a checkpoint that has to be converted, a damaged file, an
+            architecture that timm does not know, weights that do not fit.
+    """
+    folder, weights = find_model(Path(path))
+    cfg, architecture, saved_args = read_config(folder)
+    state_dict = read_state_dict(weights)
+    try:
+        expected = expected_shapes(architecture, cfg, **saved_args)
+    except Exception as error:  # nothing but the file's own values goes in
+        raise UserError(
+            f"{folder / CONFIG_FILE} does not describe a model that timm can build ({reason(error)}): "
+            "mend it, or save the model again"
+        ) from error
+    if difference := differences(expected, state_dict):
+        raise UserError(f"{weights} does not fit {CONFIG_FILE} beside it ({architecture}): {difference}")
+
+    cfg = cfg | {"state_dict": state_dict}
+    model = timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **(saved_args | model_args))
+    for module in model.modules():  # timm keeps a copy of the weights in every pretrained_cfg
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+    return model.eval()
+
+
+def find_model(path: Path) -> tuple[Path, Path]:
+    """The folder with ``config.json`` that ``path`` means, and its weights file."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}")
+    if not path.is_dir():
+        if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
+            return path.parent, path
+        raise UserError(
+            f"{path} is a bare file without a {CONFIG_FILE} that says which model it is: turn a checkpoint into a "
+            f"folder first, `conv2former convert {path} DST --model NAME`, and give DST"
+        )
+    for folder in (path, *(path / name for name in RUN_FOLDERS)):
+        if (folder / CONFIG_FILE).is_file():
+            for name in WEIGHT_FILES:
+                if (folder / name).is_file():
+                    return folder, folder / name
+            raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: copy the weights as well")
+    raise UserError(
+        f"{path} has no {CONFIG_FILE}: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}, or a run's folder with "
+        "best/ or last/ in it"
+    )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """``pretrained_cfg``, architecture and ``model_args`` of a ``config.json``, as timm reads them."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise UserError(f"{path} is not JSON ({reason(error)}): copy it again, or save the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise UserError(f"{path} names no architecture: expected the configuration that timm writes for a model")
+    for key in ("pretrained_cfg", "model_args"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{path} has a {key} that is no JSON object: expected what timm writes for a model")
+    architecture = config["architecture"]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models("conv2former*"), n=1)
+        advice = f"the nearest name is {near[0]}" if near else "import the package that registers it, or update timm"
+        raise UserError(f"{path} names the architecture {architecture!r}, which timm does not know: {advice}")
+    cfg, architecture, model_args = load_model_config_from_path(folder)
+    return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
+
+
+class SkipFilling(TorchFunctionMode):
+    """Leaves out the arithmetic of initialisation, most of the time that a model on the meta device takes to build."""
+
+    FILLING = frozenset({"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The tensor as it is for a method that fills it, the function's result otherwise."""
+        filling = args and getattr(func, "__name__", "") in self.FILLING
+        return args[0] if filling else func(*args, **(kwargs or {}))
+
+
+def expected_shapes(name: str, pretrained_cfg: dict[str, Any] | None = None, **model_args: Any) -> dict[str, Any]:
+    """Names and shapes of the state dict of a timm model."""
+    try:
+        with torch.device("meta"), SkipFilling():
+            model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **model_args)
+    except (NotImplementedError, RuntimeError):  # models outside this package that look at values while they are built
+        model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **model_args)
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def differences(expected: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
+    """The first names that a model and a state dict do not share, on one line; empty where they fit."""
+    missing = [name for name in expected if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in expected]
+    shapes = [
+        f"{name} is {tuple(state_dict[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state_dict and state_dict[name].shape != shape
+    ]
+    parts = [f"missing {some(missing)}"] * bool(missing)
+    parts += [f"unexpected {some(unexpected)}"] * bool(unexpected)
+    parts += [some(shapes)] * bool(shapes)
+    return "; ".join(parts)

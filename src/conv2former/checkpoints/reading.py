@@ -1,0 +1,204 @@
+"""Reading a checkpoint of any origin without running what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conv2former.errors import UserError
+
+StrPath = str | os.PathLike[str]
+
+# What timm-style checkpoints hold beyond tensors, numbers and containers: the command line. A Namespace is attributes
+# and nothing else. NumPy's constructors are left out on purpose: no known checkpoint needs them.
+SAFE_GLOBALS: list[Any] = [argparse.Namespace]
+
+EMA_KEYS = ("state_dict_ema", "model_ema")
+PLAIN_KEYS = ("state_dict", "model")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+def read_state_dict(path: StrPath, *, ema: bool = True) -> dict[str, Tensor]:
+    """Reads the weights of a checkpoint without executing anything in it.
+
+    ``.safetensors`` is read by safetensors, anything else by ``torch.load(weights_only=True)``. The state dict may be
+    the top level or sit under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, these also nested. The
+    prefixes of DistributedDataParallel and torch.compile go; whatever is not a tensor (optimizer, arguments, epoch) is
+    left out.
+
+    Args:
+        path: The file.
+        ema: Take the moving average of the weights where the file has one; False takes the weights themselves. A file
+            with a single set of weights under ``state_dict`` or at its top level reads the same either way.
+
+    Returns:
+        Names to tensors on the CPU, in the file's order.
+
+    Raises:
+        UserError: No such file, a folder, not a checkpoint, damaged, refused because reading it could run code, without
+            weights, or (``ema=False``) with averaged weights only.
+    """
+    return extract_weights(read_checkpoint(Path(path)), path, ema=ema)[0]
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What the file holds, tensors on the CPU; see ``read_state_dict``."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist: give the path of a checkpoint file")
+    if os.path.isdir(path):
+        unpacked = [*path.glob("data.pkl"), *path.glob("*/data.pkl")]
+        advice = " (a .pth.tar is one file: do not unpack it)" if unpacked else ""
+        raise UserError(f"{path} is a folder: give the checkpoint file itself{advice}")
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty (0 bytes): copy or download it again")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return load_pickle(path)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file decides which error its bytes end in: KeyError, EOFError, struct.error
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason(error)}): it is damaged, cut short or something else; "
+            "copy or download it again"
+        ) from error
+
+
+def load_pickle(path: Path) -> Any:
+    """``torch.load`` restricted to data: tensors and containers, then once more with ``SAFE_GLOBALS`` besides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on the pickle's protocol; what matters becomes a UserError
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            pass
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                refused = refused_globals(path, error)
+                if not refused:
+                    raise
+                raise UserError(
+                    f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused)}, which "
+                    "the safe reader does not take; where you trust the file, save its weights alone with "
+                    "torch.save(state_dict, FILE) and give that one"
+                ) from error
+
+
+def refused_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    """Names of the classes and functions that made ``torch.load`` refuse a file; none where it is merely damaged."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not torch's zip format, or a pickle protocol that torch does not read
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        return [named[1]] if named else pickle_globals(path)
+
+
+def pickle_globals(path: Path) -> list[str]:
+    """Names of everything that a pickle would import, read off its bytes; nothing is imported or run."""
+    names: set[str] = set()
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                record = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                with archive.open(record) as file:
+                    collect_globals(file, names)
+        else:
+            with open(path, "rb") as file:
+                collect_globals(file, names)
+    except Exception:  # bytes that are no pickle: what was found before them counts
+        pass
+    # a list is cut after a few, and the harmless ones that every checkpoint has are not why it was refused
+    return sorted(names, key=lambda name: (name.startswith(("torch.", "collections.")), name))
+
+
+def collect_globals(file: IO[bytes], names: set[str]) -> None:
+    """Adds the globals of one pickle to ``names``. Protocol 4 takes module and name from the last two strings."""
+    strings = [""]
+    memo: dict[int, str] = {}
+    arg: Any
+    for opcode, arg, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":
+            names.add(arg.replace(" ", "."))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(".".join(strings[-2:]))
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1]
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[arg] = strings[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            strings.append(memo.get(arg, ""))
+        elif isinstance(arg, str):
+            strings.append(arg)
+
+
+def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[str, Tensor], bool]:
+    """The state dict inside a checkpoint, and whether it is a moving average; see ``read_state_dict``."""
+    averaged = False
+    for _ in range(4):  # a bound, because a pickle can hold a dictionary that contains itself
+        if not isinstance(checkpoint, Mapping):
+            break
+        inside = [key for key in EMA_KEYS + PLAIN_KEYS if isinstance(checkpoint.get(key), Mapping) and checkpoint[key]]
+        if not inside:
+            break
+        if not ema and inside[0] in EMA_KEYS:
+            inside = [key for key in inside if key in PLAIN_KEYS]
+            if not inside:
+                raise UserError(
+                    f"{path} holds only moving averages of the weights: take those, without ema=False (--no-ema)"
+                )
+        averaged = averaged or inside[0] in EMA_KEYS
+        checkpoint = checkpoint[inside[0]]
+
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__} and not a state dict: give a model's checkpoint")
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        keys = some([str(key) for key in checkpoint]) or "nothing"
+        raise UserError(f"{path} holds no weights, only {keys}: give a model's checkpoint")
+    state_dict: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = strip_wrappers(key)
+        if name in state_dict:
+            raise UserError(f"{path} holds {name} twice, with and without a wrapper's prefix: save one model alone")
+        # sparse, quantized and meta tensors would fail later in a less clear way
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise UserError(f"{path} holds {name} in a form without plain values: save dense tensors")
+        state_dict[name] = value.detach()
+    return state_dict, averaged
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without the prefixes that wrappers put before it."""
+    while name.startswith(WRAPPER_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, pickle.UnpicklingError):  # torch's text advises to read the file unsafely
+        return "not a pickle of tensors"
+    sentence = re.split(r"\. |\n", str(error).strip())[0]
+    return sentence[:160] or type(error).__name__
+
+
+def some(items: list[str], limit: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
