@@ -20,7 +20,7 @@ quickstart: $(VENV)/.installed ## set up, train on real digits, predict, evaluat
 	@$(BIN)/conv2former evaluate $(RUN)
 
 test: $(VENV)/.installed-dev lint ## set up, check style and types, run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .

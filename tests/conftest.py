@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 from torch import nn
 
 import conv2former  # noqa: F401  registers the names
+
+# The tests' tensors are small. On a busy machine more threads wait for each other: minutes instead of seconds.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(autouse=True)

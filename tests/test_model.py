@@ -25,7 +25,7 @@ from conv2former.model import Block, ConvMod, Mlp, drop_path_rates
 
 SHAPES_FILE = Path(__file__).parent / "fixtures" / "state_dict_shapes.json"
 
-NETWORKS = sorted(timm.list_models(module="model") + timm.list_models(module="isotropic"))
+NETWORKS = sorted(name for module in ("model", "isotropic") for name in timm.list_models("conv2former*", module=module))
 
 # small versions, by the arguments of the entrypoints
 SHALLOW: dict[str, Any] = dict(dims=(8, 12, 16, 24), depths=(1, 1, 2, 1), head_hidden_size=20, num_classes=7)
@@ -331,25 +331,19 @@ def test_new_classifier_is_initialised_alike():
     assert (model.head.fc.bias == 0).all()
 
 
-def test_layer_scale_value():
-    def scales(value: float | None) -> dict[str, Tensor]:
-        model = timm.create_model("conv2former_test", ls_init_value=value)
-        return {k: v for k, v in model.named_parameters() if k.endswith("gamma")}
+@pytest.mark.parametrize("value", [0.5, None])
+def test_layer_scale_value(value):
+    """In both branches of all five blocks; None leaves the parameters out."""
+    scales = [v for k, v in timm.create_model("conv2former_test", ls_init_value=value).named_parameters() if "ls" in k]
+    assert len(scales) == (0 if value is None else 2 * 5)
+    assert all((v == value).all() for v in scales)
 
-    assert len(scales(0.5)) == 2 * 5
-    assert all((v == 0.5).all() for v in scales(0.5).values())
 
-
-def test_no_layer_scale():
-    """None leaves the parameters out, and the output is that of scales of 1."""
-    with_scale = timm.create_model("conv2former_test", ls_init_value=1.0).eval()
-    without = Block(8, 5, ls_init_value=None)
-    assert not any("ls" in k for k in without.state_dict())
-    reference = Block(8, 5, ls_init_value=1.0)
-    reference.load_state_dict(without.state_dict(), strict=False)
+def test_no_layer_scale_is_a_scale_of_1():
+    without, with_ones = Block(8, 5, ls_init_value=None), Block(8, 5, ls_init_value=1.0)
+    with_ones.load_state_dict(without.state_dict(), strict=False)
     x = torch.randn(2, 6, 7, 8)
-    assert torch.equal(without(x), reference(x))
-    assert with_scale(torch.randn(1, 3, 32, 32)).isfinite().all()
+    assert torch.equal(without(x), with_ones(x))
 
 
 @pytest.mark.parametrize(("name", "depth"), [("conv2former_t", 21), ("conv2former_n", 14), ("conv2former_is", 18)])
@@ -484,8 +478,7 @@ def test_layout_of_the_input_does_not_matter(fill):
     layouts = [
         x.contiguous(memory_format=torch.channels_last),
         x.transpose(2, 3).contiguous().transpose(2, 3),
-        torch.cat([x, x], 3)[..., ::1][..., :64],
-        x.flip(0).flip(0),
+        torch.cat([x, x], 3)[..., :64],
     ]
     with torch.inference_mode():
         expected = model(x)

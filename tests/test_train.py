@@ -190,6 +190,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     assert f"stopped at step {state['position']['step']}," in errors
 
 
+def test_two_processes_share_the_work(data: Path, tmp_path: Path) -> None:
+    options = [f"--set={override}" for override in [*TINY, "engine.devices=2", "optim.batch_size=8"]]
+    command = [sys.executable, "-m", "conv2former_cli", "train", "--recipe=quickstart", f"--data={data}", *options]
+    answer = subprocess.run([*command, f"--out={tmp_path / 'run'}"], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "batch 8 x 2 processes x 1 accumulated = 16" in answer.stderr
+    assert answer.stdout.count("top-1") == 1
+    rows = RunFolder(tmp_path / "run").rows("epoch")
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    # every validation image counted once over both processes, in the loop and in the report
+    assert "of 16)" in answer.stderr and json.loads((tmp_path / "run" / "evaluation.json").read_text())["images"] == 16
+
+
 def test_a_finished_run_resumes_to_its_report(finished: Path) -> None:
     before = weights(finished)
     result = train(None, data=None, out=finished, resume=True)

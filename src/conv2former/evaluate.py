@@ -96,7 +96,7 @@ def evaluate_source(
     model.eval().to(place)
     dataset = ImageDataset(source, eval_transform(resolve_model_data_config(model)))
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers)
-    counts = ClassificationCounts(model.num_classes).to(place)
+    counts = ClassificationCounts(model.num_classes, sync_on_compute=False).to(place)
     columns: list[list[np.ndarray]] = []
     for batch in loader:
         images, targets, _ = checked(batch)

@@ -261,12 +261,12 @@ class _Trainer:
         self.progress.step(position.step, seconds=time.perf_counter() - started, loss=loss, lr=lr)
 
     def _flush_loss(self) -> float:
-        """Moves the pending losses into the position and returns their mean.
+        """Moves the pending losses, averaged over processes, into the position and returns their mean over steps.
 
         Raises:
             UserError: One of them is not finite.
         """
-        total, steps = float(self.pending), self.pending_steps
+        total, steps = float(self.fabric.all_reduce(self.pending, reduce_op="mean")), self.pending_steps
         self.pending.zero_()
         self.pending_steps = 0
         if not math.isfinite(total):

@@ -25,6 +25,7 @@ class ClassificationCounts(Metric):
 
     Args:
         num_classes: Classes K. Top-5 is top-K where there are fewer than five.
+        **kwargs: Of torchmetrics, ``sync_on_compute=False`` for the counts of one process.
     """
 
     full_state_update = False
@@ -33,8 +34,8 @@ class ClassificationCounts(Metric):
     correct_top5: Tensor
     loss_sum: Tensor
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.top_k = min(5, num_classes)
         per_class = torch.zeros(num_classes, dtype=torch.long)
         self.add_state("seen", per_class.clone(), dist_reduce_fx="sum")
