@@ -23,7 +23,9 @@ def main() -> None:
     registered = command("models", "--markdown").splitlines()
     rows = "\n".join(line for line in registered if "ablation" not in line and "conv2former_test" not in line)
     readme = ROOT / "README.md"
-    text = re.sub(r"(<!-- models:.*?-->\n).*?(<!-- /models -->)", rf"\g<1>{rows}\n\g<2>", readme.read_text(), flags=re.S)
+    text = re.sub(
+        r"(<!-- models:.*?-->\n).*?(<!-- /models -->)", rf"\g<1>{rows}\n\g<2>", readme.read_text(), flags=re.S
+    )
     readme.write_text(text)
 
 

@@ -94,19 +94,19 @@ BAD = [
     (["train", "--out", "{run}", "--resume", "--overwrite"], "exclude each other"),
     (["train", "--out", "{run}", "--resume", "--recipe", "cifar"], "made with other settings"),
     (["train", "--out", "{run}", "--model", "conv2former_t"], "name it with --recipe"),
-    (["evaluate", "{new}"], "no such"),
+    (["evaluate", "{new}"], "does not exist"),
     (["evaluate", "{run}", "--data", "{new}"], "no such folder"),
     (["evaluate", "{run}", "--device", "cuda:99"], "use --device cpu"),
-    (["predict", "{new}", "{file}"], "no such"),
+    (["predict", "{new}", "{file}"], "does not exist"),
     (["predict", "{run}", "{empty}"], "no images in"),
     (["predict", "{file}", "{file}"], "{file}"),
-    (["convert", "{new}", "{new}2", "--model", "conv2former_t"], "no such"),
+    (["convert", "{new}", "{new}2", "--model", "conv2former_t"], "does not exist"),
     (["convert", "{file}", "{new}", "--model", "conv2former_t"], "{file}"),
     (["convert", "{file}", "{new}", "--model", "resnet50"], "resnet50"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: " ".join(value) if value is list else None)
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
 def test_a_mistake_is_one_line_and_a_status(
     arguments: list[str],
     message: str,

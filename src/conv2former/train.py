@@ -266,7 +266,8 @@ class _Trainer:
         Raises:
             UserError: One of them is not finite.
         """
-        total, steps = float(self.fabric.all_reduce(self.pending, reduce_op="mean")), self.pending_steps
+        mean: Any = self.fabric.all_reduce(self.pending, reduce_op="mean")
+        total, steps = float(mean), self.pending_steps
         self.pending.zero_()
         self.pending_steps = 0
         if not math.isfinite(total):

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conv2former.ablations import ROWS
 from conv2former.errors import UserError
+from conv2former.meta import build_on_meta
+from conv2former.model import SIZES
 from conv2former.recipes.schema import nearest
 
 # ImageNet-1k top-1 in percent, 224 px, 300 epochs: Tables 3, 6 and 7
@@ -28,6 +30,14 @@ PAPER_TOP1 = {
     "conv2former_t_l1": 82.8,
     "conv2former_t_linear": 82.2,
 }
+# the same by kernel size: Table 5, and Sec. 3.3 for the ends of Fig. 4a, which prints no numbers itself
+PAPER_TOP1_KERNEL = {
+    ("conv2former_b", 7): 84.2,
+    ("conv2former_b", 5): 84.1,
+    ("conv2former_b", 21): 84.5,
+    ("conv2former_t", 5): 82.8,
+    ("conv2former_t", 21): 83.4,
+}
 # with ImageNet-22k pre-training, by size of the fine-tuning image: Table 4
 PAPER_TOP1_22K = {
     ("conv2former_s", 224): 84.9,
@@ -37,9 +47,7 @@ PAPER_TOP1_22K = {
     ("conv2former_l", 384): 87.7,
 }
 
-PAPER_MODELS = [
-    *(f"conv2former_{size}" for size in ("n", "t", "s", "b", "l", "is", "is_conv3", "ib", "ib_conv3")),
-]
+PAPER_MODELS = [f"conv2former_{size}" for size in (*SIZES, "is", "is_conv3", "ib", "ib_conv3")]
 SMALL_MODELS = ["conv2former_pico", "conv2former_femto", "conv2former_atto", "conv2former_test"]
 ABLATIONS = [f"conv2former_{size}_{weighting}" for size, weighting in ROWS]
 
@@ -93,10 +101,13 @@ def count(name: str, *, image_size: int, **model_args: Any) -> tuple[int, int]:
     """
     if not timm.is_model(name):
         raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(name, **model_args).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, model_args.get("in_chans", 3), image_size, image_size))
+    return _count(build_on_meta(name, **model_args), image_size, model_args.get("in_chans", 3))
+
+
+def _count(model: Any, image_size: int, in_chans: int = 3) -> tuple[int, int]:
+    image = torch.empty(1, in_chans, image_size, image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
@@ -113,21 +124,12 @@ def rows(*, variants: bool = False) -> list[Row]:
 
 
 def _row(name: str, kernel_size: int | None, image_size: int, origin: str) -> Row:
-    args: dict[str, Any] = {} if kernel_size is None else dict(kernel_size=kernel_size)
-    params, macs = count(name, image_size=image_size, **args)
-    if kernel_size is None:
-        kernel_size = _default_kernel_size(name)
-        top1 = PAPER_TOP1.get(name)
-    else:
-        top1 = 84.2 if (name, kernel_size) == ("conv2former_b", 7) else None  # Table 5; Fig. 4a prints no numbers
-    pretrained = PAPER_TOP1_22K.get((name, image_size)) if kernel_size == 11 else None
-    return Row(name, kernel_size, image_size, params, macs, top1, pretrained, origin)
-
-
-def _default_kernel_size(name: str) -> int:
-    with torch.device("meta"):
-        model: Any = timm.create_model(name)
-    return model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
+    model = build_on_meta(name, **({} if kernel_size is None else dict(kernel_size=kernel_size)))
+    params, macs = _count(model, image_size)
+    side = model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
+    top1 = PAPER_TOP1.get(name) if kernel_size is None else PAPER_TOP1_KERNEL.get((name, side))
+    pretrained = PAPER_TOP1_22K.get((name, image_size)) if side == 11 else None
+    return Row(name, side, image_size, params, macs, top1, pretrained, origin)
 
 
 def to_markdown(table: list[Row]) -> str:

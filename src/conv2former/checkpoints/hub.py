@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from timm.models import filter_pretrained_cfg, save_for_hf
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason, some
 from conv2former.errors import UserError
+from conv2former.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
@@ -207,24 +206,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
 
 
-class SkipFilling(TorchFunctionMode):
-    """Leaves out the arithmetic of initialisation, most of the time that a model on the meta device takes to build."""
-
-    FILLING = frozenset({"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The tensor as it is for a method that fills it, the function's result otherwise."""
-        filling = args and getattr(func, "__name__", "") in self.FILLING
-        return args[0] if filling else func(*args, **(kwargs or {}))
-
-
 def expected_shapes(name: str, pretrained_cfg: dict[str, Any] | None = None, **model_args: Any) -> dict[str, Any]:
     """Names and shapes of the state dict of a timm model."""
-    try:
-        with torch.device("meta"), SkipFilling():
-            model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **model_args)
-    except (NotImplementedError, RuntimeError):  # models outside this package that look at values while they are built
-        model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **model_args)
+    model = build_on_meta(name, pretrained_cfg=pretrained_cfg, **model_args)
     return {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
