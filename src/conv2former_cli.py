@@ -60,7 +60,8 @@ def train(
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    overrides = [*(set_ or []), *([f"model.name={model}"] if model else [])]
+    # another model does not take the arguments that the recipe's own model needs; --set may give it some
+    overrides = [*([f"model.name={model}", "model.args={}"] if model else []), *(set_ or [])]
     if overrides and recipe is None:
         raise UserError("--set and --model change a recipe: name it with --recipe")
     loaded = load_recipe(recipe, overrides=overrides) if recipe else None

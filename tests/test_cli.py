@@ -77,7 +77,7 @@ def test_train_evaluate_predict(
 def test_the_same_recipe_with_another_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [part for override in [*TINY, "schedule.epochs=2", "data.input_size=32"] for part in ("--set", override)]
     arguments = ["train", "--recipe", "quickstart", "--data", data, "--out", tmp_path / "run", *options]
-    assert run(monkeypatch, *arguments, "--set", "model.args={}", "--model", "test_vit") == 0
+    assert run(monkeypatch, *arguments, "--model", "test_vit") == 0
     assert json.loads((tmp_path / "run" / "best" / "config.json").read_text())["architecture"] == "test_vit"
 
 
@@ -89,6 +89,18 @@ BAD = [
     (["train", "--recipe", "cifar", "--out", "{new}", "--data", "{new}"], "no such folder"),
     (["train", "--recipe", "cifar", "--out", "{new}", "--data", "{file}"], "not a folder"),
     (["train", "--recipe", "quickstart", "--out", "{run}"], "already holds a run: continue it with --resume"),
+    (["train", "--recipe", "quickstart", "--out", "{new}", "--data", "{empty}"], "leave --data out"),
+    (["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "optim.name=adamz"], "adamz"),
+    (
+        ["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "augment.auto_augment=x"],
+        "augment",
+    ),
+    (
+        ["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "data.input_size=8"],
+        "smaller than",
+    ),
+    (["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "model.args.x=1"], "model.args"),
+    (["train", "--recipe", "quickstart", "--out", "{new}", "--set", "engine.accelerator=cuda"], "engine.accelerator"),
     (["train", "--out", "{new}"], "no recipe given"),
     (["train", "--out", "{new}", "--resume"], "is not a run folder"),
     (["train", "--out", "{run}", "--resume", "--overwrite"], "exclude each other"),

@@ -11,6 +11,7 @@ import torch
 
 from conv2former.data.classification import (
     DigitsSource,
+    FolderSource,
     ImageDataset,
     checked,
     collate,
@@ -24,7 +25,7 @@ from conv2former.data.classification import (
 from conv2former.data.images import BadImage
 from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
 from conv2former.errors import UserError
-from digits import tiny_recipe, write_digits
+from digits import one_picture, tiny_recipe, write_digits
 
 DATA = tiny_recipe().data
 WHOLE = tiny_recipe("data.val_fraction=0").data
@@ -100,6 +101,7 @@ def rename_class(data: Path) -> None:
         (lambda data: shutil.rmtree(data / "val" / "digit-1"), "only in train: digit-1"),
         (lambda data: shutil.rmtree(data), "no such folder"),
         (lambda data: shutil.rmtree(data / "train"), "no train/ folder"),
+        (lambda data: one_picture(data / "train" / "loose.png"), "loose.png lies in no class folder"),
     ],
 )
 def test_what_is_refused(data: Path, spoil: object, message: str) -> None:
@@ -129,6 +131,36 @@ def test_evaluation_maps_folders_to_the_classes_of_the_model(data: Path) -> None
     assert dict(zip(names, source.targets, strict=True)) == {"digit-1": 3, "digit-2": 2, "digit-3": 0}
     with pytest.raises(UserError, match="class folders that the model does not know \\(digit-1"):
         open_eval_source(data, ["digit-2", "digit-3"])
+
+
+def test_training_images_are_not_evaluated_on_by_accident(data: Path) -> None:
+    shutil.rmtree(data / "val")
+    with pytest.raises(UserError, match="has train/ and no val/"):
+        open_eval_source(data, [f"digit-{i}" for i in range(4)])
+
+
+def test_validation_images_are_not_trained_on_by_accident(data: Path) -> None:
+    (data / "train").rename(data / "training")
+    with pytest.raises(UserError, match="no train/ folder"):
+        open_splits(DATA, data, seed=0)
+
+
+def test_classes_that_sort_alike_keep_one_order_and_hidden_files_stay_out(tmp_path: Path) -> None:
+    for name in ("01", "1", "b", "B", ".hidden"):
+        (tmp_path / name).mkdir()
+        one_picture(tmp_path / name / "x.png")
+        one_picture(tmp_path / name / ".y.png")
+    source = FolderSource(tmp_path)
+    assert source.classes == ["01", "1", "B", "b"] and sorted(source.targets) == [0, 1, 2, 3]
+    assert [source.classes[target] for target in source.targets] == [source.name(i).split("/")[0] for i in range(4)]
+
+
+def test_the_digest_knows_the_images_and_their_classes(data: Path) -> None:
+    digests = [open_splits(WHOLE, data, seed=0).digest() for _ in range(2)]
+    image = next((data / "train" / "digit-1").iterdir())
+    image.rename(data / "train" / "digit-2" / image.name)
+    digests.append(open_splits(WHOLE, data, seed=0).digest())
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(data: Path) -> None:

@@ -20,7 +20,7 @@ def test_every_recipe_builds_its_model_optimizer_and_schedule(name: str) -> None
     assert recipe.name == name
     assert recipe.claim.command.startswith(f"conv2former train --recipe {name} ")
     with torch.device("meta"):
-        model = build_model(recipe.model, num_classes=10)
+        model, _ = build_model(recipe.model, classes=list("abcdefghij"))
     optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, world=8))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for parameter_name, parameter in model.named_parameters():
@@ -73,6 +73,8 @@ def test_overrides_reach_every_depth() -> None:
     assert recipe.optim.base_lr == 0.002  # YAML reads 2e-3 as a string
     assert recipe.model.args["kernel_size"] == 9 and recipe.model.args["stem_stride"] == 2
     assert recipe.engine.compile is True
+    assert load_recipe("quickstart", overrides=["model.args.ls_init_value=1e-6"]).model.args["ls_init_value"] == 1e-6
+    assert load_recipe("quickstart", overrides=["engine.precision=32"]).engine.precision == "32"
 
 
 def test_the_digest_follows_the_settings_and_not_the_claim() -> None:
@@ -88,6 +90,7 @@ def test_the_digest_follows_the_settings_and_not_the_claim() -> None:
         ("optim.batchsize=1", "unknown key 'optim.batchsize'; did you mean 'batch_size'"),
         ("optimizer.name=sgd", "unknown key 'optimizer'; did you mean 'optim'"),
         ("optim.batch_size=many", "'optim.batch_size': .*valid integer.*got 'many'"),
+        ("engine.devices=0", "'engine.devices': .*greater than 0, got 0"),
         ("optim.batch_size=0", "'optim.batch_size': .*greater than 0.*got 0"),
         ("schedule.warmup_epochs=20", "warmup_epochs .20.0. must be less than epochs .20."),
         ("engine.precision=fp8", "'engine.precision': .*'32', 'bf16' or '16'"),
@@ -152,7 +155,7 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
 )
 def test_a_model_that_cannot_be_built(section: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_model(load_recipe("quickstart", overrides=section).model, num_classes=3)
+        build_model(load_recipe("quickstart", overrides=section).model, classes=["a", "b", "c"])
 
 
 def test_an_unknown_optimizer() -> None:

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from conv2former import train as engine
+from conv2former import loop as engine
 from conv2former.errors import UserError
 from conv2former.run import RunFolder
 from conv2former.train import Interrupted, train
@@ -52,14 +52,14 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The run is asked to stop as by Ctrl-C once ``step`` steps are done."""
-    original = engine._Trainer._step
+    original = engine.Loop._step
 
-    def stepping(self: engine._Trainer, batches: object) -> None:
+    def stepping(self: engine.Loop, batches: object) -> None:
         original(self, batches)
         if self.position.step == step:
             self.stop.signum = signal.SIGINT
 
-    monkeypatch.setattr(engine._Trainer, "_step", stepping)
+    monkeypatch.setattr(engine.Loop, "_step", stepping)
 
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:

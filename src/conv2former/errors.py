@@ -1,4 +1,9 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and the wording of its messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -7,3 +12,19 @@ class UserError(ValueError):
     The message is one line that says what is wrong and what to do about it. The command line prints it without a
     traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback.
     """
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``; did you mean 'X'?`` for the closest known word, or nothing."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def some(items: Sequence[str], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text without line breaks; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

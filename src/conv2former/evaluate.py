@@ -126,7 +126,8 @@ def evaluate(
     Args:
         checkpoint: Run folder, folder with ``config.json`` and ``model.safetensors``, or the latter file.
         data: Folder with ``val/`` or class folders; None for what the run itself was validated on.
-        out: Where the report goes; None for the run folder, or nowhere for a saved model.
+        out: Where the report goes; None for the run folder (``evaluations/NAME`` in it where ``data`` is given), or
+            nowhere for a saved model.
         batch_size: Images per forward pass; the counts do not depend on it.
         workers: Processes that read images.
         device: 'auto', 'cpu', 'cuda', ...
@@ -139,27 +140,37 @@ def evaluate(
     """
     model = load_pretrained(checkpoint)
     run = RunFolder(Path(checkpoint))
+    folder = out
     if data is None and run.exists():
-        recipe, recorded = run.recipe(), run.facts().get("data")
-        source = open_splits(recipe.data, Path(recorded) if recorded else None, seed=recipe.engine.seed).val
+        source, folder = _validation_set(run), out or run.path
     else:
         source = open_eval_source(data, class_names(model))
+        if data and run.exists():
+            folder = out or run.path / "evaluations" / data.resolve().name
     evaluation = evaluate_source(model, source, batch_size=batch_size, workers=workers, device=device)
-    folder = out or (run.path if run.exists() else None)
     if folder:
-        write_report(evaluation, source, folder)
+        write_report(evaluation, source, folder, checkpoint=str(checkpoint), data=str(data) if data else None)
     return evaluation, folder
 
 
-def write_report(evaluation: Evaluation, source: ImageSource, folder: Path) -> None:
-    """``evaluation.json``, ``confusion_matrix.png`` and ``predictions.png``.
+def _validation_set(run: RunFolder) -> ImageSource:
+    """What the run was validated on; refuses a folder that has changed since, whose split would be another one."""
+    recipe, facts = run.recipe(), run.facts()
+    splits = open_splits(recipe.data, Path(facts["data"]) if facts["data"] else None, seed=recipe.engine.seed)
+    if facts.get("images_hash") != splits.digest():
+        raise UserError(f"the images in {facts['data']} are not those of the run: name a folder with --data")
+    return splits.val
+
+
+def write_report(evaluation: Evaluation, source: ImageSource, folder: Path, **facts: str | None) -> None:
+    """``evaluation.json`` (with ``facts``), ``confusion_matrix.png`` and ``predictions.png``.
 
     Raises:
         UserError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "evaluation.json", json.dumps(evaluation.to_json(), indent=2) + "\n")
+        replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.to_json(), indent=2) + "\n")
         if len(evaluation.classes) <= MAX_MATRIX_CLASSES:
             plots.confusion_matrix(evaluation.matrix(), evaluation.classes, folder / "confusion_matrix.png")
         _draw_sheet(evaluation, source, folder / "predictions.png")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-MAX_MATRIX_CLASSES = 60  # above this a label per row is not readable
+MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
@@ -49,7 +49,7 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
         path: PNG to write.
     """
     count = len(classes)
-    labelled = count <= MAX_MATRIX_CLASSES
+    labelled = count <= MAX_LABELLED_CLASSES
     side = min(max(4.5, 0.45 * count + 2), 24) if labelled else 12
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()

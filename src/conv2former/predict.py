@@ -21,6 +21,7 @@ from conv2former.errors import UserError
 from conv2former.evaluate import pick_device
 from conv2former.labels import class_names
 
+ANNOTATED = ".predicted.png"
 PICTURE_SIDE = 512  # longer side of an annotated picture; smaller ones are drawn up to it
 
 
@@ -67,6 +68,8 @@ def predict(
     files = find_images(inputs)
     if not files:
         raise UserError(f"no images in {', '.join(map(str, inputs))}")
+    if not model.num_classes:
+        raise UserError(f"{checkpoint} has no classifier: give a model that was trained with classes")
     labels = class_names(model)
     dataset = _Files(files, eval_transform(resolve_model_data_config(model)))
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=list)
@@ -98,11 +101,6 @@ def _probabilities(model: torch.nn.Module, images: list[Tensor], place: torch.de
 
 def run_predict(checkpoint: Path, inputs: list[Path], *, out: Path | None = None, **options: Any) -> int:
     """Prints the predictions as JSON lines, draws them into ``out``; returns the exit status, 1 if a file failed."""
-    if out:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write the output folder {out}: {error.strerror}") from None
     total = failed = 0
     taken: set[str] = set()
     for row in predict(checkpoint, inputs, **options):
@@ -110,17 +108,26 @@ def run_predict(checkpoint: Path, inputs: list[Path], *, out: Path | None = None
         failed += not row["ok"]
         print(json.dumps(row, ensure_ascii=False), flush=True)
         if out and row["ok"]:
-            annotate(row, out / _free_name(Path(row["file"]).stem, taken))
+            annotate(row, _make(out) / _free_name(Path(row["file"]).stem, taken))
     if failed:
         print(f"{failed} of {total} files could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
+def _make(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the output folder {folder}: {error.strerror}") from None
+    return folder
+
+
 def _free_name(stem: str, taken: set[str]) -> str:
-    # two folders may hold files of one name
-    name, number = f"{stem}.png", 2
+    # a suffix of its own, because ``out`` may be the folder of the inputs; a number, because two folders may hold files
+    # of one name
+    name, number = f"{stem}{ANNOTATED}", 2
     while name in taken:
-        name, number = f"{stem}-{number}.png", number + 1
+        name, number = f"{stem}-{number}{ANNOTATED}", number + 1
     taken.add(name)
     return name
 

@@ -27,8 +27,15 @@ from typing import Any
 import torch
 import yaml
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, one_line, some
 from conv2former.recipes.schema import Recipe, parse_recipe
+
+# what a run and the commands on it write; nothing else is ever deleted
+CONTENTS = {
+    *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
+    *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png"),
+    *("evaluations", "samples", "predictions"),
+}
 
 
 class RunFolder:
@@ -57,12 +64,12 @@ class RunFolder:
                 raise UserError(
                     f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
                 )
-            shutil.rmtree(path)
+            run._remove()
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
         try:
             run.checkpoint.parent.mkdir(parents=True)
-            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            replace_text(path / "recipe.yaml", recipe.to_yaml())
             run.write_json("run.json", facts | dict(recipe_hash=recipe.digest()) | machine_facts())
         except OSError as error:
             raise UserError(f"cannot write the output folder {path}: {error.strerror}") from None
@@ -82,16 +89,35 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether the folder holds a run."""
-        return (self.path / "recipe.yaml").is_file()
+        return (self.path / "recipe.yaml").is_file() and (self.path / "run.json").is_file()
+
+    def _remove(self) -> None:
+        foreign = [n for n in os.listdir(self.path) if n not in CONTENTS and not n.startswith((".best.", ".last."))]
+        if foreign:
+            raise UserError(f"{self.path} holds {some(foreign)}, which no run has written: it is not overwritten")
+        if Path.cwd().is_relative_to(self.path.resolve()):
+            raise UserError(f"{self.path} is the current folder or holds it: it is not overwritten")
+        try:
+            shutil.rmtree(self.path)
+        except OSError as error:
+            raise UserError(f"cannot remove {self.path}: {one_line(error)}") from None
 
     def recipe(self) -> Recipe:
-        """The run's resolved recipe."""
+        """The run's resolved recipe; raises UserError where the file is damaged."""
         path = self.path / "recipe.yaml"
-        return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        return parse_recipe(raw, str(path))
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` says."""
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        """What ``run.json`` says; raises UserError where the file is damaged."""
+        path = self.path / "run.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}") from None
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file of the run, whole or not at all."""
@@ -105,10 +131,15 @@ class RunFolder:
             self._write_csv()
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The rows written so far, oldest first."""
+        """The rows written so far, oldest first; a last line that a crash cut short is passed over."""
         if not self.metrics_jsonl.exists():
             return []
-        rows = [json.loads(line) for line in self.metrics_jsonl.read_text(encoding="utf-8").splitlines()]
+        rows = []
+        for line in self.metrics_jsonl.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
         return [row for row in rows if kind in (None, row["kind"])]
 
     def drop_rows_after(self, step: int) -> None:

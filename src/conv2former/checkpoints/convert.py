@@ -17,8 +17,8 @@ from torch import Tensor
 
 from conv2former import model as hierarchical
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
-from conv2former.checkpoints.reading import StrPath, extract_weights, read_checkpoint, some
-from conv2former.errors import UserError
+from conv2former.checkpoints.reading import StrPath, extract_weights, read_checkpoint
+from conv2former.errors import UserError, some
 
 # The authors' modules and ours. {i}: stage, {j}: block, {n}: LayerNorm 0 or convolution 1 of a downsampling. The last
 # column marks the 1x1 convolutions, (out, in, 1, 1) with them and (out, in) with us. The first match counts, so that
@@ -181,7 +181,7 @@ def convert(
     if kernel is None or kernel.ndim != 4:
         raise UserError(
             f"{src} is not a Conv2Former checkpoint: it has no depthwise convolution (theirs: stages.0.0.attn.att.2, "
-            f"ours: stages.0.blocks.0.mod.dwconv) but {some(list(weights))}"
+            f"ours: stages.0.blocks.0.mod.dwconv) but {some(list(weights), 3)}"
         )
     kernel_size = kernel.shape[-1]
     if kernel_size % 2 == 0:

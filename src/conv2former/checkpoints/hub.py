@@ -17,8 +17,8 @@ from timm.models import filter_pretrained_cfg, save_for_hf
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
-from conv2former.checkpoints.reading import StrPath, read_state_dict, reason, some
-from conv2former.errors import UserError
+from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
+from conv2former.errors import UserError, some
 from conv2former.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
@@ -107,7 +107,7 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} cannot be read ({reason(error)}): give another folder") from error
     foreign = [name for name in files if name not in (CONFIG_FILE, WEIGHT_FILES[0])]
     if foreign:
-        raise UserError(f"{folder} holds {some(foreign)} and is not replaced: give a new folder")
+        raise UserError(f"{folder} holds {some(foreign, 3)} and is not replaced: give a new folder")
     if files and not overwrite:
         raise UserError(f"{folder} holds a model already: give a new folder, or overwrite it")
 
@@ -160,6 +160,12 @@ def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
     for module in model.modules():  # timm keeps a copy of the weights in every pretrained_cfg
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model.eval()
+
+
+def saved_model_args(path: StrPath) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` behind ``load_pretrained(path)``, the number of classes left out."""
+    args = read_config(find_model(Path(path))[0])[2]
+    return {key: value for key, value in args.items() if key != "num_classes"}
 
 
 def find_model(path: Path) -> tuple[Path, Path]:
@@ -221,7 +227,7 @@ def differences(expected: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
         for name, shape in expected.items()
         if name in state_dict and state_dict[name].shape != shape
     ]
-    parts = [f"missing {some(missing)}"] * bool(missing)
-    parts += [f"unexpected {some(unexpected)}"] * bool(unexpected)
-    parts += [some(shapes)] * bool(shapes)
+    parts = [f"missing {some(missing, 3)}"] * bool(missing)
+    parts += [f"unexpected {some(unexpected, 3)}"] * bool(unexpected)
+    parts += [some(shapes, 3)] * bool(shapes)
     return "; ".join(parts)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, some
 
 StrPath = str | os.PathLike[str]
 
@@ -92,7 +92,7 @@ def load_pickle(path: Path) -> Any:
                 if not refused:
                     raise
                 raise UserError(
-                    f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused)}, which "
+                    f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused, 3)}, which "
                     "the safe reader does not take; where you trust the file, save its weights alone with "
                     "torch.save(state_dict, FILE) and give that one"
                 ) from error
@@ -196,9 +196,3 @@ def reason(error: Exception) -> str:
         return "not a pickle of tensors"
     sentence = re.split(r"\. |\n", str(error).strip())[0]
     return sentence[:160] or type(error).__name__
-
-
-def some(items: list[str], limit: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

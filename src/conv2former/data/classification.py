@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conv2former.data.images import IMAGE_EXTENSIONS, BadImage, decode
 from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, derive_seed, seeded
-from conv2former.errors import UserError
+from conv2former.errors import UserError, one_line, some
 from conv2former.recipes.schema import AugmentSection, DataSection
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), targets (B,), indices (B,)
@@ -42,7 +44,11 @@ class ImageSource(Protocol):
 
 
 class FolderSource:
-    """One folder per class, read with timm's folder reader (nested folders: the innermost names the class)."""
+    """One folder per class, read with timm's folder reader (nested folders: the innermost names the class).
+
+    Hidden files and folders are passed over. Classes and images are in natural order, equal ones ('1' and '01') in that
+    of their names, so that the order is the same on every machine.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,11 +58,21 @@ class FolderSource:
             raise UserError(
                 f"no images in {root}: expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
             ) from None
-        self.classes = list(self.reader.class_to_idx)
-        self.targets = [target for _, target in self.reader.samples]
+        names = {index: name for name, index in self.reader.class_to_idx.items()}
+        samples = [(path, names[index]) for path, index in self.reader.samples if not self._hidden(path)]
+        loose = [path for path, name in samples if not name]
+        if loose:
+            raise UserError(f"{loose[0]} lies in no class folder: move or remove the images directly in {root}")
+        samples.sort(key=lambda sample: (natural_key(sample[0]), sample[0]))
+        self.classes = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
+        self.targets = [self.classes.index(name) for _, name in samples]
+        self.reader.samples = list(zip((path for path, _ in samples), self.targets, strict=True))
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def _hidden(self, path: str) -> bool:
+        return any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB; raises BadImage."""
@@ -117,6 +133,14 @@ class Splits:
     train: ImageSource
     val: ImageSource
 
+    def digest(self) -> str:
+        """A hash of the names and classes of all images, by which a resumed run knows its data."""
+        digest = hashlib.sha256()
+        for source in (self.train, self.val):
+            for index, target in enumerate(source.targets):
+                digest.update(f"{source.name(index)}\0{source.classes[target]}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
 
 def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
     """The two sets that a recipe trains and validates on.
@@ -128,17 +152,18 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
         UserError: Missing folder, no images, no validation set, fewer than two classes, classes that differ.
     """
     if data.source == "digits":
+        if root is not None:
+            raise UserError(f"the recipe brings its own images and would ignore {root}: leave --data out")
         return _split(DigitsSource(), data.val_fraction, seed)
     root = _existing(root)
-    train_dir = root / "train"
+    train_dir, val_dir = root / "train", _val_dir(root)
     if not train_dir.is_dir():
-        if not data.val_fraction:
+        if val_dir or not data.val_fraction:
             raise UserError(
                 f"no train/ folder in {root}: give train/ and val/ with one folder per class, or class folders alone "
                 "with --set data.val_fraction=0.1"
             )
         return _split(FolderSource(root), data.val_fraction, seed)
-    val_dir = _val_dir(root)
     if val_dir is None:
         if not data.val_fraction:
             raise UserError(f"no val/ folder in {root}: add one, or hold out a share with --set data.val_fraction=0.1")
@@ -155,15 +180,17 @@ def open_eval_source(root: Path | None, classes: list[str]) -> ImageSource:
     ``root`` holds ``val/`` or ``validation/``, or is itself a folder of class folders.
 
     Raises:
-        UserError: Missing folder, no images, a class folder that the model does not know.
+        UserError: Missing folder, no images, training images alone, a class folder that the model does not know.
     """
     root = _existing(root)
+    if (root / "train").is_dir() and _val_dir(root) is None:
+        raise UserError(f"{root} has train/ and no val/: give the folder of the images to evaluate on itself")
     source = FolderSource(_val_dir(root) or root)
     unknown = sorted(set(source.classes) - set(classes))
     if unknown:
         raise UserError(
-            f"{source.root} has {len(unknown)} class folders that the model does not know ({_some(unknown)}); "
-            f"its {len(classes)} classes are {_some(classes)}"
+            f"{source.root} has {len(unknown)} class folders that the model does not know ({some(unknown)}); "
+            f"its {len(classes)} classes are {some(classes)}"
         )
     order = [classes.index(name) for name in source.classes]
     source.targets = [order[target] for target in source.targets]
@@ -209,22 +236,20 @@ def _check_same_classes(splits: Splits) -> None:
     train, val = set(splits.train.classes), set(splits.val.classes)
     if train != val:
         parts = [
-            f"only in {where}: {_some(sorted(names))}"
+            f"only in {where}: {some(sorted(names))}"
             for where, names in (("train", train - val), ("val", val - train))
             if names
         ]
         raise UserError(f"train and val have different classes ({'; '.join(parts)}): make the folders match")
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def train_transform(data: DataSection, augment: AugmentSection) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform: random crop, flip, policy, normalisation, random erasing."""
-    return create_transform(
-        data.input_size,
-        is_training=True,
+    """timm's training transform: random crop, flip, policy, normalisation, random erasing.
+
+    Raises:
+        UserError: A policy that timm does not know.
+    """
+    options: dict[str, Any] = dict(
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=augment.hflip,
@@ -236,6 +261,10 @@ def train_transform(data: DataSection, augment: AugmentSection) -> Callable[[Ima
         re_prob=augment.random_erasing,
         re_mode="pixel",
     )
+    try:
+        return create_transform(data.input_size, is_training=True, **options)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"timm cannot build the augmentation ({one_line(error)}): check augment.auto_augment") from None
 
 
 def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
@@ -302,6 +331,8 @@ def _loader_options(workers: int) -> dict[str, Any]:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process stops the workers when its step is done
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process stops the workers when its
+    # step is done
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

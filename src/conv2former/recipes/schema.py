@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, nearest, one_line
 
 
 class Section(BaseModel):
@@ -84,8 +84,8 @@ class OptimSection(Section):
     batch_size: PositiveInt = Field(default=128, description="images per process and forward pass")
     accumulate: PositiveInt = Field(default=1, description="forward passes per optimizer step")
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[float, float] | None = Field(default=None, description="None for the optimizer's own")
+    eps: float | None = Field(default=None, gt=0, description="None for the optimizer's own")
     clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="learning-rate decay from block to block")
 
@@ -115,7 +115,12 @@ class EngineSection(Section):
     compile: bool = False
     grad_checkpointing: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int | Literal["auto"] = Field(default="auto", description="processes on this machine")
+    devices: PositiveInt | Literal["auto"] = Field(default="auto", description="processes on this machine")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision_is_a_word(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value  # YAML reads 32 as a number
 
 
 class Recipe(Section):
@@ -141,9 +146,22 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
     def digest(self) -> str:
-        """A hash of all that changes the result: everything but the name and the claim."""
-        settings = self.model_dump(mode="json", exclude={"name", "claim"})
+        """A hash of all that changes the result: everything but the name, the claim and the number of readers."""
+        settings = self.model_dump(mode="json", exclude={"name": True, "claim": True, "data": {"workers"}})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that reads ``1e-6`` as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def recipe_names() -> list[str]:
@@ -164,9 +182,9 @@ def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Reci
     """
     text, origin = _read(str(name))
     try:
-        raw = yaml.safe_load(text)
+        raw = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {origin} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"recipe {origin} is not YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"recipe {origin} holds no sections: it must start with name:, claim:, model:")
     for assignment in overrides or []:
@@ -180,12 +198,6 @@ def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"recipe {origin}: {'; '.join(_explain(e) for e in error.errors())}") from None
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """``; did you mean X?`` for the closest known word, or nothing."""
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def _read(name: str) -> tuple[str, str]:
@@ -215,13 +227,13 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
             raise UserError(f"--set {assignment!r}: {part!r} holds a value, not a section")
         target = child
     try:
-        target[path[-1]] = yaml.safe_load(value)
+        target[path[-1]] = parse_yaml(value)
     except yaml.YAMLError:
         raise UserError(f"--set {assignment!r}: the value is not YAML") from None
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
+    path = [str(part) for part in error["loc"][:2]]  # behind section and key pydantic names members of a union or tuple
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _fields(path[:-1])

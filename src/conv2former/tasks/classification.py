@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from conv2former import checkpoints
-from conv2former.errors import UserError
-from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection, nearest
+from conv2former.errors import UserError, nearest, one_line, some
+from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection
 
 
 class ClassificationCounts(Metric):
@@ -106,6 +106,10 @@ class ClassificationTask(L.LightningModule):
             images, targets = self.mixup(images, targets)
         return self.criterion(self(images), targets)
 
+    def on_validation_epoch_start(self) -> None:
+        """Counts start anew with every pass."""
+        self.counts.reset()
+
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Adds a batch to ``counts``."""
         images, targets, _ = batch
@@ -116,46 +120,54 @@ class ClassificationTask(L.LightningModule):
         return build_optimizer(self.model, self.recipe.optim, lr=scaled_lr(self.recipe.optim, world=1))
 
 
-def build_model(section: ModelSection, *, num_classes: int) -> Any:
-    """The recipe's network, from scratch or from ``section.weights`` with a new classifier where the classes differ.
+def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The recipe's network, from scratch or from ``section.weights``.
+
+    The classifier of the weights is kept where its classes have the names of ``classes``, or no names and their number.
+
+    Returns:
+        The network, and the arguments that rebuild it with ``timm.create_model``: those of the weights, changed by
+        ``section.args``.
 
     Raises:
         UserError: Unknown model or argument, weights that do not fit.
     """
-    import conv2former  # noqa: F401  registers the family
-
+    if not timm.is_model(section.name):
+        raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
+    source, args = None, dict(section.args)
     if section.weights:
-        model: Any = checkpoints.load_pretrained(section.weights)
-        architecture = model.pretrained_cfg["architecture"]
-        if architecture != section.name:
+        source = checkpoints.load_pretrained(section.weights)
+        architecture = source.pretrained_cfg["architecture"]
+        if architecture != section.name.split(".")[0]:
             raise UserError(
                 f"model.weights ({section.weights}) holds a {architecture}, the recipe says {section.name}: "
                 f"give --model {architecture} or other weights"
             )
-    if not timm.is_model(section.name):
-        raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
+        args = checkpoints.saved_model_args(section.weights) | args
     rates = {"drop_path_rate": section.drop_path_rate, "drop_rate": section.drop_rate}
-    kwargs = section.args | {key: rate for key, rate in rates.items() if rate}
     try:
-        network = timm.create_model(section.name, num_classes=num_classes, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"model.args of {section.name}: {error}") from None
-    if section.weights:
-        _copy_weights(model, network, section.weights)
-    return network
+        network = timm.create_model(
+            section.name, num_classes=len(classes), **args, **{key: rate for key, rate in rates.items() if rate}
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
+    if source is not None:
+        _copy_weights(source, network, classes, origin=str(section.weights))
+    return network, args
 
 
-def _copy_weights(source: Any, target: Any, origin: str) -> None:
-    state = source.state_dict()
-    if source.num_classes != target.num_classes:
+def _copy_weights(source: Any, target: Any, classes: list[str], *, origin: str) -> None:
+    state, wanted = source.state_dict(), target.state_dict()
+    if list(source.pretrained_cfg.get("label_names") or classes) != classes or source.num_classes != len(classes):
         classifier = target.pretrained_cfg["classifier"]
         for name in [classifier] if isinstance(classifier, str) else classifier:
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-    wanted = target.state_dict()
-    wrong = [key for key, value in state.items() if key not in wanted or wanted[key].shape != value.shape]
+            # the new classifier stays as it was initialised
+            state |= {key: value for key, value in wanted.items() if key.startswith(f"{name}.")}
+    wrong = [key for key in wanted | state if key not in state or key not in wanted]
+    wrong += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if wrong:
-        raise UserError(f"model.weights ({origin}) does not fit the recipe's model.args: {', '.join(wrong[:3])} differ")
-    target.load_state_dict(state, strict=False)
+        raise UserError(f"model.weights ({origin}) does not fit the recipe's model.args: {some(wrong, 3)} differ")
+    target.load_state_dict(state)
 
 
 def scaled_lr(optim: OptimSection, *, world: int) -> float:
@@ -167,15 +179,15 @@ def build_optimizer(model: nn.Module, optim: OptimSection, *, lr: float) -> torc
     """timm's optimizer with timm's parameter groups: vectors are not decayed, layer-wise decay if asked for.
 
     Raises:
-        UserError: Unknown optimizer.
+        UserError: Unknown optimizer, or one that does not take betas or eps.
     """
-    options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps) if "adam" in optim.name else {}
+    options: dict[str, Any] = {key: value for key, value in (("betas", optim.betas), ("eps", optim.eps)) if value}
     try:
         return create_optimizer_v2(
             model, optim.name, lr=lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **options
         )
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"optim.name {optim.name!r}: {error}") from None
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"optim.name {optim.name!r}: {one_line(error)}") from None
 
 
 def build_schedule(
