@@ -81,6 +81,7 @@ def test_the_same_recipe_with_another_model(data: Path, tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "run" / "best" / "config.json").read_text())["architecture"] == "test_vit"
 
 
+OVER = ["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set"]
 BAD = [
     (["train", "--recipe", "quikstart", "--out", "{new}"], "did you mean 'quickstart'"),
     (["train", "--recipe", "quickstart", "--out", "{new}", "--set", "optim.lr=1"], "unknown key 'optim.lr'"),
@@ -90,16 +91,10 @@ BAD = [
     (["train", "--recipe", "cifar", "--out", "{new}", "--data", "{file}"], "not a folder"),
     (["train", "--recipe", "quickstart", "--out", "{run}"], "already holds a run: continue it with --resume"),
     (["train", "--recipe", "quickstart", "--out", "{new}", "--data", "{empty}"], "leave --data out"),
-    (["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "optim.name=adamz"], "adamz"),
-    (
-        ["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "augment.auto_augment=x"],
-        "augment",
-    ),
-    (
-        ["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "data.input_size=8"],
-        "smaller than",
-    ),
-    (["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set", "model.args.x=1"], "model.args"),
+    ([*OVER, "optim.name=adamz"], "adamz"),
+    ([*OVER, "augment.auto_augment=x"], "augment"),
+    ([*OVER, "data.input_size=8"], "smaller than"),
+    ([*OVER, "model.args.x=1"], "model.args"),
     (["train", "--recipe", "quickstart", "--out", "{new}", "--set", "engine.accelerator=cuda"], "engine.accelerator"),
     (["train", "--out", "{new}"], "no recipe given"),
     (["train", "--out", "{new}", "--resume"], "is not a run folder"),

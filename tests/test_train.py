@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 
 from conv2former import loop as engine
 from conv2former.errors import UserError
+from conv2former.recipes import Recipe
 from conv2former.run import RunFolder
+from conv2former.tasks.classification import ClassificationTask
 from conv2former.train import Interrupted, train
 from digits import TINY, tiny_recipe, write_digits
 
@@ -60,6 +63,14 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             self.stop.signum = signal.SIGINT
 
     monkeypatch.setattr(engine.Loop, "_step", stepping)
+
+
+def stopped_run(recipe: Recipe, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, step: int = 5) -> None:
+    """A run that was stopped after ``step`` steps."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted):
+            train(recipe, data=data, out=out)
 
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:
@@ -141,10 +152,7 @@ def test_accumulation_resumes_and_takes_the_images_of_the_large_batch(
 ) -> None:
     recipe = tiny_recipe("optim.batch_size=8", "optim.accumulate=2", *EVERYTHING)
     train(recipe, data=data, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(Interrupted):
-            train(recipe, data=data, out=tmp_path / "parts")
+    stopped_run(recipe, data, tmp_path / "parts", monkeypatch)
     train(None, data=None, out=tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -288,7 +296,96 @@ def test_weights_of_another_model_are_refused(finished: Path, data: Path, tmp_pa
         train(tiny_recipe(f"model.weights={finished}", "model.name=conv2former_atto"), data=data, out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("switch", ["engine.precision=bf16", "engine.grad_checkpointing=true", "optim.clip_grad=1.0"])
+def test_a_partial_fit_of_the_weights_is_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(f"model.weights={finished}", "model.args.depths=[1,1,3,1]")
+    with pytest.raises(UserError, match=r"does not fit the recipe's model.args: stages\.2\.blocks\.2"):
+        train(recipe, data=data, out=tmp_path / "run")
+
+
+def test_fine_tuning_keeps_the_arguments_of_the_weights(finished: Path, data: Path, tmp_path: Path) -> None:
+    """The stem's stride leaves no trace in the weights; it comes from their configuration."""
+    recipe = tiny_recipe(f"model.weights={finished}", "model.args={}", "schedule.epochs=2")
+    train(recipe, data=data, out=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "best" / "config.json").read_text())["model_args"]["stem_stride"] == 2
+
+
+def test_weights_for_images_normalised_otherwise_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(f"model.weights={finished}", "data.mean=[0.5,0.5,0.5]")
+    with pytest.raises(UserError, match=r"expects images of mean .*add --set data.mean=\[0.485"):
+        train(recipe, data=data, out=tmp_path / "run")
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "best", tmp_path / "weights")
+    recipe = tiny_recipe(f"model.weights={tmp_path / 'weights'}", "model.args={}")
+    stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    shutil.rmtree(tmp_path / "weights")
+    result = train(None, data=None, out=tmp_path / "run", resume=True)
+    assert result is not None and result.counts["images"] == 16
+
+
+def test_resume_on_other_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_digits(tmp_path / "data")
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    victim = next((data / "train" / "digit-1").iterdir())
+    content = victim.read_bytes()
+    victim.unlink()
+    with pytest.raises(UserError, match=r"started with images .*'train': 64.*now they are .*'train': 63"):
+        train(None, data=None, out=tmp_path / "run", resume=True)
+    victim.with_name("other.png").write_bytes(content)
+    with pytest.raises(UserError, match="started with other files"):
+        train(None, data=None, out=tmp_path / "run", resume=True)
+
+
+def test_a_damaged_checkpoint_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt, it is damaged") as error:
+        train(None, data=None, out=tmp_path / "run", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_validation_image_keeps_the_epoch(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "data")
+    next((data / "val" / "digit-2").iterdir()).write_bytes(b"")
+    with pytest.raises(UserError, match="cannot read"):
+        train(tiny_recipe(), data=data, out=tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["position"]["step"] == 4
+
+
+def test_a_folder_with_other_things_is_never_overwritten(finished: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which no run has written"):
+        train(tiny_recipe(), data=data, out=tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_reaches_the_network(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype
+) -> None:
+    """Asked of the classifier's own output, before Fabric turns what the step returns into float32."""
+    seen = set()
+    original = ClassificationTask.forward
+
+    def spying(self: ClassificationTask, images: torch.Tensor) -> torch.Tensor:
+        logits = original(self, images)
+        seen.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(ClassificationTask, "forward", spying)
+    train(tiny_recipe(f"engine.precision={precision}", "schedule.epochs=2"), data=data, out=tmp_path / "run")
+    assert seen == {dtype}
+
+
+@pytest.mark.parametrize(
+    "switch", ["engine.channels_last=false", "engine.grad_checkpointing=true", "optim.clip_grad=1.0"]
+)
 def test_switches(data: Path, tmp_path: Path, switch: str) -> None:
     result = train(tiny_recipe(switch, "schedule.epochs=2"), data=data, out=tmp_path / "run")
     assert result is not None and result.counts["images"] == 16

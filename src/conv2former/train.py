@@ -160,17 +160,11 @@ def _resumed(run: RunFolder, recipe: Recipe | None, data: Path | None) -> tuple[
 
 def _check_same(run: RunFolder, facts: dict[str, Any], found: dict[str, Any]) -> None:
     """Refuses to resume on other images or another number of processes, with which a step means something else."""
-    for key, name in (
-        ("processes", "processes"),
-        ("classes", "classes"),
-        ("images", "images"),
-        ("images_hash", "files"),
-    ):
-        if facts.get(key) != found[key]:
-            detail = f": then {facts.get(key)}, now {found[key]}" if key != "images_hash" else ""
-            raise UserError(
-                f"the run in {run.path} was started with other {name}{detail}; it cannot be resumed on these"
-            )
+    for key in ("processes", "classes", "images", "images_hash"):
+        then, now = facts.get(key), found[key]
+        if then != now:
+            what = "other files" if key == "images_hash" else f"{key} {then}, now they are {now}"
+            raise UserError(f"the run in {run.path} was started with {what}: resume it on what it was started with")
 
 
 def _difference(own: Recipe, given: Recipe) -> str:

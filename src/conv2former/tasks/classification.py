@@ -134,7 +134,8 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
     """
     if not timm.is_model(section.name):
         raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
-    source, args = None, dict(section.args)
+    source: Any = None
+    args = dict(section.args)
     if section.weights:
         source = checkpoints.load_pretrained(section.weights)
         architecture = source.pretrained_cfg["architecture"]
@@ -144,11 +145,10 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
                 f"give --model {architecture} or other weights"
             )
         args = checkpoints.saved_model_args(section.weights) | args
-    rates = {"drop_path_rate": section.drop_path_rate, "drop_rate": section.drop_rate}
+    rates = (("drop_path_rate", section.drop_path_rate), ("drop_rate", section.drop_rate))
+    options: dict[str, Any] = args | {key: rate for key, rate in rates if rate}  # not every timm model takes both
     try:
-        network = timm.create_model(
-            section.name, num_classes=len(classes), **args, **{key: rate for key, rate in rates.items() if rate}
-        )
+        network = timm.create_model(section.name, num_classes=len(classes), **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
     if source is not None:
