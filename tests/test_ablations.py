@@ -112,13 +112,13 @@ def test_constant_weights(weighting, expected):
         (torch.float32, 1e-30),
         (torch.float32, 1e30),
         (torch.float16, 0.0),
-        (torch.float16, 3e4),
+        (torch.float16, 6e4),
         (torch.bfloat16, 0.0),
         (torch.bfloat16, 1e30),
     ],
 )
 def test_extreme_weights(weighting, dtype, magnitude):
-    """A of zeros, tiny or huge: finite values and gradients, and the dtype of V. A sum in float16 would overflow."""
+    """A of zeros, tiny or huge: finite results in V's dtype. Norms and ranges in float16 would overflow."""
     a = (torch.tensor([1.0, -1.0, 0.5, 1.0] * 8) * magnitude).to(dtype).view(1, 1, 1, 32).requires_grad_()
     v = torch.linspace(-1, 1, 32).to(dtype).view(1, 1, 1, 32).requires_grad_()
     z = weighting(32, 3).fuse(a, v)
@@ -130,7 +130,7 @@ def test_extreme_weights(weighting, dtype, magnitude):
         assert a.grad.isfinite().all()  # the exception's slope, V / eps, is beyond float16
     if weighting is LinearMod and magnitude == 0:
         torch.testing.assert_close(z, v)
-    if weighting is L1Mod and magnitude == 3e4:
+    if weighting is L1Mod and magnitude == 6e4:
         expected = a.float() / a.float().abs().sum() * v.float()
         torch.testing.assert_close(z.float(), expected, rtol=1e-3, atol=1e-4)
 
