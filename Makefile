@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constr
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-quickstart: $(VENV)/.installed ## set up, train on real digits, predict, evaluate (about 4 minutes, 1.5 once set up)
+quickstart: $(VENV)/.installed ## set up, train on real digits, predict, evaluate (about 3 minutes, 1.2 once set up)
 	$(BIN)/conv2former train --recipe quickstart --out $(RUN) --overwrite
 	$(BIN)/conv2former predict $(RUN) $(RUN)/samples --out $(RUN)/predictions --top-k 3
 	@$(BIN)/conv2former evaluate $(RUN)

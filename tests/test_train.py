@@ -178,7 +178,8 @@ def test_a_killed_process_continues_bit_for_bit(data: Path, tmp_path: Path) -> N
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum: signal.Signals) -> None:
     command = [sys.executable, "-m", "conv2former_cli", "train", "--recipe=quickstart", f"--data={data}"]
     options = [f"--set={override}" for override in [*TINY, "schedule.epochs=2000", "data.workers=2"]]
     run = subprocess.Popen(
@@ -189,9 +190,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     while not (rows.exists() and '"epoch", ' in rows.read_text()):
         assert run.poll() is None and time.monotonic() < deadline, "the run ended before Ctrl-C"
         time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    os.killpg(run.pid, signum)  # as a terminal or a scheduler does: to the workers too
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130
+    assert run.returncode == 128 + signum
     assert "Traceback" not in errors
     assert errors.rstrip().endswith(f"continue with: conv2former train --out {tmp_path / 'run'} --resume")
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

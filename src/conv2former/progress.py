@@ -41,6 +41,7 @@ class TrainingProgress:
         )
         self.task: TaskID = self.bar.add_task("training", total=steps, completed=start, status="")
         self.first_step, self.train_seconds, self.line_at = start, 0.0, time.monotonic()
+        self.last_loss = ""  # the last one fetched; the bar shows it until the next
 
     def __enter__(self) -> TrainingProgress:
         self.bar.start()
@@ -58,7 +59,8 @@ class TrainingProgress:
             return
         status = f"lr {lr:.2e}  {self.images_per_second(done):,.0f} images/s"
         if loss is not None:
-            status = f"loss {loss:.4f}  {status}"
+            self.last_loss = f"loss {loss:.4f}  "
+        status = self.last_loss + status
         epoch = min((done - 1) // self.steps_per_epoch + 1, self.steps // self.steps_per_epoch)
         title = f"epoch {epoch}/{self.steps // self.steps_per_epoch}"
         if self.live:

@@ -117,6 +117,8 @@ def _fabric(recipe: Recipe) -> L.Fabric:
     accelerator = engine.accelerator
     if accelerator == "auto":  # Lightning's own choice may fall on Apple's MPS, which lacks float64
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cpu" and engine.precision == "16":
+        raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
     devices = 1 if accelerator == "cpu" and engine.devices == "auto" else engine.devices
     try:
         return L.Fabric(accelerator=accelerator, devices=devices, precision=PRECISIONS[engine.precision])
