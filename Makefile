@@ -35,7 +35,7 @@ docs-tables: $(VENV)/.installed ## write the tables that commands make
 	$(BIN)/python docs/tables.py
 
 constraints: $(VENV)/.installed-dev ## write constraints.txt from what is installed
-	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable; } > constraints.new
 	mv constraints.new constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt

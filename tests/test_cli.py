@@ -82,21 +82,22 @@ def test_the_same_recipe_with_another_model(data: Path, tmp_path: Path, monkeypa
 
 
 OVER = ["train", "--recipe", "quickstart", "--out", "{run}", "--overwrite", "--set"]
+QUICK = ["train", "--recipe", "quickstart", "--out", "{new}"]
 BAD = [
     (["train", "--recipe", "quikstart", "--out", "{new}"], "did you mean 'quickstart'"),
-    (["train", "--recipe", "quickstart", "--out", "{new}", "--set", "optim.lr=1"], "unknown key 'optim.lr'"),
-    (["train", "--recipe", "quickstart", "--out", "{new}", "--model", "conv2former_tt"], "did you mean 'conv2former_t"),
+    ([*QUICK, "--set", "optim.lr=1"], "unknown key 'optim.lr'"),
+    ([*QUICK, "--model", "conv2former_tt"], "did you mean 'conv2former_t"),
     (["train", "--recipe", "cifar", "--out", "{new}"], "name the folder of images with --data DIR"),
     (["train", "--recipe", "cifar", "--out", "{new}", "--data", "{new}"], "no such folder"),
     (["train", "--recipe", "cifar", "--out", "{new}", "--data", "{file}"], "not a folder"),
     (["train", "--recipe", "quickstart", "--out", "{run}"], "already holds a run: continue it with --resume"),
-    (["train", "--recipe", "quickstart", "--out", "{new}", "--data", "{empty}"], "leave --data out"),
+    ([*QUICK, "--data", "{empty}"], "leave --data out"),
     ([*OVER, "optim.name=adamz"], "adamz"),
     ([*OVER, "augment.auto_augment=x"], "augment"),
     ([*OVER, "data.input_size=8"], "smaller than"),
     ([*OVER, "model.args.x=1"], "model.args"),
-    (["train", "--recipe", "quickstart", "--out", "{new}", "--set", "engine.accelerator=cuda"], "engine.accelerator=cuda with"),
-    (["train", "--recipe", "quickstart", "--out", "{new}", "--set", "engine.precision=16"], "use bf16 on a CPU"),
+    ([*QUICK, "--set", "engine.accelerator=cuda"], "engine.accelerator=cuda with"),
+    ([*QUICK, "--set", "engine.precision=16"], "use bf16 on a CPU"),
     (["train", "--out", "{new}"], "no recipe given"),
     (["train", "--out", "{new}", "--resume"], "is not a run folder"),
     (["train", "--out", "{run}", "--resume", "--overwrite"], "exclude each other"),
