@@ -75,7 +75,7 @@ def train(
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     if evaluation:
-        print(_result_line(evaluation, out))
+        print(_result_line(evaluation, "weights, metrics and pictures", out))
 
 
 @app.command()
@@ -97,7 +97,7 @@ def evaluate(
     evaluation, folder = run_evaluate(
         checkpoint, data=data, out=out, batch_size=batch_size, workers=workers, device=device
     )
-    print(json.dumps(evaluation.to_json()) if json_ else _result_line(evaluation, folder))
+    print(json.dumps(evaluation.to_json()) if json_ else _result_line(evaluation, "figures and pictures", folder))
 
 
 @app.command()
@@ -208,12 +208,12 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _result_line(evaluation: Any, folder: Path | None) -> str:
+def _result_line(evaluation: Any, what: str, folder: Path | None) -> str:
     counts = evaluation.counts
     line = (
         f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']} images), top-5 {counts['top5']:.2f}%"
     )
-    return line + (f"; pictures, metrics and weights are in {folder}" if folder else "")
+    return line + (f"; {what} are in {folder}" if folder else "")
 
 
 def _print_table(columns: list[str], cells: list[list[str]], *, right: Any = ()) -> None:
@@ -235,10 +235,12 @@ def main() -> None:
         # whoever reads our output has gone (`| head`); keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         # the class is imported only where something went wrong, so that --help stays quick
         from conv2former.errors import UserError
 
+        if type(error).__name__ == "OutOfMemoryError":
+            error = UserError("out of GPU memory: lower --batch-size, or use --device cpu")
         if not isinstance(error, UserError):
             raise
         print(f"error: {error}", file=sys.stderr)

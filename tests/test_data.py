@@ -82,6 +82,11 @@ def empty(data: Path) -> None:
         image.unlink()
 
 
+def hide(data: Path) -> None:
+    for image in sorted(data.rglob("*.png")):
+        image.rename(image.with_name(f"._{image.name}"))
+
+
 def one_class(data: Path) -> None:
     for split in ("train", "val"):
         for digit in (1, 2, 3):
@@ -95,6 +100,7 @@ def rename_class(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (hide, "no images in .*train: expected one folder per class"),
         (empty, "no images in .*train: expected one folder per class"),
         (one_class, "only one class \\('digit-0'\\) in .*train: give at least two"),
         (rename_class, "different classes \\(only in train: digit-3; only in val: three\\)"),

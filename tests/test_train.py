@@ -49,7 +49,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
     assert not different, f"{len(different)} of {len(mine)} tensors differ: {different[:3]}"
     timing = "images_per_second"
-    rows = [[{k: v for k, v in row.items() if k != timing} for row in RunFolder(r).rows("epoch")] for r in (run, other)]
+    rows = [[{k: v for k, v in row.items() if k != timing} for row in RunFolder(r).rows()] for r in (run, other)]
     assert rows[0] == rows[1]
 
 
@@ -266,6 +266,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(data: 
             out=tmp_path / "run",
         )
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_arguments_that_are_not_the_networks_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.args cannot hold pretrained"):
+        train(tiny_recipe("model.args.pretrained=true"), data=data, out=tmp_path / "run")
+
+
+def test_the_last_step_cannot_poison_the_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of an epoch are finite; its last update is not."""
+    original = engine.Loop._log
+
+    def poisoning(self: engine.Loop, started: float) -> None:
+        if self.position.step == 8:
+            self.model.head.fc.weight.data.fill_(float("nan"))
+        original(self, started)
+
+    monkeypatch.setattr(engine.Loop, "_log", poisoning)
+    with pytest.raises(UserError, match="not finite"):
+        train(tiny_recipe(), data=data, out=tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["position"]["step"] == 4
+
+
+def test_clipping_meets_a_gradient_that_is_not_finite(data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("optim.name=sgd", "optim.base_lr=1e30", "optim.clip_grad=1", "schedule.warmup_epochs=0")
+    with pytest.raises(UserError, match="the loss is not finite"):
+        train(recipe, data=data, out=tmp_path / "run")
 
 
 def test_a_batch_larger_than_the_set_says_which_fits(data: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from conv2former.data.classification import (
     open_splits,
 )
 from conv2former.data.sampling import EvalSampler
-from conv2former.errors import UserError
+from conv2former.errors import UserError, one_line
 from conv2former.labels import class_names
 from conv2former.run import RunFolder, replace_text
 from conv2former.tasks.classification import ClassificationCounts
@@ -175,7 +175,7 @@ def write_report(evaluation: Evaluation, source: ImageSource, folder: Path, **fa
             plots.confusion_matrix(evaluation.matrix(), evaluation.classes, folder / "confusion_matrix.png")
         _draw_sheet(evaluation, source, folder / "predictions.png")
     except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from None
+        raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None
 
 
 def _draw_sheet(evaluation: Evaluation, source: ImageSource, path: Path) -> None:

@@ -87,15 +87,17 @@ class Position:
         step: Optimizer steps done.
         evaluated: The step of the last evaluation.
         best_top1: Best validation accuracy so far, percent.
-        best_epoch: Its epoch.
         loss_sum: Sum of the losses since the last evaluation.
+        logged_sum: Sum of the losses since the last logged one.
+        logged_steps: Their number.
     """
 
     step: int = 0
     evaluated: int = 0
     best_top1: float = -1.0
-    best_epoch: int = 0
     loss_sum: float = 0.0
+    logged_sum: float = 0.0
+    logged_steps: int = 0
 
 
 class Loop:
@@ -153,6 +155,7 @@ class Loop:
             model.compile()  # in place: the names in the state dict stay
         self.task, self.optimizer = fabric.setup(task, optimizer)
         self.val_loader = self._val_loader()
+        self.writer: SummaryWriter | None = None
 
     def fit(self, run: RunFolder, *, resume: bool) -> Evaluation | None:
         """Trains to the end and reports; with ``resume`` from the run's checkpoint on.
@@ -162,26 +165,31 @@ class Loop:
             Interrupted: Stopped by a signal, state saved.
         """
         self.run = run
-        if resume:
-            self._load()
-        self.writer = self._writer()
-        self.progress = TrainingProgress(
-            self.steps,
-            self.steps_per_epoch,
-            global_batch=self.global_batch,
-            start=self.position.step,
-            enabled=self.fabric.is_global_zero,
-        )
-        self.progress.say(self._summary())
         try:
+            if resume:
+                self._load()
+            self.writer = self._writer()
+            self.progress = TrainingProgress(
+                self.steps,
+                self.steps_per_epoch,
+                global_batch=self.global_batch,
+                start=self.position.step,
+                enabled=self.fabric.is_global_zero,
+            )
+            self.progress.say(self._summary())
             with self.progress:
                 self._run()
+            return self._report()
         except OSError as error:
             raise UserError(f"cannot write the run folder {run.path}: {one_line(error)}") from None
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "out of GPU memory: lower optim.batch_size and raise optim.accumulate, or set "
+                "engine.grad_checkpointing=true"
+            ) from None
         finally:
             if self.writer:
                 self.writer.close()
-        return self._report()
 
     def _run(self) -> None:
         """Evaluate where an epoch has ended, else take a step, until all are done."""
@@ -218,7 +226,8 @@ class Loop:
                 self.fabric.backward(loss)
             self.pending += loss.detach()
         if optim.clip_grad is not None:
-            self.fabric.clip_gradients(self.task, self.optimizer, max_norm=optim.clip_grad)
+            # a gradient that is not finite is float16's business (its scaler skips the step) or shows in the next loss
+            self.fabric.clip_gradients(self.task, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         position.step += 1
@@ -231,27 +240,32 @@ class Loop:
         self.pending_steps += 1
         loss = None
         if position.step % LOG_INTERVAL == 0 or position.step % self.steps_per_epoch == 0:
-            loss = self._flush_loss()
+            self._flush_loss()
+            loss = position.logged_sum / position.logged_steps
+            position.logged_sum, position.logged_steps = 0.0, 0
             self._row("step", loss=loss, lr=lr)
         self.progress.step(position.step, seconds=time.perf_counter() - started, loss=loss, lr=lr)
 
-    def _flush_loss(self) -> float:
-        """Moves the pending losses, averaged over processes, into the position and returns their mean over steps.
+    def _flush_loss(self) -> None:
+        """Moves the pending losses, averaged over processes, into the position.
 
         Raises:
-            UserError: One of them is not finite.
+            UserError: One of them, or a weight that the last step has made, is not finite.
         """
         mean: Any = self.fabric.all_reduce(self.pending, reduce_op="mean")
         total, steps = float(mean), self.pending_steps
         self.pending.zero_()
         self.pending_steps = 0
-        if not math.isfinite(total):
+        # the losses are from before each update, so the last update is seen in the weights alone
+        sound = math.isfinite(total) and math.isfinite(torch.nn.utils.get_total_norm(self.model.parameters()))
+        if not sound:
             raise UserError(
                 f"the loss is not finite in the {steps} steps up to {self.position.step}: lower optim.base_lr, set "
                 "optim.clip_grad=1 or use engine.precision=32, and train again; what was saved before is kept"
             )
         self.position.loss_sum += total
-        return total / max(steps, 1)
+        self.position.logged_sum += total
+        self.position.logged_steps += steps
 
     def _evaluate(self) -> None:
         position = self.position
@@ -279,7 +293,7 @@ class Loop:
         )
         better = result["top1"] > position.best_top1
         if better:
-            position.best_top1, position.best_epoch = result["top1"], round(row["epoch"])
+            position.best_top1 = result["top1"]
         if self.fabric.is_global_zero:
             note = dict(step=position.step, epoch=row["epoch"], val_top1=result["top1"])
             for folder in (self.run.last, self.run.best) if better else (self.run.last,):
@@ -423,5 +437,5 @@ class Loop:
         """A few held-out pictures as files, to try ``predict`` on where the data brings none."""
         folder, source = self.run.path / "samples", self.splits.val
         folder.mkdir(exist_ok=True)
-        for index in range(0, len(source), max(len(source) // SAMPLES, 1)):
+        for index in range(0, len(source), -(-len(source) // SAMPLES)):
             source.load(index).save(folder / source.name(index))

@@ -106,7 +106,7 @@ def run_predict(checkpoint: Path, inputs: list[Path], *, out: Path | None = None
     for row in predict(checkpoint, inputs, **options):
         total += 1
         failed += not row["ok"]
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(json.dumps(row), flush=True)  # ASCII: file names may hold bytes that no encoding of a terminal has
         if out and row["ok"]:
             annotate(row, _make(out) / _free_name(Path(row["file"]).stem, taken))
     if failed:

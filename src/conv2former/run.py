@@ -8,6 +8,8 @@ tensorboard/           the same for TensorBoard
 checkpoints/last.ckpt  weights, optimizer and step, to resume from
 best/ last/            model.safetensors and config.json, for timm's local-dir:
 evaluation.json        the best weights' counts, also per class
+evaluations/           the same on other data, by ``conv2former evaluate``
+samples/ predictions/  pictures to try, and what was made of them (quick start)
 *.png                  learning curves, confusion matrix, predictions
 """
 
@@ -67,10 +69,11 @@ class RunFolder:
             run._remove()
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
+        facts = facts | dict(recipe_hash=recipe.digest()) | machine_facts()
         try:
             run.checkpoint.parent.mkdir(parents=True)
             replace_text(path / "recipe.yaml", recipe.to_yaml())
-            run.write_json("run.json", facts | dict(recipe_hash=recipe.digest()) | machine_facts())
+            run.write_json("run.json", facts)
         except OSError as error:
             raise UserError(f"cannot write the output folder {path}: {error.strerror}") from None
         return run
@@ -84,7 +87,7 @@ class RunFolder:
         """
         run = cls(path)
         if not run.exists():
-            raise UserError(f"{path} is not a run folder (no recipe.yaml in it)")
+            raise UserError(f"{path} is not a run folder (no recipe.yaml and run.json in it)")
         return run
 
     def exists(self) -> bool:
@@ -92,7 +95,10 @@ class RunFolder:
         return (self.path / "recipe.yaml").is_file() and (self.path / "run.json").is_file()
 
     def _remove(self) -> None:
-        foreign = [n for n in os.listdir(self.path) if n not in CONTENTS and not n.startswith((".best.", ".last."))]
+        # leftovers of a crash: half-written files and folders beside their places
+        names = os.listdir(self.path)
+        ours = {n for n in names if n.removesuffix(".partial") in CONTENTS or n.startswith((".best.", ".last."))}
+        foreign = sorted(set(names) - ours)
         if foreign:
             raise UserError(f"{self.path} holds {some(foreign)}, which no run has written: it is not overwritten")
         if Path.cwd().is_relative_to(self.path.resolve()):
@@ -152,7 +158,9 @@ class RunFolder:
         rows = self.rows("epoch")
         if not rows:
             return
-        with (partial := self.metrics_csv.with_suffix(".partial")).open("w", newline="", encoding="utf-8") as file:
+        with (partial := self.metrics_csv.with_name("metrics.csv.partial")).open(
+            "w", newline="", encoding="utf-8"
+        ) as file:
             writer = csv.DictWriter(file, fieldnames=[key for key in rows[0] if key != "kind"], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
@@ -186,15 +194,10 @@ def machine_facts() -> dict[str, Any]:
 
 def _commit() -> str | None:
     # only where the package runs from a checkout of its own; an installed wheel has its version
+    git: Any = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        # a file that git does not track lies in somebody else's repository, in a virtual environment there say
+        subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], **git)
+        return subprocess.run(["git", "describe", "--always", "--dirty"], **git).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()

@@ -156,6 +156,8 @@ def _resumed(run: RunFolder, recipe: Recipe | None, data: Path | None) -> tuple[
             f"the run in {run.path} was made with other settings ({_difference(own, recipe)}): resume it without "
             "--recipe and --set, or start a new run in another folder"
         )
+    if recipe is not None:  # the number of readers changes no result and may be another
+        own = own.model_copy(update=dict(data=own.data.model_copy(update=dict(workers=recipe.data.workers))))
     recorded = run.facts().get("data")
     return own, data or (Path(recorded) if recorded else None)
 

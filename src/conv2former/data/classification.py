@@ -52,14 +52,15 @@ class FolderSource:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        none = f"no images in {root}: expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
         try:
             self.reader = ReaderImageFolder(str(root), input_key=";".join(IMAGE_EXTENSIONS))
         except RuntimeError:
-            raise UserError(
-                f"no images in {root}: expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
-            ) from None
+            raise UserError(none) from None
         names = {index: name for name, index in self.reader.class_to_idx.items()}
         samples = [(path, names[index]) for path, index in self.reader.samples if not self._hidden(path)]
+        if not samples:
+            raise UserError(none)
         loose = [path for path, name in samples if not name]
         if loose:
             raise UserError(f"{loose[0]} lies in no class folder: move or remove the images directly in {root}")
@@ -146,7 +147,7 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
     """The two sets that a recipe trains and validates on.
 
     ``root`` holds ``train/`` and ``val/`` (or ``validation/``), or, with ``data.val_fraction``, class folders of which
-    a stratified share is held out; the split depends on the seed alone.
+    a stratified share is held out; the split depends on the seed and the files.
 
     Raises:
         UserError: Missing folder, no images, no validation set, fewer than two classes, classes that differ.
@@ -212,6 +213,8 @@ def _val_dir(root: Path) -> Path | None:
 
 def _split(source: ImageSource, fraction: float, seed: int) -> Splits:
     _check_class_count(source)
+    if not fraction:
+        raise UserError("nothing is held out for validation: set data.val_fraction=0.1, say")
     held_out: list[int] = []
     targets = np.asarray(source.targets)
     for target, name in enumerate(source.classes):

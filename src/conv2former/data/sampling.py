@@ -1,7 +1,8 @@
 """Keyed randomness: every random choice is a function of a key, so that nothing but the step has to be saved.
 
 The order of an epoch comes from (seed, epoch), an image's augmentation from (seed, epoch, index), drop path and MixUp
-from (seed, step, rank). A run that stops anywhere therefore continues with the very numbers it would have drawn.
+from (seed, step, part of the step, rank). A run that stops anywhere therefore continues with the very numbers it would
+have drawn.
 """
 
 from __future__ import annotations

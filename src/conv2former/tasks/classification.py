@@ -19,6 +19,12 @@ from conv2former import checkpoints
 from conv2former.errors import UserError, nearest, one_line, some
 from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection
 
+# arguments of timm.create_model that say where weights come from or what else than a classifier is built
+RESERVED = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
+    *("features_only", "scriptable", "exportable", "no_jit"),
+}
+
 
 class ClassificationCounts(Metric):
     """Counts over all images seen, summed over processes: nothing is averaged before the end.
@@ -70,7 +76,9 @@ class ClassificationCounts(Metric):
 
 
 class ClassificationTask(L.LightningModule):
-    """A classifier with its recipe. Usable with any Lightning engine; ``conv2former.train`` runs it on Fabric.
+    """A classifier with its recipe, as a LightningModule; ``conv2former.train`` runs it on Fabric.
+
+    Under Lightning's Trainer it trains at the recipe's peak rate: the schedule is the engine's.
 
     Args:
         model: A timm classifier.
@@ -146,6 +154,9 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
             )
         args = checkpoints.saved_model_args(section.weights) | args
     rates = (("drop_path_rate", section.drop_path_rate), ("drop_rate", section.drop_rate))
+    reserved = sorted(RESERVED & args.keys())
+    if reserved:
+        raise UserError(f"model.args cannot hold {', '.join(reserved)}: weights are given as model.weights")
     options: dict[str, Any] = args | {key: rate for key, rate in rates if rate}  # not every timm model takes both
     try:
         network = timm.create_model(section.name, num_classes=len(classes), **options)
@@ -195,11 +206,12 @@ def build_schedule(
 ) -> CosineLRScheduler:
     """Linear warm-up and cosine decay; ``step_update(step)`` sets the rate of a step, whatever came before."""
     steps = schedule.epochs * steps_per_epoch
+    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=steps - round(schedule.warmup_epochs * steps_per_epoch),
+        t_initial=steps - warmup,
         lr_min=schedule.min_lr,
-        warmup_t=round(schedule.warmup_epochs * steps_per_epoch),
+        warmup_t=warmup,
         warmup_lr_init=schedule.warmup_lr,
         warmup_prefix=True,
         t_in_epochs=False,
