@@ -106,7 +106,7 @@ class Loop:
     Args:
         recipe: What to do.
         splits: The images.
-        model: The network, on the CPU.
+        model: The network, on the CPU, with gradient checkpointing where the recipe asks for it.
         model_args: What rebuilds it with ``timm.create_model``.
         fabric: Launched.
         stop: Says when to stop.
@@ -132,8 +132,6 @@ class Loop:
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
 
         engine, data = recipe.engine, recipe.data
-        if engine.grad_checkpointing:
-            model.set_grad_checkpointing()
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model = model

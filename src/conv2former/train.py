@@ -98,7 +98,7 @@ def _build(recipe: Recipe, splits: Splits, run: RunFolder, facts: dict[str, Any]
 
 def _check_normalisation(recipe: Recipe) -> None:
     """Refuses weights that were trained on images normalised in another way."""
-    cfg: Any = checkpoints.load_pretrained(str(recipe.model.weights)).pretrained_cfg
+    cfg = checkpoints.saved_pretrained_cfg(str(recipe.model.weights))
     for key in ("mean", "std"):
         wanted, given = tuple(cfg[key]), tuple(getattr(recipe.data, key))
         if wanted != given:

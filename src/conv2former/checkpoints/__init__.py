@@ -8,7 +8,7 @@ takes as it is.
 """
 
 from conv2former.checkpoints.convert import ConvertReport, authors_state_dict, convert, convert_authors_state_dict
-from conv2former.checkpoints.hub import load_pretrained, save_pretrained, saved_model_args
+from conv2former.checkpoints.hub import load_pretrained, save_pretrained, saved_model_args, saved_pretrained_cfg
 from conv2former.checkpoints.reading import read_state_dict
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "read_state_dict",
     "save_pretrained",
     "saved_model_args",
+    "saved_pretrained_cfg",
 ]

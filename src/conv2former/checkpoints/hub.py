@@ -168,6 +168,11 @@ def saved_model_args(path: StrPath) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key != "num_classes"}
 
 
+def saved_pretrained_cfg(path: StrPath) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` behind ``load_pretrained(path)``, read without the weights."""
+    return read_config(find_model(Path(path))[0])[0]
+
+
 def find_model(path: Path) -> tuple[Path, Path]:
     """The folder with ``config.json`` that ``path`` means, and its weights file."""
     if not os.path.exists(path):
