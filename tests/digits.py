@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conv2former.data.classification import DigitsSource
+from conv2former.data.sources import DigitsSource
 from conv2former.recipes import Recipe, load_recipe
 
 # a run of seconds: four digits, 16 px, three epochs of four steps

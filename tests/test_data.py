@@ -10,20 +10,18 @@ import pytest
 import torch
 
 from conv2former.data.classification import (
-    DigitsSource,
-    FolderSource,
     ImageDataset,
     checked,
     collate,
     eval_loader,
     eval_transform,
-    open_eval_source,
-    open_splits,
     train_loader,
     train_transform,
 )
 from conv2former.data.images import BadImage
 from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
+from conv2former.data.sources import DigitsSource, FolderSource
+from conv2former.data.splits import open_eval_source, open_splits
 from conv2former.errors import UserError
 from digits import one_picture, tiny_recipe, write_digits
 

@@ -11,7 +11,8 @@ import torch
 from timm.data import resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import FolderSource, eval_transform
+from conv2former.data.classification import eval_transform
+from conv2former.data.sources import FolderSource
 from conv2former.errors import UserError
 from conv2former.evaluate import evaluate, pick_device
 from conv2former.train import train

@@ -11,6 +11,7 @@ import yaml
 
 from conv2former.errors import UserError
 from conv2former.recipes import load_recipe, recipe_names
+from conv2former.recipes.batch import plan_batch
 from conv2former.tasks.classification import build_model, build_optimizer, build_schedule, scaled_lr
 
 
@@ -21,13 +22,15 @@ def test_every_recipe_builds_its_model_optimizer_and_schedule(name: str) -> None
     assert recipe.claim.command.startswith(f"conv2former train --recipe {name} ")
     with torch.device("meta"):
         model, _ = build_model(recipe.model, classes=list("abcdefghij"))
-    optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, world=8))
+    optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, plan_batch(recipe, world=8)))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for parameter_name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), parameter_name
     schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=10)
     schedule.step_update(recipe.schedule.epochs * 10 // 2)
-    assert all(0 < group["lr"] <= scaled_lr(recipe.optim, world=8) for group in optimizer.param_groups)
+    assert all(
+        0 < group["lr"] <= scaled_lr(recipe.optim, plan_batch(recipe, world=8)) for group in optimizer.param_groups
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -44,7 +47,7 @@ def test_the_papers_settings() -> None:
     recipe = load_recipe("imagenet1k_t")
     optim, augment = recipe.optim, recipe.augment
     assert (optim.name, optim.base_lr, optim.base_batch, optim.weight_decay) == ("adamw", 1e-3, 1024, 0.05)
-    assert scaled_lr(optim, world=8) == 1e-3 and recipe.schedule.epochs == 300
+    assert scaled_lr(optim, plan_batch(recipe, world=8)) == 1e-3 and recipe.schedule.epochs == 300
     assert (augment.mixup, augment.cutmix, augment.label_smoothing, augment.random_erasing) == (0.8, 1.0, 0.1, 0.25)
     assert recipe.model.drop_path_rate == 0.15 and recipe.claim.paper == 83.2
 

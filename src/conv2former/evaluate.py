@@ -13,16 +13,10 @@ from timm.data import resolve_model_data_config
 
 from conv2former import plots
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import (
-    ImageDataset,
-    ImageSource,
-    checked,
-    eval_loader,
-    eval_transform,
-    open_eval_source,
-    open_splits,
-)
+from conv2former.data.classification import ImageDataset, checked, eval_loader, eval_transform
 from conv2former.data.sampling import EvalSampler
+from conv2former.data.sources import ImageSource
+from conv2former.data.splits import open_eval_source, open_splits
 from conv2former.errors import UserError, one_line
 from conv2former.labels import class_names
 from conv2former.run import RunFolder, replace_text

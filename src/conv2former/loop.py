@@ -28,7 +28,6 @@ from torch.utils.tensorboard import SummaryWriter
 from conv2former import checkpoints, plots
 from conv2former.data.classification import (
     ImageDataset,
-    Splits,
     checked,
     eval_loader,
     eval_transform,
@@ -36,9 +35,11 @@ from conv2former.data.classification import (
     train_transform,
 )
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
+from conv2former.data.splits import Splits
 from conv2former.errors import UserError, one_line
 from conv2former.evaluate import Evaluation, evaluate_source, write_report
 from conv2former.progress import TrainingProgress
+from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.schema import Recipe
 from conv2former.run import RunFolder
 from conv2former.tasks.classification import ClassificationTask, build_optimizer, build_schedule, scaled_lr
@@ -123,8 +124,9 @@ class Loop:
     ) -> None:
         self.recipe, self.splits, self.model_args = recipe, splits, model_args
         self.fabric, self.stop = fabric, stop
-        self.global_batch = recipe.optim.batch_size * recipe.optim.accumulate * fabric.world_size
-        self.steps_per_epoch = steps_per_epoch(len(splits.train), self.global_batch)
+        self.batch = plan_batch(recipe, world=fabric.world_size)
+        self.lr = scaled_lr(recipe.optim, self.batch)
+        self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
         self.steps = recipe.schedule.epochs * self.steps_per_epoch
         self.position = Position()
         # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
@@ -145,7 +147,7 @@ class Loop:
         )
         transform = train_transform(data, recipe.augment)
         self.dataset = ImageDataset(splits.train, transform, seed=engine.seed)
-        optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, world=fabric.world_size))
+        optimizer = build_optimizer(model, recipe.optim, lr=self.lr)
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
         task = ClassificationTask(model, recipe)
         self.counts = task.counts
@@ -170,7 +172,7 @@ class Loop:
             self.progress = TrainingProgress(
                 self.steps,
                 self.steps_per_epoch,
-                global_batch=self.global_batch,
+                global_batch=self.batch.total,
                 start=self.position.step,
                 enabled=self.fabric.is_global_zero,
             )
@@ -207,7 +209,7 @@ class Loop:
         position, optim = self.position, self.recipe.optim
         started = time.perf_counter()
         try:
-            parts = [checked(next(batches)) for _ in range(optim.accumulate)]
+            parts = [checked(next(batches)) for _ in range(self.batch.accumulate)]
         except UserError:
             self._save_alone()
             raise
@@ -218,9 +220,9 @@ class Loop:
                 images = images.contiguous(memory_format=torch.channels_last)
             key = (self.recipe.engine.seed, position.step, part, self.fabric.global_rank)
             seed_all(derive_seed(Purpose.STEP, *key))
-            with self.fabric.no_backward_sync(self.task, enabled=part < optim.accumulate - 1):
+            with self.fabric.no_backward_sync(self.task, enabled=part < self.batch.accumulate - 1):
                 with self.fabric.autocast():  # on one device Fabric calls the step as it is, without its precision
-                    loss = self.task.training_step((images, targets, indices), position.step) / optim.accumulate
+                    loss = self.task.training_step((images, targets, indices), position.step) / self.batch.accumulate
                 self.fabric.backward(loss)
             self.pending += loss.detach()
         if optim.clip_grad is not None:
@@ -376,11 +378,11 @@ class Loop:
         recipe, fabric = self.recipe, self.fabric
         sampler = TrainSampler(
             len(self.splits.train),
-            recipe.optim.batch_size,
+            self.batch.per_process,
             seed=recipe.engine.seed,
             steps=self.steps,
             start=start,
-            accumulate=recipe.optim.accumulate,
+            accumulate=self.batch.accumulate,
             rank=fabric.global_rank,
             world=fabric.world_size,
         )
@@ -391,7 +393,7 @@ class Loop:
         recipe, fabric = self.recipe, self.fabric
         dataset = ImageDataset(self.splits.val, eval_transform(self.data_config))
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
-        loader = eval_loader(dataset, sampler, batch_size=recipe.optim.batch_size, workers=recipe.data.workers)
+        loader = eval_loader(dataset, sampler, batch_size=self.batch.per_process, workers=recipe.data.workers)
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     def _writer(self) -> SummaryWriter | None:
@@ -407,8 +409,7 @@ class Loop:
             f"{recipe.name}: {recipe.model.name}, {parameters / 1e6:.2f}M parameters, "
             f"{len(self.splits.train)} training and {len(self.splits.val)} validation images, "
             f"{len(self.splits.train.classes)} classes\n"
-            f"batch {recipe.optim.batch_size} x {fabric.world_size} processes x {recipe.optim.accumulate} accumulated "
-            f"= {self.global_batch}, learning rate {scaled_lr(recipe.optim, world=fabric.world_size):.3g}, "
+            f"batch {self.batch}, learning rate {self.lr:.3g}, "
             f"{recipe.schedule.epochs} epochs x {self.steps_per_epoch} = {self.steps} steps, "
             f"{recipe.engine.precision} on {fabric.device}"
             + (f", from step {self.position.step}" if self.position.step else "")
@@ -421,7 +422,7 @@ class Loop:
         evaluation = evaluate_source(
             checkpoints.load_pretrained(self.run.best),
             self.splits.val,
-            batch_size=self.recipe.optim.batch_size,
+            batch_size=self.batch.per_process,
             workers=self.recipe.data.workers,
             device=str(self.fabric.device),
         )

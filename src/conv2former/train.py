@@ -11,11 +11,12 @@ import lightning as L
 import torch
 
 from conv2former import checkpoints
-from conv2former.data.classification import Splits, open_splits
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
+from conv2former.data.splits import Splits, open_splits
 from conv2former.errors import UserError, one_line
 from conv2former.evaluate import Evaluation
 from conv2former.loop import Interrupted, Loop, StopRequest
+from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.schema import Recipe
 from conv2former.run import RunFolder
 from conv2former.tasks.classification import build_model
@@ -130,15 +131,16 @@ def _fabric(recipe: Recipe) -> L.Fabric:
 
 def _check_batch(recipe: Recipe, images: int, world: int) -> None:
     """Refuses a batch that the training set cannot fill once."""
-    parts = recipe.optim.accumulate * world
-    global_batch = recipe.optim.batch_size * parts
-    if images >= global_batch:
+    batch = plan_batch(recipe, world=world)
+    if images >= batch.total:
         return
-    fitting = images // parts
+    if recipe.optim.global_batch is not None:
+        raise UserError(f"{images} training images are fewer than one batch of {batch.total}: lower optim.global_batch")
+    fitting = images // (batch.accumulate * world)
     mixing = bool(recipe.augment.mixup or recipe.augment.cutmix)
     fitting -= fitting % 2 if mixing else 0
     advice = f"lower it with --set optim.batch_size={fitting}" if fitting else "use fewer processes or more images"
-    raise UserError(f"{images} training images are fewer than one batch of {global_batch}: {advice}")
+    raise UserError(f"{images} training images are fewer than one batch of {batch.total}: {advice}")
 
 
 def _refuse_overlap(out: Path, recipe: Recipe, data: Path | None) -> None:

@@ -28,6 +28,9 @@ class Claim(Section):
     command: str = Field(description="the command that runs it")
     hardware: str = Field(description="hardware that the time is meant for")
     time: str = Field(description="wall time expected there, or 'not run'")
+    processes: PositiveInt = Field(default=1, description="processes (GPUs) of that hardware")
+    images: PositiveInt | None = Field(default=None, description="training images of the data that the claim is about")
+    classes: PositiveInt | None = Field(default=None, description="classes of that data")
     notes: str = Field(default="", description="choices where the paper is silent, with their reasons")
     paper: float | None = Field(default=None, description="the paper's top-1 in percent")
     measured: float | Literal["not run"] = Field(default="not run", description="top-1 in percent measured here")
@@ -48,13 +51,20 @@ class ModelSection(Section):
 class DataSection(Section):
     """Images in and how they are read."""
 
-    source: Literal["folder", "digits"] = Field(
-        default="folder", description="'folder' for class folders, 'digits' for scikit-learn's handwritten digits"
+    source: Literal["folder", "tar", "wds", "hfds", "digits"] = Field(
+        default="folder",
+        description="'folder' for class folders, 'tar' for tar files of them, 'wds' for webdataset shards, 'hfds' for "
+        "a Hugging Face dataset, 'digits' for scikit-learn's handwritten digits",
     )
     input_size: int = Field(default=224, ge=8, description="side of the square that the network sees, pixels")
     val_fraction: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no val/ folder")
     workers: int = Field(default=2, ge=0, description="processes that read images, per training process")
     crop_pct: float = Field(default=0.9, gt=0, le=1, description="share of the resized image kept in evaluation")
+    on_bad_image: Literal["error", "skip"] = Field(
+        default="error", description="what an image that cannot be read does: end the run, or be listed and replaced"
+    )
+    max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
+    max_pixels: PositiveInt = Field(default=1 << 27, description="larger pictures count as images that cannot be read")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -83,11 +93,25 @@ class OptimSection(Section):
     base_batch: PositiveInt = 1024
     batch_size: PositiveInt = Field(default=128, description="images per process and forward pass")
     accumulate: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    global_batch: PositiveInt | None = Field(
+        default=None,
+        description="images per optimizer step over all processes; accumulate then follows from it, and batch_size is "
+        "the most that a process takes at once",
+    )
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] | None = Field(default=None, description="None for the optimizer's own")
     eps: float | None = Field(default=None, gt=0, description="None for the optimizer's own")
     clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="learning-rate decay from block to block")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="moving average of the weights, which is then evaluated and saved"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_batch(self) -> OptimSection:
+        if self.global_batch is not None and self.accumulate != 1:
+            raise ValueError("optim.accumulate follows from optim.global_batch: give one of them")
+        return self
 
 
 class ScheduleSection(Section):
@@ -106,6 +130,13 @@ class ScheduleSection(Section):
         return self
 
 
+class LoggerSection(Section):
+    """A logger of Lightning's beside TensorBoard and CSV."""
+
+    name: str = Field(description="class in lightning.pytorch.loggers, WandbLogger for example")
+    args: dict[str, Any] = Field(default={}, description="its keyword arguments; save_dir is the run folder")
+
+
 class EngineSection(Section):
     """How it is computed."""
 
@@ -115,7 +146,19 @@ class EngineSection(Section):
     compile: bool = False
     grad_checkpointing: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: PositiveInt | Literal["auto"] = Field(default="auto", description="processes on this machine")
+    devices: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="processes on each machine; torchrun and SLURM say it themselves"
+    )
+    nodes: PositiveInt | Literal["auto"] = Field(default="auto", description="machines; as above")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto", description="'fsdp' shards weights and optimizer over the processes; 'auto' is DDP"
+    )
+    sync_batchnorm: bool = Field(default=False, description="batch norm (the stem's) over the images of all processes")
+    checkpoint_minutes: float = Field(default=10, gt=0, description="most time between two checkpoints, minutes")
+    max_skipped_steps: PositiveInt = Field(
+        default=10, description="steps in a row whose loss is not finite, after which the run stops"
+    )
+    loggers: list[LoggerSection] = Field(default=[], description="further loggers")
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -146,9 +189,18 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
     def digest(self) -> str:
-        """A hash of all that changes the result: everything but the name, the claim and the number of readers."""
-        settings = self.model_dump(mode="json", exclude={"name": True, "claim": True, "data": {"workers"}})
+        """A hash of all that changes the result: everything but ``FREE`` settings."""
+        settings = self.model_dump(mode="json", exclude=FREE)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# what a resumed run may change: it names things, reads, saves or reports, and moves no weight
+FREE: dict[str, Any] = dict(
+    name=True,
+    claim=True,
+    data={"workers", "on_bad_image", "max_bad_images", "max_pixels"},
+    engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "loggers"},
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,7 +219,9 @@ def parse_yaml(text: str) -> Any:
 def recipe_names() -> list[str]:
     """The shipped recipes."""
     folder = resources.files("conv2former.recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = (entry.name for entry in folder.iterdir())
+    # a leading underscore marks what others are based on and is no experiment by itself
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and not name.startswith("_"))
 
 
 def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Recipe:
@@ -180,16 +234,34 @@ def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Reci
     Raises:
         UserError: No such recipe, not YAML, unknown key or wrong type; the message names the nearest right one.
     """
-    text, origin = _read(str(name))
-    try:
-        raw = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {origin} is not YAML: {one_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"recipe {origin} holds no sections: it must start with name:, claim:, model:")
+    raw = _raw(str(name), ())
     for assignment in overrides or []:
         _assign(raw, assignment)
-    return parse_recipe(raw, origin)
+    return parse_recipe(raw, str(name))
+
+
+def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe as it is written, laid over the one that it names as its ``base``."""
+    try:
+        raw = parse_yaml(_read(name))
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name} is not YAML: {one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {name} holds no sections: it must start with name:, claim:, model:")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or base in (name, *above):
+        raise UserError(f"recipe {name}: base must name another recipe, not {base!r}")
+    return _laid_over(_raw(base, (name, *above)), raw)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _laid_over(below[key], above[key])
+    return merged
 
 
 def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
@@ -200,17 +272,18 @@ def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
         raise UserError(f"recipe {origin}: {'; '.join(_explain(e) for e in error.errors())}") from None
 
 
-def _read(name: str) -> tuple[str, str]:
+def _read(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         try:
-            return Path(name).read_text(encoding="utf-8"), name
+            return Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read recipe {name}: {getattr(error, 'strerror', None) or error}") from None
-    names = recipe_names()
-    if name not in names:
+    file = resources.files("conv2former.recipes").joinpath(f"{name}.yaml")
+    if not file.is_file():
+        names = recipe_names()
         hint = nearest(name, names) or f"; there are: {', '.join(names)}"
         raise UserError(f"unknown recipe {name!r}{hint} (a file of your own must end in .yaml)")
-    return resources.files("conv2former.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
+    return file.read_text(encoding="utf-8")
 
 
 def _assign(raw: dict[str, Any], assignment: str) -> None:

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from conv2former import checkpoints
 from conv2former.errors import UserError, nearest, one_line, some
+from conv2former.recipes.batch import BatchPlan, plan_batch
 from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection
 
 # arguments of timm.create_model that say where weights come from or what else than a classifier is built
@@ -125,7 +126,8 @@ class ClassificationTask(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer at the recipe's learning rate for one process; the engine sets each step's rate itself."""
-        return build_optimizer(self.model, self.recipe.optim, lr=scaled_lr(self.recipe.optim, world=1))
+        optim = self.recipe.optim
+        return build_optimizer(self.model, optim, lr=scaled_lr(optim, plan_batch(self.recipe, world=1)))
 
 
 def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -181,9 +183,9 @@ def _copy_weights(source: Any, target: Any, classes: list[str], *, origin: str) 
     target.load_state_dict(state)
 
 
-def scaled_lr(optim: OptimSection, *, world: int) -> float:
+def scaled_lr(optim: OptimSection, batch: BatchPlan) -> float:
     """Sec. 4.1: the base rate times the effective batch over ``base_batch``."""
-    return optim.base_lr * optim.batch_size * optim.accumulate * world / optim.base_batch
+    return optim.base_lr * batch.total / optim.base_batch
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection, *, lr: float) -> torch.optim.Optimizer:
