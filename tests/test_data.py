@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
 
 from conv2former.data.classification import (
+    NO_TARGET,
     ImageDataset,
+    Normalizer,
     checked,
     collate,
     eval_loader,
     eval_transform,
+    limit_aspect,
     train_loader,
     train_transform,
 )
@@ -173,9 +180,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(data: Path) -> None:
     first, other = (ImageDataset(source, train_transform(recipe.data, recipe.augment), seed=seed) for seed in (0, 1))
     image = first[SampleKey(0, 3)][0]
     torch.manual_seed(99)  # what ran before does not matter
-    assert torch.equal(first[SampleKey(0, 3)][0], image)
-    assert not torch.equal(first[SampleKey(1, 3)][0], image)
-    assert not torch.equal(other[SampleKey(0, 3)][0], image)
+    assert np.array_equal(first[SampleKey(0, 3)][0], image)
+    assert not np.array_equal(first[SampleKey(1, 3)][0], image)
+    assert not np.array_equal(other[SampleKey(0, 3)][0], image)
 
 
 def test_workers_do_not_change_the_images(data: Path) -> None:
@@ -188,13 +195,13 @@ def test_workers_do_not_change_the_images(data: Path) -> None:
     ]
     assert len(runs[0]) == 6
     for mine, theirs in zip(*runs, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(mine[:3], theirs[:3], strict=True))
 
 
 def test_evaluation_loader_keeps_the_last_small_batch(data: Path) -> None:
     source = open_splits(WHOLE, data, seed=0).train
     loader = eval_loader(ImageDataset(source, eval_transform(CONFIG)), EvalSampler(24), batch_size=5, workers=0)
-    indices = torch.cat([indices for _, _, indices in loader])
+    indices = torch.cat([batch.indices for batch in loader])
     assert indices.tolist() == list(range(24))
 
 
@@ -211,5 +218,69 @@ def test_a_broken_image_travels_as_a_value_and_is_raised_where_it_is_asked_for(d
 
 
 def test_collate_stacks() -> None:
-    images, targets, indices = checked(collate([(torch.zeros(3, 2, 2), 1, 7), (torch.ones(3, 2, 2), 0, 8)]))
-    assert images.shape == (2, 3, 2, 2) and targets.tolist() == [1, 0] and indices.tolist() == [7, 8]
+    samples = [(np.zeros((2, 2, 3), np.uint8), 1, 7, []), (np.ones((2, 2, 3), np.uint8), 0, 8, [])]
+    images, targets, indices, bad = checked(collate(samples))
+    assert images.shape == (2, 3, 2, 2) and images.is_contiguous(memory_format=torch.channels_last)
+    assert targets.tolist() == [1, 0] and indices.tolist() == [7, 8] and bad == ()
+
+
+@pytest.mark.parametrize("size", [(33, 40), (300, 64), (2000, 90)])
+def test_pictures_reach_the_network_as_timm_would_give_them(size: tuple[int, int]) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    theirs = create_transform(**CONFIG, is_training=False)(picture)
+    pixels = torch.from_numpy(np.asarray(eval_transform(CONFIG)(picture))).permute(2, 0, 1)
+    ours = Normalizer(CONFIG["mean"], CONFIG["std"])(pixels[None])[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6 if size[0] < 20 * size[1] else 0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 30000), (30000, 1), (3, 61)])
+def test_a_line_of_pixels_does_not_fill_the_memory(size: tuple[int, int]) -> None:
+    """timm would resize the first to 36 x 1,080,000 pixels and cut out the middle."""
+    assert limit_aspect(Image.new("RGB", size)).size == tuple(min(side, 20 * min(size)) for side in size)
+    assert eval_transform(CONFIG)(Image.new("RGB", size)).size == (16, 16)
+
+
+def test_a_broken_training_image_is_replaced_by_the_next_one(data: Path) -> None:
+    source = FolderSource(data / "train")
+    for name in (source.name(4), source.name(5)):
+        (data / "train" / name).write_bytes(b"")
+    transform = train_transform(DATA, tiny_recipe().augment)
+    dataset = ImageDataset(source, transform, on_bad_image="replace")
+    image, target, index, bad = dataset[SampleKey(2, 4)]
+    assert (
+        index == 6
+        and target == source.targets[6]
+        and [error.file for error in bad] == [str(data / "train" / source.name(i)) for i in (4, 5)]
+    )
+    assert np.array_equal(image, dataset[SampleKey(2, 4)][0])
+    assert len(collate([dataset[SampleKey(2, i)] for i in (3, 4, 5)]).bad) == 3
+
+
+def test_a_broken_validation_image_does_not_count(data: Path) -> None:
+    source = FolderSource(data / "val")
+    (data / "val" / source.name(1)).write_bytes(b"")
+    dataset = ImageDataset(source, eval_transform(CONFIG), on_bad_image="mask")
+    batch = checked(collate([dataset[key] for key in EvalSampler(3)]))
+    assert batch.targets.tolist() == [source.targets[0], NO_TARGET, source.targets[2]] and len(batch.bad) == 1
+
+
+def test_a_folder_of_broken_images_is_not_replaced_for_ever(data: Path) -> None:
+    source = FolderSource(data / "train")
+    for index in range(len(source)):
+        (data / "train" / source.name(index)).write_bytes(b"")
+    dataset = ImageDataset(source, train_transform(DATA, tiny_recipe().augment), on_bad_image="replace")
+    assert isinstance(dataset[SampleKey(0, 0)], BadImage)
+
+
+def test_workers_that_are_left_do_not_keep_the_process_from_ending(data: Path) -> None:
+    """They ignore SIGTERM, by which Python would end them."""
+    program = f"""
+from conv2former.data.classification import *
+from conv2former.data.sources import FolderSource
+from conv2former.data.sampling import EvalSampler
+dataset = ImageDataset(FolderSource(__import__("pathlib").Path({str(data / "val")!r})), lambda image: image)
+left = iter(eval_loader(dataset, EvalSampler(4), batch_size=1, workers=2))
+next(left)
+raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 7

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import eval_transform
 from conv2former.data.sources import FolderSource
 from conv2former.errors import UserError
 from conv2former.evaluate import evaluate, pick_device
@@ -34,7 +33,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_counts_equal_a_plain_loop_whatever_batch_and_workers(run: Path, data: Path) -> None:
     model = load_pretrained(run).eval()
     source = FolderSource(data / "val")
-    transform = eval_transform(resolve_model_data_config(model))
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)  # timm's own, normalised
     with torch.inference_mode():
         predicted = [int(model(transform(source.load(i))[None]).argmax()) for i in range(len(source))]
     expected = np.zeros((4, 4), int)

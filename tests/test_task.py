@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import lightning as L
 import numpy as np
 import pytest
 import timm
 import torch
 
+from conv2former.data.classification import NO_TARGET, Batch
+from conv2former.recipes.batch import plan_batch
 from conv2former.tasks.classification import ClassificationCounts, ClassificationTask, build_optimizer, scaled_lr
 from digits import tiny_recipe
 
@@ -65,12 +69,35 @@ def test_two_processes_add_up() -> None:
     assert merged.compute() == whole.compute()
 
 
+def test_images_that_only_fill_up_are_not_counted() -> None:
+    logits, targets = torch.randn(6, 3), torch.tensor([0, NO_TARGET, 2, 1, NO_TARGET, 0])
+    masked, plain = ClassificationCounts(3), ClassificationCounts(3)
+    masked.update(logits, targets)
+    plain.update(logits[targets >= 0], targets[targets >= 0])
+    assert masked.compute() == plain.compute() and masked.compute()["images"] == 4
+    masked.update(logits[:1], torch.tensor([NO_TARGET]))  # a whole batch of them
+    assert masked.compute() == plain.compute()
+
+
+def test_erasing_is_done_on_the_batch() -> None:
+    model = timm.create_model("conv2former_test", num_classes=4, stem_stride=2)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    task = ClassificationTask(model, tiny_recipe("augment.random_erasing=1.0"))
+    pixels, targets = torch.full((2, 3, 16, 16), 128, dtype=torch.uint8), torch.tensor([0, 1])
+    random.seed(0)
+    task.training_step(Batch(pixels, targets, targets), 0)
+    changed = (seen[0] != task.normalizer(pixels)).any(dim=1).flatten(1).sum(dim=1)
+    assert (changed >= 4).all() and (changed < 256 / 2).all()  # 2% to a third of the picture
+
+
 def test_mixup_keeps_the_loss_of_the_mixed_labels() -> None:
     model = timm.create_model("conv2former_test", num_classes=4, stem_stride=2)
     task = ClassificationTask(model, tiny_recipe("augment.mixup=0.8", "augment.cutmix=1.0"))
-    images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    pixels, targets = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1, 2, 3])
+    images = task.normalizer(pixels)
     np.random.seed(0)
-    loss = task.training_step((images.clone(), targets, targets), 0)
+    loss = task.training_step(Batch(pixels, targets, targets), 0)
     np.random.seed(0)
     mixed, soft = task.mixup(images.clone(), targets)
     logits = model(mixed)
@@ -79,11 +106,9 @@ def test_mixup_keeps_the_loss_of_the_mixed_labels() -> None:
 
 
 def test_learning_rate_scales_with_the_effective_batch() -> None:
-    optim = tiny_recipe(
-        "optim.base_lr=1e-3", "optim.base_batch=1024", "optim.batch_size=64", "optim.accumulate=2"
-    ).optim
-    assert scaled_lr(optim, world=8) == pytest.approx(1e-3)
-    assert scaled_lr(optim, world=4) == pytest.approx(5e-4)
+    recipe = tiny_recipe("optim.base_lr=1e-3", "optim.base_batch=1024", "optim.batch_size=64", "optim.accumulate=2")
+    assert scaled_lr(recipe.optim, plan_batch(recipe, world=8)) == pytest.approx(1e-3)
+    assert scaled_lr(recipe.optim, plan_batch(recipe, world=4)) == pytest.approx(5e-4)
 
 
 def test_layer_decay_gives_earlier_blocks_smaller_rates() -> None:
@@ -104,11 +129,13 @@ def test_layer_decay_gives_earlier_blocks_smaller_rates() -> None:
 def test_the_task_runs_under_lightnings_trainer() -> None:
     model = timm.create_model("conv2former_test", num_classes=4, stem_stride=2)
     task = ClassificationTask(model, tiny_recipe())
-    data = [(torch.randn(3, 16, 16), i % 4, i) for i in range(8)]
+    pixels, numbers = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8)
+    data = [Batch(pixels[i : i + 4], numbers[i : i + 4] % 4, numbers[i : i + 4]) for i in (0, 4)]
     before = model.head.fc.weight.clone()
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=4), torch.utils.data.DataLoader(data, batch_size=4))
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    trainer.fit(task, loader, loader)
     assert not torch.equal(model.head.fc.weight, before)
     assert task.counts.compute()["images"] >= 8

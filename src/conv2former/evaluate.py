@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 
 from conv2former import plots
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import ImageDataset, checked, eval_loader, eval_transform
+from conv2former.data.classification import ImageDataset, Normalizer, checked, eval_loader, eval_transform
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import ImageSource
 from conv2former.data.splits import open_eval_source, open_splits
@@ -88,13 +88,15 @@ def evaluate_source(
     """
     place = pick_device(device)
     model.eval().to(place)
-    dataset = ImageDataset(source, eval_transform(resolve_model_data_config(model)))
+    config = resolve_model_data_config(model)
+    dataset, normalizer = ImageDataset(source, eval_transform(config)), Normalizer(config["mean"], config["std"])
+    normalizer.to(place)
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers)
     counts = ClassificationCounts(model.num_classes, sync_on_compute=False).to(place)
     columns: list[list[np.ndarray]] = []
     for batch in loader:
-        images, targets, _ = checked(batch)
-        logits, truth = model(images.to(place)), targets.to(place)
+        images, targets, *_ = checked(batch)
+        logits, truth = model(normalizer(images.to(place))), targets.to(place)
         counts.update(logits, truth)
         probabilities = logits.float().softmax(dim=1)
         confidence, predicted = probabilities.max(dim=1)

@@ -215,14 +215,12 @@ class Loop:
             raise
         self.schedule.step_update(position.step)
         self.task.train()
-        for part, (images, targets, indices) in enumerate(parts):
-            if self.recipe.engine.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+        for part, batch in enumerate(parts):
             key = (self.recipe.engine.seed, position.step, part, self.fabric.global_rank)
             seed_all(derive_seed(Purpose.STEP, *key))
             with self.fabric.no_backward_sync(self.task, enabled=part < self.batch.accumulate - 1):
                 with self.fabric.autocast():  # on one device Fabric calls the step as it is, without its precision
-                    loss = self.task.training_step((images, targets, indices), position.step) / self.batch.accumulate
+                    loss = self.task.training_step(batch, position.step) / self.batch.accumulate
                 self.fabric.backward(loss)
             self.pending += loss.detach()
         if optim.clip_grad is not None:

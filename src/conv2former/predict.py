@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import resolve_model_data_config
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import eval_transform
+from conv2former.data.classification import Normalizer, eval_transform
 from conv2former.data.images import BadImage, decode, find_images
 from conv2former.errors import UserError
 from conv2former.evaluate import pick_device
@@ -32,9 +33,9 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Tensor | BadImage:
+    def __getitem__(self, index: int) -> np.ndarray | BadImage:
         try:
-            return self.transform(decode(self.files[index]))
+            return np.array(self.transform(decode(self.files[index])))
         except BadImage as error:
             return error
 
@@ -71,12 +72,13 @@ def predict(
     if not model.num_classes:
         raise UserError(f"{checkpoint} has no classifier: give a model that was trained with classes")
     labels = class_names(model)
-    dataset = _Files(files, eval_transform(resolve_model_data_config(model)))
+    config = resolve_model_data_config(model)
+    dataset, normalizer = _Files(files, eval_transform(config)), Normalizer(config["mean"], config["std"]).to(place)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=list)
     position = 0
     for samples in loader:
-        tensors = [sample for sample in samples if not isinstance(sample, BadImage)]
-        rows = iter(_probabilities(model, tensors, place))
+        pixels = [torch.from_numpy(sample) for sample in samples if not isinstance(sample, BadImage)]
+        rows = iter(_probabilities(model, normalizer, pixels, place))
         for sample in samples:
             file = str(files[position])
             position += 1
@@ -93,10 +95,11 @@ def predict(
 
 
 @torch.inference_mode()
-def _probabilities(model: torch.nn.Module, images: list[Tensor], place: torch.device) -> Tensor:
-    if not images:
+def _probabilities(model: torch.nn.Module, normalizer: Normalizer, pixels: list[Tensor], place: torch.device) -> Tensor:
+    if not pixels:
         return torch.empty(0)
-    return model(torch.stack(images).to(place)).float().softmax(dim=1).cpu()
+    images = normalizer(torch.stack(pixels).permute(0, 3, 1, 2).to(place))
+    return model(images).float().softmax(dim=1).cpu()
 
 
 def run_predict(checkpoint: Path, inputs: list[Path], *, out: Path | None = None, **options: Any) -> int:

@@ -1,28 +1,72 @@
-"""Images to read, transform and batch for classification, under keyed randomness."""
+"""Images to read, transform and batch for classification, under keyed randomness.
+
+Workers hand out 8-bit pictures, a quarter of the bytes of normalised ones; ``Normalizer`` turns a whole batch into what
+the network sees, on the network's device (as timm's prefetching loader does).
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
 
 from conv2former.data.images import BadImage
-from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seeded
+from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seed_cpu
 from conv2former.data.sources import ImageSource
 from conv2former.errors import UserError, one_line
 from conv2former.recipes.schema import AugmentSection, DataSection
 
-Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), targets (B,), indices (B,)
+NO_TARGET = -1  # of an image that is not counted
+MAX_ASPECT = 20  # of a picture before it is resized for evaluation
+REPLACEMENTS = 16  # images tried in place of a broken one
+
+PictureTransform = Callable[[Image.Image], Image.Image]
 
 
-def train_transform(data: DataSection, augment: AugmentSection) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform: random crop, flip, policy, normalisation, random erasing.
+class Batch(NamedTuple):
+    """Images that travel together.
+
+    Attributes:
+        images: 8-bit pictures (B, 3, H, W), channels last in memory.
+        targets: Classes (B,), ``NO_TARGET`` for what does not count.
+        indices: Numbers of the images in their source (B,).
+        bad: Images that could not be read, and whose place others have taken.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    bad: tuple[BadImage, ...] = ()
+
+
+class Normalizer(nn.Module):
+    """8-bit pictures (B, 3, H, W) to what a network expects: scaled to 0..1, minus mean, over std, in float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) of uint8 to the same of float32."""
+        return images.float().sub_(self.mean).div_(self.std)
+
+
+def train_transform(data: DataSection, augment: AugmentSection) -> PictureTransform:
+    """timm's training transform up to the normalisation: random crop, flip, policy.
 
     Raises:
         UserError: A policy that timm does not know.
@@ -36,40 +80,83 @@ def train_transform(data: DataSection, augment: AugmentSection) -> Callable[[Ima
         interpolation=data.interpolation,
         mean=data.mean,
         std=data.std,
-        re_prob=augment.random_erasing,
-        re_mode="pixel",
     )
     try:
-        return create_transform(data.input_size, is_training=True, **options)
+        return _without_tensor(create_transform(data.input_size, is_training=True, use_prefetcher=True, **options))
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"timm cannot build the augmentation ({one_line(error)}): check augment.auto_augment") from None
 
 
-def eval_transform(config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+def eval_transform(config: dict[str, Any]) -> PictureTransform:
     """timm's evaluation transform for a model's data configuration (``resolve_model_data_config``)."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return create_transform(**{key: config[key] for key in keys if key in config}, is_training=False)
+    options = {key: config[key] for key in keys if key in config}
+    resize = _without_tensor(create_transform(**options, is_training=False, use_prefetcher=True))
+    return Compose([limit_aspect, resize])
+
+
+def _without_tensor(transform: Any) -> Any:
+    return Compose(transform.transforms[:-1])  # the last turns the picture into an array, which is done here
+
+
+def limit_aspect(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is more than ``MAX_ASPECT`` times as long as wide.
+
+    Evaluation resizes the short side, which would make gigabytes of a line of pixels, and then takes the middle anyway.
+    """
+    width, height = image.size
+    limit = MAX_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
 class ImageDataset(Dataset):
     """Images of a source, transformed under the random numbers of their key.
 
     A broken image comes out as its ``BadImage``, so that a worker process does not turn it into a traceback.
+
+    Args:
+        source: Where the images are.
+        transform: Picture to picture, all of one size.
+        seed: Of the run.
+        on_bad_image: 'error' gives out the ``BadImage``; 'replace' the next image that can be read, with it (the same
+            one whenever the key is the same); 'mask' a blank one that does not count, with it.
     """
 
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor], *, seed: int = 0) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: PictureTransform,
+        *,
+        seed: int = 0,
+        on_bad_image: Literal["error", "replace", "mask"] = "error",
+    ) -> None:
+        self.source, self.transform, self.seed, self.on_bad_image = source, transform, seed, on_bad_image
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, int] | BadImage:
-        try:
-            image = self.source.load(key.image)
-        except BadImage as error:
-            return error
-        with seeded(Purpose.AUGMENT, self.seed, *key):
-            return self.transform(image), self.source.targets[key.image], key.image
+    def __getitem__(self, key: SampleKey) -> tuple[np.ndarray, int, int, list[BadImage]] | BadImage:
+        bad: list[BadImage] = []
+        index = key.image
+        target = NO_TARGET if key.padding else self.source.targets[index]
+        while True:
+            try:
+                image = self.source.load(index)
+                break
+            except BadImage as error:
+                bad.append(error)
+                if self.on_bad_image == "error" or len(bad) > REPLACEMENTS:
+                    return error
+                if self.on_bad_image == "mask":
+                    image, target = Image.new("RGB", (64, 64)), NO_TARGET
+                    break
+                index = (index + 1) % len(self.source)
+                target = self.source.targets[index]
+        seed_cpu(Purpose.AUGMENT, self.seed, key.epoch, key.image)
+        return np.asarray(self.transform(image)), target, index, bad
 
 
 def collate(samples: list[Any]) -> Batch | BadImage:
@@ -77,8 +164,11 @@ def collate(samples: list[Any]) -> Batch | BadImage:
     for sample in samples:
         if isinstance(sample, BadImage):
             return sample
-    images, targets, indices = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(targets), torch.tensor(indices)
+    images, targets, indices, bad = zip(*samples, strict=True)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # channels last, as they lie
+    return Batch(
+        pixels, torch.tensor(targets), torch.tensor(indices), tuple(error for errors in bad for error in errors)
+    )
 
 
 def checked(batch: Batch | BadImage) -> Batch:
@@ -99,18 +189,27 @@ def eval_loader(dataset: ImageDataset, sampler: EvalSampler, *, batch_size: int,
 
 
 def _loader_options(workers: int) -> dict[str, Any]:
+    if workers:
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
     return dict(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_start_worker,
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process stops the workers when its
-    # step is done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group; the training process stops the workers
+    # when its step is done
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _kill_workers() -> None:
+    """Ends workers that are left when the process ends: they ignore the SIGTERM that Python would wait on for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()

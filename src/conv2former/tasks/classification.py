@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from conv2former import checkpoints
+from conv2former.data.classification import Batch, Normalizer
 from conv2former.errors import UserError, nearest, one_line, some
 from conv2former.recipes.batch import BatchPlan, plan_batch
 from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection
@@ -51,8 +53,9 @@ class ClassificationCounts(Metric):
         self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Logits (B, K) and targets (B,)."""
-        logits = logits.float()
+        """Logits (B, K) and targets (B,); targets below 0 are not counted."""
+        counted = targets >= 0
+        logits, targets = logits[counted].float(), targets[counted]
         top = logits.topk(self.top_k, dim=1).indices
         hits = top == targets[:, None]
         self.seen += torch.bincount(targets, minlength=len(self.seen))
@@ -91,6 +94,7 @@ class ClassificationTask(L.LightningModule):
         self.model = model
         self.recipe = recipe
         augment = recipe.augment
+        self.normalizer = Normalizer(recipe.data.mean, recipe.data.std)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
         if augment.mixup or augment.cutmix:
@@ -105,12 +109,14 @@ class ClassificationTask(L.LightningModule):
         self.counts = ClassificationCounts(model.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, K)."""
+        """Normalised images (B, 3, H, W) -> logits (B, K)."""
         return self.model(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss of a batch; MixUp draws from NumPy's generator, which the engine has keyed."""
-        images, targets, _ = batch
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of a batch; erasing and MixUp draw from the generators that the engine has keyed."""
+        images, targets = self._prepared(batch), batch.targets
+        if erasing := self.recipe.augment.random_erasing:
+            images = RandomErasing(erasing, mode="pixel", device=images.device)(images)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         return self.criterion(self(images), targets)
@@ -119,10 +125,13 @@ class ClassificationTask(L.LightningModule):
         """Counts start anew with every pass."""
         self.counts.reset()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to ``counts``."""
-        images, targets, _ = batch
-        self.counts.update(self(images), targets)
+        self.counts.update(self(self._prepared(batch)), batch.targets)
+
+    def _prepared(self, batch: Batch) -> Tensor:
+        images = self.normalizer(batch.images)
+        return images if self.recipe.engine.channels_last else images.contiguous()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer at the recipe's learning rate for one process; the engine sets each step's rate itself."""
