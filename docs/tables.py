@@ -17,9 +17,10 @@ def command(*arguments: str) -> str:
 
 
 def main() -> None:
-    """The whole table of models into docs/results, its registered defaults without the ablations into the README."""
+    """The tables of models and recipes into docs/results, the registered models without ablations into the README."""
     table = command("models", "--variants", "--markdown")
     (ROOT / "docs/results/models.md").write_text(table)
+    (ROOT / "docs/results/recipes.md").write_text(command("recipes", "--markdown"))
     registered = command("models", "--markdown").splitlines()
     rows = "\n".join(line for line in registered if "ablation" not in line and "conv2former_test" not in line)
     readme = ROOT / "README.md"

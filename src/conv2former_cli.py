@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(
     name="conv2former",
@@ -39,19 +40,75 @@ class Normalisation(StrEnum):
     half = "half"
 
 
-@app.command()
+class XAxis(StrEnum):
+    """What learning curves are drawn over."""
+
+    epoch = "epoch"
+    step = "step"
+    minutes = "minutes"
+
+
+class Resume(StrEnum):
+    """What to do with a run that is there."""
+
+    yes = "yes"
+    auto = "auto"
+
+
+class BadImages(StrEnum):
+    """What to do about an image that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
+class Source(StrEnum):
+    """How labelled images lie."""
+
+    folder = "folder"
+    tar = "tar"
+    wds = "wds"
+    hfds = "hfds"
+
+
+class TrainCommand(TyperCommand):
+    """Takes ``--resume`` alone for ``--resume yes``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts the value in where it was left out."""
+        pairs = zip(args, [*args[1:], ""], strict=True)
+        full = [f"{word}=yes" if word == "--resume" and value not in list(Resume) else word for word, value in pairs]
+        return super().parse_args(ctx, full)
+
+
+@app.command(cls=TrainCommand)
 def train(
     recipe: Annotated[str | None, typer.Option(help="Recipe name, or a .yaml file of your own.")] = None,
     data: DataOption = None,
-    out: Annotated[Path, typer.Option(help="Run folder to make.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path | None, typer.Option(help="Run folder to make.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="Another timm model under the same recipe.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: Annotated[
+        Resume | None,
+        typer.Option(metavar="[auto]", help="Continue the run in --out; 'auto' starts it where there is none."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: go on with settings or images that differ from the run's.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    on_bad_image: Annotated[
+        BadImages | None, typer.Option(help="Same as --set data.on_bad_image=...", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done; --out is then a picture (.png) or its folder.")
+    ] = False,
 ) -> None:
     """Train a recipe on a folder of images (train/ and val/, one folder per class).
+
+    Exit status: 0 when done, 75 when stopped by SIGTERM or SIGUSR1 with the state saved (run again with --resume),
+    130 after Ctrl-C likewise, 1 on an error.
 
     Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
     """
@@ -62,15 +119,31 @@ def train(
         raise UserError("--resume and --overwrite exclude each other")
     # another model does not take the arguments that the recipe's own model needs; --set may give it some
     overrides = [*([f"model.name={model}", "model.args={}"] if model else []), *(set_ or [])]
+    overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
+    own = out / "recipe.yaml" if resume and out else None
+    if overrides and recipe is None and own and own.exists():
+        recipe = str(own)
     if overrides and recipe is None:
         raise UserError("--set and --model change a recipe: name it with --recipe")
+    if force and not resume:
+        raise UserError("--force goes with --resume")
     loaded = load_recipe(recipe, overrides=overrides) if recipe else None
+    if dry_run:
+        from conv2former.plan import plan
+
+        if loaded is None or resume or overwrite:
+            raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
+        print(plan(loaded, data=data, out=out))
+        return
+    if out is None:
+        raise UserError("no run folder given: name one with --out DIR")
 
     from conv2former.train import Interrupted
     from conv2former.train import train as run_train
 
     try:
-        evaluation = run_train(loaded, data=data, out=out, resume=resume, overwrite=overwrite)
+        going_on: Any = "auto" if resume == Resume.auto else bool(resume)
+        evaluation = run_train(loaded, data=data, out=out, resume=going_on, overwrite=overwrite, force=force)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
@@ -86,6 +159,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
     device: DeviceOption = "auto",
+    source: Annotated[
+        Source, typer.Option(help="Layout of --data: class folders, tar files, ...")
+    ] = Source.folder,
+    on_bad_image: Annotated[BadImages, typer.Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
     json_: JsonOption = False,
 ) -> None:
     """Count top-1, top-5 and per-class accuracy; draw a confusion matrix and the worst mistakes.
@@ -95,7 +172,14 @@ def evaluate(
     from conv2former.evaluate import evaluate as run_evaluate
 
     evaluation, folder = run_evaluate(
-        checkpoint, data=data, out=out, batch_size=batch_size, workers=workers, device=device
+        checkpoint,
+        data=data,
+        out=out,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        source=source.value,
+        on_bad_image=on_bad_image.value,
     )
     print(json.dumps(evaluation.to_json()) if json_ else _result_line(evaluation, "figures and pictures", folder))
 
@@ -143,6 +227,30 @@ def convert(
 
 
 @app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, also of runs that still go on.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture to write, .png, .svg or .pdf (default: learning_curves.png in the run, comparison.png here "
+            "for several).",
+            show_default=False,
+        ),
+    ] = None,
+    x: Annotated[
+        XAxis, typer.Option("--x", help="What to draw over; minutes are those of training alone.")
+    ] = XAxis.epoch,
+) -> None:
+    """Draw the learning curves of a run, or of several in one picture.
+
+    Example: conv2former plot runs/cifar runs/other --out comparison.png
+    """
+    from conv2former.plots import plot_runs
+
+    print(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")
+
+
+@app.command()
 def models(
     variants: Annotated[
         bool, typer.Option("--variants", help="Also the paper's other kernel and image sizes.")
@@ -180,7 +288,10 @@ def models(
 
 
 @app.command()
-def recipes(json_: JsonOption = False) -> None:
+def recipes(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    json_: JsonOption = False,
+) -> None:
     """List the recipes that come with the package.
 
     Example: conv2former recipes --json
@@ -201,7 +312,12 @@ def recipes(json_: JsonOption = False) -> None:
         ]
         for recipe in loaded
     ]
-    _print_table(["recipe", "model", "source", "paper top-1", "measured"], cells, right=(3, 4))
+    columns = ["recipe", "model", "source", "paper top-1", "measured"]
+    if markdown:
+        for row in (columns, ["---"] * len(columns), *cells):
+            print(f"| {' | '.join(row)} |")
+    else:
+        _print_table(columns, cells, right=(3, 4))
 
 
 def _percent(value: float | None) -> str:

@@ -128,10 +128,15 @@ def test_a_file_in_place_of_the_folder(data: Path) -> None:
         open_splits(WHOLE, None, seed=0)
 
 
-def test_a_class_of_one_image_cannot_be_split(data: Path) -> None:
+def test_a_class_of_one_image_is_trained_on_and_not_validated(data: Path) -> None:
     for image in sorted((data / "train" / "digit-2").iterdir())[1:]:
         image.unlink()
-    with pytest.raises(UserError, match="class 'digit-2' has 1 image"):
+    splits = open_splits(DATA, data / "train", seed=0)
+    assert splits.train.targets.count(2) == 1 and set(splits.val.targets) == {0, 1, 3}
+    for image in sorted((data / "train").glob("*/*"), reverse=True):
+        if len(list(image.parent.iterdir())) > 1:
+            image.unlink()
+    with pytest.raises(UserError, match="no class has two images"):
         open_splits(DATA, data / "train", seed=0)
 
 

@@ -3,34 +3,208 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from timm.layers import DropPath
 
 from conv2former.errors import UserError
-from conv2former.recipes import load_recipe, recipe_names
+from conv2former.model import DepthwiseConv
+from conv2former.plan import build_without_memory
+from conv2former.recipes import Recipe, load_recipe, recipe_names
 from conv2former.recipes.batch import plan_batch
 from conv2former.tasks.classification import build_model, build_optimizer, build_schedule, scaled_lr
+
+# the paper's rows, typed from its tables: (model, kernel, stochastic depth, top-1)
+SIZES = {"n": (7, 0.1, 81.5), "t": (11, 0.15, 83.2), "s": (11, 0.3, 84.1), "b": (11, 0.7, 84.4)}  # Tables 3 and 10
+KERNELS = {  # Fig. 4a: numbers for its ends in Sec. 3.3, for B's 7 in Table 5, none printed for the others
+    "t": {5: 82.8, 7: None, 9: None, 15: None, 21: 83.4},
+    "b": {5: 84.1, 7: 84.2, 9: None, 15: None, 21: 84.5},
+}
+SUMS = {"n": None, "t": 82.7, "s": None, "b": None}  # Fig. 4b; T's number in Table 6
+WEIGHTINGS = {"sigmoid": 82.3, "l1": 82.8, "linear": 82.2}  # Table 6
+ISOTROPIC = {"is": (0.1, 81.2), "is_conv3": (0.1, 82.0), "ib": (0.2, 82.7), "ib_conv3": (0.2, 83.0)}  # Table 7
+SCRATCH = (
+    {f"imagenet1k_{s}": (f"conv2former_{s}", kernel, rate, top1) for s, (kernel, rate, top1) in SIZES.items()}
+    | {
+        f"imagenet1k_{s}_k{kernel}": (f"conv2former_{s}", kernel, SIZES[s][1], top1)
+        for s, numbers in KERNELS.items()
+        for kernel, top1 in numbers.items()
+    }
+    | {f"imagenet1k_{s}_sum": (f"conv2former_{s}_sum", *SIZES[s][:2], top1) for s, top1 in SUMS.items()}
+    | {f"imagenet1k_t_{w}": (f"conv2former_t_{w}", 11, 0.15, top1) for w, top1 in WEIGHTINGS.items()}
+    | {f"imagenet1k_{s}": (f"conv2former_{s}", 11, rate, top1) for s, (rate, top1) in ISOTROPIC.items()}
+)
+PRETRAINING = {"s": 0.1, "b": 0.2, "l": 0.1}  # Table 10
+FINETUNING = {  # Tables 4 and 11
+    (224, "s"): (0.2, 84.9),
+    (224, "b"): (0.2, 86.2),
+    (224, "l"): (0.3, 87.0),
+    (384, "b"): (0.2, 87.0),
+    (384, "l"): (0.3, 87.7),
+}
+IMAGENET = sorted(
+    [*SCRATCH, *(f"imagenet22k_{s}" for s in PRETRAINING), *(f"imagenet1k_ft{size}_{s}" for size, s in FINETUNING)]
+)
+OURS = ["cifar", "finetune", "quickstart"]
+# exact counts with 1,000 classes
+PARAMETERS = {
+    "imagenet1k_n": 14_992_840,
+    "imagenet1k_t": 26_697_204,
+    "imagenet1k_s": 50_032_692,
+    "imagenet1k_b": 90_029_112,
+    "imagenet1k_t_sum": 26_697_204,
+    "imagenet1k_t_sigmoid": 26_697_204,
+    "imagenet1k_t_l1": 26_697_204,
+    "imagenet1k_t_linear": 26_697_204,
+    "imagenet1k_t_k5": 26_137_332,
+    "imagenet1k_t_k7": 26_277_300,
+    "imagenet1k_t_k9": 26_463_924,
+    "imagenet1k_t_k15": 27_303_732,
+    "imagenet1k_t_k21": 28_563_444,
+    "imagenet1k_b_k5": 88_370_232,
+    "imagenet1k_b_k7": 88_784_952,
+    "imagenet1k_b_k9": 89_337_912,
+    "imagenet1k_b_k15": 91_826_232,
+    "imagenet1k_b_k21": 95_558_712,
+    "imagenet1k_ft224_s": 50_032_692,
+    "imagenet1k_ft224_b": 90_029_112,
+    "imagenet1k_ft224_l": 198_893_736,
+    "imagenet1k_ft384_b": 90_029_112,
+    "imagenet1k_ft384_l": 198_893_736,
+    "imagenet22k_l": 198_893_736 + 1281 * (21_841 - 1000),
+}
+PEERS = [
+    "resnet50d",
+    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")),
+    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large")),
+    *("deit_small_patch16_224", "deit_base_patch16_224", "regnety_160", "focalnet_base_lrf"),
+    *("efficientnet_b7", "nfnet_f0", "coatnet_3_224"),
+]
+
+
+def builds(recipe: Recipe, classes: int) -> Any:
+    """Builds network, optimizer and schedule of a recipe, checks their rates and returns the network."""
+    model = build_without_memory(recipe.model, classes=classes)
+    peak = scaled_lr(recipe.optim, plan_batch(recipe, world=recipe.claim.processes))
+    optimizer = build_optimizer(model, recipe.optim, lr=peak)
+    schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=10)
+    schedule.step_update(recipe.schedule.epochs * 10 // 2)
+    assert all(0 < group["lr"] <= peak for group in optimizer.param_groups)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    kept = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1 and name not in kept), name
+    return model
+
+
+def test_every_row_of_the_paper_has_a_recipe() -> None:
+    assert recipe_names() == sorted([*IMAGENET, *OURS])
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_builds_its_model_optimizer_and_schedule(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.claim.command.startswith(f"conv2former train --recipe {name} ")
-    with torch.device("meta"):
-        model, _ = build_model(recipe.model, classes=list("abcdefghij"))
-    optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, plan_batch(recipe, world=8)))
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    for parameter_name, parameter in model.named_parameters():
-        assert (id(parameter) in decayed) == (parameter.ndim > 1), parameter_name
-    schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=10)
-    schedule.step_update(recipe.schedule.epochs * 10 // 2)
-    assert all(
-        0 < group["lr"] <= scaled_lr(recipe.optim, plan_batch(recipe, world=8)) for group in optimizer.param_groups
+    classes = recipe.claim.classes or 10
+    model = builds(recipe, classes)
+    assert model.num_classes == classes
+    if name in PARAMETERS:
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates[-1] == max(rates) == pytest.approx(recipe.model.drop_path_rate)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_claim_says_what_it_must(name: str) -> None:
+    claim = load_recipe(name).claim
+    words = claim.command.split()
+    assert words[:4] == ["conv2former", "train", "--recipe", name]
+    assert claim.hardware and claim.time and len(claim.notes) > 80
+    if name in IMAGENET:
+        assert words[4:6] == ["--data", "imagenet22k" if "22k" in name else "imagenet"]
+        assert words[6:] == ["--out", f"runs/{name}"]
+        assert claim.time == claim.measured == "not run"
+        assert re.match(r"(Table [34567]|Fig\. 4)", claim.source)
+    else:
+        assert claim.source == "not in the paper" and claim.paper is None
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_rows_trained_on_imagenet_1k(name: str) -> None:
+    """Sec. 4.1; Tables 3, 5, 6, 7, 10; Fig. 4."""
+    recipe = load_recipe(name)
+    model, kernel, rate, top1 = SCRATCH[name]
+    assert (recipe.model.name, recipe.model.drop_path_rate, recipe.claim.paper) == (model, rate, top1)
+    built = build_without_memory(recipe.model, classes=1000)
+    assert {m.kernel_size[0] for m in built.modules() if isinstance(m, DepthwiseConv)} - {3} == {kernel}
+    assert recipe.model.weights is None
+    assert (recipe.claim.images, recipe.claim.classes, recipe.claim.processes) == (1_281_167, 1000, 8)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (300, 20)
+    assert (recipe.data.input_size, recipe.data.crop_pct) == (224, 0.9)
+    settings(recipe, batch=1024, rate=1e-3, weight_decay=0.05, mixup=0.8, cutmix=1.0)
+
+
+@pytest.mark.parametrize("size", PRETRAINING)
+def test_rows_trained_on_imagenet_22k(size: str) -> None:
+    """Sec. 4.1, Table 10."""
+    recipe = load_recipe(f"imagenet22k_{size}")
+    assert (recipe.model.name, recipe.model.drop_path_rate) == (f"conv2former_{size}", PRETRAINING[size])
+    assert recipe.claim.paper is None and recipe.data.val_fraction > 0
+    assert (recipe.claim.images, recipe.claim.classes) == (14_197_122, 21_841)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, recipe.data.input_size) == (90, 5, 224)
+    settings(recipe, batch=4096, rate=4e-3, weight_decay=0.05, mixup=0.8, cutmix=1.0)
+
+
+@pytest.mark.parametrize(("pixels", "size"), FINETUNING)
+def test_rows_fine_tuned_on_imagenet_1k(pixels: int, size: str) -> None:
+    """Sec. 4.1, Tables 4 and 11."""
+    recipe = load_recipe(f"imagenet1k_ft{pixels}_{size}")
+    rate, top1 = FINETUNING[pixels, size]
+    assert (recipe.model.name, recipe.model.drop_path_rate) == (f"conv2former_{size}", rate)
+    assert recipe.claim.paper == top1
+    before = load_recipe(f"imagenet22k_{size}").claim.command
+    assert before.endswith(f"--out {recipe.model.weights}")
+    assert (recipe.claim.images, recipe.claim.classes, recipe.claim.processes) == (1_281_167, 1000, 8)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (30, 0)
+    assert (recipe.data.input_size, recipe.data.crop_pct) == (pixels, 0.9 if pixels == 224 else 1.0)
+    settings(recipe, batch=512, rate=5e-5, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
+
+
+def settings(recipe: Recipe, *, batch: int, rate: float, weight_decay: float, mixup: float, cutmix: float) -> None:
+    """What all of a kind share; the batch and the rate are the same on any number of processes."""
+    optim, augment = recipe.optim, recipe.augment
+    for world in (1, 8, 32, recipe.claim.processes):
+        planned = plan_batch(recipe, world=world)
+        assert planned.total == batch and planned.per_process <= optim.batch_size
+        assert scaled_lr(optim, planned) == pytest.approx(rate)
+    assert (optim.name, optim.weight_decay, optim.layer_decay, optim.ema_decay) == ("adamw", weight_decay, None, None)
+    assert (augment.mixup, augment.cutmix, augment.label_smoothing, augment.random_erasing) == (
+        mixup,
+        cutmix,
+        0.1,
+        0.25,
     )
+    assert augment.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert recipe.engine.precision == "bf16" and not recipe.engine.compile
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_papers_peers_train_under_its_recipe(peer: str) -> None:
+    recipe = load_recipe("imagenet1k_t", overrides=[f"model.name={peer}", "model.args={}"])
+    assert builds(recipe, 1000).num_classes == 1000
+
+
+def test_fine_tuning_takes_500_images() -> None:
+    recipe = load_recipe("finetune")
+    images = round(500 * (1 - recipe.data.val_fraction))
+    steps = images // plan_batch(recipe, world=1).total
+    assert steps == 7 and steps * recipe.schedule.epochs == 210
+    assert recipe.data.on_bad_image == "error"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -40,16 +214,6 @@ def test_the_resolved_recipe_reads_back_the_same(name: str, tmp_path: Path) -> N
     path.write_text(recipe.to_yaml())
     assert load_recipe(str(path)) == recipe
     assert load_recipe(str(path)).digest() == recipe.digest()
-
-
-def test_the_papers_settings() -> None:
-    """Sec. 4.1, Table 10."""
-    recipe = load_recipe("imagenet1k_t")
-    optim, augment = recipe.optim, recipe.augment
-    assert (optim.name, optim.base_lr, optim.base_batch, optim.weight_decay) == ("adamw", 1e-3, 1024, 0.05)
-    assert scaled_lr(optim, plan_batch(recipe, world=8)) == 1e-3 and recipe.schedule.epochs == 300
-    assert (augment.mixup, augment.cutmix, augment.label_smoothing, augment.random_erasing) == (0.8, 1.0, 0.1, 0.25)
-    assert recipe.model.drop_path_rate == 0.15 and recipe.claim.paper == 83.2
 
 
 def test_the_schedule_warms_up_and_falls_like_a_cosine() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from conv2former.data.sources import ImageSource
 from conv2former.data.splits import open_eval_source, open_splits
 from conv2former.errors import UserError, one_line
 from conv2former.labels import class_names
+from conv2former.resuming import recorded_data
 from conv2former.run import RunFolder, replace_text
 from conv2former.tasks.classification import ClassificationCounts
 
@@ -33,6 +35,7 @@ class Evaluation:
     Attributes:
         counts: ``ClassificationCounts.compute``.
         classes: K names.
+        indices: Number of every image in its source, (N,).
         targets: Index of the true class of every image, (N,).
         predicted: Index of the top class of every image, (N,).
         confidence: Its probability, (N,).
@@ -41,6 +44,7 @@ class Evaluation:
 
     counts: dict[str, Any]
     classes: list[str]
+    indices: np.ndarray
     targets: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
@@ -79,9 +83,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @torch.inference_mode()
 def evaluate_source(
-    model: Any, source: ImageSource, *, batch_size: int = 64, workers: int = 0, device: str = "auto"
+    model: Any,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    on_bad_image: Literal["error", "skip"] = "error",
 ) -> Evaluation:
-    """Runs the model over every image once.
+    """Runs the model over every image once; with ``on_bad_image='skip'`` leaves out those that cannot be read.
 
     Raises:
         UserError: An image that cannot be read.
@@ -89,22 +99,30 @@ def evaluate_source(
     place = pick_device(device)
     model.eval().to(place)
     config = resolve_model_data_config(model)
-    dataset, normalizer = ImageDataset(source, eval_transform(config)), Normalizer(config["mean"], config["std"])
-    normalizer.to(place)
+    masking: Any = "mask" if on_bad_image == "skip" else "error"
+    dataset = ImageDataset(source, eval_transform(config), on_bad_image=masking)
+    normalizer = Normalizer(config["mean"], config["std"]).to(place)
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers)
     counts = ClassificationCounts(model.num_classes, sync_on_compute=False).to(place)
-    columns: list[list[np.ndarray]] = []
+    parts: list[list[np.ndarray]] = []
     for batch in loader:
-        images, targets, *_ = checked(batch)
-        logits, truth = model(normalizer(images.to(place))), targets.to(place)
+        images, targets, indices, bad = checked(batch)
+        for error in bad:
+            print(f"skipping: {error}", file=sys.stderr, flush=True)
+        counted = targets >= 0
+        if not counted.any():
+            continue
+        logits, truth = model(normalizer(images[counted].to(place))), targets[counted].to(place)
         counts.update(logits, truth)
         probabilities = logits.float().softmax(dim=1)
         confidence, predicted = probabilities.max(dim=1)
         true_probability = probabilities.gather(1, truth[:, None])[:, 0]
-        columns.append([column.cpu().numpy() for column in (predicted, confidence, true_probability)])
-    predicted, confidence, true_probability = (np.concatenate(column) for column in zip(*columns, strict=True))
+        columns = (indices[counted], truth, predicted, confidence, true_probability)
+        parts.append([column.cpu().numpy() for column in columns])
+    if not parts:
+        raise UserError("none of the images can be read: nothing was evaluated")
     return Evaluation(
-        counts.compute(), list(source.classes), np.asarray(source.targets), predicted, confidence, true_probability
+        counts.compute(), list(source.classes), *(np.concatenate(column) for column in zip(*parts, strict=True))
     )
 
 
@@ -116,6 +134,8 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 2,
     device: str = "auto",
+    source: str = "folder",
+    on_bad_image: Literal["error", "skip"] = "error",
 ) -> tuple[Evaluation, Path | None]:
     """Evaluates a run (its best weights) or a saved model on a folder of images.
 
@@ -127,6 +147,8 @@ def evaluate(
         batch_size: Images per forward pass; the counts do not depend on it.
         workers: Processes that read images.
         device: 'auto', 'cpu', 'cuda', ...
+        source: How ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds'.
+        on_bad_image: 'error', or 'skip' to leave out what cannot be read.
 
     Returns:
         The evaluation, and the folder of its report if one was written.
@@ -138,21 +160,23 @@ def evaluate(
     run = RunFolder(Path(checkpoint))
     folder = out
     if data is None and run.exists():
-        source, folder = _validation_set(run), out or run.path
+        images, folder = _validation_set(run), out or run.path
     else:
-        source = open_eval_source(data, class_names(model))
+        images = open_eval_source(data, class_names(model), kind=source)
         if data and run.exists():
             folder = out or run.path / "evaluations" / data.resolve().name
-    evaluation = evaluate_source(model, source, batch_size=batch_size, workers=workers, device=device)
+    evaluation = evaluate_source(
+        model, images, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
+    )
     if folder:
-        write_report(evaluation, source, folder, checkpoint=str(checkpoint), data=str(data) if data else None)
+        write_report(evaluation, images, folder, checkpoint=str(checkpoint), data=str(data) if data else None)
     return evaluation, folder
 
 
 def _validation_set(run: RunFolder) -> ImageSource:
     """What the run was validated on; refuses a folder that has changed since, whose split would be another one."""
     recipe, facts = run.recipe(), run.facts()
-    splits = open_splits(recipe.data, Path(facts["data"]) if facts["data"] else None, seed=recipe.engine.seed)
+    splits = open_splits(recipe.data, recorded_data(facts), seed=recipe.engine.seed)
     if facts.get("images_hash") != splits.digest():
         raise UserError(f"the images in {facts['data']} are not those of the run: name a folder with --data")
     return splits.val
@@ -181,11 +205,11 @@ def _draw_sheet(evaluation: Evaluation, source: ImageSource, path: Path) -> None
     # spread evenly over the set, so that every class has its turn
     others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)
 
-    def entry(index: int) -> tuple[Any, str, bool]:
-        predicted, target = evaluation.predicted[index], targets[index]
-        picture = source.load(index)
+    def entry(row: int) -> tuple[Any, str, bool]:
+        predicted, target = evaluation.predicted[row], targets[row]
+        picture = source.load(int(evaluation.indices[row]))
         picture.thumbnail((160, 160))
-        caption = f"{evaluation.classes[predicted]} {evaluation.confidence[index]:.0%}"
+        caption = f"{evaluation.classes[predicted]} {evaluation.confidence[row]:.0%}"
         if predicted != target:
             caption += f"\nis {evaluation.classes[target]}"
         return picture, caption, bool(predicted == target)

@@ -9,24 +9,22 @@ precision and checkpoint files are Fabric's.
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import lightning as L
 import torch
 from timm.scheduler.scheduler import Scheduler
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor, nn
 
-from conv2former import checkpoints, plots
+from conv2former import checkpoints
+from conv2former.batchnorm import BatchNormBackup, synchronise
 from conv2former.data.classification import (
+    Batch,
     ImageDataset,
     checked,
     eval_loader,
@@ -34,50 +32,21 @@ from conv2former.data.classification import (
     train_loader,
     train_transform,
 )
+from conv2former.data.images import BadImage
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
 from conv2former.data.splits import Splits
-from conv2former.errors import UserError, one_line
-from conv2former.evaluate import Evaluation, evaluate_source, write_report
+from conv2former.errors import UserError, some
+from conv2former.logs import RunLog, peak_memory_gb
+from conv2former.processes import Processes, agreed
 from conv2former.progress import TrainingProgress
 from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.schema import Recipe
 from conv2former.run import RunFolder
+from conv2former.signals import Interrupted, StopRequest
+from conv2former.snapshots import Snapshots
 from conv2former.tasks.classification import ClassificationTask, build_optimizer, build_schedule, scaled_lr
 
-SAMPLES = 8  # held-out pictures that the quick start leaves as files
 LOG_INTERVAL = 20  # optimizer steps between logged losses
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; ``code`` is the exit status of the signal."""
-
-    def __init__(self, run: Path, step: int, signum: int) -> None:
-        command = f"conv2former train --out {shlex.quote(str(run))} --resume"
-        super().__init__(f"stopped at step {step}, state saved; continue with: {command}")
-        self.code = 128 + signum
-
-
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop meets between steps; a second one interrupts."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-        print("stopping after this step (again to stop at once, without saving)", file=sys.stderr, flush=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -85,20 +54,30 @@ class Position:
     """How far a run is; with the weights and the optimizer this is all its state.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Optimizer steps done, skipped ones included.
+        steps_per_epoch: Of the run that got here.
         evaluated: The step of the last evaluation.
         best_top1: Best validation accuracy so far, percent.
         loss_sum: Sum of the losses since the last evaluation.
+        loss_steps: Their number.
         logged_sum: Sum of the losses since the last logged one.
         logged_steps: Their number.
+        skipped: Steps whose loss was not finite.
+        skipped_in_row: Those of them that came last.
+        seconds: Time spent training, evaluations not counted.
     """
 
     step: int = 0
+    steps_per_epoch: int = 0
     evaluated: int = 0
     best_top1: float = -1.0
     loss_sum: float = 0.0
+    loss_steps: int = 0
     logged_sum: float = 0.0
     logged_steps: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    seconds: float = 0.0
 
 
 class Loop:
@@ -110,6 +89,7 @@ class Loop:
         model: The network, on the CPU, with gradient checkpointing where the recipe asks for it.
         model_args: What rebuilds it with ``timm.create_model``.
         fabric: Launched.
+        processes: Of this run.
         stop: Says when to stop.
     """
 
@@ -120,15 +100,16 @@ class Loop:
         model: Any,
         model_args: dict[str, Any],
         fabric: L.Fabric,
+        processes: Processes,
         stop: StopRequest,
     ) -> None:
         self.recipe, self.splits, self.model_args = recipe, splits, model_args
-        self.fabric, self.stop = fabric, stop
+        self.fabric, self.processes, self.stop = fabric, processes, stop
         self.batch = plan_batch(recipe, world=fabric.world_size)
         self.lr = scaled_lr(recipe.optim, self.batch)
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
         self.steps = recipe.schedule.epochs * self.steps_per_epoch
-        self.position = Position()
+        self.position = Position(steps_per_epoch=self.steps_per_epoch)
         # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
         # double precision, so that the sum is the same wherever a stop cuts it in two
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
@@ -136,6 +117,8 @@ class Loop:
         engine, data = recipe.engine, recipe.data
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
+        if engine.sync_batchnorm and fabric.world_size > 1:
+            model = synchronise(model)
         self.model = model
         self.data_config = dict(
             input_size=(3, data.input_size, data.input_size),
@@ -146,53 +129,52 @@ class Loop:
             crop_mode="center",
         )
         transform = train_transform(data, recipe.augment)
-        self.dataset = ImageDataset(splits.train, transform, seed=engine.seed)
-        optimizer = build_optimizer(model, recipe.optim, lr=self.lr)
-        self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
+        replacing: Any = "replace" if data.on_bad_image == "skip" else "error"
+        self.dataset = ImageDataset(
+            splits.train, transform, seed=engine.seed, on_bad_image=replacing, max_pixels=data.max_pixels
+        )
         task = ClassificationTask(model, recipe)
-        self.counts = task.counts
+        self.average, self.counts = task.average, task.counts
         if engine.compile:
             model.compile()  # in place: the names in the state dict stay
-        self.task, self.optimizer = fabric.setup(task, optimizer)
+        self.task: Any = fabric.setup_module(task)
+        optimizer = build_optimizer(model, recipe.optim, lr=self.lr)  # behind the set-up, which may shard the weights
+        self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
+        self.statistics = BatchNormBackup(model)
         self.val_loader = self._val_loader()
-        self.writer: SummaryWriter | None = None
 
-    def fit(self, run: RunFolder, *, resume: bool) -> Evaluation | None:
-        """Trains to the end and reports; with ``resume`` from the run's checkpoint on.
+    def fit(self, run: RunFolder, *, resume: bool) -> None:
+        """Trains to the end; with ``resume`` from the run's newest whole checkpoint on.
 
         Raises:
-            UserError: An image that cannot be read, a loss that is not finite, a folder that cannot be written.
+            UserError: An image that cannot be read, losses that are not finite, a folder that cannot be written.
             Interrupted: Stopped by a signal, state saved.
         """
-        self.run = run
+        self.run, self.snapshots = run, Snapshots(run.checkpoints)
+        self.bad_images = run.bad_images()
+        if resume:
+            self._load()
+        self.saved_step, self.saved_at = self.position.step, time.monotonic()
+        self.progress = TrainingProgress(
+            self.steps,
+            self.steps_per_epoch,
+            global_batch=self.batch.total,
+            start=self.position.step,
+            enabled=self.fabric.is_global_zero,
+        )
+        self.log = RunLog(run, self.recipe, step=self.position.step, enabled=self.fabric.is_global_zero)
+        status = "failed"
         try:
-            if resume:
-                self._load()
-            self.writer = self._writer()
-            self.progress = TrainingProgress(
-                self.steps,
-                self.steps_per_epoch,
-                global_batch=self.batch.total,
-                start=self.position.step,
-                enabled=self.fabric.is_global_zero,
-            )
             self.progress.say(self._summary())
             with self.progress:
                 self._run()
-            return self._report()
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {run.path}: {one_line(error)}") from None
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "out of GPU memory: lower optim.batch_size and raise optim.accumulate, or set "
-                "engine.grad_checkpointing=true"
-            ) from None
+            status = "success"
         finally:
-            if self.writer:
-                self.writer.close()
+            self.log.close(status)
 
     def _run(self) -> None:
-        """Evaluate where an epoch has ended, else take a step, until all are done."""
+        """Evaluate and save where an epoch has ended, else take a step, until all are done."""
         position, every = self.position, self.recipe.schedule.eval_every * self.steps_per_epoch
         batches = self._batches(position.step)
         while True:
@@ -200,177 +182,264 @@ class Loop:
             if due and position.evaluated != position.step:
                 self._evaluate()
                 self._save()
+            elif position.step % self.steps_per_epoch == 0 and position.step != self.saved_step:
+                self._save()
             if position.step == self.steps:
                 return
-            self._meet_stop()
-            self._step(batches)
+            started = time.perf_counter()
+            parts, error = self._fetch(batches)
+            waited = time.perf_counter() - started
+            self._agree(parts, error)
+            self._step(parts, started, waited)
 
-    def _step(self, batches: Iterator[Any]) -> None:
-        position, optim = self.position, self.recipe.optim
-        started = time.perf_counter()
+    def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[Batch], UserError | None]:
+        """The batches of a step, or what kept this process from getting them."""
         try:
-            parts = [checked(next(batches)) for _ in range(self.batch.accumulate)]
-        except UserError:
-            self._save_alone()
-            raise
+            return [checked(next(batches)) for _ in range(count or self.batch.accumulate)], None
+        except UserError as error:
+            return [], error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            return [], UserError(
+                "a process that reads images was killed, by want of memory most likely: lower data.workers or "
+                "data.max_pixels and continue with --resume"
+            )
+
+    def _agree(self, parts: list[Batch], error: UserError | None) -> None:
+        """All processes learn here, before a step or a batch of the evaluation, what one of them has met.
+
+        Raises:
+            UserError: One of them cannot go on; the state is saved.
+            Interrupted: One of them was asked to stop; the state is saved.
+        """
+        bad = [image for part in parts for image in part.bad if image.file not in self.bad_images]
+        late = time.monotonic() - self.saved_at > 60 * self.recipe.engine.checkpoint_minutes
+        signum, failed, found, due = self.processes.largest(
+            self.stop.signum or 0, error is not None, len(bad), late and self.task.training
+        )
+        if found:
+            self._note_bad_images(bad)
+        too_many = len(self.bad_images) > self.recipe.data.max_bad_images
+        if failed or too_many or signum or due:
+            self._save()
+        if failed:
+            messages = [message for message in self.processes.gather(str(error) if error else None) if message]
+            raise agreed(error or UserError(messages[0]))
+        if too_many:
+            raise agreed(
+                UserError(
+                    f"{len(self.bad_images)} images cannot be read, more than data.max_bad_images: see "
+                    f"{self.run.bad_images_jsonl}, raise the limit with --set and continue with --resume"
+                )
+            )
+        if signum:
+            raise agreed(Interrupted(self.run.path, self.position.step, int(signum)))
+
+    def _note_bad_images(self, bad: list[BadImage]) -> None:
+        for rows in self.processes.gather([(image.file, image.reason) for image in bad]):
+            for file, reason in rows:
+                if file not in self.bad_images:
+                    self.bad_images.add(file)
+                    self.progress.say(f"skipping {file}: {reason}")
+                    if self.fabric.is_global_zero:
+                        self.run.add_bad_image(file, reason)
+
+    def _step(self, parts: list[Batch], started: float, waited: float) -> None:
+        position, optim = self.position, self.recipe.optim
         self.schedule.step_update(position.step)
         self.task.train()
+        self.statistics.keep()
+        losses = torch.zeros_like(self.pending)
         for part, batch in enumerate(parts):
             key = (self.recipe.engine.seed, position.step, part, self.fabric.global_rank)
             seed_all(derive_seed(Purpose.STEP, *key))
-            with self.fabric.no_backward_sync(self.task, enabled=part < self.batch.accumulate - 1):
+            with self.fabric.no_backward_sync(self.task, enabled=part < len(parts) - 1):
                 with self.fabric.autocast():  # on one device Fabric calls the step as it is, without its precision
-                    loss = self.task.training_step(batch, position.step) / self.batch.accumulate
+                    loss = self.task.training_step(batch, position.step) / len(parts)
+                losses += loss.detach()
+                if part == len(parts) - 1:
+                    fetched = Fetched(losses)
                 self.fabric.backward(loss)
-            self.pending += loss.detach()
-        if optim.clip_grad is not None:
-            # a gradient that is not finite is float16's business (its scaler skips the step) or shows in the next loss
-            self.fabric.clip_gradients(self.task, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        (unsound,) = self.processes.largest(not math.isfinite(fetched.value()))
+        if unsound:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.statistics.restore()
+        else:
+            if optim.clip_grad is not None:
+                # a gradient that is not finite is float16's business (its scaler skips the step) or shows in the
+                # weights
+                self.fabric.clip_gradients(
+                    self.task, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update(self.model, step=position.step)
+            self.pending += losses
+            self.pending_steps += 1
         position.step += 1
-        self._log(started)
+        self._log(time.perf_counter() - started, waited)
+        if unsound:
+            self._skipped(parts)
+        else:
+            position.skipped_in_row = 0
 
-    def _log(self, started: float) -> None:
+    def _skipped(self, parts: list[Batch]) -> None:
+        """Counts a step whose loss was not finite.
+
+        Raises:
+            UserError: There were too many in a row.
+        """
+        position, limit = self.position, self.recipe.engine.max_skipped_steps
+        position.skipped += 1
+        position.skipped_in_row += 1
+        indices = [index for part in parts for index in part.indices.tolist()]
+        files = [self.splits.train.name(i) for share in self.processes.gather(indices) for i in share]
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        if self.fabric.is_global_zero:
+            self.run.add_skipped_step(dict(step=position.step, lr=lr, files=files))
+        self.progress.say(f"step {position.step} skipped: its loss is not finite")
+        if position.skipped_in_row >= limit:
+            raise agreed(
+                UserError(
+                    f"the loss was not finite in {limit} steps in a row, up to step {position.step} (learning rate "
+                    f"{lr:.3g}; {some(files, 3)}; all in {self.run.skipped_steps_jsonl}): continue from the last "
+                    "checkpoint with --resume --force and --set optim.base_lr lower, optim.clip_grad=1 or "
+                    "engine.precision=32"
+                )
+            )
+
+    def _log(self, seconds: float, waited: float) -> None:
         """Shows the step; every ``LOG_INTERVAL`` steps fetches the mean loss since the last time and records it."""
         position = self.position
+        position.seconds += seconds
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self.pending_steps += 1
         loss = None
         if position.step % LOG_INTERVAL == 0 or position.step % self.steps_per_epoch == 0:
             self._flush_loss()
-            loss = position.logged_sum / position.logged_steps
+            loss = position.logged_sum / position.logged_steps if position.logged_steps else None
             position.logged_sum, position.logged_steps = 0.0, 0
             self._row("step", loss=loss, lr=lr)
-        self.progress.step(position.step, seconds=time.perf_counter() - started, loss=loss, lr=lr)
+        self.progress.step(position.step, seconds=seconds, waited=waited, memory_gb=self._peak_memory, loss=loss, lr=lr)
 
     def _flush_loss(self) -> None:
         """Moves the pending losses, averaged over processes, into the position.
 
         Raises:
-            UserError: One of them, or a weight that the last step has made, is not finite.
+            UserError: A weight is not finite.
         """
         mean: Any = self.fabric.all_reduce(self.pending, reduce_op="mean")
         total, steps = float(mean), self.pending_steps
         self.pending.zero_()
         self.pending_steps = 0
-        # the losses are from before each update, so the last update is seen in the weights alone
-        sound = math.isfinite(total) and math.isfinite(torch.nn.utils.get_total_norm(self.model.parameters()))
-        if not sound:
-            raise UserError(
-                f"the loss is not finite in the {steps} steps up to {self.position.step}: lower optim.base_lr, set "
-                "optim.clip_grad=1 or use engine.precision=32, and train again; what was saved before is kept"
+        # a gradient may overflow where the loss did not
+        norm: Any = torch.nn.utils.get_total_norm(self.model.parameters())
+        if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+            raise agreed(
+                UserError(
+                    f"the weights are not finite after step {self.position.step}: continue from the last checkpoint, "
+                    "which is sound, with --resume --force and --set optim.base_lr lower or optim.clip_grad=1"
+                )
             )
-        self.position.loss_sum += total
-        self.position.logged_sum += total
-        self.position.logged_steps += steps
+        position = self.position
+        position.loss_sum += total
+        position.loss_steps += steps
+        position.logged_sum += total
+        position.logged_steps += steps
 
     def _evaluate(self) -> None:
         position = self.position
         self.task.eval()
         self.counts.reset()
-        try:
-            with torch.inference_mode(), self.fabric.autocast():
-                for i, batch in enumerate(self.val_loader):
-                    if self.fabric.world_size == 1:  # shares may differ by a batch: several processes stop after it
-                        self._meet_stop()
-                    self.task.validation_step(checked(batch), i)
-        except UserError:
-            self._save_alone()
-            raise
+        batches = iter(self.val_loader)
+        with torch.inference_mode(), self.fabric.autocast():
+            for i in range(len(self.val_loader)):
+                parts, error = self._fetch(batches, 1)
+                self._agree(parts, error)
+                self.task.validation_step(parts[0], i)
         result = self.counts.compute()
-        train_loss = position.loss_sum / (position.step - position.evaluated)
-        position.loss_sum, position.evaluated = 0.0, position.step
+        train_loss = position.loss_sum / position.loss_steps if position.loss_steps else None
+        position.loss_sum, position.loss_steps, position.evaluated = 0.0, 0, position.step
         row = self._row(
             "epoch",
             train_loss=train_loss,
             val_loss=result["loss"],
             val_top1=result["top1"],
             val_top5=result["top5"],
+            skipped=position.skipped,
             images_per_second=round(self.progress.images_per_second(position.step), 1),
+            data_wait=round(self.progress.data_wait(), 4),
+            memory_gb=round(self._peak_memory(), 3),
+            seconds=round(position.seconds, 1),
         )
-        better = result["top1"] > position.best_top1
+        better = result["top1"] > position.best_top1 and math.isfinite(result["loss"])
         if better:
             position.best_top1 = result["top1"]
-        if self.fabric.is_global_zero:
-            note = dict(step=position.step, epoch=row["epoch"], val_top1=result["top1"])
-            for folder in (self.run.last, self.run.best) if better else (self.run.last,):
-                self._export(folder, note)
+        self._export((self.run.last, self.run.best) if better else (self.run.last,), row)
         self.progress.say(
-            f"epoch {row['epoch']:g}: training loss {train_loss:.4f}, validation loss {result['loss']:.4f}, "
+            f"epoch {row['epoch']:g}: training loss {train_loss or math.nan:.4f}, "
+            f"validation loss {result['loss']:.4f}, "
             f"top-1 {result['top1']:.2f}% ({result['correct']} of {result['images']})"
             + (", the best so far" if better else "")
         )
 
-    def _export(self, folder: Path, note: dict[str, Any]) -> None:
-        checkpoints.save_pretrained(
-            self.model,
-            folder,
-            label_names=self.splits.train.classes,
-            model_args=self.model_args,
-            pretrained_cfg=self.data_config,
-            extra={"conv2former": note | dict(recipe=self.recipe.name, recipe_hash=self.recipe.digest())},
-        )
+    def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
+        """Writes the weights that were evaluated, those of the average where there is one."""
+        state = full_state_dict(self.average.module if self.average is not None else self.model)
+        if not self.fabric.is_global_zero:
+            return
+        note = {key: row[key] for key in ("step", "epoch", "val_top1")}
+        for folder in folders:
+            checkpoints.save_pretrained(
+                self.model,
+                folder,
+                state_dict=state,
+                label_names=self.splits.train.classes,
+                model_args=self.model_args,
+                pretrained_cfg=self.data_config,
+                extra={"conv2former": note | dict(recipe=self.recipe.name, recipe_hash=self.recipe.digest())},
+            )
 
-    def _row(self, kind: str, **values: float) -> dict[str, Any]:
-        position = self.position
-        row = dict(kind=kind, step=position.step, epoch=round(position.step / self.steps_per_epoch, 4)) | values
-        if self.writer:
-            self.run.add_row(row)
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, position.step)
-        return row
-
-    def _meet_stop(self) -> None:
-        """Saves and stops where a signal has asked for it, on all processes at the same step."""
-        signum = self.stop.signum or 0
-        if self.fabric.world_size > 1:
-            asked: Any = self.fabric.all_reduce(torch.tensor(float(signum), device=self.fabric.device), reduce_op="max")
-            signum = int(asked)
-        if signum:
-            self._save()
-            raise Interrupted(self.run.path, self.position.step, signum)
-
-    def _save_alone(self) -> None:
-        """Saves before an error that only this process has met; others would not join in, so not beside them."""
-        if self.fabric.world_size == 1:
-            self._save()
+    def _row(self, kind: str, **values: Any) -> dict[str, Any]:
+        step = self.position.step
+        return self.log.row(kind, step=step, epoch=step / self.steps_per_epoch, **values)
 
     def _save(self) -> None:
-        """Writes the state next to its place, then moves it there: the checkpoint is whole or the one before."""
-        self._flush_loss()
-        path = self.run.checkpoint
-        partial = path.with_name(path.name + ".partial")
-        try:
-            self.fabric.save(partial, self._state())
-        except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-            partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path} ({one_line(error)}): the one before is kept") from None
-        if self.fabric.is_global_zero:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
+        if self.task.training or self.pending_steps:
+            self._flush_loss()
+        position = self.position
+        self.snapshots.write(
+            position.step, lambda path: self.fabric.save(path, self._state()), first=self.fabric.is_global_zero
+        )
         self.fabric.barrier()
+        self.saved_step, self.saved_at = position.step, time.monotonic()
 
     def _load(self) -> None:
-        if not self.run.checkpoint.exists():
-            if self.fabric.is_global_zero:
-                self.run.drop_rows_after(0)
-            return
         state = self._state()
-        try:
-            self.fabric.load(self.run.checkpoint, state, weights_only=True)
-        except Exception as error:  # whatever a damaged file makes PyTorch say
-            raise UserError(f"cannot resume from {self.run.checkpoint}, it is damaged: {one_line(error)}") from None
-        self.position = Position(**state["position"])
-        if state["scaler"]:
-            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        read = self.snapshots.read(lambda path: self.fabric.load(path, state, weights_only=True), say=self._say_once)
+        if read:
+            self.position = Position(**state["position"])
+            if state["scaler"]:
+                self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        if self.position.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
+            ratio = self.steps_per_epoch / self.position.steps_per_epoch
+            self.position.step = round(self.position.step * ratio)
+            self.position.evaluated = round(self.position.evaluated * ratio)
+            self.position.steps_per_epoch = self.steps_per_epoch
         if self.fabric.is_global_zero:
             self.run.drop_rows_after(self.position.step)
+
+    def _say_once(self, message: str) -> None:
+        if self.fabric.is_global_zero:
+            print(message, file=sys.stderr, flush=True)
 
     def _state(self) -> dict[str, Any]:
         scaler = self.fabric.strategy.precision.state_dict()  # of float16's loss, empty otherwise
         return dict(task=self.task, optimizer=self.optimizer, position=asdict(self.position), scaler=scaler)
+
+    def _peak_memory(self) -> float:
+        return peak_memory_gb(self.fabric.device)
 
     def _batches(self, start: int) -> Iterator[Any]:
         recipe, fabric = self.recipe, self.fabric
@@ -389,16 +458,12 @@ class Loop:
 
     def _val_loader(self) -> Any:
         recipe, fabric = self.recipe, self.fabric
-        dataset = ImageDataset(self.splits.val, eval_transform(self.data_config))
+        masking: Any = "mask" if recipe.data.on_bad_image == "skip" else "error"
+        transform, limit = eval_transform(self.data_config), recipe.data.max_pixels
+        dataset = ImageDataset(self.splits.val, transform, on_bad_image=masking, max_pixels=limit)
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
         loader = eval_loader(dataset, sampler, batch_size=self.batch.per_process, workers=recipe.data.workers)
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-
-    def _writer(self) -> SummaryWriter | None:
-        if not self.fabric.is_global_zero:
-            return None
-        step = self.position.step
-        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def _summary(self) -> str:
         recipe, fabric = self.recipe, self.fabric
@@ -413,26 +478,30 @@ class Loop:
             + (f", from step {self.position.step}" if self.position.step else "")
         )
 
-    def _report(self) -> Evaluation | None:
-        """Evaluates the best weights as they lie on the disk and draws the pictures, on one process."""
-        if not self.fabric.is_global_zero:
-            return None
-        evaluation = evaluate_source(
-            checkpoints.load_pretrained(self.run.best),
-            self.splits.val,
-            batch_size=self.batch.per_process,
-            workers=self.recipe.data.workers,
-            device=str(self.fabric.device),
-        )
-        write_report(evaluation, self.splits.val, self.run.path)
-        plots.learning_curves(self.run.rows(), self.run.path / "learning_curves.png")
-        if self.recipe.data.source == "digits":
-            self._write_samples()
-        return evaluation
 
-    def _write_samples(self) -> None:
-        """A few held-out pictures as files, to try ``predict`` on where the data brings none."""
-        folder, source = self.run.path / "samples", self.splits.val
-        folder.mkdir(exist_ok=True)
-        for index in range(0, len(source), -(-len(source) // SAMPLES)):
-            source.load(index).save(folder / source.name(index))
+class Fetched:
+    """A number on its way from the device, so that asking for it does not wait for what was started after it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.ready = None
+        if number.is_cuda:
+            self.host = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self.host.copy_(number, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+        else:
+            self.host = number.clone()
+
+    def value(self) -> float:
+        """The number."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return float(self.host)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict on the CPU, put together where it is sharded; to be called on all processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state

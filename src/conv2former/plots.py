@@ -2,42 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
+from conv2former.errors import UserError, one_line
+from conv2former.run import RunFolder
+
+PICTURE_FORMATS = (".png", ".svg", ".pdf")
+X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
 def learning_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, accuracy and learning rate over epochs, from the rows of ``metrics.jsonl``."""
-    steps = [row for row in rows if row["kind"] == "step"]
-    epochs = [row for row in rows if row["kind"] == "epoch"]
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    loss.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], label="training", alpha=0.7)
-    loss.plot([r["epoch"] for r in epochs], [r["val_loss"] for r in epochs], label="validation", marker=".")
-    loss.set(title="loss", xlabel="epoch")
-    loss.legend()
-    accuracy.plot([r["epoch"] for r in epochs], [r["val_top1"] for r in epochs], label="top-1", marker=".")
-    accuracy.plot([r["epoch"] for r in epochs], [r["val_top5"] for r in epochs], label="top-5", marker=".", alpha=0.5)
-    if epochs:
-        best = max(epochs, key=lambda r: r["val_top1"])
-        accuracy.annotate(
-            f"{best['val_top1']:.2f}%", (best["epoch"], best["val_top1"]), textcoords="offset points", xytext=(0, -14)
-        )
-    accuracy.set(title="validation accuracy, %", xlabel="epoch")
-    accuracy.legend()
-    rate.plot([r["epoch"] for r in steps], [r["lr"] for r in steps])
-    rate.set(title="learning rate", xlabel="epoch")
-    for axes in (loss, accuracy, rate):
+    """Losses, accuracies, learning rate and speed over epochs, from a run's rows into a picture in its folder."""
+    _draw_curves({path.absolute().parent.name: rows}, path, "epoch")
+
+
+def plot_runs(paths: Sequence[Path], *, out: Path | None = None, x: str = "epoch") -> Path:
+    """Learning curves of one run, or of several in one picture with a colour each.
+
+    Args:
+        paths: Run folders, also of runs that still go on or have stopped half-way.
+        out: Picture to write; by default ``learning_curves.png`` in the one run, ``comparison.png`` here for several.
+        x: A key of ``X_AXES``.
+
+    Returns:
+        The picture.
+
+    Raises:
+        UserError: Not a run folder, a run without rows, no times for "minutes", a picture that cannot be written.
+    """
+    paths = list({os.path.abspath(path): path for path in paths}.values())
+    if out is None:
+        out = paths[0] / "learning_curves.png" if len(paths) == 1 else Path("comparison.png")
+    if out.suffix.lower() not in PICTURE_FORMATS:
+        raise UserError(f"--out {out} must end in {', '.join(PICTURE_FORMATS)}")
+    runs = {name: _rows(path) for name, path in zip(_distinct_names(paths), paths, strict=True)}
+    try:
+        _draw_curves(runs, out, x)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out} ({error.strerror or one_line(error)}): name another file with --out"
+        ) from None
+    return out
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    run = RunFolder.open(path)
+    try:
+        rows = run.rows()
+    except OSError as error:
+        raise UserError(f"cannot read {run.metrics_jsonl}: {one_line(error)}") from None
+    if not rows:
+        raise UserError(f"nothing is logged in {path} yet: plot it once its first loss has been shown")
+    return rows
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above them as tell them apart."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    names = []
+    for own in parts:
+        depth = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        names.append("/".join(own[-depth:]))
+    return names
+
+
+def _draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
+    waiting = speed.twinx()
+    alone = len(runs) == 1
+    legend = {}
+    for (name, rows), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+        position = _positions(name, rows, x)
+        steps = [row for row in rows if row["kind"] == "step"]
+        epochs = [row for row in rows if row["kind"] == "epoch"]
+        at_steps, at_epochs = position(steps), position(epochs)
+        dots: dict[str, Any] = dict(color=colour, marker=".", markersize=2)  # a lone value has no line to be seen by
+        loss.plot(at_steps, _column(steps, "loss"), **dots, linewidth=1, alpha=0.5, label="training")
+        validation: dict[str, Any] = dict(color="C1" if alone else colour, marker=".")
+        loss.plot(at_epochs, _column(epochs, "val_loss"), **validation, label="validation")
+        (line,) = accuracy.plot(at_epochs, _column(epochs, "val_top1"), color=colour, marker=".", label="top-1")
+        if alone:
+            accuracy.plot(at_epochs, _column(epochs, "val_top5"), color="C1", marker=".", alpha=0.5, label="top-5")
+        rate.plot(at_steps, _column(steps, "lr"), **dots)
+        speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
+        waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
+        legend[f"{name}: {_best(epochs)}".replace("$", r"\$")] = line  # a dollar would begin a formula
+    if alone:
+        loss.legend()
+        accuracy.legend()
+    loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
+    accuracy.set_title("validation accuracy, %" if alone else "validation top-1, %")
+    rate.set_title("learning rate")
+    speed.set_title("training speed, images/s")
+    if any(np.isfinite(line.get_ydata()).any() for line in waiting.lines):
+        waiting.set(ylabel="time spent waiting for data, % (dashed)", ylim=(0, 100))
+    else:
+        waiting.remove()
+    speed.set_ylim(bottom=0)
+    for axes in (loss, accuracy, rate, speed):
+        axes.set_xlabel(X_AXES[x])
+        axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=1 if len(runs) < 7 else 2)
     figure.savefig(path, dpi=110)
+
+
+def _positions(name: str, rows: list[dict[str, Any]], x: str) -> Callable[[list[dict[str, Any]]], np.ndarray]:
+    """What gives rows of a run their places on the x axis."""
+    if x != "minutes":
+        return lambda some_rows: _column(some_rows, x)
+    timed = [row for row in rows if "seconds" in row]
+    if not timed or any("seconds" not in row for row in rows if row["kind"] == "epoch"):
+        raise UserError(
+            f"{name} holds no training times, or not from its start (no evaluation yet, or an older version made it): "
+            "use --x epoch or --x step"
+        )
+    done, minutes = np.array([(row["step"], row["seconds"] / 60) for row in timed], float).T
+    # the losses between two evaluations lie evenly between their times; those after the last go on at the mean speed
+    done, minutes = np.r_[0, done, 2 * done[-1]], np.r_[0, minutes, 2 * minutes[-1]]
+    return lambda some_rows: np.interp(_column(some_rows, "step"), done, minutes)
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """A value of each row, (rows,), NaN where it is null or missing: matplotlib leaves a gap there."""
+    return np.array([row.get(key) for row in rows], float)
+
+
+def _best(epochs: list[dict[str, Any]]) -> str:
+    evaluated = [row for row in epochs if row.get("val_top1") is not None]
+    if not evaluated:
+        return "not evaluated yet"
+    best = max(evaluated, key=lambda row: row["val_top1"])
+    return f"best top-1 {best['val_top1']:.2f}% at epoch {best['epoch']:g}"
+
+
+def _colours(count: int) -> list[Any]:
+    if count <= 10:
+        return [f"C{index}" for index in range(count)]
+    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
@@ -89,4 +202,47 @@ def prediction_sheet(
         for axes, (picture, caption, correct) in zip(grid, items, strict=False):
             axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 64 else "antialiased")
             axes.set_title(caption, fontsize=8, color=GOOD if correct else BAD)
+    figure.savefig(path, dpi=110)
+
+
+def schedule(
+    epochs: Sequence[float],
+    rates: dict[str, Sequence[float]],
+    decay: Sequence[float],
+    path: Path,
+    *,
+    steps_per_epoch: int | None = None,
+) -> None:
+    """Learning rate and weight decay over a training that has not begun.
+
+    The axis of the rates is linear, which shows warm-up and cosine as they are, unless the curves' peaks lie so far
+    apart (layer-wise decay) that the lower ones would be flat.
+
+    Args:
+        epochs: Positions on the horizontal axis.
+        rates: Learning rates at them, a named curve for each.
+        decay: Weight decay at them.
+        path: PNG to write.
+        steps_per_epoch: For a second axis in optimizer steps; None where it is not known.
+    """
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    rate, weight = figure.subplots(1, 2)
+    for name, values in rates.items():
+        rate.plot(epochs, values, label=name)
+    peaks = [max(values) for values in rates.values()]
+    rate.set(title="learning rate", yscale="log" if max(peaks) > 20 * min(peaks) else "linear")
+    if len(rates) > 1:
+        rate.legend()
+    weight.plot(epochs, decay)
+    weight.set(title="weight decay (of the tensors that are decayed)", ylim=(0, max(decay) * 1.3 or 1))
+    for axes in (rate, weight):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if steps_per_epoch:
+            steps = axes.secondary_xaxis(
+                -0.22, functions=(lambda epoch: epoch * steps_per_epoch, lambda step: step / steps_per_epoch)
+            )
+            steps.set_xlabel("optimizer step")
+            steps.ticklabel_format(axis="x", style="plain")
+            steps.locator_params(axis="x", nbins=5)
     figure.savefig(path, dpi=110)

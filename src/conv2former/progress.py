@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -41,6 +42,7 @@ class TrainingProgress:
         )
         self.task: TaskID = self.bar.add_task("training", total=steps, completed=start, status="")
         self.first_step, self.train_seconds, self.line_at = start, 0.0, time.monotonic()
+        self.wait_seconds = self.last_memory = 0.0
         self.last_loss = ""  # the last one fetched; the bar shows it until the next
 
     def __enter__(self) -> TrainingProgress:
@@ -52,12 +54,27 @@ class TrainingProgress:
     ) -> None:
         self.bar.stop()
 
-    def step(self, done: int, *, seconds: float, loss: float | None, lr: float) -> None:
-        """After an optimizer step; ``loss`` is None where it was not fetched from the device."""
+    def step(
+        self, done: int, *, seconds: float, waited: float, memory_gb: Callable[[], float], loss: float | None, lr: float
+    ) -> None:
+        """After an optimizer step; ``loss`` is None where it was not fetched from the device.
+
+        Args:
+            done: Steps done.
+            seconds: That this one took, ``waited`` of them for its images.
+            waited: See there.
+            memory_gb: Asked for the most memory taken so far where it is shown.
+            loss: Mean of the last steps.
+            lr: Learning rate of the step.
+        """
         self.train_seconds += seconds
+        self.wait_seconds += waited
         if not self.enabled:
             return
-        status = f"lr {lr:.2e}  {self.images_per_second(done):,.0f} images/s"
+        status = f"lr {lr:.2e}  {self.images_per_second(done):,.0f} images/s  {self.data_wait():.0%} waiting for data"
+        if loss is not None:
+            self.last_memory = memory_gb()
+        status += f"  {self.last_memory:.1f} GB"
         if loss is not None:
             self.last_loss = f"loss {loss:.4f}  "
         status = self.last_loss + status
@@ -73,6 +90,10 @@ class TrainingProgress:
     def images_per_second(self, done: int) -> float:
         """Images trained on per second since this process started, evaluations not counted."""
         return (done - self.first_step) * self.global_batch / max(self.train_seconds, 1e-9)
+
+    def data_wait(self) -> float:
+        """Share of the training time since this process started that was spent waiting for images."""
+        return self.wait_seconds / max(self.train_seconds, 1e-9)
 
     def say(self, message: str) -> None:
         """A line that stays, above the bar."""

@@ -1,11 +1,15 @@
 """The run folder: everything that one training leaves behind, and needs to go on.
 
 recipe.yaml            the resolved recipe
+recipes/               those that the run was made with before, where it was forced to go on with another
 run.json               data, classes, command, versions, machine, recipe hash
 metrics.jsonl          a row per logged step and per evaluation
 metrics.csv            a row per evaluation
-tensorboard/           the same for TensorBoard
-checkpoints/last.ckpt  weights, optimizer and step, to resume from
+tensorboard/ loggers/  the same for TensorBoard, and for other loggers that the recipe names
+history.jsonl          when the run was started, resumed, stopped: command, versions, commit, step
+bad_images.jsonl       images that were skipped because they cannot be read
+skipped_steps.jsonl    steps that were skipped because their loss was not finite, with their images
+checkpoints/           the last two of weights, optimizer and step, to resume from
 best/ last/            model.safetensors and config.json, for timm's local-dir:
 evaluation.json        the best weights' counts, also per class
 evaluations/           the same on other data, by ``conv2former evaluate``
@@ -22,6 +26,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +41,8 @@ from conv2former.recipes.schema import Recipe, parse_recipe
 CONTENTS = {
     *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
     *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png"),
-    *("evaluations", "samples", "predictions"),
+    *("evaluations", "samples", "predictions", "loggers", "recipes", "schedule.png"),
+    *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl"),
 }
 
 
@@ -49,9 +55,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint = path / "checkpoints" / "last.ckpt"
+        self.checkpoints = path / "checkpoints"
         self.best, self.last = path / "best", path / "last"
         self.metrics_jsonl, self.metrics_csv = path / "metrics.jsonl", path / "metrics.csv"
+        self.bad_images_jsonl, self.skipped_steps_jsonl = path / "bad_images.jsonl", path / "skipped_steps.jsonl"
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> RunFolder:
@@ -67,11 +74,11 @@ class RunFolder:
                     f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
                 )
             run._remove()
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or set(os.listdir(path)) - CONTENTS):
             raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
-        facts = facts | dict(recipe_hash=recipe.digest()) | machine_facts()
+        facts = facts | dict(recipe_hash=recipe.digest(), seed=recipe.engine.seed) | machine_facts()
         try:
-            run.checkpoint.parent.mkdir(parents=True)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
             replace_text(path / "recipe.yaml", recipe.to_yaml())
             run.write_json("run.json", facts)
         except OSError as error:
@@ -89,6 +96,16 @@ class RunFolder:
         if not run.exists():
             raise UserError(f"{path} is not a run folder (no recipe.yaml and run.json in it)")
         return run
+
+    def change(self, recipe: Recipe, facts: dict[str, Any]) -> None:
+        """Goes on with another recipe or other images; the recipe of before is kept beside the new one."""
+        number = 1
+        while (before := self.path / "recipes" / f"recipe.{number}.yaml").exists():
+            number += 1
+        before.parent.mkdir(exist_ok=True)
+        replace_text(before, (self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        replace_text(self.path / "recipe.yaml", recipe.to_yaml())
+        self.write_json("run.json", facts | dict(recipe_hash=recipe.digest(), seed=recipe.engine.seed))
 
     def exists(self) -> bool:
         """Whether the folder holds a run."""
@@ -129,29 +146,39 @@ class RunFolder:
         """Writes a JSON file of the run, whole or not at all."""
         replace_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
+    def add_event(self, kind: str, **facts: Any) -> None:
+        """Appends to ``history.jsonl`` what happens to the run."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _append(self.path / "history.jsonl", dict(event=kind, time=now) | facts)
+
+    def add_bad_image(self, file: str, reason: str) -> None:
+        """Appends to ``bad_images.jsonl``."""
+        _append(self.bad_images_jsonl, dict(file=file, reason=reason))
+
+    def bad_images(self) -> set[str]:
+        """The files listed there."""
+        return {row["file"] for row in _read_lines(self.bad_images_jsonl)}
+
+    def add_skipped_step(self, row: dict[str, Any]) -> None:
+        """Appends to ``skipped_steps.jsonl``."""
+        _append(self.skipped_steps_jsonl, row)
+
     def add_row(self, row: dict[str, Any]) -> None:
         """Appends to ``metrics.jsonl``; a row that ends an epoch goes to ``metrics.csv`` too."""
-        with self.metrics_jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self.metrics_jsonl, row)
         if row["kind"] == "epoch":
             self._write_csv()
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The rows written so far, oldest first; a last line that a crash cut short is passed over."""
-        if not self.metrics_jsonl.exists():
-            return []
-        rows = []
-        for line in self.metrics_jsonl.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return [row for row in rows if kind in (None, row["kind"])]
+        return [row for row in _read_lines(self.metrics_jsonl) if kind in (None, row["kind"])]
 
     def drop_rows_after(self, step: int) -> None:
         """Takes out the rows of steps that a resumed run is about to do again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        replace_text(self.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in kept))
+        for path in (self.metrics_jsonl, self.skipped_steps_jsonl):
+            kept = [row for row in _read_lines(path) if row["step"] <= step]
+            if kept or path.exists():
+                replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._write_csv()
 
     def _write_csv(self) -> None:
@@ -165,6 +192,23 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.metrics_csv)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut short by a crash
+            break
+    return rows
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -15,19 +14,29 @@ from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.splits import Splits, open_splits
 from conv2former.errors import UserError, one_line
 from conv2former.evaluate import Evaluation
-from conv2former.loop import Interrupted, Loop, StopRequest
+from conv2former.launch import make_fabric
+from conv2former.loop import Loop
+from conv2former.processes import Processes
 from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.schema import Recipe
-from conv2former.run import RunFolder
+from conv2former.report import write_final_report
+from conv2former.resuming import check_same, difference, recorded_data, resumed_recipe
+from conv2former.run import RunFolder, machine_facts
+from conv2former.signals import Interrupted, StopRequest
+from conv2former.snapshots import Snapshots
 from conv2former.tasks.classification import build_model
 
 __all__ = ["Interrupted", "train"]
 
-PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-
 
 def train(
-    recipe: Recipe | None, *, data: Path | None, out: Path, resume: bool = False, overwrite: bool = False
+    recipe: Recipe | None,
+    *,
+    data: Path | None,
+    out: Path,
+    resume: bool | Literal["auto"] = False,
+    overwrite: bool = False,
+    force: bool = False,
 ) -> Evaluation | None:
     """Trains, evaluates and reports one recipe.
 
@@ -35,8 +44,9 @@ def train(
         recipe: What to do; None with ``resume`` for the run's own recipe.
         data: Folder of images; None for recipes that bring their data, or with ``resume``.
         out: The run folder.
-        resume: Continue the run in ``out``.
+        resume: Continue the run in ``out``; 'auto' starts it where there is none yet.
         overwrite: Replace a run in ``out``.
+        force: Go on with settings or images that differ from the run's.
 
     Returns:
         The best weights' evaluation; None on all processes but the first.
@@ -46,9 +56,12 @@ def train(
         Interrupted: Stopped by a signal, state saved.
     """
     run, facts = RunFolder(out), {}
+    own: Recipe | None = None
+    resume = run.exists() if resume == "auto" else resume
     if resume:
         facts = RunFolder.open(out).facts()
-        recipe, data = _resumed(run, recipe, data)
+        own, recipe = run.recipe(), resumed_recipe(run, recipe, force=force)
+        data = data or recorded_data(facts)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     splits = open_splits(recipe.data, data, seed=recipe.engine.seed)
@@ -57,31 +70,77 @@ def train(
     seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
     model, model_args = _build(recipe, splits, run, facts)
 
-    fabric = _fabric(recipe)
+    fabric = make_fabric(recipe)
     fabric.launch()
-    with StopRequest() as stop:
-        _check_batch(recipe, len(splits.train), fabric.world_size)
-        loop = Loop(recipe, splits, model, model_args, fabric, stop)
-        found = dict(
-            data=str(data.resolve()) if data else None,
-            classes=splits.train.classes,
-            images=dict(train=len(splits.train), val=len(splits.val)),
-            images_hash=splits.digest(),
-            processes=fabric.world_size,
-            model_args=model_args,
-        )
-        if resume:
-            _check_same(run, facts, found)
-        elif fabric.is_global_zero:
-            RunFolder.create(out, recipe, found, overwrite=overwrite)
-        fabric.barrier()
-        return loop.fit(run, resume=resume)
+    found = dict(
+        data=_recorded(data),
+        classes=splits.train.classes,
+        images=dict(train=len(splits.train), val=len(splits.val)),
+        images_hash=splits.digest(),
+        processes=fabric.world_size,
+        model_args=model_args,
+    )
+    try:
+        with StopRequest() as stop, Processes(fabric) as processes, _one_line_errors(run):
+            _check_batch(recipe, len(splits.train), fabric.world_size)
+            changes = check_same(run, facts, found, force=force) if resume else []
+            if own and own.digest() != recipe.digest():
+                changes.append(difference(own, recipe))
+            loop = Loop(recipe, splits, model, model_args, fabric, processes, stop)
+            if fabric.is_global_zero:
+                if not resume:
+                    RunFolder.create(out, recipe, found, overwrite=overwrite)
+                elif changes:
+                    run.change(recipe, facts | found)
+                run.add_event("resumed" if resume else "started", changes=changes, **machine_facts())
+            fabric.barrier()
+            loop.fit(run, resume=resume)
+    except (UserError, Interrupted) as error:
+        _leave(error, run, fabric)
+        return None
+    if not fabric.is_global_zero:
+        return None
+    with _one_line_errors(run):
+        size = loop.batch.per_process
+        evaluation = write_final_report(run, recipe, splits, batch_size=size, device=str(fabric.device))
+        run.add_event("finished", step=loop.position.step, top1=evaluation.counts["top1"])
+    return evaluation
+
+
+def _leave(error: UserError | Interrupted, run: RunFolder, fabric: L.Fabric) -> None:
+    """The way out after a stop: the first process notes and reports what all have met."""
+    if not fabric.is_global_zero and getattr(error, "agreed", False):
+        return
+    if fabric.is_global_zero and run.exists():
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            run.add_event("stopped", reason=one_line(error))
+    raise error
+
+
+@contextlib.contextmanager
+def _one_line_errors(run: RunFolder) -> Any:
+    """Turns what a disk or a GPU may refuse into the line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {run.path}: {one_line(error)}") from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "out of GPU memory: lower optim.batch_size, raise optim.accumulate (it follows from optim.global_batch), "
+            "or set engine.grad_checkpointing=true"
+        ) from None
+
+
+def _recorded(data: Path | None) -> str | None:
+    if data is None:
+        return None
+    return str(data.resolve() if data.exists() else data)  # what is not a path here is a name on a hub
 
 
 def _build(recipe: Recipe, splits: Splits, run: RunFolder, facts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The network and the arguments that rebuild it; a run that has a checkpoint no longer needs its first weights."""
     section = recipe.model
-    if run.checkpoint.exists() and facts:
+    if facts and Snapshots(run.checkpoints).newest_first():
         section = section.model_copy(update=dict(weights=None, args=facts["model_args"]))
     elif section.weights:
         _check_normalisation(recipe)
@@ -109,26 +168,6 @@ def _check_normalisation(recipe: Recipe) -> None:
             )
 
 
-def _fabric(recipe: Recipe) -> L.Fabric:
-    # Lightning's tips and device report are left out; our own summary says what matters
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    engine = recipe.engine
-    accelerator = engine.accelerator
-    if accelerator == "auto":  # Lightning's own choice may fall on Apple's MPS, which lacks float64
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cpu" and engine.precision == "16":
-        raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
-    devices = 1 if accelerator == "cpu" and engine.devices == "auto" else engine.devices
-    try:
-        return L.Fabric(accelerator=accelerator, devices=devices, precision=PRECISIONS[engine.precision])
-    except Exception as error:  # Lightning has several kinds for devices that are not there
-        raise UserError(
-            f"engine.accelerator={engine.accelerator} with engine.devices={engine.devices}: {one_line(error)}"
-        ) from None
-
-
 def _check_batch(recipe: Recipe, images: int, world: int) -> None:
     """Refuses a batch that the training set cannot fill once."""
     batch = plan_batch(recipe, world=world)
@@ -148,38 +187,3 @@ def _refuse_overlap(out: Path, recipe: Recipe, data: Path | None) -> None:
     for what, path in (("--data", data), ("model.weights", recipe.model.weights)):
         if path and Path(path).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{what} ({path}) lies in the run folder {out}: choose another --out")
-
-
-def _resumed(run: RunFolder, recipe: Recipe | None, data: Path | None) -> tuple[Recipe, Path | None]:
-    """The run's own recipe and data; refuses a given recipe that would do something else."""
-    own = run.recipe()
-    if recipe is not None and recipe.digest() != own.digest():
-        raise UserError(
-            f"the run in {run.path} was made with other settings ({_difference(own, recipe)}): resume it without "
-            "--recipe and --set, or start a new run in another folder"
-        )
-    if recipe is not None:  # the number of readers changes no result and may be another
-        own = own.model_copy(update=dict(data=own.data.model_copy(update=dict(workers=recipe.data.workers))))
-    recorded = run.facts().get("data")
-    return own, data or (Path(recorded) if recorded else None)
-
-
-def _check_same(run: RunFolder, facts: dict[str, Any], found: dict[str, Any]) -> None:
-    """Refuses to resume on other images or another number of processes, with which a step means something else."""
-    for key in ("processes", "classes", "images", "images_hash"):
-        then, now = facts.get(key), found[key]
-        if then != now:
-            what = "other files" if key == "images_hash" else f"{key} {then}, now they are {now}"
-            raise UserError(f"the run in {run.path} was started with {what}: resume it on what it was started with")
-
-
-def _difference(own: Recipe, given: Recipe) -> str:
-    mine, other = own.model_dump(mode="json"), given.model_dump(mode="json")
-    changes = [
-        f"{section}.{key}: run {mine[section][key]!r}, given {other[section][key]!r}"
-        for section in mine
-        if section not in ("name", "claim")
-        for key in mine[section]
-        if mine[section][key] != other[section][key]
-    ]
-    return "; ".join(changes[:5])

@@ -34,6 +34,7 @@ def save_pretrained(
     model_args: dict[str, Any] | None = None,
     pretrained_cfg: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes a timm model in hub layout, whole or not at all; a model that is in ``folder`` already is replaced.
 
@@ -48,6 +49,7 @@ def save_pretrained(
             ``kernel_size``. Newer timm records those that the model was built with by itself, older does not.
         pretrained_cfg: Changes to the preprocessing and the rest of timm's ``pretrained_cfg``; None takes an entry out.
         extra: Further top-level entries of ``config.json``.
+        state_dict: The weights; None for the model's own.
 
     Returns:
         The folder.
@@ -65,7 +67,8 @@ def save_pretrained(
     # save_for_hf takes the weights and the configuration from the model: a shallow copy gets what shall be written
     export: Any = copy.copy(model)
     export.pretrained_cfg = exported_cfg(model, pretrained_cfg or {})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if state_dict is None else state_dict
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     export.state_dict = lambda: tensors
     model_config = dict(extra or {}) | ({"label_names": list(label_names)} if label_names else {})
 

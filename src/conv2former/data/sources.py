@@ -1,34 +1,35 @@
-"""Where labelled images lie: class folders, scikit-learn's digits, and parts of either."""
+"""Where labelled images lie: class folders, Hugging Face datasets, scikit-learn's digits, and parts of any source."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from conv2former.data.images import IMAGE_EXTENSIONS, decode
-from conv2former.errors import UserError
+from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, decode
+from conv2former.errors import UserError, one_line, some
 
 
 class ImageSource(Protocol):
-    """A set of labelled images."""
+    """A set of labelled images, each to be had by its index, in any order and in any process."""
 
     classes: list[str]
     targets: list[int]
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """The image in RGB; raises BadImage."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call the image in messages and files."""
+        """What to call the image in messages and files; no two images share a name, and it never changes."""
         ...
 
 
@@ -41,6 +42,7 @@ class FolderSource:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        _check_readable(root)
         none = f"no images in {root}: expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
         try:
             self.reader = ReaderImageFolder(str(root), input_key=";".join(IMAGE_EXTENSIONS))
@@ -55,22 +57,123 @@ class FolderSource:
             raise UserError(f"{loose[0]} lies in no class folder: move or remove the images directly in {root}")
         samples.sort(key=lambda sample: (natural_key(sample[0]), sample[0]))
         self.classes = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
-        self.targets = [self.classes.index(name) for _, name in samples]
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.targets = [numbers[name] for _, name in samples]
         self.reader.samples = list(zip((path for path, _ in samples), self.targets, strict=True))
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def _hidden(self, path: str) -> bool:
-        return any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+    def _below(self, path: str) -> str:
+        return path[len(os.path.join(self.root, "")) :]  # os.path.relpath takes ten times as long
 
-    def load(self, index: int) -> Image.Image:
+    def _hidden(self, path: str) -> bool:
+        return any(part.startswith(".") for part in self._below(path).split(os.sep))
+
+    def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """The image in RGB; raises BadImage."""
-        return decode(self.reader.filename(index, absolute=True))
+        return decode(self.reader.filename(index, absolute=True), max_pixels=max_pixels)
 
     def name(self, index: int) -> str:
         """The path below the folder's root."""
-        return self.reader.filename(index)
+        return self._below(self.reader.samples[index][0])
+
+
+class HfdsSource:
+    """A split of a Hugging Face dataset with the columns ``image`` and ``label``, read with timm's reader.
+
+    The images are in the dataset's order. Classes are the label's names in the order of the dataset, or its values.
+
+    Attributes:
+        numbered: The classes are numbers for which no names are known.
+
+    Args:
+        root: A folder that the `datasets` library can read (class folders, parquet files), or a dataset's name on the
+            hub.
+        split: One of ``hfds_splits(root)``.
+
+    Raises:
+        UserError: The library is missing, or cannot read the dataset; no such columns, no images, images without class.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        _datasets()
+        import pyarrow
+        from timm.data.readers.reader_hfds import ReaderHfds
+
+        self.root, self.split = root, split
+        try:
+            self.reader = ReaderHfds(name=str(root), split=split)
+            images = self.reader.dataset.data.column("image")
+            if images.null_count == len(images):  # the library makes up a column that is asked for and not there
+                raise ValueError(f"no images in the split {split!r}")
+            # timm's own ways to names and labels go through the rows one by one, pictures and all
+            self._paths = pyarrow.chunked_array([chunk.field("path") for chunk in images.chunks], pyarrow.string())
+            labels = self.reader.dataset.data.column("label").to_pylist()
+        except Exception as error:  # of many kinds: the library's, pyarrow's, pandas', the hub's
+            raise _unreadable(root, error, "it must have the columns image and label") from None
+        # -1 marks the test images whose classes are kept secret
+        if not all(isinstance(label, str) or (isinstance(label, int) and label >= 0) for label in labels):
+            raise UserError(f"the split {split!r} of {root} has images without a class: label must be a number or name")
+        named = list(self.reader.class_to_idx)
+        values = range(len(named)) if named else sorted(set(labels), key=lambda value: (natural_key(str(value)), value))
+        self.numbered = not named and all(isinstance(label, int) for label in values)
+        self.classes = named or [str(value) for value in values]
+        numbers = {value: number for number, value in enumerate(values)}
+        self.targets = [numbers[label] for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """The image in RGB; raises BadImage."""
+        image = self.reader.dataset[index][self.reader.image_key] or {}
+        content = image.get("bytes") or image.get("path") or b""
+        return decode(content, name=f"{self.name(index)} of {self.root}", max_pixels=max_pixels)
+
+    def name(self, index: int) -> str:
+        """The image's number in the split, and the name of its file where the dataset has one."""
+        return f"{self.split}/{index:08d}-{os.path.basename(self._paths[index].as_py() or 'image')}"
+
+
+def hfds_splits(root: Path) -> list[str]:
+    """The splits of a Hugging Face dataset.
+
+    Raises:
+        UserError: The library is missing, or knows no such dataset.
+    """
+    datasets = _datasets()
+    try:
+        return list(datasets.get_dataset_split_names(str(root)))
+    except Exception as error:
+        raise _unreadable(root, error, "give a folder, or a name on the hub, with --data") from None
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("Hugging Face datasets need another package: pip install 'conv2former[hf]'") from None
+    return datasets
+
+
+def _unreadable(root: Path, error: Exception, advice: str) -> UserError:
+    return UserError(f"cannot read {root} as a Hugging Face dataset ({one_line(error)}): {advice}")
+
+
+def _check_readable(root: Path) -> None:
+    """Refuses class folders that may not be listed, over which walking through them passes in silence."""
+    try:
+        with os.scandir(root) as entries:
+            closed = sorted(
+                entry.path
+                for entry in entries
+                if entry.is_dir() and not entry.name.startswith(".") and not os.access(entry, os.R_OK | os.X_OK)
+            )
+    except OSError as error:
+        raise UserError(f"cannot read the folder {root}: {error.strerror}") from None
+    if closed:
+        raise UserError(f"folders that may not be read: {some(closed)}: change their permissions")
 
 
 class DigitsSource:
@@ -87,7 +190,7 @@ class DigitsSource:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """The scan in RGB, 8x8."""
         return Image.fromarray(self.images[index]).convert("RGB")
 
@@ -99,18 +202,18 @@ class DigitsSource:
 class SubsetSource:
     """Some images of another source."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
-        self.source, self.indices = source, indices
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
+        self.source, self.indices = source, np.asarray(indices, np.int64)
         self.classes = source.classes
-        self.targets = [source.targets[i] for i in indices]
+        self.targets = [source.targets[i] for i in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """The image in RGB; raises BadImage."""
-        return self.source.load(self.indices[index])
+        return self.source.load(int(self.indices[index]), max_pixels)
 
     def name(self, index: int) -> str:
         """The image's name in the other source."""
-        return self.source.name(self.indices[index])
+        return self.source.name(int(self.indices[index]))

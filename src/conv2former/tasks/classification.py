@@ -13,6 +13,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -82,6 +83,7 @@ class ClassificationCounts(Metric):
 class ClassificationTask(L.LightningModule):
     """A classifier with its recipe, as a LightningModule; ``conv2former.train`` runs it on Fabric.
 
+    With ``optim.ema_decay`` the moving average of the weights is what is validated; the engine updates it.
     Under Lightning's Trainer it trains at the recipe's peak rate: the schedule is the engine's.
 
     Args:
@@ -107,6 +109,8 @@ class ClassificationTask(L.LightningModule):
             )
             self.criterion = SoftTargetCrossEntropy()
         self.counts = ClassificationCounts(model.num_classes)
+        decay = recipe.optim.ema_decay
+        self.average = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, K)."""
@@ -127,7 +131,8 @@ class ClassificationTask(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to ``counts``."""
-        self.counts.update(self(self._prepared(batch)), batch.targets)
+        network = self.model if self.average is None else self.average.module
+        self.counts.update(network(self._prepared(batch)), batch.targets)
 
     def _prepared(self, batch: Batch) -> Tensor:
         images = self.normalizer(batch.images)

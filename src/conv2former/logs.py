@@ -1,0 +1,83 @@
+"""Where the figures of a run go while it goes on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import lightning.pytorch.loggers as lightning_loggers
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from conv2former.errors import UserError, nearest, one_line
+from conv2former.recipes.schema import LoggerSection, Recipe
+from conv2former.run import RunFolder
+
+
+class RunLog:
+    """``metrics.jsonl``, ``metrics.csv`` and TensorBoard, and Lightning's loggers that the recipe names.
+
+    Args:
+        run: The run folder.
+        recipe: Names further loggers; all of them get its settings.
+        step: Steps done before.
+        enabled: Off on all processes but one.
+
+    Raises:
+        UserError: A logger that Lightning does not have, or whose package is not installed.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, *, step: int, enabled: bool) -> None:
+        self.run, self.enabled = run, enabled
+        self.loggers: list[Any] = []
+        if not enabled:
+            return
+        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
+        for section in recipe.engine.loggers:
+            logger = _lightning_logger(section, run)
+            logger.log_hyperparams(recipe.model_dump(mode="json"))
+            self.loggers.append(logger)
+
+    def row(self, kind: str, *, step: int, epoch: float, **values: Any) -> dict[str, Any]:
+        """One row of figures; what is None is not known and not drawn."""
+        row = dict(kind=kind, step=step, epoch=round(epoch, 4)) | values
+        if self.enabled:
+            self.run.add_row(row)
+            known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            for name, value in known.items():
+                self.tensorboard.add_scalar(name, value, step)
+            for logger in self.loggers:
+                logger.log_metrics(known, step=step)
+        return row
+
+    def close(self, status: str) -> None:
+        """Writes what is left; ``status`` is 'success' or 'failed', as Lightning's loggers know it."""
+        if self.enabled:
+            self.tensorboard.close()
+            for logger in self.loggers:
+                logger.finalize(status)
+
+
+def _lightning_logger(section: LoggerSection, run: RunFolder) -> Any:
+    kind = getattr(lightning_loggers, section.name, None)
+    if section.name not in lightning_loggers.__all__ or kind is None:
+        names = [name for name in lightning_loggers.__all__ if name != "Logger"]
+        hint = nearest(section.name, names) or f"; there are: {', '.join(names)}"
+        raise UserError(f"engine.loggers: unknown logger {section.name!r}{hint}")
+    folder = run.path / "loggers"
+    folder.mkdir(exist_ok=True)
+    try:
+        return kind(**({"save_dir": str(folder)} | section.args))
+    except ModuleNotFoundError as error:
+        raise UserError(f"engine.loggers: {section.name} needs a package: {one_line(error)}") from None
+    except Exception as error:  # a service that is not there, an argument that it does not know
+        raise UserError(f"engine.loggers: {section.name} does not start: {one_line(error)}") from None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory taken so far in gigabytes: of a GPU by tensors, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux kibibytes

@@ -1,0 +1,94 @@
+"""Short runs for tests: started, stopped, killed, compared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conv2former import loop as engine
+from conv2former.recipes import Recipe
+from conv2former.run import RunFolder
+from conv2former.snapshots import Snapshots
+from conv2former.train import Interrupted, train
+from digits import TINY
+
+TIMING = {"images_per_second", "data_wait", "memory_gb", "seconds"}
+EVERYTHING = [
+    *("augment.mixup=0.8", "augment.cutmix=1.0", "augment.random_erasing=0.25", "model.drop_path_rate=0.3"),
+    "optim.ema_decay=0.9",
+]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What the run has left as its last weights."""
+    return load_file(run / "last" / "model.safetensors")
+
+
+def state(run: Path) -> dict[str, Any]:
+    """The newest checkpoint."""
+    return torch.load(Snapshots(run / "checkpoints").newest_first()[0], weights_only=True)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same weights to the last bit, best and last, and the same figures."""
+    for folder in ("best", "last"):
+        mine, theirs = (load_file(path / folder / "model.safetensors") for path in (run, other))
+        assert mine.keys() == theirs.keys()
+        different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+        assert not different, f"{folder}: {len(different)} of {len(mine)} tensors differ: {different[:3]}"
+    rows = [[{k: v for k, v in row.items() if k not in TIMING} for row in RunFolder(r).rows()] for r in (run, other)]
+    assert rows[0] == rows[1]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGINT) -> None:
+    """The run is asked to stop as by a signal once ``step`` steps are done."""
+    original = engine.Loop._step
+
+    def stepping(self: engine.Loop, *args: Any) -> None:
+        original(self, *args)
+        if self.position.step == step:
+            self.stop.signum = signum
+
+    monkeypatch.setattr(engine.Loop, "_step", stepping)
+
+
+def stopped_run(recipe: Recipe, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, step: int = 5) -> None:
+    """A run that was stopped after ``step`` steps."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted):
+            train(recipe, data=data, out=out)
+
+
+def command(data: Path, out: Path, *overrides: str, options: tuple[str, ...] = ()) -> list[str]:
+    """The tiny recipe as somebody would type it."""
+    settings = [f"--set={override}" for override in [*TINY, *overrides]]
+    program = [sys.executable, "-m", "conv2former_cli", "train", "--recipe=quickstart"]
+    return [*program, f"--data={data}", f"--out={out}", *settings, *options]
+
+
+def start(arguments: list[str], **options: Any) -> subprocess.Popen:
+    """A command in a process group of its own."""
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def wait_for(process: subprocess.Popen, out: Path, what: str = '"kind": "epoch"', count: int = 1) -> None:
+    """Until the metrics of the run hold something."""
+    rows, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (rows.exists() and rows.read_text().count(what) >= count):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be met"
+        time.sleep(0.02)
+
+
+def signal_all(process: subprocess.Popen, signum: int) -> None:
+    """As a terminal or a scheduler does: to the workers too."""
+    os.killpg(process.pid, signum)

@@ -1,0 +1,290 @@
+"""A run that was stopped anywhere goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conv2former import loop as engine
+from conv2former.errors import UserError
+from conv2former.run import RunFolder
+from conv2former.signals import RESUME_ME
+from conv2former.snapshots import Snapshots
+from conv2former.train import train
+from digits import tiny_recipe, write_digits
+from runs import (
+    EVERYTHING,
+    assert_same_run,
+    command,
+    signal_all,
+    start,
+    state,
+    stopped_run,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything that is random, not interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny_recipe(*EVERYTHING), data=data, out=out)
+    return out
+
+
+@pytest.mark.parametrize(("workers", "step"), [(0, 1), (0, 4), (0, 6), (2, 5)])
+def test_a_stopped_run_continues_bit_for_bit(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, step: int
+) -> None:
+    recipe = tiny_recipe(*EVERYTHING, f"data.workers={workers}")
+    stopped_run(recipe, data, tmp_path / "parts", monkeypatch, step=step)
+    assert state(tmp_path / "parts")["position"]["step"] == step
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    assert_same_run(whole, tmp_path / "parts")
+
+
+def test_a_stop_during_the_evaluation_loses_nothing(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the last step of the second epoch: the evaluation meets the stop first
+    stopped_run(tiny_recipe(*EVERYTHING), data, tmp_path / "parts", monkeypatch, step=8)
+    assert [row["epoch"] for row in RunFolder(tmp_path / "parts").rows("epoch")] == [1]
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    assert_same_run(whole, tmp_path / "parts")
+
+
+def test_accumulation_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe("optim.batch_size=8", "optim.global_batch=16", *EVERYTHING)
+    train(recipe, data=data, out=tmp_path / "whole")
+    stopped_run(recipe, data, tmp_path / "parts", monkeypatch)
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a test must say exactly when: nothing behind it is carried out."""
+
+
+@pytest.mark.parametrize("moment", ["fsync", "before the move", "after the move"])
+def test_killed_while_a_checkpoint_is_written(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The second epoch's: half a file beside the first epoch's whole one, or both whole."""
+    from conv2former import snapshots
+
+    def die(*args: Any) -> None:
+        raise Killed
+
+    original = Snapshots.write
+
+    def write(self: Snapshots, step: int, save: Any, *, first: bool) -> Any:
+        if step == 8:
+            if moment == "after the move":
+                original(self, step, save, first=first)
+                raise Killed
+            patch.setattr(snapshots, *{"fsync": ("_flush", die), "before the move": ("replace_text", die)}[moment])
+        return original(self, step, save, first=first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Snapshots, "write", write)
+        with pytest.raises(Killed):
+            train(tiny_recipe(*EVERYTHING), data=data, out=tmp_path / "parts")
+    assert state(tmp_path / "parts")["position"]["step"] == (8 if moment == "after the move" else 4)
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    assert_same_run(whole, tmp_path / "parts")
+    assert not list((tmp_path / "parts").rglob("*.partial"))
+
+
+def test_killed_between_the_evaluation_and_its_checkpoint(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.Loop._evaluate
+
+    def evaluate(self: engine.Loop) -> None:
+        original(self)
+        if self.position.step == 8:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Loop, "_evaluate", evaluate)
+        with pytest.raises(Killed):
+            train(tiny_recipe(*EVERYTHING), data=data, out=tmp_path / "parts")
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    assert_same_run(whole, tmp_path / "parts")
+
+
+def test_a_killed_process_continues_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """SIGKILL itself in the middle of an epoch; nothing is tidied up. ``make soak`` does it many times at random."""
+    settings = ["schedule.epochs=12", "data.workers=2"]
+    killed = start(command(data, tmp_path / "parts", *settings))
+    wait_for(killed, tmp_path / "parts", count=2)
+    signal_all(killed, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "parts" / "evaluation.json").exists()
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    train(tiny_recipe(*settings), data=data, out=tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, RESUME_ME), (signal.SIGUSR1, RESUME_ME)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum: signal.Signals, code: int) -> None:
+    run = start(command(data, tmp_path / "run", "schedule.epochs=2000", "data.workers=2"))
+    wait_for(run, tmp_path / "run")
+    signal_all(run, signum)
+    if signum == signal.SIGUSR1:  # which a scheduler may send again, while the state is being written
+        signal_all(run, signum)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "Traceback" not in errors
+    assert errors.rstrip().endswith(f"continue with: conv2former train --out {tmp_path / 'run'} --resume")
+    assert f"stopped at step {state(tmp_path / 'run')['position']['step']}," in errors
+
+
+def test_the_last_two_checkpoints_are_kept(finished: Path) -> None:
+    assert [path.name for path in Snapshots(finished / "checkpoints").newest_first()] == [
+        "step-00000012.ckpt",
+        "step-00000008.ckpt",
+    ]
+    assert len(list((finished / "checkpoints").iterdir())) == 4  # each with its digest
+
+
+def test_checkpoints_come_by_the_clock_too(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    original = Snapshots.write
+
+    def write(self: Snapshots, step: int, save: Any, *, first: bool) -> Any:
+        written.append(step)
+        return original(self, step, save, first=first)
+
+    monkeypatch.setattr(Snapshots, "write", write)
+    train(tiny_recipe("engine.checkpoint_minutes=1e-9"), data=data, out=tmp_path / "often")
+    assert written == list(range(13))
+    written.clear()
+    # an epoch that is not evaluated is saved all the same
+    train(tiny_recipe("schedule.eval_every=2"), data=data, out=tmp_path / "epochs")
+    assert written == [4, 8, 12]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a flipped bit", "empty"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    newest = Snapshots(tmp_path / "run" / "checkpoints").newest_first()[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes({"cut off": content[:1000], "a flipped bit": content, "empty": b""}[damage])
+    train(None, data=None, out=tmp_path / "run", resume=True)
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_when_all_checkpoints_are_damaged_it_is_one_line(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for path in Snapshots(tmp_path / "run" / "checkpoints").newest_first():
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged") as error:
+        train(None, data=None, out=tmp_path / "run", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_resume_auto_starts_and_continues_by_the_same_command(data: Path, tmp_path: Path) -> None:
+    arguments = command(data, tmp_path / "run", options=("--resume", "auto"))
+    killed = start(arguments)
+    wait_for(killed, tmp_path / "run")
+    signal_all(killed, signal.SIGKILL)
+    killed.wait()
+    answers = [subprocess.run(arguments, capture_output=True, text=True) for _ in range(2)]
+    assert all(answer.returncode == 0 and "top-1" in answer.stdout for answer in answers), answers[0].stderr
+    events = [row["event"] for row in map(json.loads, (tmp_path / "run" / "history.jsonl").open())]
+    assert events == ["started", "resumed", "finished", "resumed", "finished"]
+
+
+def test_a_folder_that_was_left_before_it_was_a_run_is_started_anew(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("name: half")
+    result = train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run", resume="auto")
+    assert result is not None
+
+
+def test_a_finished_run_resumes_to_its_report(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    result = train(None, data=None, out=tmp_path / "run", resume=True)
+    assert result is not None and result.counts["images"] == 16
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_another_recipe_is_refused_with_the_difference(finished: Path) -> None:
+    with pytest.raises(UserError, match=r"optim.weight_decay: run 0.05, given 0.1.*--force"):
+        train(tiny_recipe("optim.weight_decay=0.1"), data=None, out=finished, resume=True)
+
+
+def test_what_moves_no_weight_may_change(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_run(tiny_recipe(*EVERYTHING), data, tmp_path / "run", monkeypatch)
+    changed = tiny_recipe(*EVERYTHING, "data.workers=1", "data.on_bad_image=skip", "engine.checkpoint_minutes=1")
+    train(changed, data=None, out=tmp_path / "run", resume=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_forced_to_go_on_with_another_recipe(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    longer = tiny_recipe("optim.base_lr=5e-4", "schedule.epochs=4")
+    train(longer, data=None, out=tmp_path / "run", resume=True, force=True)
+    run = RunFolder(tmp_path / "run")
+    assert run.recipe() == longer and run.facts()["recipe_hash"] == longer.digest()
+    assert [row["epoch"] for row in run.rows("epoch")] == [1, 2, 3, 4]
+    assert "epochs: 3" in (tmp_path / "run" / "recipes" / "recipe.1.yaml").read_text()
+    assert "schedule.epochs: run 3, given 4" in (tmp_path / "run" / "history.jsonl").read_text()
+
+
+def test_forced_to_another_batch_the_run_goes_on_where_it_was_in_the_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch, step=6)  # in the middle of the second epoch
+    train(tiny_recipe("optim.batch_size=8"), data=None, out=tmp_path / "run", resume=True, force=True)
+    assert [(row["epoch"], row["step"]) for row in RunFolder(tmp_path / "run").rows("epoch")][1:] == [(2, 16), (3, 24)]
+
+
+@pytest.mark.parametrize("setting", ["model.args.depths=[1,1,3,1]", "optim.name=sgd", "optim.ema_decay=0.9"])
+def test_not_even_forced_to_another_network(finished: Path, setting: str) -> None:
+    with pytest.raises(UserError, match=r"cannot change in a run"):
+        train(tiny_recipe(setting), data=None, out=finished, resume=True, force=True)
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "best", tmp_path / "weights")
+    recipe = tiny_recipe(f"model.weights={tmp_path / 'weights'}", "model.args={}")
+    stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    shutil.rmtree(tmp_path / "weights")
+    result = train(None, data=None, out=tmp_path / "run", resume=True)
+    assert result is not None and result.counts["images"] == 16
+
+
+def test_other_images_are_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_digits(tmp_path / "data")
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    victim = next((data / "train" / "digit-1").iterdir())
+    content = victim.read_bytes()
+    victim.unlink()
+    with pytest.raises(UserError, match=r"started with images .*'train': 64.*now they are .*'train': 63.*--force"):
+        train(None, data=None, out=tmp_path / "run", resume=True)
+    victim.with_name("other.png").write_bytes(content)
+    with pytest.raises(UserError, match="started with other files"):
+        train(None, data=None, out=tmp_path / "run", resume=True)
+    train(None, data=None, out=tmp_path / "run", resume=True, force=True)
+    shutil.rmtree(data / "train" / "digit-3")
+    shutil.rmtree(data / "val" / "digit-3")
+    with pytest.raises(UserError, match="started with classes"):
+        train(None, data=None, out=tmp_path / "run", resume=True, force=True)
