@@ -159,9 +159,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
     device: DeviceOption = "auto",
-    source: Annotated[
-        Source, typer.Option(help="Layout of --data: class folders, tar files, ...")
-    ] = Source.folder,
+    source: Annotated[Source, typer.Option(help="Layout of --data: class folders, tar files, ...")] = Source.folder,
     on_bad_image: Annotated[BadImages, typer.Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
     json_: JsonOption = False,
 ) -> None:

@@ -2,46 +2,74 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from conv2former.errors import UserError
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """PyTorch's, which refuses CPUs, with plain arithmetic for those: runs on CPUs can be checked too."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> (B, C, ...)."""
-        if x.device.type != "cpu" or not self.training:
-            return super().forward(x)
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        dims = [d for d in range(x.ndim) if d != 1]
-        values = x.float()
-        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float32)
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes in plain arithmetic, because PyTorch's takes GPUs alone.
+
+    It makes a run on several CPU processes equal to that on one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not self.training:
+            return super().forward(input)
+        values, dims, shape = input.float(), (0, 2, 3), (1, -1, 1, 1)
+        count = torch.tensor(input.numel() / input.shape[1])
         dist.all_reduce(count)
-        mean = all_reduce(values.sum(dims)) / count
+        mean = _Sum.apply(values.sum(dims)) / count
         centred = values - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / count
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            with torch.no_grad():
+        variance = _Sum.apply(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            for running, value in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
+                if running is not None:
+                    running.lerp_(value, self.momentum or 0.0)
+            if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-                share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean, share)
-                self.running_var.lerp_(variance * (count / (count - 1)), share)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.weight is not None:
+        if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(x.dtype)
+        return normalised.to(input.dtype)
 
 
-def synchronise(model: nn.Module) -> nn.Module:
-    """Turns every batch norm of a model into one over the images of all processes; names and values stay."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = SyncBatchNorm
+def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
+    """Turns every batch norm of a model into one over the images of all processes; names and values stay.
+
+    Raises:
+        UserError: A model whose batch norms have no counterpart on CPUs.
+    """
+    if device.type != "cpu":
+        return convert_sync_batchnorm(model)
+    for name, module in model.named_modules():
+        if type(module) is nn.BatchNorm2d and module.momentum is not None:
+            module.__class__ = CpuSyncBatchNorm
+        elif isinstance(module, _BatchNorm):
+            raise UserError(f"engine.sync_batchnorm: {name} ({type(module).__name__}) cannot be synchronised on CPUs")
     return model
 
 

@@ -75,16 +75,11 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
         devices = int(environment["LOCAL_WORLD_SIZE"])
-        found, by = (devices, int(environment["WORLD_SIZE"]) // devices), "torchrun"
-    elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return devices, int(environment["WORLD_SIZE"]) // devices
+    if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         nodes = int(environment.get("SLURM_NNODES", "1"))
-        found, by = (int(environment["SLURM_NTASKS"]) // nodes, nodes), "SLURM"
-    else:
-        return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
-    for name, given, real in (("devices", engine.devices, found[0]), ("nodes", engine.nodes, found[1])):
-        if given not in ("auto", real):
-            raise UserError(f"engine.{name}={given}, but {by} has started {real}: leave engine.{name} out")
-    return found
+        return int(environment["SLURM_NTASKS"]) // nodes, nodes
+    return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
 
 
 def shard(task: nn.Module, mesh: Any) -> nn.Module:

@@ -12,30 +12,31 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
 
 from conv2former import checkpoints
 from conv2former.batchnorm import BatchNormBackup, synchronise
 from conv2former.data.classification import (
+    KILLED_WORKER,
     Batch,
     ImageDataset,
     checked,
     eval_loader,
     eval_transform,
+    is_killed_worker,
     train_loader,
     train_transform,
 )
-from conv2former.data.images import BadImage
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
 from conv2former.data.splits import Splits
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError
+from conv2former.incidents import Incidents
 from conv2former.logs import RunLog, peak_memory_gb
 from conv2former.processes import Processes, agreed
 from conv2former.progress import TrainingProgress
@@ -44,40 +45,10 @@ from conv2former.recipes.schema import Recipe
 from conv2former.run import RunFolder
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
+from conv2former.state import Fetched, Position, full_state_dict, parameter_norm
 from conv2former.tasks.classification import ClassificationTask, build_optimizer, build_schedule, scaled_lr
 
 LOG_INTERVAL = 20  # optimizer steps between logged losses
-
-
-@dataclass
-class Position:
-    """How far a run is; with the weights and the optimizer this is all its state.
-
-    Attributes:
-        step: Optimizer steps done, skipped ones included.
-        steps_per_epoch: Of the run that got here.
-        evaluated: The step of the last evaluation.
-        best_top1: Best validation accuracy so far, percent.
-        loss_sum: Sum of the losses since the last evaluation.
-        loss_steps: Their number.
-        logged_sum: Sum of the losses since the last logged one.
-        logged_steps: Their number.
-        skipped: Steps whose loss was not finite.
-        skipped_in_row: Those of them that came last.
-        seconds: Time spent training, evaluations not counted.
-    """
-
-    step: int = 0
-    steps_per_epoch: int = 0
-    evaluated: int = 0
-    best_top1: float = -1.0
-    loss_sum: float = 0.0
-    loss_steps: int = 0
-    logged_sum: float = 0.0
-    logged_steps: int = 0
-    skipped: int = 0
-    skipped_in_row: int = 0
-    seconds: float = 0.0
 
 
 class Loop:
@@ -115,10 +86,10 @@ class Loop:
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
 
         engine, data = recipe.engine, recipe.data
-        if engine.channels_last:
+        if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
             model.to(memory_format=torch.channels_last)
         if engine.sync_batchnorm and fabric.world_size > 1:
-            model = synchronise(model)
+            model = synchronise(model, fabric.device)
         self.model = model
         self.data_config = dict(
             input_size=(3, data.input_size, data.input_size),
@@ -152,7 +123,6 @@ class Loop:
             Interrupted: Stopped by a signal, state saved.
         """
         self.run, self.snapshots = run, Snapshots(run.checkpoints)
-        self.bad_images = run.bad_images()
         if resume:
             self._load()
         self.saved_step, self.saved_at = self.position.step, time.monotonic()
@@ -163,6 +133,7 @@ class Loop:
             start=self.position.step,
             enabled=self.fabric.is_global_zero,
         )
+        self.incidents = Incidents(run, self.recipe, self.splits.train, self.processes, self.progress.say)
         self.log = RunLog(run, self.recipe, step=self.position.step, enabled=self.fabric.is_global_zero)
         status = "failed"
         try:
@@ -199,12 +170,9 @@ class Loop:
         except UserError as error:
             return [], error
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not is_killed_worker(error):
                 raise
-            return [], UserError(
-                "a process that reads images was killed, by want of memory most likely: lower data.workers or "
-                "data.max_pixels and continue with --resume"
-            )
+            return [], UserError(KILLED_WORKER)
 
     def _agree(self, parts: list[Batch], error: UserError | None) -> None:
         """All processes learn here, before a step or a batch of the evaluation, what one of them has met.
@@ -213,37 +181,23 @@ class Loop:
             UserError: One of them cannot go on; the state is saved.
             Interrupted: One of them was asked to stop; the state is saved.
         """
-        bad = [image for part in parts for image in part.bad if image.file not in self.bad_images]
+        bad = self.incidents.new_bad_images(parts)
         late = time.monotonic() - self.saved_at > 60 * self.recipe.engine.checkpoint_minutes
         signum, failed, found, due = self.processes.largest(
             self.stop.signum or 0, error is not None, len(bad), late and self.task.training
         )
         if found:
-            self._note_bad_images(bad)
-        too_many = len(self.bad_images) > self.recipe.data.max_bad_images
+            self.incidents.note_bad_images(bad)
+        too_many = self.incidents.too_many_bad_images()
         if failed or too_many or signum or due:
             self._save()
         if failed:
             messages = [message for message in self.processes.gather(str(error) if error else None) if message]
             raise agreed(error or UserError(messages[0]))
         if too_many:
-            raise agreed(
-                UserError(
-                    f"{len(self.bad_images)} images cannot be read, more than data.max_bad_images: see "
-                    f"{self.run.bad_images_jsonl}, raise the limit with --set and continue with --resume"
-                )
-            )
+            raise too_many
         if signum:
             raise agreed(Interrupted(self.run.path, self.position.step, int(signum)))
-
-    def _note_bad_images(self, bad: list[BadImage]) -> None:
-        for rows in self.processes.gather([(image.file, image.reason) for image in bad]):
-            for file, reason in rows:
-                if file not in self.bad_images:
-                    self.bad_images.add(file)
-                    self.progress.say(f"skipping {file}: {reason}")
-                    if self.fabric.is_global_zero:
-                        self.run.add_bad_image(file, reason)
 
     def _step(self, parts: list[Batch], started: float, waited: float) -> None:
         position, optim = self.position, self.recipe.optim
@@ -280,42 +234,16 @@ class Loop:
             self.pending_steps += 1
         position.step += 1
         self._log(time.perf_counter() - started, waited)
+        position.skipped_in_row = position.skipped_in_row + 1 if unsound else 0
         if unsound:
-            self._skipped(parts)
-        else:
-            position.skipped_in_row = 0
-
-    def _skipped(self, parts: list[Batch]) -> None:
-        """Counts a step whose loss was not finite.
-
-        Raises:
-            UserError: There were too many in a row.
-        """
-        position, limit = self.position, self.recipe.engine.max_skipped_steps
-        position.skipped += 1
-        position.skipped_in_row += 1
-        indices = [index for part in parts for index in part.indices.tolist()]
-        files = [self.splits.train.name(i) for share in self.processes.gather(indices) for i in share]
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        if self.fabric.is_global_zero:
-            self.run.add_skipped_step(dict(step=position.step, lr=lr, files=files))
-        self.progress.say(f"step {position.step} skipped: its loss is not finite")
-        if position.skipped_in_row >= limit:
-            raise agreed(
-                UserError(
-                    f"the loss was not finite in {limit} steps in a row, up to step {position.step} (learning rate "
-                    f"{lr:.3g}; {some(files, 3)}; all in {self.run.skipped_steps_jsonl}): continue from the last "
-                    "checkpoint with --resume --force and --set optim.base_lr lower, optim.clip_grad=1 or "
-                    "engine.precision=32"
-                )
-            )
+            position.skipped += 1
+            self.incidents.note_skipped_step(parts, step=position.step, lr=self._rate(), in_row=position.skipped_in_row)
 
     def _log(self, seconds: float, waited: float) -> None:
         """Shows the step; every ``LOG_INTERVAL`` steps fetches the mean loss since the last time and records it."""
         position = self.position
         position.seconds += seconds
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        loss = None
+        lr, loss = self._rate(), None
         if position.step % LOG_INTERVAL == 0 or position.step % self.steps_per_epoch == 0:
             self._flush_loss()
             loss = position.logged_sum / position.logged_steps if position.logged_steps else None
@@ -334,19 +262,14 @@ class Loop:
         self.pending.zero_()
         self.pending_steps = 0
         # a gradient may overflow where the loss did not
-        norm: Any = torch.nn.utils.get_total_norm(self.model.parameters())
-        if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+        if not math.isfinite(parameter_norm(self.model)):
             raise agreed(
                 UserError(
                     f"the weights are not finite after step {self.position.step}: continue from the last checkpoint, "
                     "which is sound, with --resume --force and --set optim.base_lr lower or optim.clip_grad=1"
                 )
             )
-        position = self.position
-        position.loss_sum += total
-        position.loss_steps += steps
-        position.logged_sum += total
-        position.logged_steps += steps
+        self.position.add_losses(total, steps)
 
     def _evaluate(self) -> None:
         position = self.position
@@ -406,7 +329,7 @@ class Loop:
         return self.log.row(kind, step=step, epoch=step / self.steps_per_epoch, **values)
 
     def _save(self) -> None:
-        if self.task.training or self.pending_steps:
+        if self.pending_steps:
             self._flush_loss()
         position = self.position
         self.snapshots.write(
@@ -423,10 +346,7 @@ class Loop:
             if state["scaler"]:
                 self.fabric.strategy.precision.load_state_dict(state["scaler"])
         if self.position.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
-            ratio = self.steps_per_epoch / self.position.steps_per_epoch
-            self.position.step = round(self.position.step * ratio)
-            self.position.evaluated = round(self.position.evaluated * ratio)
-            self.position.steps_per_epoch = self.steps_per_epoch
+            self.position.rescale(self.steps_per_epoch)
         if self.fabric.is_global_zero:
             self.run.drop_rows_after(self.position.step)
 
@@ -437,6 +357,9 @@ class Loop:
     def _state(self) -> dict[str, Any]:
         scaler = self.fabric.strategy.precision.state_dict()  # of float16's loss, empty otherwise
         return dict(task=self.task, optimizer=self.optimizer, position=asdict(self.position), scaler=scaler)
+
+    def _rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _peak_memory(self) -> float:
         return peak_memory_gb(self.fabric.device)
@@ -477,31 +400,3 @@ class Loop:
             f"{recipe.engine.precision} on {fabric.device}"
             + (f", from step {self.position.step}" if self.position.step else "")
         )
-
-
-class Fetched:
-    """A number on its way from the device, so that asking for it does not wait for what was started after it."""
-
-    def __init__(self, number: Tensor) -> None:
-        self.ready = None
-        if number.is_cuda:
-            self.host = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self.host.copy_(number, non_blocking=True)
-            self.ready = torch.cuda.Event()
-            self.ready.record()
-        else:
-            self.host = number.clone()
-
-    def value(self) -> float:
-        """The number."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return float(self.host)
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict on the CPU, put together where it is sharded; to be called on all processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return state

@@ -98,7 +98,7 @@ class Watch:
         timeout = timedelta(seconds=SILENCE)
         if self.rank == 0:
             self.store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        port = fabric.broadcast(self.store.port if self.rank == 0 else None)
+        port = fabric.broadcast(self.store.port if self.rank == 0 else 0)
         if self.rank:
             self.store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
         # Fabric's own observer kills the first process without a word when one that it started fails

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from conv2former import checkpoints
+from conv2former.data.classification import KILLED_WORKER, is_killed_worker
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.splits import Splits, open_splits
 from conv2former.errors import UserError, one_line
@@ -119,7 +120,7 @@ def _leave(error: UserError | Interrupted, run: RunFolder, fabric: L.Fabric) -> 
 
 @contextlib.contextmanager
 def _one_line_errors(run: RunFolder) -> Any:
-    """Turns what a disk or a GPU may refuse into the line that says what to do."""
+    """Turns what a disk, a GPU or the memory may refuse into the line that says what to do."""
     try:
         yield
     except OSError as error:
@@ -129,6 +130,10 @@ def _one_line_errors(run: RunFolder) -> Any:
             "out of GPU memory: lower optim.batch_size, raise optim.accumulate (it follows from optim.global_batch), "
             "or set engine.grad_checkpointing=true"
         ) from None
+    except RuntimeError as error:  # met at any moment: PyTorch raises it from a signal handler
+        if not is_killed_worker(error):
+            raise
+        raise UserError(KILLED_WORKER) from None
 
 
 def _recorded(data: Path | None) -> str | None:

@@ -30,6 +30,11 @@ NO_TARGET = -1  # of an image that is not counted
 MAX_ASPECT = 20  # of a picture before it is resized for evaluation
 REPLACEMENTS = 16  # images tried in place of a broken one
 
+KILLED_WORKER = (
+    "a process that reads images was killed, by want of memory most likely: lower data.workers or data.max_pixels and "
+    "continue with --resume"
+)
+
 PictureTransform = Callable[[Image.Image], Image.Image]
 
 
@@ -185,6 +190,11 @@ def checked(batch: Batch | BadImage) -> Batch:
     if isinstance(batch, BadImage):
         raise batch
     return batch
+
+
+def is_killed_worker(error: RuntimeError) -> bool:
+    """Whether PyTorch says that a process which reads images was killed."""
+    return "DataLoader worker" in str(error)
 
 
 def train_loader(dataset: ImageDataset, sampler: TrainSampler, *, workers: int) -> DataLoader:

@@ -110,7 +110,7 @@ class ClassificationTask(L.LightningModule):
             self.criterion = SoftTargetCrossEntropy()
         self.counts = ClassificationCounts(model.num_classes)
         decay = recipe.optim.ema_decay
-        self.average = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+        self.average = ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False) if decay else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, K)."""

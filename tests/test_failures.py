@@ -1,0 +1,231 @@
+"""What goes wrong in a run ends in one line, and nothing is lost or poisoned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from conv2former import loop as engine
+from conv2former.checkpoints import load_pretrained
+from conv2former.errors import UserError
+from conv2former.evaluate import evaluate
+from conv2former.run import RunFolder
+from conv2former.snapshots import Snapshots
+from conv2former.tasks.classification import ClassificationTask
+from conv2former.train import train
+from digits import tiny_recipe, write_digits
+from runs import state
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A data folder in which two training pictures and a validation picture cannot be read."""
+    data = write_digits(tmp_path / "data")
+    for folder in ("train/digit-1", "train/digit-2", "val/digit-0"):
+        sorted((data / folder).iterdir())[1].write_bytes(b"\x89PNG\r\n\x1a\n")
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_the_run_with_its_name_and_a_checkpoint(
+    damaged: Path, tmp_path: Path, workers: int
+) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*digit-\d.*png"):
+        train(tiny_recipe(f"data.workers={workers}"), data=damaged, out=tmp_path / "run")
+    assert state(tmp_path / "run")["position"]["step"] < 4
+
+
+def test_broken_images_are_listed_and_passed_over(damaged: Path, tmp_path: Path) -> None:
+    result = train(tiny_recipe("data.on_bad_image=skip", "data.workers=2"), data=damaged, out=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").open()]
+    assert sorted(Path(row["file"]).parent.name for row in rows) == ["digit-0", "digit-1", "digit-2"]
+    assert all(row["reason"] for row in rows)
+    assert result is not None and result.counts["images"] == 15  # one of sixteen does not count
+    assert (tmp_path / "run" / "predictions.png").exists()
+
+
+def test_a_run_that_met_a_broken_image_goes_on_when_told_to_skip(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        train(tiny_recipe(), data=damaged, out=tmp_path / "run")
+    program = [sys.executable, "-m", "conv2former_cli", "train", f"--out={tmp_path / 'run'}", "--resume"]
+    answer = subprocess.run([*program, "--on-bad-image=skip"], capture_output=True, text=True)
+    assert answer.returncode == 0 and "of 15 images" in answer.stdout, answer.stderr
+
+
+def test_too_many_broken_images_end_the_run(damaged: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("data.on_bad_image=skip", "data.max_bad_images=1")
+    with pytest.raises(UserError, match=r"2 images cannot be read, more than data.max_bad_images"):
+        train(recipe, data=damaged, out=tmp_path / "run")
+    assert Snapshots(tmp_path / "run" / "checkpoints").newest_first()
+
+
+def test_a_picture_beyond_the_limit_counts_as_broken(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "data")
+    Image.new("L", (400, 300)).save(data / "train" / "digit-0" / "large.png")
+    with pytest.raises(UserError, match=r"large.png: its 400 x 300 pixels are more than the limit of 100,000"):
+        train(tiny_recipe("data.max_pixels=100000"), data=data, out=tmp_path / "run")
+    train(tiny_recipe("data.max_pixels=120000", "schedule.epochs=2"), data=data, out=tmp_path / "other")
+
+
+def test_an_evaluation_can_leave_out_what_cannot_be_read(finished: Path, damaged: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        evaluate(finished, data=damaged, workers=0)
+    result, _ = evaluate(finished, data=damaged, workers=0, on_bad_image="skip")
+    assert result.counts["images"] == 15 and len(result.predicted) == 15
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The losses of some steps are not finite, and what the batch norms saw in them is not either."""
+    original = ClassificationTask.training_step
+
+    def step(self: ClassificationTask, batch: Any, number: int) -> Tensor:
+        loss = original(self, batch, number)
+        if number in steps:
+            self.model.stem.norm1.running_mean.data.fill_(float("nan"))
+            return loss * float("inf")
+        return loss
+
+    monkeypatch.setattr(ClassificationTask, "training_step", step)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 2, 5, 6)
+    result = train(tiny_recipe("engine.max_skipped_steps=3"), data=data, out=tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert [row["skipped"] for row in run.rows("epoch")] == [1, 3, 3]
+    rows = [json.loads(line) for line in run.skipped_steps_jsonl.open()]
+    assert [row["step"] for row in rows] == [3, 6, 7] and all(len(row["files"]) == 16 for row in rows)
+    assert all((data / "train" / name).is_file() for name in rows[0]["files"])
+    assert all(torch.isfinite(t).all() for t in load_pretrained(tmp_path / "run").state_dict().values())
+    assert result is not None and result.counts["top1"] > 50
+
+
+def test_a_skipped_step_changes_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, 2)
+    same: list[bool] = []
+    original = engine.Loop._step
+
+    def everything(self: engine.Loop) -> list[Tensor]:
+        moments = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        return [tensor.clone() for tensor in [*self.task.state_dict().values(), *moments]]
+
+    def watched(self: engine.Loop, *args: Any) -> None:
+        before = everything(self)
+        original(self, *args)
+        if self.position.step in (3, 4):
+            same.append(all(map(torch.equal, before, everything(self))))
+
+    monkeypatch.setattr(engine.Loop, "_step", watched)
+    train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
+    assert same == [True, False]
+
+
+def test_too_many_in_a_row_end_the_run_with_what_it_knows(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, *range(5, 12))
+    with pytest.raises(UserError, match=r"in 3 steps in a row, up to step 8 \(learning rate .*digit-\d") as error:
+        train(tiny_recipe("engine.max_skipped_steps=3"), data=data, out=tmp_path / "run")
+    assert "--resume --force" in str(error.value)
+    assert state(tmp_path / "run")["position"]["step"] == 4
+    assert all(torch.isfinite(t).all() for t in load_pretrained(tmp_path / "run").state_dict().values())
+
+
+@pytest.mark.parametrize("clip", [[], ["optim.clip_grad=1"]])
+def test_a_rate_that_explodes_leaves_no_poisoned_checkpoint(data: Path, tmp_path: Path, clip: list[str]) -> None:
+    settings = ["optim.name=sgd", "optim.base_lr=1e30", "schedule.warmup_epochs=0", *clip]
+    with pytest.raises(UserError, match="not finite"):
+        train(tiny_recipe(*settings), data=data, out=tmp_path / "run")
+    assert not Snapshots(tmp_path / "run" / "checkpoints").newest_first() and not (tmp_path / "run" / "best").exists()
+
+
+def test_the_last_step_cannot_poison_the_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of an epoch are finite; its last update is not."""
+    original = engine.Loop._log
+
+    def poisoning(self: engine.Loop, *times: float) -> None:
+        if self.position.step == 8:
+            self.model.head.fc.weight.data.fill_(float("nan"))
+        original(self, *times)
+
+    monkeypatch.setattr(engine.Loop, "_log", poisoning)
+    with pytest.raises(UserError, match=r"weights are not finite after step 8.*--resume --force"):
+        train(tiny_recipe(), data=data, out=tmp_path / "run")
+    assert state(tmp_path / "run")["position"]["step"] == 4
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
+    newest = Snapshots(tmp_path / "run" / "checkpoints").newest_first()[0]
+    content, size = newest.read_bytes(), newest.stat().st_size
+    arguments = ["conv2former", "train", f"--out={tmp_path / 'run'}", "--resume", "--force", "--set=schedule.epochs=5"]
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
+    program = f"{limit}; import sys, conv2former_cli; sys.argv = {arguments}; conv2former_cli.main()"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
+    assert answer.stderr.rstrip().splitlines()[-1].startswith("error: cannot write")
+    assert newest.read_bytes() == content and not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine.Loop._step
+
+    def step(self: engine.Loop, *args: Any) -> None:
+        original(self, *args)
+        if self.position.step == 6:
+            shutil.rmtree(self.run.path)
+
+    monkeypatch.setattr(engine.Loop, "_step", step)
+    with pytest.raises(UserError, match=r"cannot write the run folder .*No such file"):
+        train(tiny_recipe(), data=data, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_reader_that_is_killed_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import multiprocessing
+
+    original = engine.Loop._step
+
+    def step(self: engine.Loop, *args: Any) -> None:
+        original(self, *args)
+        if self.position.step == 2:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    monkeypatch.setattr(engine.Loop, "_step", step)
+    with pytest.raises(UserError, match=r"a process that reads images was killed"):
+        train(tiny_recipe("data.workers=2", "schedule.epochs=50"), data=data, out=tmp_path / "run")
+
+
+def test_other_loggers_by_recipe(data: Path, tmp_path: Path) -> None:
+    logger = "engine.loggers=[{name: CSVLogger, args: {name: mine, flush_logs_every_n_steps: 1}}]"
+    train(tiny_recipe(logger, "schedule.epochs=2"), data=data, out=tmp_path / "run")
+    table = next((tmp_path / "run" / "loggers").rglob("metrics.csv")).read_text()
+    assert "epoch/val_top1" in table.splitlines()[0] and len(table.splitlines()) >= 3
+
+
+@pytest.mark.parametrize(
+    ("logger", "message"),
+    [
+        ("{name: CsvLogger}", "unknown logger 'CsvLogger'; did you mean 'CSVLogger'"),
+        ("{name: MLFlowLogger}", "MLFlowLogger needs a package|MLFlowLogger does not start"),
+        ("{name: CSVLogger, args: {nme: x}}", "CSVLogger does not start: .*nme"),
+    ],
+)
+def test_a_logger_that_cannot_be_had_is_one_line(data: Path, tmp_path: Path, logger: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(tiny_recipe(f"engine.loggers=[{logger}]"), data=data, out=tmp_path / "run")

@@ -1,0 +1,129 @@
+"""Several processes: the arithmetic of one, exact counts, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conv2former.run import RunFolder
+from conv2former.signals import RESUME_ME
+from conv2former.train import train
+from digits import tiny_recipe, write_digits
+from runs import EVERYTHING, TIMING, command, signal_all, start, state, wait_for, weights
+
+# the same sixteen images per step, however they are dealt out
+PLAIN = ["optim.batch_size=16", "optim.global_batch=16", "model.drop_path_rate=0"]
+TWO = [*PLAIN, "engine.devices=2", "engine.sync_batchnorm=true"]
+# The same numbers are added in another order, so the last bits of float32 (6e-8) differ and grow a little with each of
+# the twelve steps: 4e-8 was found after eighteen.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 validation pictures less one: two processes cannot share them evenly."""
+    data = write_digits(tmp_path_factory.mktemp("uneven"), val=5)
+    next((data / "val" / "digit-3").iterdir()).unlink()
+    return data
+
+
+@pytest.fixture(scope="module")
+def one(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "one"
+    train(tiny_recipe(*PLAIN), data=uneven, out=out)
+    return out
+
+
+def run(arguments: list[str]) -> str:
+    answer = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0 and answer.stdout.count("top-1") == 1, answer.stderr
+    return answer.stderr
+
+
+def assert_same_figures(mine: Path, theirs: Path) -> None:
+    for row, other in zip(RunFolder(mine).rows(), RunFolder(theirs).rows(), strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - TIMING - {"kind"}:
+            assert row[key] == pytest.approx(other[key], rel=TOLERANCE), key
+    for name, tensor in weights(mine).items():
+        torch.testing.assert_close(tensor, weights(theirs)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_are_one(one: Path, uneven: Path, tmp_path: Path) -> None:
+    errors = run(command(uneven, tmp_path / "two", *TWO))
+    assert "batch 8 x 2 processes x 1 accumulated = 16" in errors
+    assert_same_figures(one, tmp_path / "two")
+    # every validation image counted once, in the loop and in the report
+    assert "of 19)" in errors and json.loads((tmp_path / "two" / "evaluation.json").read_text())["images"] == 19
+
+
+def test_sharded_weights_are_the_same_weights(one: Path, uneven: Path, tmp_path: Path) -> None:
+    run(command(uneven, tmp_path / "sharded", *TWO, "engine.strategy=fsdp"))
+    assert_same_figures(one, tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("settings", [["model.name=test_convnext", "model.args={}", "data.input_size=32"], []])
+def test_accumulation_is_the_large_batch(uneven: Path, tmp_path: Path, settings: list[str]) -> None:
+    """To rounding without batch norm; with it (Conv2Former's stem) each part is normalised by its own statistics."""
+    whole, parts = tiny_recipe(*PLAIN, *settings), tiny_recipe(*PLAIN, *settings, "optim.batch_size=4")
+    train(whole, data=uneven, out=tmp_path / "whole")
+    train(parts, data=uneven, out=tmp_path / "parts")
+    losses = [[row["loss"] for row in RunFolder(tmp_path / name).rows("step")] for name in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE if settings else 0.05)
+    assert losses[0] != losses[1] or settings
+
+
+def test_two_processes_stop_together_and_torchrun_continues_them(data: Path, tmp_path: Path) -> None:
+    settings = [*TWO, *EVERYTHING, "model.drop_path_rate=0.3", "schedule.epochs=8", "data.workers=1"]
+    run(command(data, tmp_path / "whole", *settings))
+    stopped = start(command(data, tmp_path / "run", *settings))
+    wait_for(stopped, tmp_path / "run")
+    signal_all(stopped, signal.SIGTERM)
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == RESUME_ME and "Traceback" not in errors and errors.count("state saved") == 1
+    assert 4 <= state(tmp_path / "run")["position"]["step"] < 32
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29731"]
+    run([*torchrun, "-m", "conv2former_cli", "train", f"--out={tmp_path / 'run'}", "--resume"])
+    mine, theirs = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_when_one_is_killed_the_other_stops_with_a_line(data: Path, tmp_path: Path, victim: str) -> None:
+    process = start(command(data, tmp_path / "run", *TWO, "schedule.epochs=2000"))
+    wait_for(process, tmp_path / "run", count=2)
+    children = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+    second = next(int(pid) for pid in children if b"conv2former_cli" in (Path("/proc") / pid / "cmdline").read_bytes())
+    os.kill(process.pid if victim == "first" else second, signal.SIGKILL)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)  # until both have closed their end
+    assert time.monotonic() - started < 60 and process.returncode != 0
+    last = errors.rstrip().splitlines()[-1]
+    assert last.startswith("error: ") and "--resume" in last and "Traceback" not in errors, errors
+    assert state(tmp_path / "run")["position"]["step"] >= 4
+
+
+def test_an_image_that_one_process_cannot_read_ends_both_in_one_line(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "data")
+    (data / "train" / "digit-2" / "broken.png").write_bytes(b"")
+    answer = subprocess.run(command(data, tmp_path / "run", *TWO), capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert [line.split(":")[0] for line in answer.stderr.splitlines()].count("error") == 1
+    assert "broken.png" in answer.stderr.splitlines()[-1]
+    assert state(tmp_path / "run")["position"]["step"] < 4
+
+
+def test_what_the_first_alone_meets_ends_all(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    answer = subprocess.run(command(data, tmp_path / "run", *TWO), capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "exists and is not a run" in answer.stderr
