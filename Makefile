@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test lint format docs-tables constraints clean help
+.PHONY: quickstart test soak lint format docs-tables constraints clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,9 @@ quickstart: $(VENV)/.installed ## set up, train on real digits, predict, evaluat
 
 test: $(VENV)/.installed-dev lint ## set up, check style and types, run the tests
 	$(BIN)/python -m pytest --numprocesses 2
+
+soak: $(VENV)/.installed-dev ## kill runs at random moments and compare them with undisturbed ones (minutes)
+	$(BIN)/python tests/soak.py
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .

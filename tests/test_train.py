@@ -116,6 +116,14 @@ def test_fine_tuning_takes_the_weights_and_a_new_classifier(finished: Path, tmp_
 FROZEN = ["schedule.warmup_epochs=0", "schedule.min_lr=0"]
 
 
+def test_fine_tuning_at_another_resolution_from_a_local_dir(finished: Path, tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "data", classes=5)
+    recipe = tiny_recipe(f"model.weights=local-dir:{finished / 'last'}", "model.args={}", "data.input_size=24")
+    result = train(recipe, data=data, out=tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
+    assert result is not None and len(result.classes) == 5 and saved["pretrained_cfg"]["input_size"] == [3, 24, 24]
+
+
 def test_weights_of_another_model_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a conv2former_test, the recipe says conv2former_atto"):
         train(tiny_recipe(f"model.weights={finished}", "model.name=conv2former_atto"), data=data, out=tmp_path / "run")

@@ -177,7 +177,8 @@ def saved_pretrained_cfg(path: StrPath) -> dict[str, Any]:
 
 
 def find_model(path: Path) -> tuple[Path, Path]:
-    """The folder with ``config.json`` that ``path`` means, and its weights file."""
+    """The folder with ``config.json`` that ``path`` means, also as timm's ``local-dir:PATH``, and its weights file."""
+    path = Path(str(path).removeprefix("local-dir:"))
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}")
     if not path.is_dir():
