@@ -96,6 +96,23 @@ def test_two_processes_stop_together_and_torchrun_continues_them(data: Path, tmp
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_slurm_starts_the_processes(one: Path, uneven: Path, tmp_path: Path) -> None:
+    """Two processes with the variables that srun gives to two tasks on one machine."""
+    slurm = dict(
+        SLURM_JOB_ID="7", SLURM_JOB_NAME="train", SLURM_NODELIST="localhost", SLURM_NNODES="1", SLURM_NODEID="0"
+    )
+    tasks = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29741")
+    arguments = command(uneven, tmp_path / "run", *PLAIN, "engine.sync_batchnorm=true")
+    processes = [
+        start(arguments, env=os.environ | slurm | tasks | dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)))
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "batch 8 x 2 processes" in errors[0] and not errors[1].strip()
+    assert_same_figures(one, tmp_path / "run")
+
+
 @pytest.mark.parametrize("victim", ["first", "second"])
 def test_when_one_is_killed_the_other_stops_with_a_line(data: Path, tmp_path: Path, victim: str) -> None:
     process = start(command(data, tmp_path / "run", *TWO, "schedule.epochs=2000"))

@@ -71,7 +71,7 @@ class Killed(BaseException):
     """Stands for SIGKILL where a test must say exactly when: nothing behind it is carried out."""
 
 
-@pytest.mark.parametrize("moment", ["fsync", "before the move", "after the move"])
+@pytest.mark.parametrize("moment", ["fsync", "before its digest", "after it"])
 def test_killed_while_a_checkpoint_is_written(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -85,17 +85,17 @@ def test_killed_while_a_checkpoint_is_written(
 
     def write(self: Snapshots, step: int, save: Any, *, first: bool) -> Any:
         if step == 8:
-            if moment == "after the move":
+            if moment == "after it":
                 original(self, step, save, first=first)
                 raise Killed
-            patch.setattr(snapshots, *{"fsync": ("_flush", die), "before the move": ("replace_text", die)}[moment])
+            patch.setattr(snapshots, "_flush" if moment == "fsync" else "replace_text", die)
         return original(self, step, save, first=first)
 
     with monkeypatch.context() as patch:
         patch.setattr(Snapshots, "write", write)
         with pytest.raises(Killed):
             train(tiny_recipe(*EVERYTHING), data=data, out=tmp_path / "parts")
-    assert state(tmp_path / "parts")["position"]["step"] == (8 if moment == "after the move" else 4)
+    assert state(tmp_path / "parts")["position"]["step"] == (4 if moment == "fsync" else 8)
     train(None, data=None, out=tmp_path / "parts", resume=True)
     assert_same_run(whole, tmp_path / "parts")
     assert not list((tmp_path / "parts").rglob("*.partial"))

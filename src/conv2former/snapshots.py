@@ -54,9 +54,12 @@ class Snapshots:
             save(partial)
             if first:
                 _flush(partial)
-                replace_text(_digest_file(path), _digest(partial) + "\n")
+                digest = _digest(partial)
+                # in this order, so that no moment sees a file beside the digest of another
+                _digest_file(path).unlink(missing_ok=True)
                 partial.replace(path)
                 _flush(self.folder)
+                replace_text(_digest_file(path), digest + "\n")
         except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
             partial.unlink(missing_ok=True)
             raise UserError(
