@@ -353,6 +353,10 @@ def main() -> None:
         # the class is imported only where something went wrong, so that --help stays quick
         from conv2former.errors import UserError
 
+        if "DataLoader worker (pid" in str(error):
+            from conv2former.data.classification import KILLED_WORKER
+
+            error = UserError(KILLED_WORKER)
         if type(error).__name__ == "OutOfMemoryError":
             error = UserError("out of GPU memory: lower --batch-size, or use --device cpu")
         if not isinstance(error, UserError):

@@ -14,7 +14,7 @@ import conv2former_cli
 from conv2former.train import train
 from digits import TINY, one_picture, tiny_recipe, write_digits
 
-COMMANDS = ["train", "evaluate", "predict", "convert", "models", "recipes"]
+COMMANDS = ["train", "evaluate", "predict", "convert", "plot", "models", "recipes"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -103,6 +103,12 @@ BAD = [
     (["train", "--out", "{run}", "--resume", "--overwrite"], "exclude each other"),
     (["train", "--out", "{run}", "--resume", "--recipe", "cifar"], "made with other settings"),
     (["train", "--out", "{run}", "--model", "conv2former_t"], "name it with --recipe"),
+    (["train", "--out", "{run}", "--resume", "auto", "--overwrite"], "exclude each other"),
+    ([*QUICK, "--force"], "--force goes with --resume"),
+    ([*QUICK, "--dry-run", "--overwrite"], "leave --resume and --overwrite out"),
+    (["train", "--dry-run"], "--dry-run plans a recipe: name it with --recipe"),
+    (["plot", "{empty}"], "is not a run folder"),
+    (["plot", "{run}", "--out", "{new}"], "must end in .png"),
     (["evaluate", "{new}"], "does not exist"),
     (["evaluate", "{run}", "--data", "{new}"], "no such folder"),
     (["evaluate", "{run}", "--device", "cuda:99"], "use --device cpu"),

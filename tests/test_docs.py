@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import typer.main
 
 import conv2former_cli
 from conv2former import zoo
-from conv2former.recipes import recipe_names
+from conv2former.recipes import load_recipe, recipe_names
 from conv2former.recipes import schema as recipe_schema
 from conv2former.train import train
 from digits import tiny_recipe, write_digits
@@ -29,6 +30,11 @@ def table() -> str:
 
 def test_the_table_of_models_is_what_the_command_prints(table: str) -> None:
     assert (ROOT / "docs/results/models.md").read_text() == table + "\n", "run `make docs-tables`"
+
+
+def test_the_table_of_recipes_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    conv2former_cli.recipes(markdown=True, json_=False)
+    assert (ROOT / "docs/results/recipes.md").read_text() == capsys.readouterr().out, "run `make docs-tables`"
 
 
 def test_the_readmes_table_is_a_part_of_it(table: str) -> None:
@@ -62,23 +68,50 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert names["recipe"].model.weights == "runs/pretrained"
 
 
-def test_commands_parse() -> None:
-    """Every ``conv2former ...`` line of a code block names a real command with real options."""
+@pytest.fixture
+def own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The YAML blocks of the documents as files of the current folder, which the commands may name."""
+    monkeypatch.chdir(tmp_path)
+    for document in DOCUMENTS:
+        for block in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.S):
+            (tmp_path / f"{recipe_schema.parse_yaml(block)['name']}.yaml").write_text(block)
+
+
+def commands() -> list[list[str]]:
+    """What stands behind ``conv2former`` in the code blocks, also where torchrun or srun start it."""
     group = typer.main.get_command(conv2former_cli.app)
-    found = 0
+    found = []
     for document in DOCUMENTS:
         for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:1] != ["conv2former"]:
-                    continue
-                found += 1
-                command = group.commands[words[1]]
-                context = command.make_context(words[1], words[2:], resilient_parsing=False)
-                recipe = context.params.get("recipe")
-                assert recipe is None or recipe in recipe_names(), line
-                assert context.params.get("model") in (None, *timm.list_models()), line
-    assert found >= 7
+                words = list(takewhile(lambda word: word not in ("||", "&&", "|"), shlex.split(line, comments=True)))
+                starts = [i for i, word in enumerate(words) if word in ("conv2former", "conv2former_cli")]
+                assert len(starts) <= 1 and (not starts or words[starts[0] + 1] in group.commands), line
+                found += [words[start + 1 :] for start in starts]
+    return found
+
+
+def test_commands_parse(own_recipes: None) -> None:
+    """They name real commands with real options, and recipes that take the settings."""
+    group = typer.main.get_command(conv2former_cli.app)
+    found = commands()
+    assert len(found) >= 30 and {words[0] for words in found} == set(group.commands)
+    for words in found:
+        context = group.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=False)
+        given = context.params
+        assert given.get("model") in (None, *timm.list_models()), words
+        if words[0] == "train":
+            # a run that goes on has a recipe of its own
+            load_recipe(given["recipe"] or "imagenet1k_t", overrides=given["set_"] or [])
+
+
+def test_settings_in_the_text_exist() -> None:
+    found = []
+    for document in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+        found += re.findall(r"--set\s+([\w.]+=[^\s`]+)", text)
+    assert len(found) >= 8
+    load_recipe("imagenet1k_t", overrides=[setting for setting in found if setting != "section.key=value"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -190,7 +190,7 @@ def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypat
             shutil.rmtree(self.run.path)
 
     monkeypatch.setattr(engine.Loop, "_step", step)
-    with pytest.raises(UserError, match=r"cannot write the run folder .*No such file"):
+    with pytest.raises(UserError, match=r"cannot (go on in the run folder|write) .*(No such file|folder is gone)"):
         train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -209,6 +209,30 @@ def test_a_reader_that_is_killed_is_one_line(data: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(engine.Loop, "_step", step)
     with pytest.raises(UserError, match=r"a process that reads images was killed"):
         train(tiny_recipe("data.workers=2", "schedule.epochs=50"), data=data, out=tmp_path / "run")
+
+
+def test_a_logger_that_fails_does_not_end_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    def fail(self: CSVLogger, *args: Any, **options: Any) -> None:
+        raise ConnectionError("the service is gone")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", fail)
+    result = train(
+        tiny_recipe("engine.loggers=[{name: CSVLogger}]", "schedule.epochs=2"), data=data, out=tmp_path / "run"
+    )
+    assert result is not None and capsys.readouterr().err.count("CSVLogger fails and is left out") == 1
+
+
+def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.add_bad_image("a.png", "why")
+    with run.bad_images_jsonl.open("a") as file:
+        file.write('{"file": "b.p')
+    run.add_bad_image("c.png", "why")
+    assert run.bad_images() == {"a.png", "c.png"}
 
 
 def test_other_loggers_by_recipe(data: Path, tmp_path: Path) -> None:

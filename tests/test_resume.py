@@ -88,7 +88,7 @@ def test_killed_while_a_checkpoint_is_written(
             if moment == "after it":
                 original(self, step, save, first=first)
                 raise Killed
-            patch.setattr(snapshots, "_flush" if moment == "fsync" else "replace_text", die)
+            patch.setattr(snapshots, "flush" if moment == "fsync" else "replace_text", die)
         return original(self, step, save, first=first)
 
     with monkeypatch.context() as patch:
@@ -150,8 +150,8 @@ def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum
 
 def test_the_last_two_checkpoints_are_kept(finished: Path) -> None:
     assert [path.name for path in Snapshots(finished / "checkpoints").newest_first()] == [
-        "step-00000012.ckpt",
-        "step-00000008.ckpt",
+        "save-000003-step-00000012.ckpt",
+        "save-000002-step-00000008.ckpt",
     ]
     assert len(list((finished / "checkpoints").iterdir())) == 4  # each with its digest
 
@@ -185,6 +185,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     train(None, data=None, out=tmp_path / "run", resume=True)
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert_same_run(finished, tmp_path / "run")
+    assert newest.with_name(newest.name + ".damaged").exists()
+    assert len(Snapshots(tmp_path / "run" / "checkpoints").newest_first()) == 2  # which the damaged one is none of
 
 
 def test_when_all_checkpoints_are_damaged_it_is_one_line(finished: Path, tmp_path: Path) -> None:
@@ -211,6 +213,7 @@ def test_resume_auto_starts_and_continues_by_the_same_command(data: Path, tmp_pa
 def test_a_folder_that_was_left_before_it_was_a_run_is_started_anew(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "recipe.yaml").write_text("name: half")
+    (tmp_path / "run" / "run.json.partial").write_text("{")
     result = train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run", resume="auto")
     assert result is not None
 
@@ -247,15 +250,73 @@ def test_forced_to_go_on_with_another_recipe(data: Path, tmp_path: Path, monkeyp
     assert "schedule.epochs: run 3, given 4" in (tmp_path / "run" / "history.jsonl").read_text()
 
 
+@pytest.mark.parametrize("batch", [8, 32])
 def test_forced_to_another_batch_the_run_goes_on_where_it_was_in_the_data(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch, step=6)  # in the middle of the second epoch
-    train(tiny_recipe("optim.batch_size=8"), data=None, out=tmp_path / "run", resume=True, force=True)
-    assert [(row["epoch"], row["step"]) for row in RunFolder(tmp_path / "run").rows("epoch")][1:] == [(2, 16), (3, 24)]
+    train(tiny_recipe(f"optim.batch_size={batch}"), data=None, out=tmp_path / "run", resume=True, force=True)
+    rows, steps = RunFolder(tmp_path / "run").rows("epoch"), 64 // batch
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, steps), (2, 2 * steps), (3, 3 * steps)]
+    # the newest checkpoint is the last one written, whatever number its step has
+    assert state(tmp_path / "run")["position"]["step"] == 3 * steps
 
 
-@pytest.mark.parametrize("setting", ["model.args.depths=[1,1,3,1]", "optim.name=sgd", "optim.ema_decay=0.9"])
+def test_forced_settings_reach_the_optimizer(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    recipe = tiny_recipe("optim.weight_decay=0.5", "optim.betas=[0.8,0.9]", "schedule.epochs=4")
+    train(recipe, data=None, out=tmp_path / "run", resume=True, force=True)
+    groups = state(tmp_path / "run")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert all(tuple(group["betas"]) == (0.8, 0.9) for group in groups)
+
+
+def test_forced_to_fewer_epochs_than_are_done(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(UserError, match=r"has done 3 epochs and the recipe ends after 2: raise schedule.epochs"):
+        train(tiny_recipe("schedule.epochs=2"), data=None, out=tmp_path / "run", resume=True, force=True)
+    train(None, data=None, out=tmp_path / "run", resume=True)  # the run's own recipe is as it was
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_an_evaluation_that_is_done_twice_leaves_one_row(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the evaluation, continued, killed between its row and its checkpoint."""
+    stopped_run(tiny_recipe(*EVERYTHING), data, tmp_path / "parts", monkeypatch, step=8)
+    original = engine.Loop._evaluate
+
+    def evaluate(self: engine.Loop) -> None:
+        original(self)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Loop, "_evaluate", evaluate)
+        with pytest.raises(Killed):
+            train(None, data=None, out=tmp_path / "parts", resume=True)
+    train(None, data=None, out=tmp_path / "parts", resume=True)
+    assert_same_run(whole, tmp_path / "parts")
+
+
+def test_two_processes_do_not_train_in_one_folder(data: Path, tmp_path: Path) -> None:
+    first = start(command(data, tmp_path / "run", "schedule.epochs=2000"))
+    wait_for(first, tmp_path / "run")
+    for options in (dict(resume=True), dict(overwrite=True)):
+        with pytest.raises(UserError, match="another process is training in"):
+            train(tiny_recipe("schedule.epochs=2000"), data=data, out=tmp_path / "run", **options)
+    assert first.poll() is None
+    signal_all(first, signal.SIGKILL)
+    first.wait()
+    train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("model.args.depths=[1,1,3,1]", "optim.name=sgd", "optim.ema_decay=0.9", "optim.layer_decay=0.8"),
+        "optim.weight_decay=0",
+    ],
+)
 def test_not_even_forced_to_another_network(finished: Path, setting: str) -> None:
     with pytest.raises(UserError, match=r"cannot change in a run"):
         train(tiny_recipe(setting), data=None, out=finished, resume=True, force=True)

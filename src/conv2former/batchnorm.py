@@ -91,6 +91,12 @@ class BatchNormBackup:
         """After one that does not count."""
         self._copy(self.live, self.kept)
 
+    def share(self) -> None:
+        """All processes take the first one's, which are what is saved; DDP does so by itself, FSDP does not."""
+        for group in self.live:
+            for buffer in group:
+                dist.broadcast(buffer, src=0)
+
     @staticmethod
     @torch.no_grad()
     def _copy(to: list[list[Tensor]], source: list[list[Tensor]]) -> None:

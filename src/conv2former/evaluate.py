@@ -15,13 +15,15 @@ from timm.data import resolve_model_data_config
 from conv2former import plots
 from conv2former.checkpoints import load_pretrained
 from conv2former.data.classification import ImageDataset, Normalizer, checked, eval_loader, eval_transform
+from conv2former.data.images import MAX_PIXELS
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import ImageSource
 from conv2former.data.splits import open_eval_source, open_splits
 from conv2former.errors import UserError, one_line
+from conv2former.files import replace_text
 from conv2former.labels import class_names
 from conv2former.resuming import recorded_data
-from conv2former.run import RunFolder, replace_text
+from conv2former.run import RunFolder
 from conv2former.tasks.classification import ClassificationCounts
 
 MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits a picture nor, at 21,841 classes, the memory
@@ -90,6 +92,7 @@ def evaluate_source(
     workers: int = 0,
     device: str = "auto",
     on_bad_image: Literal["error", "skip"] = "error",
+    max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
     """Runs the model over every image once; with ``on_bad_image='skip'`` leaves out those that cannot be read.
 
@@ -100,9 +103,9 @@ def evaluate_source(
     model.eval().to(place)
     config = resolve_model_data_config(model)
     masking: Any = "mask" if on_bad_image == "skip" else "error"
-    dataset = ImageDataset(source, eval_transform(config), on_bad_image=masking)
+    dataset = ImageDataset(source, eval_transform(config), on_bad_image=masking, max_pixels=max_pixels)
     normalizer = Normalizer(config["mean"], config["std"]).to(place)
-    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers)
+    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers, place=place)
     counts = ClassificationCounts(model.num_classes, sync_on_compute=False).to(place)
     parts: list[list[np.ndarray]] = []
     for batch in loader:
@@ -158,15 +161,21 @@ def evaluate(
     """
     model = load_pretrained(checkpoint)
     run = RunFolder(Path(checkpoint))
-    folder = out
+    folder, max_pixels = out, MAX_PIXELS
     if data is None and run.exists():
-        images, folder = _validation_set(run), out or run.path
+        images, folder, max_pixels = _validation_set(run), out or run.path, run.recipe().data.max_pixels
     else:
         images = open_eval_source(data, class_names(model), kind=source)
         if data and run.exists():
             folder = out or run.path / "evaluations" / data.resolve().name
     evaluation = evaluate_source(
-        model, images, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
+        model,
+        images,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        on_bad_image=on_bad_image,
+        max_pixels=max_pixels,
     )
     if folder:
         write_report(evaluation, images, folder, checkpoint=str(checkpoint), data=str(data) if data else None)
@@ -207,7 +216,7 @@ def _draw_sheet(evaluation: Evaluation, source: ImageSource, path: Path) -> None
 
     def entry(row: int) -> tuple[Any, str, bool]:
         predicted, target = evaluation.predicted[row], targets[row]
-        picture = source.load(int(evaluation.indices[row]))
+        picture = source.load(int(evaluation.indices[row]), sys.maxsize)  # it was read before
         picture.thumbnail((160, 160))
         caption = f"{evaluation.classes[predicted]} {evaluation.confidence[row]:.0%}"
         if predicted != target:

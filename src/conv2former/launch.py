@@ -45,6 +45,8 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     if engine.strategy == "fsdp":
         if recipe.optim.ema_decay:
             raise UserError("optim.ema_decay does not work with engine.strategy=fsdp: use ddp")
+        if engine.precision == "16":
+            raise UserError("engine.precision=16 does not work with engine.strategy=fsdp: use bf16")
         if several:
             world = nodes * (devices if devices != "auto" else torch.cuda.device_count())
             strategy = ModelParallelStrategy(
@@ -75,11 +77,16 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
         devices = int(environment["LOCAL_WORLD_SIZE"])
-        return devices, int(environment["WORLD_SIZE"]) // devices
-    if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        found, by = (devices, int(environment["WORLD_SIZE"]) // devices), "torchrun"
+    elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         nodes = int(environment.get("SLURM_NNODES", "1"))
-        return int(environment["SLURM_NTASKS"]) // nodes, nodes
-    return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
+        found, by = (int(environment["SLURM_NTASKS"]) // nodes, nodes), "SLURM"
+    else:
+        return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
+    for name, given, real in (("devices", engine.devices, found[0]), ("nodes", engine.nodes, found[1])):
+        if given not in ("auto", real):
+            raise UserError(f"engine.{name}={given}, but {by} has started {real}: add --set engine.{name}=auto")
+    return found
 
 
 def shard(task: nn.Module, mesh: Any) -> nn.Module:
@@ -87,6 +94,9 @@ def shard(task: nn.Module, mesh: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     network: Any = task.get_submodule("model")
+    for child in task.children():  # the strategy moves what is sharded alone
+        if child is not network:
+            child.to(mesh.device_type)
     for module in network.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh["data_parallel"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
 import sys
 from typing import Any
@@ -21,19 +22,19 @@ class RunLog:
     Args:
         run: The run folder.
         recipe: Names further loggers; all of them get its settings.
-        step: Steps done before.
+        step: Steps done before; None for a new run.
         enabled: Off on all processes but one.
 
     Raises:
-        UserError: A logger that Lightning does not have, or whose package is not installed.
+        UserError: A logger whose package is not installed, or that does not start.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, *, step: int, enabled: bool) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, *, step: int | None, enabled: bool) -> None:
         self.run, self.enabled = run, enabled
         self.loggers: list[Any] = []
         if not enabled:
             return
-        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
+        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=None if step is None else step + 1)
         for section in recipe.engine.loggers:
             logger = _lightning_logger(section, run)
             logger.log_hyperparams(recipe.model_dump(mode="json"))
@@ -47,28 +48,51 @@ class RunLog:
             known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
             for name, value in known.items():
                 self.tensorboard.add_scalar(name, value, step)
-            for logger in self.loggers:
-                logger.log_metrics(known, step=step)
+            for logger in [*self.loggers]:
+                self._try(logger, "log_metrics", known, step=step)
         return row
+
+    def flush(self) -> None:
+        """Has what was logged so far written, as a checkpoint is about to say that it was."""
+        if self.enabled:
+            self.tensorboard.flush()
+
+    def _try(self, logger: Any, method: str, *args: Any, **options: Any) -> None:
+        """A service that fails does not end a training: its logger is left out from then on."""
+        try:
+            getattr(logger, method)(*args, **options)
+        except Exception as error:
+            print(f"{type(logger).__name__} fails and is left out: {one_line(error)}", file=sys.stderr, flush=True)
+            self.loggers.remove(logger)
 
     def close(self, status: str) -> None:
         """Writes what is left; ``status`` is 'success' or 'failed', as Lightning's loggers know it."""
         if self.enabled:
             self.tensorboard.close()
-            for logger in self.loggers:
-                logger.finalize(status)
+            for logger in [*self.loggers]:
+                self._try(logger, "finalize", status)
+
+
+def check_loggers(sections: list[LoggerSection]) -> None:
+    """Refuses loggers that Lightning does not have, before anything is made.
+
+    Raises:
+        UserError: The message names the nearest one.
+    """
+    names = [name for name in lightning_loggers.__all__ if name != "Logger"]
+    for section in sections:
+        if section.name not in names:
+            hint = nearest(section.name, names) or f"; there are: {', '.join(names)}"
+            raise UserError(f"engine.loggers: unknown logger {section.name!r}{hint}")
 
 
 def _lightning_logger(section: LoggerSection, run: RunFolder) -> Any:
-    kind = getattr(lightning_loggers, section.name, None)
-    if section.name not in lightning_loggers.__all__ or kind is None:
-        names = [name for name in lightning_loggers.__all__ if name != "Logger"]
-        hint = nearest(section.name, names) or f"; there are: {', '.join(names)}"
-        raise UserError(f"engine.loggers: unknown logger {section.name!r}{hint}")
+    kind = getattr(lightning_loggers, section.name)
     folder = run.path / "loggers"
     folder.mkdir(exist_ok=True)
+    where = {"save_dir": str(folder)} if "save_dir" in inspect.signature(kind).parameters else {}
     try:
-        return kind(**({"save_dir": str(folder)} | section.args))
+        return kind(**(where | section.args))
     except ModuleNotFoundError as error:
         raise UserError(f"engine.loggers: {section.name} needs a package: {one_line(error)}") from None
     except Exception as error:  # a service that is not there, an argument that it does not know

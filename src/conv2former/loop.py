@@ -1,13 +1,14 @@
 """The training loop, over optimizer steps on Lightning Fabric.
 
 All randomness is keyed (``data.sampling``), the learning rate is a function of the step, and the data stream starts at
-any step, so a run's state is its weights, its optimizer and the step. That is why the loop is ours and not
-Lightning's Trainer, whose own progress and loader states would have to agree with the keys; devices, processes,
-precision and checkpoint files are Fabric's.
+any step, so a run's state is its weights (and their average), its optimizer, the step and a few sums. That is why the
+loop is ours and not Lightning's Trainer, whose own progress and loader states would have to agree with the keys;
+devices, processes, precision and checkpoint files are Fabric's.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -49,6 +50,7 @@ from conv2former.state import Fetched, Position, full_state_dict, parameter_norm
 from conv2former.tasks.classification import ClassificationTask, build_optimizer, build_schedule, scaled_lr
 
 LOG_INTERVAL = 20  # optimizer steps between logged losses
+SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale", "initial_lr"}  # of an optimizer's group
 
 
 class Loop:
@@ -91,6 +93,7 @@ class Loop:
         if engine.sync_batchnorm and fabric.world_size > 1:
             model = synchronise(model, fabric.device)
         self.model = model
+        self.described = copy.copy(model)  # as timm built it: sharding changes the network's class
         self.data_config = dict(
             input_size=(3, data.input_size, data.input_size),
             interpolation=data.interpolation,
@@ -113,18 +116,56 @@ class Loop:
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.statistics = BatchNormBackup(model)
+        self.sharded = engine.strategy == "fsdp" and fabric.world_size > 1
         self.val_loader = self._val_loader()
 
-    def fit(self, run: RunFolder, *, resume: bool) -> None:
-        """Trains to the end; with ``resume`` from the run's newest whole checkpoint on.
+    def load(self, run: RunFolder) -> None:
+        """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
+
+        Raises:
+            UserError: There are damaged ones alone, or the recipe ends before it.
+        """
+        path = Snapshots(run.checkpoints).newest_whole(self.processes, say=self._say_once)
+        if path:
+            self._read(path)
+        position = self.position
+        if self.fabric.is_global_zero:
+            run.tidy()
+            run.drop_rows_after(position.step, evaluated=position.evaluated)
+        if position.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
+            position.rescale(self.steps_per_epoch)
+            if self.fabric.is_global_zero:
+                run.renumber_rows(self.steps_per_epoch)
+        if position.step > self.steps:
+            raise agreed(
+                UserError(
+                    f"the run has done {position.step / self.steps_per_epoch:g} epochs and the recipe ends after "
+                    f"{self.recipe.schedule.epochs}: raise schedule.epochs"
+                )
+            )
+
+    def _read(self, path: Path) -> None:
+        groups = [{key: group[key] for key in SETTINGS & group.keys()} for group in self.optimizer.param_groups]
+        state = self._state()
+        self.fabric.load(path, state, weights_only=True)
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # the recipe's of now, which may have been forced to others than the checkpoint's
+        self.position = Position(**state["position"])
+        if state["scaler"]:
+            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+
+    def fit(self, run: RunFolder, *, resumed: bool = False) -> None:
+        """Trains to the end from where it is.
+
+        Args:
+            run: The run folder.
+            resumed: Whether it has been trained in before.
 
         Raises:
             UserError: An image that cannot be read, losses that are not finite, a folder that cannot be written.
             Interrupted: Stopped by a signal, state saved.
         """
         self.run, self.snapshots = run, Snapshots(run.checkpoints)
-        if resume:
-            self._load()
         self.saved_step, self.saved_at = self.position.step, time.monotonic()
         self.progress = TrainingProgress(
             self.steps,
@@ -134,7 +175,8 @@ class Loop:
             enabled=self.fabric.is_global_zero,
         )
         self.incidents = Incidents(run, self.recipe, self.splits.train, self.processes, self.progress.say)
-        self.log = RunLog(run, self.recipe, step=self.position.step, enabled=self.fabric.is_global_zero)
+        step = self.position.step if resumed else None
+        self.log = RunLog(run, self.recipe, step=step, enabled=self.fabric.is_global_zero)
         status = "failed"
         try:
             self.progress.say(self._summary())
@@ -276,7 +318,10 @@ class Loop:
         self.task.eval()
         self.counts.reset()
         batches = iter(self.val_loader)
-        with torch.inference_mode(), self.fabric.autocast():
+        if self.sharded:
+            self.statistics.share()
+        # not inference_mode: FSDP keeps the tensors that it makes at the first pass
+        with torch.no_grad(), self.fabric.autocast():
             for i in range(len(self.val_loader)):
                 parts, error = self._fetch(batches, 1)
                 self._agree(parts, error)
@@ -315,7 +360,7 @@ class Loop:
         note = {key: row[key] for key in ("step", "epoch", "val_top1")}
         for folder in folders:
             checkpoints.save_pretrained(
-                self.model,
+                self.described,
                 folder,
                 state_dict=state,
                 label_names=self.splits.train.classes,
@@ -331,24 +376,15 @@ class Loop:
     def _save(self) -> None:
         if self.pending_steps:
             self._flush_loss()
+        self.log.flush()
+        if self.sharded:
+            self.statistics.share()
         position = self.position
         self.snapshots.write(
             position.step, lambda path: self.fabric.save(path, self._state()), first=self.fabric.is_global_zero
         )
         self.fabric.barrier()
         self.saved_step, self.saved_at = position.step, time.monotonic()
-
-    def _load(self) -> None:
-        state = self._state()
-        read = self.snapshots.read(lambda path: self.fabric.load(path, state, weights_only=True), say=self._say_once)
-        if read:
-            self.position = Position(**state["position"])
-            if state["scaler"]:
-                self.fabric.strategy.precision.load_state_dict(state["scaler"])
-        if self.position.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
-            self.position.rescale(self.steps_per_epoch)
-        if self.fabric.is_global_zero:
-            self.run.drop_rows_after(self.position.step)
 
     def _say_once(self, message: str) -> None:
         if self.fabric.is_global_zero:
@@ -376,7 +412,7 @@ class Loop:
             rank=fabric.global_rank,
             world=fabric.world_size,
         )
-        loader = train_loader(self.dataset, sampler, workers=recipe.data.workers)
+        loader = train_loader(self.dataset, sampler, workers=recipe.data.workers, place=fabric.device)
         return iter(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
     def _val_loader(self) -> Any:
@@ -385,7 +421,9 @@ class Loop:
         transform, limit = eval_transform(self.data_config), recipe.data.max_pixels
         dataset = ImageDataset(self.splits.val, transform, on_bad_image=masking, max_pixels=limit)
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
-        loader = eval_loader(dataset, sampler, batch_size=self.batch.per_process, workers=recipe.data.workers)
+        loader = eval_loader(
+            dataset, sampler, batch_size=self.batch.per_process, workers=recipe.data.workers, place=fabric.device
+        )
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     def _summary(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conv2former import checkpoints, plots
 from conv2former.data.splits import Splits
+from conv2former.errors import UserError
 from conv2former.evaluate import Evaluation, evaluate_source, write_report
 from conv2former.recipes.schema import Recipe
 from conv2former.run import RunFolder
@@ -15,8 +16,10 @@ def write_final_report(run: RunFolder, recipe: Recipe, splits: Splits, *, batch_
     """Evaluates ``best/`` and draws.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written, or no evaluation had a finite loss.
     """
+    if not run.best.is_dir():
+        raise UserError(f"no evaluation of {run.path} had a finite loss: there are no best weights to report on")
     evaluation = evaluate_source(
         checkpoints.load_pretrained(run.best),
         splits.val,
@@ -24,6 +27,7 @@ def write_final_report(run: RunFolder, recipe: Recipe, splits: Splits, *, batch_
         workers=recipe.data.workers,
         device=device,
         on_bad_image=recipe.data.on_bad_image,
+        max_pixels=recipe.data.max_pixels,
     )
     write_report(evaluation, splits.val, run.path)
     plots.learning_curves(run.rows(), run.path / "learning_curves.png")

@@ -32,7 +32,9 @@ def resumed_recipe(run: RunFolder, given: Recipe | None, *, force: bool) -> Reci
             "start a new run in another folder, or add --force to go on with the new ones"
         )
     fixed = [f"model.{key}" for key in KEPT if getattr(own.model, key) != getattr(given.model, key)]
-    fixed += ["optim.name"] * (own.optim.name != given.optim.name)
+    fixed += [f"optim.{key}" for key in ("name", "layer_decay") if getattr(own.optim, key) != getattr(given.optim, key)]
+    # the optimizer's groups of parameters, which the checkpoint holds, depend on it
+    fixed += ["optim.weight_decay (to or from 0)"] * (bool(own.optim.weight_decay) != bool(given.optim.weight_decay))
     fixed += ["optim.ema_decay"] * ((own.optim.ema_decay is None) != (given.optim.ema_decay is None))
     if fixed:
         raise UserError(f"{fixed[0]} cannot change in a run, not even with --force: start a new one in another folder")

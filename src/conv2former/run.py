@@ -20,6 +20,8 @@ samples/ predictions/  pictures to try, and what was made of them (quick start)
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -35,6 +37,7 @@ import torch
 import yaml
 
 from conv2former.errors import UserError, one_line, some
+from conv2former.files import append_line, read_lines, replace_text
 from conv2former.recipes.schema import Recipe, parse_recipe
 
 # what a run and the commands on it write; nothing else is ever deleted
@@ -42,8 +45,12 @@ CONTENTS = {
     *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
     *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png"),
     *("evaluations", "samples", "predictions", "loggers", "recipes", "schedule.png"),
-    *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl"),
+    *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl", ".lock"),
 }
+
+
+# what is there if the making of a run was interrupted
+LEFTOVERS = {"recipe.yaml", "recipe.yaml.partial", "run.json.partial", "checkpoints", "schedule.png", ".lock"}
 
 
 class RunFolder:
@@ -55,6 +62,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.locked: int | None = None
         self.checkpoints = path / "checkpoints"
         self.best, self.last = path / "best", path / "last"
         self.metrics_jsonl, self.metrics_csv = path / "metrics.jsonl", path / "metrics.csv"
@@ -73,12 +81,14 @@ class RunFolder:
                 raise UserError(
                     f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
                 )
+            run.lock()
             run._remove()
-        elif path.exists() and (not path.is_dir() or set(os.listdir(path)) - CONTENTS):
+        elif path.exists() and (not path.is_dir() or set(os.listdir(path)) - LEFTOVERS):
             raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
         facts = facts | dict(recipe_hash=recipe.digest(), seed=recipe.engine.seed) | machine_facts()
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
+            run.lock()
             replace_text(path / "recipe.yaml", recipe.to_yaml())
             run.write_json("run.json", facts)
         except OSError as error:
@@ -96,6 +106,34 @@ class RunFolder:
         if not run.exists():
             raise UserError(f"{path} is not a run folder (no recipe.yaml and run.json in it)")
         return run
+
+    def lock(self) -> None:
+        """Keeps other processes from training in the folder, until ``unlock`` or the end of this one.
+
+        Raises:
+            UserError: Another one does.
+        """
+        self.unlock()
+        # a record lock, which the processes that read images do not inherit
+        self.locked = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                return
+            raise UserError(f"another process is training in {self.path}: wait for its end, or stop it") from None
+
+    def unlock(self) -> None:
+        """Lets others train in the folder."""
+        if self.locked is not None:
+            os.close(self.locked)
+            self.locked = None
+
+    def tidy(self) -> None:
+        """Removes what a killed export has left."""
+        for name in ("best", "last"):
+            for leftover in self.path.glob(f".{name}.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def change(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         """Goes on with another recipe or other images; the recipe of before is kept beside the new one."""
@@ -120,8 +158,10 @@ class RunFolder:
             raise UserError(f"{self.path} holds {some(foreign)}, which no run has written: it is not overwritten")
         if Path.cwd().is_relative_to(self.path.resolve()):
             raise UserError(f"{self.path} is the current folder or holds it: it is not overwritten")
+        removed = self.path.with_name(f".{self.path.name}.{os.getpid()}.removed")
         try:
-            shutil.rmtree(self.path)
+            self.path.rename(removed)  # at once: whoever is killed meanwhile leaves no half of a run in its place
+            shutil.rmtree(removed)
         except OSError as error:
             raise UserError(f"cannot remove {self.path}: {one_line(error)}") from None
 
@@ -149,41 +189,49 @@ class RunFolder:
     def add_event(self, kind: str, **facts: Any) -> None:
         """Appends to ``history.jsonl`` what happens to the run."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        _append(self.path / "history.jsonl", dict(event=kind, time=now) | facts)
+        append_line(self.path / "history.jsonl", dict(event=kind, time=now) | facts)
 
     def add_bad_image(self, file: str, reason: str) -> None:
         """Appends to ``bad_images.jsonl``."""
-        _append(self.bad_images_jsonl, dict(file=file, reason=reason))
+        append_line(self.bad_images_jsonl, dict(file=file, reason=reason))
 
     def bad_images(self) -> set[str]:
         """The files listed there."""
-        return {row["file"] for row in _read_lines(self.bad_images_jsonl)}
+        return {row["file"] for row in read_lines(self.bad_images_jsonl)}
 
     def add_skipped_step(self, row: dict[str, Any]) -> None:
         """Appends to ``skipped_steps.jsonl``."""
-        _append(self.skipped_steps_jsonl, row)
+        append_line(self.skipped_steps_jsonl, row)
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Appends to ``metrics.jsonl``; a row that ends an epoch goes to ``metrics.csv`` too."""
-        _append(self.metrics_jsonl, row)
+        append_line(self.metrics_jsonl, row)
         if row["kind"] == "epoch":
             self._write_csv()
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The rows written so far, oldest first; a last line that a crash cut short is passed over."""
-        return [row for row in _read_lines(self.metrics_jsonl) if kind in (None, row["kind"])]
+        return [row for row in read_lines(self.metrics_jsonl) if kind in (None, row["kind"])]
 
-    def drop_rows_after(self, step: int) -> None:
-        """Takes out the rows of steps that a resumed run is about to do again."""
+    def drop_rows_after(self, step: int, *, evaluated: int) -> None:
+        """Takes out the rows of steps, and of evaluations, that a resumed run is about to do again."""
+        last = {"epoch": evaluated}
         for path in (self.metrics_jsonl, self.skipped_steps_jsonl):
-            kept = [row for row in _read_lines(path) if row["step"] <= step]
-            if kept or path.exists():
+            if path.exists():
+                kept = [row for row in read_lines(path) if row["step"] <= last.get(row.get("kind", ""), step)]
                 replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._write_csv()
+
+    def renumber_rows(self, steps_per_epoch: int) -> None:
+        """Gives the rows the steps that they have now that an epoch has another number of them."""
+        rows = [row | dict(step=round(row["epoch"] * steps_per_epoch)) for row in self.rows()]
+        replace_text(self.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in rows))
         self._write_csv()
 
     def _write_csv(self) -> None:
         rows = self.rows("epoch")
         if not rows:
+            self.metrics_csv.unlink(missing_ok=True)
             return
         with (partial := self.metrics_csv.with_name("metrics.csv.partial")).open(
             "w", newline="", encoding="utf-8"
@@ -192,33 +240,6 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.metrics_csv)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # cut short by a crash
-            break
-    return rows
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file next to its place, then moves it there: a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def machine_facts() -> dict[str, Any]:

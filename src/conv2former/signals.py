@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
-import sys
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
+REPEAT = 1.0  # seconds
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the same command again with --resume
 
 
@@ -27,11 +29,13 @@ class Interrupted(Exception):
 class StopRequest:
     """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request that the loop meets between steps.
 
-    A second Ctrl-C or SIGTERM interrupts at once. SIGUSR1 may come as often as a scheduler likes.
+    A second Ctrl-C interrupts at once, if it does not come within ``REPEAT`` seconds: a launcher passes on what its
+    processes get by themselves as well. The other two may come as often as a scheduler likes.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.asked_at = 0.0
 
     def __enter__(self) -> StopRequest:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -40,11 +44,12 @@ class StopRequest:
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
-            if signum == signal.SIGUSR1:
-                return
-            raise KeyboardInterrupt
-        self.signum = signum
-        print("stopping after this step (again to stop at once, without saving)", file=sys.stderr, flush=True)
+            if signum == signal.SIGINT and time.monotonic() - self.asked_at > REPEAT:
+                raise KeyboardInterrupt
+            return
+        self.signum, self.asked_at = signum, time.monotonic()
+        # not by print, which may be what the signal has interrupted
+        os.write(2, b"stopping after this step (Ctrl-C again to stop at once, without saving)\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -24,7 +24,7 @@ class Position:
         logged_steps: Their number.
         skipped: Steps whose loss was not finite.
         skipped_in_row: Those of them that came last.
-        seconds: Time spent training, evaluations not counted.
+        seconds: Time spent training, evaluations and the checkpoints behind them not counted.
     """
 
     step: int = 0

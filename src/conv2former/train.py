@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 
 from conv2former import checkpoints
@@ -16,6 +15,7 @@ from conv2former.data.splits import Splits, open_splits
 from conv2former.errors import UserError, one_line
 from conv2former.evaluate import Evaluation
 from conv2former.launch import make_fabric
+from conv2former.logs import check_loggers
 from conv2former.loop import Loop
 from conv2former.processes import Processes
 from conv2former.recipes.batch import plan_batch
@@ -65,6 +65,7 @@ def train(
         data = data or recorded_data(facts)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
+    check_loggers(recipe.engine.loggers)
     splits = open_splits(recipe.data, data, seed=recipe.engine.seed)
     if not resume:
         _refuse_overlap(out, recipe, data)
@@ -81,41 +82,49 @@ def train(
         processes=fabric.world_size,
         model_args=model_args,
     )
+    with StopRequest() as stop, contextlib.ExitStack() as ending:  # a stop comes too late while the report is written
+        ending.callback(lambda: run.unlock())
+        try:
+            with Processes(fabric) as processes, _one_line_errors(run):
+                _check_batch(recipe, len(splits.train), fabric.world_size)
+                changes = check_same(run, facts, found, force=force) if resume else []
+                if own and own.digest() != recipe.digest():
+                    changes.append(difference(own, recipe))
+                loop = Loop(recipe, splits, model, model_args, fabric, processes, stop)
+                if resume:
+                    if fabric.is_global_zero:
+                        run.lock()
+                    loop.load(run)
+                if fabric.is_global_zero:
+                    if not resume:
+                        run = RunFolder.create(out, recipe, found, overwrite=overwrite)
+                    elif own != recipe or facts != facts | found:
+                        run.change(recipe, facts | found)
+                    run.add_event("resumed" if resume else "started", changes=changes, **machine_facts())
+                fabric.barrier()
+                _fit(loop, run, resumed=resume)
+        except (UserError, Interrupted) as error:
+            if not fabric.is_global_zero and getattr(error, "agreed", False):
+                return None  # the first process reports what all have met
+            raise
+        if not fabric.is_global_zero:
+            return None
+        with _one_line_errors(run):
+            size = loop.batch.per_process
+            evaluation = write_final_report(run, recipe, splits, batch_size=size, device=str(fabric.device))
+            run.add_event("finished", step=loop.position.step, top1=evaluation.counts["top1"])
+        return evaluation
+
+
+def _fit(loop: Loop, run: RunFolder, *, resumed: bool) -> None:
+    """Trains; the run's history gets the reason where it does not come to its end."""
     try:
-        with StopRequest() as stop, Processes(fabric) as processes, _one_line_errors(run):
-            _check_batch(recipe, len(splits.train), fabric.world_size)
-            changes = check_same(run, facts, found, force=force) if resume else []
-            if own and own.digest() != recipe.digest():
-                changes.append(difference(own, recipe))
-            loop = Loop(recipe, splits, model, model_args, fabric, processes, stop)
-            if fabric.is_global_zero:
-                if not resume:
-                    RunFolder.create(out, recipe, found, overwrite=overwrite)
-                elif changes:
-                    run.change(recipe, facts | found)
-                run.add_event("resumed" if resume else "started", changes=changes, **machine_facts())
-            fabric.barrier()
-            loop.fit(run, resume=resume)
+        loop.fit(run, resumed=resumed)
     except (UserError, Interrupted) as error:
-        _leave(error, run, fabric)
-        return None
-    if not fabric.is_global_zero:
-        return None
-    with _one_line_errors(run):
-        size = loop.batch.per_process
-        evaluation = write_final_report(run, recipe, splits, batch_size=size, device=str(fabric.device))
-        run.add_event("finished", step=loop.position.step, top1=evaluation.counts["top1"])
-    return evaluation
-
-
-def _leave(error: UserError | Interrupted, run: RunFolder, fabric: L.Fabric) -> None:
-    """The way out after a stop: the first process notes and reports what all have met."""
-    if not fabric.is_global_zero and getattr(error, "agreed", False):
-        return
-    if fabric.is_global_zero and run.exists():
-        with contextlib.suppress(OSError):  # the disk may be what has failed
-            run.add_event("stopped", reason=one_line(error))
-    raise error
+        if loop.fabric.is_global_zero:
+            with contextlib.suppress(OSError):  # the disk may be what has failed
+                run.add_event("stopped", step=loop.position.step, reason=one_line(error))
+        raise
 
 
 @contextlib.contextmanager
@@ -124,7 +133,7 @@ def _one_line_errors(run: RunFolder) -> Any:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write the run folder {run.path}: {one_line(error)}") from None
+        raise UserError(f"cannot go on in the run folder {run.path}: {one_line(error)}") from None
     except torch.OutOfMemoryError:
         raise UserError(
             "out of GPU memory: lower optim.batch_size, raise optim.accumulate (it follows from optim.global_batch), "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
 from conv2former.errors import UserError, some
+from conv2former.files import flush
 from conv2former.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
@@ -78,6 +79,8 @@ def save_pretrained(
         shutil.rmtree(new, ignore_errors=True)
         try:
             save_for_hf(export, str(new), model_config=model_config, model_args=model_args, safe_serialization=True)
+            for path in (*new.iterdir(), new):  # a power cut must not leave torn weights in the place of whole ones
+                flush(path)
             swap(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -26,13 +26,14 @@ from conv2former.data.sources import ImageSource
 from conv2former.errors import UserError, one_line
 from conv2former.recipes.schema import AugmentSection, DataSection
 
+CPU = torch.device("cpu")
 NO_TARGET = -1  # of an image that is not counted
 MAX_ASPECT = 20  # of a picture before it is resized for evaluation
 REPLACEMENTS = 16  # images tried in place of a broken one
 
 KILLED_WORKER = (
-    "a process that reads images was killed, by want of memory most likely: lower data.workers or data.max_pixels and "
-    "continue with --resume"
+    "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm) most likely: lower "
+    "the number of workers or data.max_pixels; a training continues with --resume"
 )
 
 PictureTransform = Callable[[Image.Image], Image.Image]
@@ -194,27 +195,31 @@ def checked(batch: Batch | BadImage) -> Batch:
 
 def is_killed_worker(error: RuntimeError) -> bool:
     """Whether PyTorch says that a process which reads images was killed."""
-    return "DataLoader worker" in str(error)
+    return "DataLoader worker (pid" in str(error)
 
 
-def train_loader(dataset: ImageDataset, sampler: TrainSampler, *, workers: int) -> DataLoader:
+def train_loader(
+    dataset: ImageDataset, sampler: TrainSampler, *, workers: int, place: torch.device = CPU
+) -> DataLoader:
     """One endless pass: the sampler runs through all epochs, so that workers never restart."""
-    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(workers))
+    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(workers, place))
 
 
-def eval_loader(dataset: ImageDataset, sampler: EvalSampler, *, batch_size: int, workers: int) -> DataLoader:
+def eval_loader(
+    dataset: ImageDataset, sampler: EvalSampler, *, batch_size: int, workers: int, place: torch.device = CPU
+) -> DataLoader:
     """Every image of the sampler once, in order, the last batch smaller."""
-    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, **_loader_options(workers))
+    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, **_loader_options(workers, place))
 
 
-def _loader_options(workers: int) -> dict[str, Any]:
+def _loader_options(workers: int, place: torch.device) -> dict[str, Any]:
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
     return dict(
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=place.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
     )
@@ -232,4 +237,5 @@ def _kill_workers() -> None:
     """Ends workers that are left when the process ends: they ignore the SIGTERM that Python would wait on for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for an accident
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # which Python would end, too
+            process.kill()

@@ -121,7 +121,7 @@ class ScheduleSection(Section):
     warmup_epochs: float = Field(default=0, ge=0)
     warmup_lr: float = Field(default=1e-6, ge=0, description="learning rate at step 0 of the warm-up")
     min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end of the cosine")
-    eval_every: PositiveInt = Field(default=1, description="epochs between evaluations and checkpoints")
+    eval_every: PositiveInt = Field(default=1, description="epochs between evaluations")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> ScheduleSection:
@@ -134,7 +134,9 @@ class LoggerSection(Section):
     """A logger of Lightning's beside TensorBoard and CSV."""
 
     name: str = Field(description="class in lightning.pytorch.loggers, WandbLogger for example")
-    args: dict[str, Any] = Field(default={}, description="its keyword arguments; save_dir is the run folder")
+    args: dict[str, Any] = Field(
+        default={}, description="its keyword arguments; save_dir is the run's loggers/ unless given"
+    )
 
 
 class EngineSection(Section):
@@ -194,7 +196,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# what a resumed run may change: it names things, reads, saves or reports, and moves no weight
+# what a resumed run may change without being forced: names, reading, saving and reporting
 FREE: dict[str, Any] = dict(
     name=True,
     claim=True,
