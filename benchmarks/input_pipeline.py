@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conv2former.data.classification import ImageDataset, Normalizer, checked, train_loader, train_transform
+from conv2former.data.images import MAX_PIXELS
 from conv2former.data.sampling import TrainSampler
 from conv2former.data.sources import FolderSource, SubsetSource
 from conv2former.errors import UserError
@@ -86,12 +87,12 @@ class Clock:
 class Timed:
     """A function whose time is added to a total."""
 
-    def __init__(self, function: Callable[[Any], Any], total: Any) -> None:
+    def __init__(self, function: Callable[..., Any], total: Any) -> None:
         self.function, self.total = function, total
 
-    def __call__(self, argument: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         started = time.perf_counter()
-        result = self.function(argument)
+        result = self.function(*arguments)
         seconds = time.perf_counter() - started
         with self.total.get_lock():
             self.total[0] += seconds
@@ -106,8 +107,8 @@ class TimedSource(SubsetSource):
         super().__init__(source, indices)
         self.timed = Timed(SubsetSource(source, indices).load, total)
 
-    def load(self, index: int) -> Image.Image:
-        return self.timed(index)
+    def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        return self.timed(index, max_pixels)
 
 
 class TimedDataset(Dataset):
@@ -291,7 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     if min(options.workers) < 1 or options.rounds < 1 or options.images < 8 * most:
         parser.error("--workers and --rounds must be at least 1, --images at least 8 per worker")
     torch.set_num_threads(1)  # the training process, like each worker: more would fight over the workers' cores
-    recipe = load_recipe("imagenet1k_t")
+    # without the spread of the magnitude, whose highest value ends timm's own loader in an error (posterize to 0 bits)
+    recipe = load_recipe("imagenet1k_t", overrides=["augment.auto_augment=rand-m9-inc1"])
     try:
         source = FolderSource(options.data / "train" if (options.data / "train").is_dir() else options.data)
     except UserError as error:

@@ -91,7 +91,7 @@ def measure(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
         loop = TimedLoop(recipe, splits, model, model_args, fabric, processes, stop)
         loop.prepare(bare, recipe.data.input_size, steps)
         with contextlib.suppress(Enough):
-            loop.fit(run, resume=False)
+            loop.fit(run)
     return loop.ours, loop.theirs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from conv2former.data.classification import (
     eval_loader,
     eval_transform,
     limit_aspect,
+    posterize,
     train_loader,
     train_transform,
 )
@@ -188,6 +190,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(data: Path) -> None:
     assert np.array_equal(first[SampleKey(0, 3)][0], image)
     assert not np.array_equal(first[SampleKey(1, 3)][0], image)
     assert not np.array_equal(other[SampleKey(0, 3)][0], image)
+
+
+def test_the_highest_magnitude_of_a_policy_is_taken() -> None:
+    """rand-m10 posterises to 0 bits, which timm passes on to Pillow."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    transform = train_transform(DATA, tiny_recipe("augment.auto_augment=rand-m10-n15-inc1").augment)
+    for number in range(20):
+        random.seed(number)
+        np.random.seed(number)
+        assert transform(picture).size == (16, 16)
+    assert not np.asarray(posterize(picture, 0)).any() and np.asarray(posterize(picture, 1)).any()
 
 
 def test_workers_do_not_change_the_images(data: Path) -> None:

@@ -78,8 +78,8 @@ def test_a_picture_beyond_the_limit_counts_as_broken(tmp_path: Path) -> None:
 
 def test_an_evaluation_can_leave_out_what_cannot_be_read(finished: Path, damaged: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
-        evaluate(finished, data=damaged, workers=0)
-    result, _ = evaluate(finished, data=damaged, workers=0, on_bad_image="skip")
+        evaluate(finished / "best", data=damaged, workers=0)
+    result, _ = evaluate(finished / "best", data=damaged, workers=0, on_bad_image="skip")
     assert result.counts["images"] == 15 and len(result.predicted) == 15
 
 

@@ -354,7 +354,8 @@ class Loop:
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
         """Writes the weights that were evaluated, those of the average where there is one."""
-        state = full_state_dict(self.average.module if self.average is not None else self.model)
+        network = self.model if self.average is None else self.average.module
+        state = full_state_dict(network, sharded=self.sharded)
         if not self.fabric.is_global_zero:
             return
         note = {key: row[key] for key in ("step", "epoch", "val_top1")}

@@ -79,8 +79,10 @@ def parameter_norm(model: nn.Module) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
     """The whole state dict on the CPU, put together where it is sharded; to be called on all processes."""
+    if not sharded:
+        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
@@ -94,9 +94,30 @@ def train_transform(data: DataSection, augment: AugmentSection) -> PictureTransf
         std=data.std,
     )
     try:
-        return _without_tensor(create_transform(data.input_size, is_training=True, use_prefetcher=True, **options))
+        transform = create_transform(data.input_size, is_training=True, use_prefetcher=True, **options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"timm cannot build the augmentation ({one_line(error)}): check augment.auto_augment") from None
+    _mend_posterize(transform)
+    return _without_tensor(transform)
+
+
+def _mend_posterize(transform: Any) -> None:
+    """Lets timm's policies ask for a posterised picture of 0 bits, which Pillow refuses by now.
+
+    They do so at the highest magnitude, which ``rand-m9-mstd0.5-inc1`` draws now and then.
+    """
+    for part in transform.transforms:
+        nested = [getattr(part, "ops", []), *getattr(part, "policy", [])]
+        for operation in [operation for operations in nested for operation in operations]:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, and black for 0 bits, as Pillow used to make it."""
+    if bits == 0:
+        return image.point([0] * 256 * len(image.getbands()))
+    return auto_augment.posterize(image, bits, **options)
 
 
 def eval_transform(config: dict[str, Any]) -> PictureTransform:
