@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import conv2former  # noqa: F401  registers the names
+from conv2former import zoo
 from conv2former.train import train
 from digits import tiny_recipe, write_digits
 
@@ -69,6 +70,12 @@ def on_meta() -> Callable[..., nn.Module]:
             return timm.create_model(name, **kwargs).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def counted() -> list[zoo.Row]:
+    """All models with their counts, which take a while."""
+    return zoo.rows(variants=True)
 
 
 @pytest.fixture(scope="session")
