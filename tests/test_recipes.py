@@ -329,3 +329,16 @@ def test_an_unknown_optimizer() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"optim\.name 'adamz'"):
         build_optimizer(model, load_recipe("quickstart", overrides=["optim.name=adamz"]).optim, lr=1.0)
+
+
+def test_a_recipe_of_ones_own_does_not_claim_what_its_base_claims(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nbase: imagenet1k_t\noptim: {weight_decay: 0.1}\n")
+    recipe = load_recipe(path)
+    assert recipe.name == "mine" and recipe.optim.weight_decay == 0.1 and recipe.optim.base_lr == 1e-3
+    assert (recipe.claim.source, recipe.claim.paper, recipe.claim.measured) == (
+        "based on imagenet1k_t",
+        None,
+        "not run",
+    )
+    assert str(path) in recipe.claim.command and recipe.claim.images == 1_281_167

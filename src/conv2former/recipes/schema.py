@@ -255,7 +255,12 @@ def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str) or base in (name, *above):
         raise UserError(f"recipe {name}: base must name another recipe, not {base!r}")
-    return _laid_over(_raw(base, (name, *above)), raw)
+    below = _raw(base, (name, *above))
+    if name.endswith((".yaml", ".yml")):  # what the paper claims of the base says nothing of somebody's own recipe
+        command = f"conv2former train --recipe {name} --data DIR --out RUN"
+        own = dict(source=f"based on {base}", command=command, notes="", paper=None, measured="not run")
+        below["claim"] = below.get("claim", {}) | own
+    return _laid_over(below, raw)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
