@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import conv2former_cli
-from conv2former.train import train
-from digits import TINY, one_picture, tiny_recipe, write_digits
+from digits import TINY, one_picture
 
 COMMANDS = ["train", "evaluate", "predict", "convert", "plot", "models", "recipes"]
 
@@ -23,18 +22,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     with pytest.raises(SystemExit) as stop:
         conv2former_cli.main()
     return stop.value.code or 0  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    train(tiny_recipe("schedule.epochs=2"), data=data, out=out)
-    return out
 
 
 def test_help_does_not_import_torch() -> None:
