@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class _SkipFilling(TorchFunctionMode):
+class SkipFilling(TorchFunctionMode):
     """Leaves out the arithmetic of initialisation, most of the time that a model on the meta device takes to build."""
 
     FILLING = frozenset({"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"})
@@ -23,7 +23,7 @@ class _SkipFilling(TorchFunctionMode):
 def build_on_meta(name: str, **kwargs: Any) -> Any:
     """``timm.create_model`` on the meta device; some models that look at values meanwhile fall back to the CPU."""
     try:
-        with torch.device("meta"), _SkipFilling():
+        with torch.device("meta"), SkipFilling():
             return timm.create_model(name, **kwargs)
     except (NotImplementedError, RuntimeError):
         return timm.create_model(name, **kwargs).to("meta")

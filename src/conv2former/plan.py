@@ -17,7 +17,7 @@ from conv2former import plots, zoo
 from conv2former.data.sampling import steps_per_epoch
 from conv2former.data.splits import open_splits
 from conv2former.errors import UserError, one_line
-from conv2former.meta import _SkipFilling
+from conv2former.meta import SkipFilling
 from conv2former.recipes.batch import BatchPlan, plan_batch
 from conv2former.recipes.schema import ModelSection, OptimSection, Recipe
 from conv2former.tasks.classification import build_model, build_optimizer, build_schedule, scaled_lr
@@ -95,7 +95,7 @@ def build_without_memory(section: ModelSection, *, classes: int) -> Any:
     section = section.model_copy(update=dict(weights=None))
     names = [str(index) for index in range(classes)]
     try:
-        with torch.device("meta"), _SkipFilling():
+        with torch.device("meta"), SkipFilling():
             return build_model(section, classes=names)[0]
     except UserError:  # the user's mistake, which comes again below, or a network that looks at values meanwhile
         return build_model(section, classes=names)[0].to("meta")
