@@ -42,7 +42,14 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conv2former.data.classification import ImageDataset, Normalizer, checked, train_loader, train_transform
+from conv2former.data.classification import (
+    ImageDataset,
+    Normalizer,
+    checked,
+    timm_options,
+    train_loader,
+    train_transform,
+)
 from conv2former.data.images import MAX_PIXELS
 from conv2former.data.sampling import TrainSampler
 from conv2former.data.sources import FolderSource, SubsetSource
@@ -210,14 +217,7 @@ class Benchmark:
             (3, data.input_size, data.input_size),
             self.batch_size,
             is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=data.interpolation,
-            mean=data.mean,
-            std=data.std,
+            **timm_options(data, augment),
             re_prob=augment.random_erasing,
             re_mode="pixel",
             num_workers=workers,

@@ -12,7 +12,7 @@ from conv2former.run import RunFolder
 KEPT = ("name", "args", "weights")  # of the model: another network cannot take the checkpoint's weights
 
 
-def resumed_recipe(run: RunFolder, given: Recipe | None, *, force: bool) -> Recipe:
+def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:
     """The recipe to go on with: the run's own, with what a given one changes.
 
     What moves no weight (``recipes.schema.FREE``) may always change, the rest with ``force``, the network and the
@@ -21,7 +21,6 @@ def resumed_recipe(run: RunFolder, given: Recipe | None, *, force: bool) -> Reci
     Raises:
         UserError: The given recipe would do something else.
     """
-    own = run.recipe()
     if given is None:
         return own
     if given.digest() == own.digest():

@@ -61,7 +61,8 @@ def train(
     resume = run.exists() if resume == "auto" else resume
     if resume:
         facts = RunFolder.open(out).facts()
-        own, recipe = run.recipe(), resumed_recipe(run, recipe, force=force)
+        own = run.recipe()
+        recipe = resumed_recipe(run, own, recipe, force=force)
         data = data or recorded_data(facts)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")

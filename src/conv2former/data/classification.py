@@ -83,7 +83,18 @@ def train_transform(data: DataSection, augment: AugmentSection) -> PictureTransf
     Raises:
         UserError: A policy that timm does not know.
     """
-    options: dict[str, Any] = dict(
+    try:
+        options = timm_options(data, augment)
+        transform = create_transform(data.input_size, is_training=True, use_prefetcher=True, **options)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"timm cannot build the augmentation ({one_line(error)}): check augment.auto_augment") from None
+    _mend_posterize(transform)
+    return _without_tensor(transform)
+
+
+def timm_options(data: DataSection, augment: AugmentSection) -> dict[str, Any]:
+    """The recipe's training transform in timm's words, for its transforms and its loaders alike."""
+    return dict(
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=augment.hflip,
@@ -93,12 +104,6 @@ def train_transform(data: DataSection, augment: AugmentSection) -> PictureTransf
         mean=data.mean,
         std=data.std,
     )
-    try:
-        transform = create_transform(data.input_size, is_training=True, use_prefetcher=True, **options)
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"timm cannot build the augmentation ({one_line(error)}): check augment.auto_augment") from None
-    _mend_posterize(transform)
-    return _without_tensor(transform)
 
 
 def _mend_posterize(transform: Any) -> None:
