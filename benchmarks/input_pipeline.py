@@ -42,19 +42,14 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conv2former.data.classification import (
-    ImageDataset,
-    Normalizer,
-    checked,
-    timm_options,
-    train_loader,
-    train_transform,
-)
+from conv2former.data.classification import ImageDataset, timm_options, train_transform
 from conv2former.data.images import MAX_PIXELS
+from conv2former.data.loading import Normalizer, checked, train_loader
 from conv2former.data.sampling import TrainSampler
 from conv2former.data.sources import FolderSource, SubsetSource
 from conv2former.errors import UserError
-from conv2former.recipes.schema import Recipe, load_recipe
+from conv2former.recipes.schema import load_recipe
+from conv2former.recipes.sections import Recipe
 from conv2former.run import machine_facts
 
 CPU = torch.device("cpu")
@@ -123,6 +118,7 @@ class TimedDataset(Dataset):
 
     def __init__(self, dataset: Any, total: Any) -> None:
         self.dataset, self.timed = dataset, Timed(dataset.__getitem__, total)
+        self.collate = getattr(dataset, "collate", None)  # timm's loader brings its own
 
     @property
     def transform(self) -> Any:

@@ -32,7 +32,9 @@ from conv2former.processes import Processes
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.run import RunFolder
 from conv2former.signals import StopRequest
-from conv2former.tasks.classification import build_model, build_optimizer
+from conv2former.tasks.classification import build_model
+from conv2former.tasks.optim import build_optimizer
+from conv2former.workflows import workflow
 
 
 class Enough(Exception):
@@ -88,7 +90,7 @@ def measure(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
     fabric.launch()
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop, Processes(fabric) as processes:
         run = RunFolder.create(Path(folder) / "run", recipe, {}, overwrite=False)
-        loop = TimedLoop(recipe, splits, model, model_args, fabric, processes, stop)
+        loop = TimedLoop(workflow(recipe), splits, model, model_args, fabric, processes, stop)
         loop.prepare(bare, recipe.data.input_size, steps)
         with contextlib.suppress(Enough):
             loop.fit(run)

@@ -17,17 +17,13 @@ from timm.data import create_transform
 from conv2former.data.classification import (
     NO_TARGET,
     ImageDataset,
-    Normalizer,
-    checked,
-    collate,
-    eval_loader,
     eval_transform,
     limit_aspect,
     posterize,
-    train_loader,
     train_transform,
 )
 from conv2former.data.images import BadImage
+from conv2former.data.loading import Normalizer, checked, eval_loader, train_loader
 from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
 from conv2former.data.sources import DigitsSource, FolderSource
 from conv2former.data.splits import open_eval_source, open_splits
@@ -185,11 +181,11 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(data: Path) -> None:
     recipe = tiny_recipe("augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.5")
     source = open_splits(WHOLE, data, seed=0).train
     first, other = (ImageDataset(source, train_transform(recipe.data, recipe.augment), seed=seed) for seed in (0, 1))
-    image = first[SampleKey(0, 3)][0]
+    image = first[SampleKey(0, 3)][0][0]
     torch.manual_seed(99)  # what ran before does not matter
-    assert np.array_equal(first[SampleKey(0, 3)][0], image)
-    assert not np.array_equal(first[SampleKey(1, 3)][0], image)
-    assert not np.array_equal(other[SampleKey(0, 3)][0], image)
+    assert np.array_equal(first[SampleKey(0, 3)][0][0], image)
+    assert not np.array_equal(first[SampleKey(1, 3)][0][0], image)
+    assert not np.array_equal(other[SampleKey(0, 3)][0][0], image)
 
 
 def test_the_highest_magnitude_of_a_policy_is_taken() -> None:
@@ -236,8 +232,9 @@ def test_a_broken_image_travels_as_a_value_and_is_raised_where_it_is_asked_for(d
 
 
 def test_collate_stacks() -> None:
-    samples = [(np.zeros((2, 2, 3), np.uint8), 1, 7, []), (np.ones((2, 2, 3), np.uint8), 0, 8, [])]
-    images, targets, indices, bad = checked(collate(samples))
+    samples = [((np.zeros((2, 2, 3), np.uint8), 1), 7, []), ((np.ones((2, 2, 3), np.uint8), 0), 8, [])]
+    dataset = ImageDataset(DigitsSource(), lambda picture: picture)
+    images, targets, indices, bad = checked(dataset.collate(samples))
     assert images.shape == (2, 3, 2, 2) and images.is_contiguous(memory_format=torch.channels_last)
     assert targets.tolist() == [1, 0] and indices.tolist() == [7, 8] and bad == ()
 
@@ -264,21 +261,21 @@ def test_a_broken_training_image_is_replaced_by_the_next_one(data: Path) -> None
         (data / "train" / name).write_bytes(b"")
     transform = train_transform(DATA, tiny_recipe().augment)
     dataset = ImageDataset(source, transform, on_bad_image="replace")
-    image, target, index, bad = dataset[SampleKey(2, 4)]
+    (image, target), index, bad = dataset[SampleKey(2, 4)]
     assert (
         index == 6
         and target == source.targets[6]
         and [error.file for error in bad] == [str(data / "train" / source.name(i)) for i in (4, 5)]
     )
-    assert np.array_equal(image, dataset[SampleKey(2, 4)][0])
-    assert len(collate([dataset[SampleKey(2, i)] for i in (3, 4, 5)]).bad) == 3
+    assert np.array_equal(image, dataset[SampleKey(2, 4)][0][0])
+    assert len(dataset.collate([dataset[SampleKey(2, i)] for i in (3, 4, 5)]).bad) == 3
 
 
 def test_a_broken_validation_image_does_not_count(data: Path) -> None:
     source = FolderSource(data / "val")
     (data / "val" / source.name(1)).write_bytes(b"")
     dataset = ImageDataset(source, eval_transform(CONFIG), on_bad_image="mask")
-    batch = checked(collate([dataset[key] for key in EvalSampler(3)]))
+    batch = checked(dataset.collate([dataset[key] for key in EvalSampler(3)]))
     assert batch.targets.tolist() == [source.targets[0], NO_TARGET, source.targets[2]] and len(batch.bad) == 1
 
 
@@ -294,6 +291,7 @@ def test_workers_that_are_left_do_not_keep_the_process_from_ending(data: Path) -
     """They ignore SIGTERM, by which Python would end them."""
     program = f"""
 from conv2former.data.classification import *
+from conv2former.data.loading import *
 from conv2former.data.sources import FolderSource
 from conv2former.data.sampling import EvalSampler
 dataset = ImageDataset(FolderSource(__import__("pathlib").Path({str(data / "val")!r})), lambda image: image)

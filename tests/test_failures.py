@@ -17,7 +17,7 @@ from torch import Tensor
 from conv2former import loop as engine
 from conv2former.checkpoints import load_pretrained
 from conv2former.errors import UserError
-from conv2former.evaluate import evaluate
+from conv2former.evaluation import evaluate
 from conv2former.run import RunFolder
 from conv2former.snapshots import Snapshots
 from conv2former.tasks.classification import ClassificationTask

@@ -15,6 +15,7 @@ import conv2former_cli
 from conv2former.errors import UserError
 from conv2former.plan import activation_bytes, build_without_memory, plan, saved_bytes, state_bytes
 from conv2former.recipes import Recipe, load_recipe
+from conv2former.workflows import workflow
 from digits import write_digits
 
 SMALL = ["model.name=conv2former_test", "model.args={}"]
@@ -53,7 +54,7 @@ def test_images_batch_and_steps(text: str) -> None:
     ]
     steps = section(text, "steps")
     assert "1,281,167 images / 1,024 = 1,251 steps per epoch" in steps
-    assert "20 epochs of warm-up = 25,020 steps" in steps and "300 epochs = 375,300 steps" in steps
+    assert "25,020 steps of warm-up (20 epochs)" in steps and "375,300 steps in all (300 epochs)" in steps
 
 
 def test_the_rate_grows_with_the_batch_and_the_claim_counts_what_is_held_out(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_groups_by_layer(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_activations_are_those_of_a_real_pass(precision: str) -> None:
     recipe = small("imagenet1k_t", f"engine.precision={precision}")
-    fixed, per_image = activation_bytes(recipe, build_without_memory(recipe.model, classes=10))
+    fixed, per_image = activation_bytes(workflow(recipe), build_without_memory(workflow(recipe), classes=10))
     model = timm.create_model("conv2former_test", num_classes=10, drop_path_rate=recipe.model.drop_path_rate).train()
     for batch in (1, 6):
         real = saved_bytes(model, torch.zeros(batch, 3, 64, 64), half=precision != "32")
@@ -113,7 +114,7 @@ def test_activations_are_those_of_a_real_pass(precision: str) -> None:
 def test_half_width_and_checkpointing_save_activations() -> None:
     def per_image(*overrides: str) -> int:
         recipe = small("imagenet1k_t", *overrides)
-        return activation_bytes(recipe, build_without_memory(recipe.model, classes=10))[1]
+        return activation_bytes(workflow(recipe), build_without_memory(workflow(recipe), classes=10))[1]
 
     full, half = per_image("engine.precision=32"), per_image()
     assert 0.5 * full < half < 0.75 * full

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from conv2former.errors import UserError
-from conv2former.predict import predict, run_predict
+from conv2former.prediction import predict, run_predict
 from conv2former.train import train
 from digits import one_picture, tiny_recipe, write_digits
 

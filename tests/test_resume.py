@@ -273,7 +273,7 @@ def test_forced_settings_reach_the_optimizer(finished: Path, tmp_path: Path, mon
 
 def test_forced_to_fewer_epochs_than_are_done(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    with pytest.raises(UserError, match=r"has done 3 epochs and the recipe ends after 2: raise schedule.epochs"):
+    with pytest.raises(UserError, match=r"has done 3 epochs and the recipe ends after 2 epochs: raise schedule.epochs"):
         train(tiny_recipe("schedule.epochs=2"), data=None, out=tmp_path / "run", resume=True, force=True)
     train(None, data=None, out=tmp_path / "run", resume=True)  # the run's own recipe is as it was
     assert_same_run(finished, tmp_path / "run")

@@ -12,7 +12,8 @@ import torch
 
 from conv2former.data.classification import NO_TARGET, Batch
 from conv2former.recipes.batch import plan_batch
-from conv2former.tasks.classification import ClassificationCounts, ClassificationTask, build_optimizer, scaled_lr
+from conv2former.tasks.classification import ClassificationCounts, ClassificationTask
+from conv2former.tasks.optim import build_optimizer, scaled_lr
 from digits import tiny_recipe
 
 

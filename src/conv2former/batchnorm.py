@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -63,14 +64,41 @@ def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         UserError: A model whose batch norms have no counterpart on CPUs.
     """
-    if device.type != "cpu":
-        return convert_sync_batchnorm(model)
-    for name, module in model.named_modules():
-        if type(module) is nn.BatchNorm2d and module.momentum is not None:
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, _Frozen):
+            continue
+        if device.type != "cpu":
+            for key, child in module.named_children():
+                if isinstance(child, _BatchNorm) and not isinstance(child, _Frozen):
+                    setattr(module, key, convert_sync_batchnorm(child))
+        elif type(module) is nn.BatchNorm2d and module.momentum is not None:
             module.__class__ = CpuSyncBatchNorm
         elif isinstance(module, _BatchNorm):
             raise UserError(f"engine.sync_batchnorm: {name} ({type(module).__name__}) cannot be synchronised on CPUs")
     return model
+
+
+class _Frozen:
+    """Batch norm that never counts."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Stays in evaluation mode."""
+        return super().train(False)  # type: ignore[misc]
+
+
+def freeze(model: nn.Module) -> None:
+    """Has every batch norm keep its statistics, scale and shift, whatever mode the model is in; names stay."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            kind: Any = type(module)
+            module.__class__ = _frozen(kind)
+            module.eval()
+            module.requires_grad_(False)
+
+
+@functools.cache
+def _frozen(kind: type) -> type:
+    return type(f"Frozen{kind.__name__}", (_Frozen, kind), {})
 
 
 class BatchNormBackup:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from conv2former.data.classification import Batch
 from conv2former.data.images import BadImage
-from conv2former.data.sources import ImageSource
+from conv2former.data.loading import AnyBatch
+from conv2former.data.splits import AnySource
 from conv2former.errors import UserError, some
 from conv2former.processes import Processes, agreed
-from conv2former.recipes.schema import Recipe
+from conv2former.recipes.sections import Recipe
 from conv2former.run import RunFolder
 
 
@@ -25,12 +25,12 @@ class Incidents:
     """
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, images: ImageSource, processes: Processes, say: Callable[[str], None]
+        self, run: RunFolder, recipe: Recipe, images: AnySource, processes: Processes, say: Callable[[str], None]
     ) -> None:
         self.run, self.recipe, self.images, self.processes, self.say = run, recipe, images, processes, say
         self.bad_images = run.bad_images()
 
-    def new_bad_images(self, parts: list[Batch]) -> list[BadImage]:
+    def new_bad_images(self, parts: list[AnyBatch]) -> list[BadImage]:
         """Those of this process's batches that are not listed yet."""
         return [image for part in parts for image in part.bad if image.file not in self.bad_images]
 
@@ -55,7 +55,7 @@ class Incidents:
             )
         )
 
-    def note_skipped_step(self, parts: list[Batch], *, step: int, lr: float, in_row: int) -> None:
+    def note_skipped_step(self, parts: list[AnyBatch], *, step: int, lr: float, in_row: int) -> None:
         """Lists a step whose loss was not finite, with the images of all processes; to be called on all of them.
 
         Raises:

@@ -15,7 +15,7 @@ from torch import nn
 
 from conv2former.errors import UserError, one_line
 from conv2former.model import Block
-from conv2former.recipes.schema import EngineSection, Recipe
+from conv2former.recipes.sections import EngineSection, Recipe
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)

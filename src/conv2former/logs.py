@@ -12,7 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from conv2former.errors import UserError, nearest, one_line
-from conv2former.recipes.schema import LoggerSection, Recipe
+from conv2former.recipes.sections import LoggerSection, Recipe
 from conv2former.run import RunFolder
 
 

@@ -21,33 +21,22 @@ import lightning as L
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-from conv2former import checkpoints
 from conv2former.batchnorm import BatchNormBackup, synchronise
-from conv2former.data.classification import (
-    KILLED_WORKER,
-    Batch,
-    ImageDataset,
-    checked,
-    eval_loader,
-    eval_transform,
-    is_killed_worker,
-    train_loader,
-    train_transform,
-)
+from conv2former.data.loading import KILLED_WORKER, AnyBatch, checked, eval_loader, is_killed_worker, train_loader
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
-from conv2former.data.splits import Splits
+from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError
 from conv2former.incidents import Incidents
 from conv2former.logs import RunLog, peak_memory_gb
 from conv2former.processes import Processes, agreed
 from conv2former.progress import TrainingProgress
 from conv2former.recipes.batch import plan_batch
-from conv2former.recipes.schema import Recipe
 from conv2former.run import RunFolder
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
 from conv2former.state import Fetched, Position, full_state_dict, parameter_norm
-from conv2former.tasks.classification import ClassificationTask, build_optimizer, build_schedule, scaled_lr
+from conv2former.tasks.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.workflows import Workflow
 
 LOG_INTERVAL = 20  # optimizer steps between logged losses
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale", "initial_lr"}  # of an optimizer's group
@@ -57,7 +46,7 @@ class Loop:
     """One run in progress.
 
     Args:
-        recipe: What to do.
+        work: What to do.
         splits: The images.
         model: The network, on the CPU, with gradient checkpointing where the recipe asks for it.
         model_args: What rebuilds it with ``timm.create_model``.
@@ -68,47 +57,36 @@ class Loop:
 
     def __init__(
         self,
-        recipe: Recipe,
-        splits: Splits,
+        work: Workflow,
+        splits: AnySplits,
         model: Any,
         model_args: dict[str, Any],
         fabric: L.Fabric,
         processes: Processes,
         stop: StopRequest,
     ) -> None:
-        self.recipe, self.splits, self.model_args = recipe, splits, model_args
+        recipe = work.recipe
+        self.work, self.recipe, self.splits, self.model_args = work, recipe, splits, model_args
         self.fabric, self.processes, self.stop = fabric, processes, stop
         self.batch = plan_batch(recipe, world=fabric.world_size)
         self.lr = scaled_lr(recipe.optim, self.batch)
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
-        self.steps = recipe.schedule.epochs * self.steps_per_epoch
+        self.steps = recipe.schedule.total(self.steps_per_epoch)
         self.position = Position(steps_per_epoch=self.steps_per_epoch)
         # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
         # double precision, so that the sum is the same wherever a stop cuts it in two
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
 
-        engine, data = recipe.engine, recipe.data
+        engine = recipe.engine
         if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
             model.to(memory_format=torch.channels_last)
         if engine.sync_batchnorm and fabric.world_size > 1:
             model = synchronise(model, fabric.device)
         self.model = model
         self.described = copy.copy(model)  # as timm built it: sharding changes the network's class
-        self.data_config = dict(
-            input_size=(3, data.input_size, data.input_size),
-            interpolation=data.interpolation,
-            mean=data.mean,
-            std=data.std,
-            crop_pct=data.crop_pct,
-            crop_mode="center",
-        )
-        transform = train_transform(data, recipe.augment)
-        replacing: Any = "replace" if data.on_bad_image == "skip" else "error"
-        self.dataset = ImageDataset(
-            splits.train, transform, seed=engine.seed, on_bad_image=replacing, max_pixels=data.max_pixels
-        )
-        task = ClassificationTask(model, recipe)
-        self.average, self.counts = task.average, task.counts
+        self.dataset = work.train_data(splits.train, on_bad_image="replace" if self._skipping else "error")
+        task = work.task(model, splits.train.classes)
+        self.average = task.average
         if engine.compile:
             model.compile()  # in place: the names in the state dict stay
         self.task: Any = fabric.setup_module(task)
@@ -137,10 +115,11 @@ class Loop:
             if self.fabric.is_global_zero:
                 run.renumber_rows(self.steps_per_epoch)
         if position.step > self.steps:
+            schedule = self.recipe.schedule
             raise agreed(
                 UserError(
                     f"the run has done {position.step / self.steps_per_epoch:g} epochs and the recipe ends after "
-                    f"{self.recipe.schedule.epochs}: raise schedule.epochs"
+                    f"{schedule.length()}: raise schedule.{'epochs' if schedule.steps is None else 'steps'}"
                 )
             )
 
@@ -188,7 +167,7 @@ class Loop:
 
     def _run(self) -> None:
         """Evaluate and save where an epoch has ended, else take a step, until all are done."""
-        position, every = self.position, self.recipe.schedule.eval_every * self.steps_per_epoch
+        position, every = self.position, self.recipe.schedule.interval(self.steps_per_epoch)
         batches = self._batches(position.step)
         while True:
             due = position.step and (position.step % every == 0 or position.step == self.steps)
@@ -205,7 +184,7 @@ class Loop:
             self._agree(parts, error)
             self._step(parts, started, waited)
 
-    def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[Batch], UserError | None]:
+    def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[AnyBatch], UserError | None]:
         """The batches of a step, or what kept this process from getting them."""
         try:
             return [checked(next(batches)) for _ in range(count or self.batch.accumulate)], None
@@ -216,7 +195,7 @@ class Loop:
                 raise
             return [], UserError(KILLED_WORKER)
 
-    def _agree(self, parts: list[Batch], error: UserError | None) -> None:
+    def _agree(self, parts: list[AnyBatch], error: UserError | None) -> None:
         """All processes learn here, before a step or a batch of the evaluation, what one of them has met.
 
         Raises:
@@ -241,7 +220,7 @@ class Loop:
         if signum:
             raise agreed(Interrupted(self.run.path, self.position.step, int(signum)))
 
-    def _step(self, parts: list[Batch], started: float, waited: float) -> None:
+    def _step(self, parts: list[AnyBatch], started: float, waited: float) -> None:
         position, optim = self.position, self.recipe.optim
         self.schedule.step_update(position.step)
         self.task.train()
@@ -316,7 +295,7 @@ class Loop:
     def _evaluate(self) -> None:
         position = self.position
         self.task.eval()
-        self.counts.reset()
+        self.task.on_validation_epoch_start()
         batches = iter(self.val_loader)
         if self.sharded:
             self.statistics.share()
@@ -326,30 +305,26 @@ class Loop:
                 parts, error = self._fetch(batches, 1)
                 self._agree(parts, error)
                 self.task.validation_step(parts[0], i)
-        result = self.counts.compute()
+        result = self.task.result()
         train_loss = position.loss_sum / position.loss_steps if position.loss_steps else None
         position.loss_sum, position.loss_steps, position.evaluated = 0.0, 0, position.step
         row = self._row(
             "epoch",
             train_loss=train_loss,
-            val_loss=result["loss"],
-            val_top1=result["top1"],
-            val_top5=result["top5"],
+            **result.figures,
             skipped=position.skipped,
             images_per_second=round(self.progress.images_per_second(position.step), 1),
             data_wait=round(self.progress.data_wait(), 4),
             memory_gb=round(self._peak_memory(), 3),
             seconds=round(position.seconds, 1),
         )
-        better = result["top1"] > position.best_top1 and math.isfinite(result["loss"])
+        better = result.headline > position.best and result.sound
         if better:
-            position.best_top1 = result["top1"]
+            position.best = result.headline
         self._export((self.run.last, self.run.best) if better else (self.run.last,), row)
         self.progress.say(
             f"epoch {row['epoch']:g}: training loss {train_loss or math.nan:.4f}, "
-            f"validation loss {result['loss']:.4f}, "
-            f"top-1 {result['top1']:.2f}% ({result['correct']} of {result['images']})"
-            + (", the best so far" if better else "")
+            f"{result.line}" + (", the best so far" if better else "")
         )
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
@@ -358,16 +333,16 @@ class Loop:
         state = full_state_dict(network, sharded=self.sharded)
         if not self.fabric.is_global_zero:
             return
-        note = {key: row[key] for key in ("step", "epoch", "val_top1")}
+        note = {key: row[key] for key in ("step", "epoch", self.work.headline)}
+        note |= dict(recipe=self.recipe.name, recipe_hash=self.recipe.digest())
         for folder in folders:
-            checkpoints.save_pretrained(
+            self.work.save(
                 self.described,
                 folder,
-                state_dict=state,
-                label_names=self.splits.train.classes,
+                state=state,
+                classes=self.splits.train.classes,
                 model_args=self.model_args,
-                pretrained_cfg=self.data_config,
-                extra={"conv2former": note | dict(recipe=self.recipe.name, recipe_hash=self.recipe.digest())},
+                note=note,
             )
 
     def _row(self, kind: str, **values: Any) -> dict[str, Any]:
@@ -416,15 +391,16 @@ class Loop:
         loader = train_loader(self.dataset, sampler, workers=recipe.data.workers, place=fabric.device)
         return iter(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
+    @property
+    def _skipping(self) -> bool:
+        return self.recipe.data.on_bad_image == "skip"
+
     def _val_loader(self) -> Any:
         recipe, fabric = self.recipe, self.fabric
-        masking: Any = "mask" if recipe.data.on_bad_image == "skip" else "error"
-        transform, limit = eval_transform(self.data_config), recipe.data.max_pixels
-        dataset = ImageDataset(self.splits.val, transform, on_bad_image=masking, max_pixels=limit)
+        dataset = self.work.val_data(self.splits.val, on_bad_image="mask" if self._skipping else "error")
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
-        loader = eval_loader(
-            dataset, sampler, batch_size=self.batch.per_process, workers=recipe.data.workers, place=fabric.device
-        )
+        size = self.work.val_batch(self.batch.per_process)
+        loader = eval_loader(dataset, sampler, batch_size=size, workers=recipe.data.workers, place=fabric.device)
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     def _summary(self) -> str:
@@ -435,7 +411,7 @@ class Loop:
             f"{len(self.splits.train)} training and {len(self.splits.val)} validation images, "
             f"{len(self.splits.train.classes)} classes\n"
             f"batch {self.batch}, learning rate {self.lr:.3g}, "
-            f"{recipe.schedule.epochs} epochs x {self.steps_per_epoch} = {self.steps} steps, "
+            f"{self.steps} steps ({self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}), "
             f"{recipe.engine.precision} on {fabric.device}"
             + (f", from step {self.position.step}" if self.position.step else "")
         )

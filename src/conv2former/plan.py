@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conv2former import plots, zoo
+from conv2former import plots
 from conv2former.data.sampling import steps_per_epoch
-from conv2former.data.splits import open_splits
 from conv2former.errors import UserError, one_line
 from conv2former.meta import SkipFilling
 from conv2former.recipes.batch import BatchPlan, plan_batch
-from conv2former.recipes.schema import ModelSection, OptimSection, Recipe
-from conv2former.tasks.classification import build_model, build_optimizer, build_schedule, scaled_lr
+from conv2former.recipes.sections import OptimSection, Recipe
+from conv2former.tasks.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.workflows import Workflow, workflow
+from conv2former.workflows.classification import classification_loss
 
+ASSUMED_CLASSES = dict(classification=1000, detection=80, segmentation=150)
 OTHER_WORLDS = (1, 8, 32)
 POINTS = 1000  # of the drawn curves
 LEFT_OUT = (
@@ -64,20 +65,23 @@ def plan(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     """
     images = _images(recipe, data)
     batch = plan_batch(recipe, world=recipe.claim.processes)
-    model = build_without_memory(recipe.model, classes=images.classes or 1000)
+    work = workflow(recipe)
+    classes = images.classes or ASSUMED_CLASSES[recipe.task]
+    model = build_without_memory(work, classes=classes)
     optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, batch))
     per_epoch = None if images.count is None else _steps_per_epoch(images.count, batch)
     # where the images are unknown the curve is drawn with enough steps to be smooth
     schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
-    memory = _memory(recipe, model, batch)
+    network = _network(work, model, classes)
+    memory = _memory(work, model, batch)
     picture = _picture(recipe, out)
     parts = [
         ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
         ["data", images.origin],
         ["batch", *_batch(recipe, batch), *_worlds(recipe, images.count)],
-        ["steps", *_steps(recipe, images.count, batch, per_epoch, schedule.warmup_t)],
+        ["steps", *_steps(recipe, images.count, batch, per_epoch)],
         ["parameter groups", *_groups(optimizer)],
-        ["network", *_network(recipe, images.classes or 1000)],
+        ["network", *network],
         ["memory per process", *memory, LEFT_OUT],
         ["picture", str(picture)],
     ]
@@ -86,31 +90,35 @@ def plan(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     return "\n\n".join([head, *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
 
 
-def build_without_memory(section: ModelSection, *, classes: int) -> Any:
+def build_without_memory(work: Workflow, *, classes: int) -> Any:
     """The recipe's network on the meta device, whatever its ``weights``.
 
     Raises:
         UserError: Unknown model or argument.
     """
-    section = section.model_copy(update=dict(weights=None))
+    section = work.recipe.model.model_copy(update=dict(weights=None))
     names = [str(index) for index in range(classes)]
     try:
         with torch.device("meta"), SkipFilling():
-            return build_model(section, classes=names)[0]
-    except UserError:  # the user's mistake, which comes again below, or a network that looks at values meanwhile
-        return build_model(section, classes=names)[0].to("meta")
+            return work.build(section, classes=names)[0]
+    except (UserError, NotImplementedError, RuntimeError):
+        # the user's mistake, which comes again below, or a network that looks at values meanwhile
+        return work.build(section, classes=names)[0].to("meta")
 
 
-def saved_bytes(model: nn.Module, images: Tensor, *, half: bool) -> int:
+def saved_bytes(
+    model: nn.Module, images: Tensor, *, half: bool, loss: Callable[[Any, Tensor], Tensor] = classification_loss
+) -> int:
     """Bytes that a forward pass with its loss keeps for the backward pass, each storage counted once.
 
     Parameters and buffers are not counted, autocast's copies of them are. The tensors may be fake: autocast on the
     CPU then stands for the GPU's, whose lists of operations differ in little that these networks use.
 
     Args:
-        model: A classifier.
+        model: The network.
         images: (B, 3, H, W), of the model's kind.
         half: Whether autocast computes in 16 bits.
+        loss: What is computed with them.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Any] = {}
@@ -125,31 +133,33 @@ def saved_bytes(model: nn.Module, images: Tensor, *, half: bool) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(images.device.type, torch.bfloat16, enabled=half),
     ):
-        logits = model(images)
-        F.cross_entropy(logits, torch.zeros_like(logits))
+        loss(model, images)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def activation_bytes(recipe: Recipe, model: Any) -> tuple[int, int]:
+def activation_bytes(work: Workflow, model: Any) -> tuple[int, int]:
     """What training keeps for the backward pass: bytes whatever the batch, and bytes for each image of it.
 
     Args:
-        recipe: Gives size, precision and gradient checkpointing.
+        work: Gives size, precision, gradient checkpointing and the loss.
         model: The network on the meta device; its tensors are replaced by fake ones.
 
     Raises:
         UserError: The network does not take images of that size.
     """
-    size, half = recipe.data.input_size, recipe.engine.precision != "32"
+    recipe, (height, width) = work.recipe, work.train_shape()
+    half = recipe.engine.precision != "32"
     try:
         if recipe.engine.grad_checkpointing:
             model.set_grad_checkpointing()
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu").train()
             # one image would be too few for batch norm on a map of one position
-            two, four = (saved_bytes(model, torch.empty(n, 3, size, size), half=half) for n in (2, 4))
+            two, four = (
+                saved_bytes(model, torch.empty(n, 3, height, width), half=half, loss=work.trial_loss) for n in (2, 4)
+            )
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{recipe.model.name} cannot be trained at data.input_size={size}: {one_line(error)}") from None
+        raise UserError(f"{recipe.model.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
     per_image = (four - two) // 2
     return two - 2 * per_image, per_image
 
@@ -180,19 +190,23 @@ def state_bytes(optim: OptimSection) -> dict[int, float] | None:
 
 
 def _images(recipe: Recipe, data: Path | None) -> Images:
-    if data is not None or recipe.data.source == "digits":
-        splits = open_splits(recipe.data, data, seed=recipe.engine.seed)
+    work = workflow(recipe)
+    if data is not None or work.brings_data:
+        splits = work.open_splits(data)
         train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
         where = data or "the recipe's own images"
         return Images(
             train, classes, f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}"
         )
-    claim, fraction = recipe.claim, recipe.data.val_fraction
+    claim, fraction = recipe.claim, getattr(recipe.data, "val_fraction", 0.0)
     if claim.images is None:
-        known = f"{claim.classes:,} classes" if claim.classes else "1,000 classes are assumed"
+        known = (
+            f"{claim.classes:,} classes" if claim.classes else f"{ASSUMED_CLASSES[recipe.task]:,} classes are assumed"
+        )
         return Images(None, claim.classes, f"number of images unknown ({known}): --data DIR tells it")
     held = round(claim.images * fraction)
-    text = f"{claim.images:,} images of {claim.classes or 1000:,} classes, by the recipe's claim; --data DIR counts"
+    classes = claim.classes or ASSUMED_CLASSES[recipe.task]
+    text = f"{claim.images:,} images of {classes:,} classes, by the recipe's claim; --data DIR counts"
     text += f"\nabout {held:,} of them are held out (data.val_fraction={fraction})" if held else ""
     return Images(claim.images - held, claim.classes, text)
 
@@ -232,14 +246,17 @@ def _worlds(recipe: Recipe, images: int | None) -> list[str]:
     return _table(["processes", "per process", "passes", "effective batch", "learning rate", "steps per epoch"], rows)
 
 
-def _steps(recipe: Recipe, images: int | None, batch: BatchPlan, per_epoch: int | None, warmup: int) -> list[str]:
+def _steps(recipe: Recipe, images: int | None, batch: BatchPlan, per_epoch: int | None) -> list[str]:
     schedule = recipe.schedule
     if images is None or per_epoch is None:
-        return [f"{schedule.epochs} epochs, {schedule.warmup_epochs:g} of them warm-up; steps unknown without --data"]
+        counted = schedule.warmup_steps is not None
+        rise = f"{schedule.warmup_steps:,} steps" if counted else f"{schedule.warmup_epochs:g} epochs"
+        return [f"{schedule.length()}, {rise} of them warm-up; steps unknown without --data"]
+    steps, warmup = schedule.total(per_epoch), schedule.warmup(per_epoch)
     return [
         f"{images:,} images / {batch.total:,} = {per_epoch:,} steps per epoch (the rest of an epoch is left out)",
-        f"{schedule.warmup_epochs:g} epochs of warm-up = {warmup:,} steps",
-        f"{schedule.epochs} epochs = {schedule.epochs * per_epoch:,} steps",
+        f"{warmup:,} steps of warm-up ({warmup / per_epoch:.3g} epochs)",
+        f"{steps:,} steps in all ({steps / per_epoch:.4g} epochs), evaluated every {schedule.interval(per_epoch):,}",
     ]
 
 
@@ -255,22 +272,22 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[str]:
     return _table(["group", "tensors", "parameters", "weight decay", "lr scale"], rows)
 
 
-def _network(recipe: Recipe, classes: int) -> list[str]:
-    section, size = recipe.model, recipe.data.input_size
-    params, macs = zoo.count(section.name, image_size=size, **section.args, num_classes=classes)
-    lines = [f"{section.name}: {params:,} parameters, {macs / 1e9:.3f} G multiply-adds for an image of {size} pixels"]
+def _network(work: Workflow, model: Any, classes: int) -> list[str]:
+    section = work.recipe.model
+    lines = work.counts(model, classes=classes)
     if section.weights:
         lines.append(f"model.weights ({section.weights}) was not looked at; arguments that it brings are not counted")
     return lines
 
 
-def _memory(recipe: Recipe, model: Any, batch: BatchPlan) -> list[str]:
+def _memory(work: Workflow, model: Any, batch: BatchPlan) -> list[str]:
+    recipe = work.recipe
     parameters = list(model.parameters())
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
     gradients = sum(parameter.nbytes for parameter in parameters)
     per_value = state_bytes(recipe.optim)
     state = sum(p.numel() * (per_value.get(p.ndim) or max(per_value.values())) for p in parameters) if per_value else 0
-    fixed, per_image = activation_bytes(recipe, model)
+    fixed, per_image = activation_bytes(work, model)
     shards = batch.world if recipe.engine.strategy == "fsdp" else 1
     sharded = f", 1/{shards} of it by FSDP" if shards > 1 else ""
     width = "32 bits" if recipe.engine.precision == "32" else "16 bits under autocast"
@@ -304,7 +321,7 @@ def _draw(
     recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, picture: Path
 ) -> None:
     scale = per_epoch or POINTS
-    steps = np.unique(np.linspace(0, recipe.schedule.epochs * scale - 1, POINTS).round().astype(int))
+    steps = np.unique(np.linspace(0, recipe.schedule.total(scale) - 1, POINTS).round().astype(int))
     rates, decay = [], []
     for step in steps:
         schedule.step_update(int(step))

@@ -18,6 +18,12 @@ from conv2former.run import RunFolder
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
+# columns in percent, of each task
+FIGURES = (
+    [("val_top1", "top-1"), ("val_top5", "top-5")],
+    [("val_box_ap", "box AP"), ("val_mask_ap", "mask AP")],
+    [("val_miou", "mIoU"), ("val_pixel_accuracy", "pixel accuracy")],
+)
 GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
@@ -81,7 +87,8 @@ def _draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> N
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     waiting = speed.twinx()
     alone = len(runs) == 1
-    legend = {}
+    legend: dict[str, Any] = {}
+    titles: set[str] = set()
     for (name, rows), colour in zip(runs.items(), _colours(len(runs)), strict=True):
         position = _positions(name, rows, x)
         steps = [row for row in rows if row["kind"] == "step"]
@@ -91,9 +98,12 @@ def _draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> N
         loss.plot(at_steps, _column(steps, "loss"), **dots, linewidth=1, alpha=0.5, label="training")
         validation: dict[str, Any] = dict(color="C1" if alone else colour, marker=".")
         loss.plot(at_epochs, _column(epochs, "val_loss"), **validation, label="validation")
-        (line,) = accuracy.plot(at_epochs, _column(epochs, "val_top1"), color=colour, marker=".", label="top-1")
-        if alone:
-            accuracy.plot(at_epochs, _column(epochs, "val_top5"), color="C1", marker=".", alpha=0.5, label="top-5")
+        (key, title), *others = _figures(epochs)
+        titles.add(title)
+        (line,) = accuracy.plot(at_epochs, _column(epochs, key), color=colour, marker=".", label=title)
+        for number, (other, other_title) in enumerate(others if alone else [], 1):
+            second: dict[str, Any] = dict(color=f"C{number}", marker=".", alpha=0.5, label=other_title)
+            accuracy.plot(at_epochs, _column(epochs, other), **second)
         rate.plot(at_steps, _column(steps, "lr"), **dots)
         speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
         waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
@@ -102,7 +112,7 @@ def _draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> N
         loss.legend()
         accuracy.legend()
     loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
-    accuracy.set_title("validation accuracy, %" if alone else "validation top-1, %")
+    accuracy.set_title("validation figures, %" if alone else f"validation {' or '.join(sorted(titles))}, %")
     rate.set_title("learning rate")
     speed.set_title("training speed, images/s")
     if any(np.isfinite(line.get_ydata()).any() for line in waiting.lines):
@@ -140,11 +150,17 @@ def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _best(epochs: list[dict[str, Any]]) -> str:
-    evaluated = [row for row in epochs if row.get("val_top1") is not None]
+    key, title = _figures(epochs)[0]
+    evaluated = [row for row in epochs if row.get(key) is not None]
     if not evaluated:
         return "not evaluated yet"
-    best = max(evaluated, key=lambda row: row["val_top1"])
-    return f"best top-1 {best['val_top1']:.2f}% at epoch {best['epoch']:g}"
+    best = max(evaluated, key=lambda row: row[key])
+    return f"best {title} {best[key]:.2f}% at epoch {best['epoch']:g}"
+
+
+def _figures(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The columns of a run's task that are in percent with their names, the headline figure first."""
+    return next((columns for columns in FIGURES if any(columns[0][0] in row for row in epochs)), FIGURES[0])
 
 
 def _colours(count: int) -> list[Any]:

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.errors import UserError
-from conv2former.recipes.schema import FREE, Recipe
+from conv2former.recipes.sections import Recipe
 from conv2former.run import RunFolder
 
-KEPT = ("name", "args", "weights")  # of the model: another network cannot take the checkpoint's weights
+# another network cannot take the checkpoint's weights
+KEPT = ("name", "args", "weights", "freeze_batchnorm")
+HEADS = ("detector", "segmenter")
 
 
 def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:
     """The recipe to go on with: the run's own, with what a given one changes.
 
-    What moves no weight (``recipes.schema.FREE``) may always change, the rest with ``force``, the network and the
+    What moves no weight (``recipes.sections.FREE``) may always change, the rest with ``force``, the network and the
     optimizer never.
 
     Raises:
@@ -30,7 +32,9 @@ def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: 
             f"the run in {run.path} was made with other settings ({difference(own, given)}): resume it without them, "
             "start a new run in another folder, or add --force to go on with the new ones"
         )
-    fixed = [f"model.{key}" for key in KEPT if getattr(own.model, key) != getattr(given.model, key)]
+    fixed = ["task"] * (own.task != given.task)
+    fixed += [f"{section}.*" for section in HEADS if getattr(own, section, None) != getattr(given, section, None)]
+    fixed += [f"model.{key}" for key in KEPT if getattr(own.model, key) != getattr(given.model, key)]
     fixed += [f"optim.{key}" for key in ("name", "layer_decay") if getattr(own.optim, key) != getattr(given.optim, key)]
     # the optimizer's groups of parameters, which the checkpoint holds, depend on it
     fixed += ["optim.weight_decay (to or from 0)"] * (bool(own.optim.weight_decay) != bool(given.optim.weight_decay))
@@ -42,10 +46,13 @@ def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: 
 
 def difference(own: Recipe, given: Recipe) -> str:
     """The settings in which two recipes differ, the first five of those that move weights."""
-    mine, other = (recipe.model_dump(mode="json", exclude=FREE) for recipe in (own, given))
+    mine, other = own.settings(), given.settings()
+    if own.task != given.task:
+        return f"task: run {own.task!r}, given {given.task!r}"
     changes = [
         f"{section}.{key}: run {mine[section][key]!r}, given {other[section][key]!r}"
         for section in mine
+        if isinstance(mine[section], dict)
         for key in mine[section]
         if mine[section][key] != other[section][key]
     ]

@@ -14,6 +14,7 @@ best/ last/            model.safetensors and config.json, for timm's local-dir:
 evaluation.json        the best weights' counts, also per class
 evaluations/           the same on other data, by ``conv2former evaluate``
 samples/ predictions/  pictures to try, and what was made of them (quick start)
+detections.json         a detector's results in COCO's form
 *.png                  learning curves, confusion matrix, predictions
 """
 
@@ -38,12 +39,13 @@ import yaml
 
 from conv2former.errors import UserError, one_line, some
 from conv2former.files import append_line, read_lines, replace_text
-from conv2former.recipes.schema import Recipe, parse_recipe
+from conv2former.recipes.schema import parse_recipe
+from conv2former.recipes.sections import Recipe
 
 # what a run and the commands on it write; nothing else is ever deleted
 CONTENTS = {
     *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
-    *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png"),
+    *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png", "detections.json"),
     *("evaluations", "samples", "predictions", "loggers", "recipes", "schedule.png"),
     *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl", ".lock"),
 }

@@ -17,7 +17,7 @@ class Position:
         step: Optimizer steps done, skipped ones included.
         steps_per_epoch: Of the run that got here.
         evaluated: The step of the last evaluation.
-        best_top1: Best validation accuracy so far, percent.
+        best: Best validation result so far (the task's headline figure), percent.
         loss_sum: Sum of the losses since the last evaluation.
         loss_steps: Their number.
         logged_sum: Sum of the losses since the last logged one.
@@ -30,7 +30,7 @@ class Position:
     step: int = 0
     steps_per_epoch: int = 0
     evaluated: int = 0
-    best_top1: float = -1.0
+    best: float = -1.0
     loss_sum: float = 0.0
     loss_steps: int = 0
     logged_sum: float = 0.0

@@ -8,24 +8,23 @@ from typing import Any, Literal
 
 import torch
 
-from conv2former import checkpoints
-from conv2former.data.classification import KILLED_WORKER, is_killed_worker
+from conv2former.batchnorm import freeze
+from conv2former.data.loading import KILLED_WORKER, is_killed_worker
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
-from conv2former.data.splits import Splits, open_splits
+from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError, one_line
-from conv2former.evaluate import Evaluation
 from conv2former.launch import make_fabric
 from conv2former.logs import check_loggers
 from conv2former.loop import Loop
 from conv2former.processes import Processes
 from conv2former.recipes.batch import plan_batch
-from conv2former.recipes.schema import Recipe
+from conv2former.recipes.sections import Recipe
 from conv2former.report import write_final_report
 from conv2former.resuming import check_same, difference, recorded_data, resumed_recipe
 from conv2former.run import RunFolder, machine_facts
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
-from conv2former.tasks.classification import build_model
+from conv2former.workflows import AnyEvaluation, Workflow, workflow
 
 __all__ = ["Interrupted", "train"]
 
@@ -38,7 +37,7 @@ def train(
     resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     force: bool = False,
-) -> Evaluation | None:
+) -> AnyEvaluation | None:
     """Trains, evaluates and reports one recipe.
 
     Args:
@@ -67,11 +66,12 @@ def train(
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     check_loggers(recipe.engine.loggers)
-    splits = open_splits(recipe.data, data, seed=recipe.engine.seed)
+    work = workflow(recipe)
+    splits = work.open_splits(data)
     if not resume:
         _refuse_overlap(out, recipe, data)
     seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
-    model, model_args = _build(recipe, splits, run, facts)
+    model, model_args = _build(work, splits, run, facts)
 
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -91,7 +91,7 @@ def train(
                 changes = check_same(run, facts, found, force=force) if resume else []
                 if own and own.digest() != recipe.digest():
                     changes.append(difference(own, recipe))
-                loop = Loop(recipe, splits, model, model_args, fabric, processes, stop)
+                loop = Loop(work, splits, model, model_args, fabric, processes, stop)
                 if resume:
                     if fabric.is_global_zero:
                         run.lock()
@@ -112,8 +112,8 @@ def train(
             return None
         with _one_line_errors(run):
             size = loop.batch.per_process
-            evaluation = write_final_report(run, recipe, splits, batch_size=size, device=str(fabric.device))
-            run.add_event("finished", step=loop.position.step, top1=evaluation.counts["top1"])
+            evaluation = write_final_report(run, work, splits.val, batch_size=size, device=str(fabric.device))
+            run.add_event("finished", step=loop.position.step, **evaluation.figures())
         return evaluation
 
 
@@ -152,35 +152,24 @@ def _recorded(data: Path | None) -> str | None:
     return str(data.resolve() if data.exists() else data)  # what is not a path here is a name on a hub
 
 
-def _build(recipe: Recipe, splits: Splits, run: RunFolder, facts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _build(work: Workflow, splits: AnySplits, run: RunFolder, facts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The network and the arguments that rebuild it; a run that has a checkpoint no longer needs its first weights."""
+    recipe = work.recipe
     section = recipe.model
     if facts and Snapshots(run.checkpoints).newest_first():
         section = section.model_copy(update=dict(weights=None, args=facts["model_args"]))
     elif section.weights:
-        _check_normalisation(recipe)
-    model, model_args = build_model(section, classes=splits.train.classes)
-    size = recipe.data.input_size
+        work.check_weights()
+    model, model_args = work.build(section, classes=splits.train.classes)
     try:
         if recipe.engine.grad_checkpointing:
             model.set_grad_checkpointing()
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, size, size))
+        work.try_out(model)
     except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
-        raise UserError(f"{section.name} cannot be trained at data.input_size={size}: {one_line(error)}") from None
+        raise UserError(f"{section.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+    if section.freeze_batchnorm:
+        freeze(getattr(model, "backbone", model))
     return model, model_args
-
-
-def _check_normalisation(recipe: Recipe) -> None:
-    """Refuses weights that were trained on images normalised in another way."""
-    cfg = checkpoints.saved_pretrained_cfg(str(recipe.model.weights))
-    for key in ("mean", "std"):
-        wanted, given = tuple(cfg[key]), tuple(getattr(recipe.data, key))
-        if wanted != given:
-            raise UserError(
-                f"model.weights ({recipe.model.weights}) expects images of {key} {wanted}, the recipe gives {given}: "
-                f"add --set data.{key}={list(wanted)}"
-            )
 
 
 def _check_batch(recipe: Recipe, images: int, world: int) -> None:
@@ -191,8 +180,7 @@ def _check_batch(recipe: Recipe, images: int, world: int) -> None:
     if recipe.optim.global_batch is not None:
         raise UserError(f"{images} training images are fewer than one batch of {batch.total}: lower optim.global_batch")
     fitting = images // (batch.accumulate * world)
-    mixing = bool(recipe.augment.mixup or recipe.augment.cutmix)
-    fitting -= fitting % 2 if mixing else 0
+    fitting -= fitting % 2 if recipe.pairs else 0
     advice = f"lower it with --set optim.batch_size={fitting}" if fitting else "use fewer processes or more images"
     raise UserError(f"{images} training images are fewer than one batch of {batch.total}: {advice}")
 

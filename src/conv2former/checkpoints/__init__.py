@@ -8,7 +8,13 @@ takes as it is.
 """
 
 from conv2former.checkpoints.convert import ConvertReport, authors_state_dict, convert, convert_authors_state_dict
-from conv2former.checkpoints.hub import load_pretrained, save_pretrained, saved_model_args, saved_pretrained_cfg
+from conv2former.checkpoints.hub import (
+    load_pretrained,
+    save_pretrained,
+    saved_model_args,
+    saved_pretrained_cfg,
+    saved_task,
+)
 from conv2former.checkpoints.reading import read_state_dict
 
 __all__ = [
@@ -21,4 +27,5 @@ __all__ = [
     "save_pretrained",
     "saved_model_args",
     "saved_pretrained_cfg",
+    "saved_task",
 ]

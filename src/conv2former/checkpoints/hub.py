@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, nearest, some
 from conv2former.files import flush
 from conv2former.meta import build_on_meta
 
@@ -73,12 +73,24 @@ def save_pretrained(
     export.state_dict = lambda: tensors
     model_config = dict(extra or {}) | ({"label_names": list(label_names)} if label_names else {})
 
+    with written_whole(folder) as new:
+        save_for_hf(export, str(new), model_config=model_config, model_args=model_args, safe_serialization=True)
+    return folder
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder to write to, and puts it in the place of ``folder`` when the body has ended well.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         try:
-            save_for_hf(export, str(new), model_config=model_config, model_args=model_args, safe_serialization=True)
+            yield new
             for path in (*new.iterdir(), new):  # a power cut must not leave torn weights in the place of whole ones
                 flush(path)
             swap(new, folder)
@@ -86,7 +98,6 @@ def save_pretrained(
             shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({reason(error)}): give a folder on a disk with room") from error
-    return folder
 
 
 def exported_cfg(model: Any, changes: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +215,21 @@ def find_model(path: Path) -> tuple[Path, Path]:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """``pretrained_cfg``, architecture and ``model_args`` of a ``config.json``, as timm reads them."""
+    """``pretrained_cfg``, architecture and ``model_args`` of a classifier's ``config.json``, as timm reads them."""
+    task = read_json(folder).get("task", "classification")
+    if task != "classification":
+        raise UserError(f"{folder} holds a {task} model, not a classifier: give one that was trained to classify")
+    cfg, architecture, model_args = load_model_config_from_path(folder)
+    return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
+
+
+def saved_task(path: StrPath) -> str:
+    """The task that a saved model was trained for."""
+    return str(read_json(find_model(Path(path))[0]).get("task", "classification"))
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """A ``config.json``, which names an architecture that timm knows; raises UserError."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -217,11 +242,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
             raise UserError(f"{path} has a {key} that is no JSON object: expected what timm writes for a model")
     architecture = config["architecture"]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models("conv2former*"), n=1)
-        advice = f"the nearest name is {near[0]}" if near else "import the package that registers it, or update timm"
-        raise UserError(f"{path} names the architecture {architecture!r}, which timm does not know: {advice}")
-    cfg, architecture, model_args = load_model_config_from_path(folder)
-    return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
+        hint = nearest(architecture, timm.list_models("conv2former*"))
+        advice = hint or ": import the package that registers it, or update timm"
+        raise UserError(f"{path} names the architecture {architecture!r}, which timm does not know{advice}")
+    return config
 
 
 def expected_shapes(name: str, pretrained_cfg: dict[str, Any] | None = None, **model_args: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conv2former.errors import UserError
-from conv2former.recipes.schema import Recipe
+from conv2former.recipes.sections import Recipe
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def plan_batch(recipe: Recipe, *, world: int) -> BatchPlan:
             f"optim.global_batch={optim.global_batch} cannot be shared by {world} processes: "
             f"give --set optim.global_batch={max(round(optim.global_batch / world), 1) * world}"
         )
-    step = 2 if recipe.augment.mixup or recipe.augment.cutmix else 1  # MixUp pairs the images of a pass
+    step = 2 if recipe.pairs else 1
     fitting = [size for size in range(step, min(optim.batch_size, share) + 1, step) if share % size == 0]
     if not fitting:
         raise UserError(

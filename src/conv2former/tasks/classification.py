@@ -1,27 +1,25 @@
-"""Image classification: loss with MixUp and CutMix, exact counts, the recipe's optimizer and schedule."""
+"""Image classification: loss with MixUp and CutMix, exact counts, the network from the recipe."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import lightning as L
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from conv2former import checkpoints
-from conv2former.data.classification import Batch, Normalizer
+from conv2former.data.classification import Batch
 from conv2former.errors import UserError, nearest, one_line, some
-from conv2former.recipes.batch import BatchPlan, plan_batch
-from conv2former.recipes.schema import ModelSection, OptimSection, Recipe, ScheduleSection
+from conv2former.recipes.classification import ClassificationRecipe
+from conv2former.recipes.sections import ModelSection
+from conv2former.tasks.base import Result, Task
 
 # arguments of timm.create_model that say where weights come from or what else than a classifier is built
 RESERVED = {
@@ -80,26 +78,20 @@ class ClassificationCounts(Metric):
         )
 
 
-class ClassificationTask(L.LightningModule):
-    """A classifier with its recipe, as a LightningModule; ``conv2former.train`` runs it on Fabric.
-
-    With ``optim.ema_decay`` the moving average of the weights is what is validated; the engine updates it.
-    Under Lightning's Trainer it trains at the recipe's peak rate: the schedule is the engine's.
+class ClassificationTask(Task):
+    """A classifier with its recipe.
 
     Args:
         model: A timm classifier.
         recipe: Gives the loss, the optimizer and the schedule.
     """
 
-    def __init__(self, model: Any, recipe: Recipe) -> None:
-        super().__init__()
-        self.model = model
-        self.recipe = recipe
+    def __init__(self, model: Any, recipe: ClassificationRecipe) -> None:
+        super().__init__(model, recipe)
         augment = recipe.augment
-        self.normalizer = Normalizer(recipe.data.mean, recipe.data.std)
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
-        if augment.mixup or augment.cutmix:
+        if recipe.pairs:
             self.mixup = Mixup(
                 augment.mixup,
                 augment.cutmix,
@@ -109,8 +101,6 @@ class ClassificationTask(L.LightningModule):
             )
             self.criterion = SoftTargetCrossEntropy()
         self.counts = ClassificationCounts(model.num_classes)
-        decay = recipe.optim.ema_decay
-        self.average = ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False) if decay else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, K)."""
@@ -118,7 +108,7 @@ class ClassificationTask(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss of a batch; erasing and MixUp draw from the generators that the engine has keyed."""
-        images, targets = self._prepared(batch), batch.targets
+        images, targets = self.prepared(batch.images), batch.targets
         if erasing := self.recipe.augment.random_erasing:
             images = RandomErasing(erasing, mode="pixel", device=images.device)(images)
         if self.mixup is not None:
@@ -131,17 +121,17 @@ class ClassificationTask(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to ``counts``."""
-        network = self.model if self.average is None else self.average.module
-        self.counts.update(network(self._prepared(batch)), batch.targets)
+        self.counts.update(self.validated(self.prepared(batch.images)), batch.targets)
 
-    def _prepared(self, batch: Batch) -> Tensor:
-        images = self.normalizer(batch.images)
-        return images if self.recipe.engine.channels_last else images.contiguous()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer at the recipe's learning rate for one process; the engine sets each step's rate itself."""
-        optim = self.recipe.optim
-        return build_optimizer(self.model, optim, lr=scaled_lr(optim, plan_batch(self.recipe, world=1)))
+    def result(self) -> Result:
+        """Loss and accuracies."""
+        counts = self.counts.compute()
+        figures = dict(val_loss=counts["loss"], val_top1=counts["top1"], val_top5=counts["top5"])
+        line = (
+            f"validation loss {counts['loss']:.4f}, "
+            f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']})"
+        )
+        return Result(counts["top1"], figures, line, sound=math.isfinite(counts["loss"]))
 
 
 def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -195,40 +185,3 @@ def _copy_weights(source: Any, target: Any, classes: list[str], *, origin: str) 
     if wrong:
         raise UserError(f"model.weights ({origin}) does not fit the recipe's model.args: {some(wrong, 3)} differ")
     target.load_state_dict(state)
-
-
-def scaled_lr(optim: OptimSection, batch: BatchPlan) -> float:
-    """Sec. 4.1: the base rate times the effective batch over ``base_batch``."""
-    return optim.base_lr * batch.total / optim.base_batch
-
-
-def build_optimizer(model: nn.Module, optim: OptimSection, *, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer with timm's parameter groups: vectors are not decayed, layer-wise decay if asked for.
-
-    Raises:
-        UserError: Unknown optimizer, or one that does not take betas or eps.
-    """
-    options: dict[str, Any] = {key: value for key, value in (("betas", optim.betas), ("eps", optim.eps)) if value}
-    try:
-        return create_optimizer_v2(
-            model, optim.name, lr=lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay, **options
-        )
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"optim.name {optim.name!r}: {one_line(error)}") from None
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, schedule: ScheduleSection, *, steps_per_epoch: int
-) -> CosineLRScheduler:
-    """Linear warm-up and cosine decay; ``step_update(step)`` sets the rate of a step, whatever came before."""
-    steps = schedule.epochs * steps_per_epoch
-    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=steps - warmup,
-        lr_min=schedule.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=schedule.warmup_lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )

@@ -14,15 +14,17 @@ from timm.data import resolve_model_data_config
 
 from conv2former import plots
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import ImageDataset, Normalizer, checked, eval_loader, eval_transform
+from conv2former.data.classification import ImageDataset, eval_transform
 from conv2former.data.images import MAX_PIXELS
+from conv2former.data.loading import Normalizer, checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import ImageSource
-from conv2former.data.splits import open_eval_source, open_splits
+from conv2former.data.splits import open_eval_source
+from conv2former.devices import pick_device
 from conv2former.errors import UserError, one_line
+from conv2former.evaluation.common import EvaluateOptions, validation_set
 from conv2former.files import replace_text
 from conv2former.labels import class_names
-from conv2former.resuming import recorded_data
 from conv2former.run import RunFolder
 from conv2former.tasks.classification import ClassificationCounts
 
@@ -58,6 +60,16 @@ class Evaluation:
         np.add.at(counts, (self.targets, self.predicted), 1)
         return counts
 
+    def figures(self) -> dict[str, Any]:
+        """What goes into the run's history, percent."""
+        return dict(top1=self.counts["top1"])
+
+    def line(self) -> str:
+        """The figures in words."""
+        counts = self.counts
+        share = f"{counts['correct']} of {counts['images']} images"
+        return f"top-1 {counts['top1']:.2f}% ({share}), top-5 {counts['top5']:.2f}%"
+
     def to_json(self) -> dict[str, Any]:
         """The figures, with accuracy per class by name."""
         per_class = {
@@ -65,22 +77,6 @@ class Evaluation:
             for name, (correct, images) in zip(self.classes, self.counts["per_class"], strict=True)
         }
         return {key: value for key, value in self.counts.items() if key != "per_class"} | dict(per_class=per_class)
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """'auto' is the GPU where there is one.
-
-    Raises:
-        UserError: A device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not there: use --device cpu") from None
-    return device
 
 
 @torch.inference_mode()
@@ -129,66 +125,29 @@ def evaluate_source(
     )
 
 
-def evaluate(
-    checkpoint: Path,
-    *,
-    data: Path | None,
-    out: Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str = "auto",
-    source: str = "folder",
-    on_bad_image: Literal["error", "skip"] = "error",
-) -> tuple[Evaluation, Path | None]:
-    """Evaluates a run (its best weights) or a saved model on a folder of images.
-
-    Args:
-        checkpoint: Run folder, folder with ``config.json`` and ``model.safetensors``, or the latter file.
-        data: Folder with ``val/`` or class folders; None for what the run itself was validated on.
-        out: Where the report goes; None for the run folder (``evaluations/NAME`` in it where ``data`` is given), or
-            nowhere for a saved model.
-        batch_size: Images per forward pass; the counts do not depend on it.
-        workers: Processes that read images.
-        device: 'auto', 'cpu', 'cuda', ...
-        source: How ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds'.
-        on_bad_image: 'error', or 'skip' to leave out what cannot be read.
-
-    Returns:
-        The evaluation, and the folder of its report if one was written.
-
-    Raises:
-        UserError: Anything wrong with what was given.
-    """
+def evaluate_classifier(checkpoint: Path, options: EvaluateOptions) -> tuple[Evaluation, Path | None]:
+    """``conv2former.evaluation.evaluate`` for a classifier."""
     model = load_pretrained(checkpoint)
-    run = RunFolder(Path(checkpoint))
-    folder, max_pixels = out, MAX_PIXELS
+    run, data = RunFolder(checkpoint), options.data
+    folder, max_pixels = options.out, MAX_PIXELS
     if data is None and run.exists():
-        images, folder, max_pixels = _validation_set(run), out or run.path, run.recipe().data.max_pixels
+        images, folder, max_pixels = validation_set(run).val, folder or run.path, run.recipe().data.max_pixels
     else:
-        images = open_eval_source(data, class_names(model), kind=source)
+        images = open_eval_source(data, class_names(model), kind=options.source)
         if data and run.exists():
-            folder = out or run.path / "evaluations" / data.resolve().name
+            folder = folder or run.path / "evaluations" / data.resolve().name
     evaluation = evaluate_source(
         model,
         images,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        on_bad_image=on_bad_image,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=options.device,
+        on_bad_image=options.on_bad_image,
         max_pixels=max_pixels,
     )
     if folder:
         write_report(evaluation, images, folder, checkpoint=str(checkpoint), data=str(data) if data else None)
     return evaluation, folder
-
-
-def _validation_set(run: RunFolder) -> ImageSource:
-    """What the run was validated on; refuses a folder that has changed since, whose split would be another one."""
-    recipe, facts = run.recipe(), run.facts()
-    splits = open_splits(recipe.data, recorded_data(facts), seed=recipe.engine.seed)
-    if facts.get("images_hash") != splits.digest():
-        raise UserError(f"the images in {facts['data']} are not those of the run: name a folder with --data")
-    return splits.val
 
 
 def write_report(evaluation: Evaluation, source: ImageSource, folder: Path, **facts: str | None) -> None:

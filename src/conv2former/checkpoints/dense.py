@@ -1,0 +1,161 @@
+"""Detectors and segmenters on disk: a folder with ``config.json`` and ``model.safetensors``, like a classifier's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from conv2former.checkpoints.hub import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    check_replaceable,
+    differences,
+    find_model,
+    load_pretrained,
+    read_json,
+    saved_task,
+    written_whole,
+)
+from conv2former.checkpoints.reading import StrPath, read_state_dict
+from conv2former.errors import UserError, some
+from conv2former.recipes.sections import ModelSection, Recipe
+
+
+@dataclass(frozen=True)
+class SavedDense:
+    """What the folder of a detector or segmenter holds beside the weights.
+
+    Attributes:
+        folder: The folder.
+        weights: The file of the weights.
+        recipe: What it was trained with; ``model.args`` are those that rebuild the backbone.
+        classes: K names.
+    """
+
+    folder: Path
+    weights: Path
+    recipe: Any
+    classes: list[str]
+
+
+def save_dense(
+    folder: StrPath,
+    recipe: Recipe,
+    *,
+    state: Mapping[str, Tensor],
+    classes: Sequence[str],
+    model_args: Mapping[str, Any],
+    note: Mapping[str, Any],
+) -> None:
+    """Writes a model whole or not at all; one that is in ``folder`` already is replaced.
+
+    Args:
+        folder: Where to; parents are made.
+        recipe: What it was trained with.
+        state: The weights.
+        classes: K names.
+        model_args: Arguments of ``timm.create_model`` that rebuild the backbone.
+        note: Further facts for ``config.json``.
+
+    Raises:
+        UserError: ``folder`` is a file, holds something else than a model, or cannot be written.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, overwrite=True)
+    own = recipe.model_copy(
+        update=dict(model=recipe.model.model_copy(update=dict(weights=None, args=dict(model_args))))
+    )
+    config = dict(
+        architecture=recipe.model.name,
+        task=recipe.task,
+        pretrained_cfg=dict(mean=recipe.data.mean, std=recipe.data.std),
+        label_names=list(classes),
+        recipe=own.model_dump(mode="json"),
+        conv2former=dict(note),
+    )
+    with written_whole(folder.resolve()) as new:
+        new.mkdir()
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, new / WEIGHT_FILES[0], metadata=dict(format="pt"))
+
+
+def read_dense(path: StrPath, task: str) -> SavedDense:
+    """What a saved model says of itself; raises UserError where it is none of that task."""
+    from conv2former.recipes.schema import parse_recipe
+
+    folder, weights = find_model(Path(path))
+    config = read_json(folder)
+    found = config.get("task", "classification")
+    if found != task:
+        raise UserError(f"{folder} holds a {found} model: {task} needs one that was trained for it")
+    recipe, classes = parse_recipe(config.get("recipe") or {}, str(folder / CONFIG_FILE)), config.get("label_names")
+    if not isinstance(classes, list) or not classes:
+        raise UserError(f"{folder / CONFIG_FILE} names no classes: save the model again")
+    return SavedDense(folder, weights, recipe, [str(name) for name in classes])
+
+
+def load_dense(saved: SavedDense, model: nn.Module) -> nn.Module:
+    """Gives a network the saved weights; raises UserError where they do not fit."""
+    state = read_state_dict(saved.weights)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if difference := differences(expected, state):
+        raise UserError(f"{saved.weights} does not fit {CONFIG_FILE} beside it: {difference}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def start_from(path: StrPath, model: Any, section: ModelSection, *, classes: Sequence[str], task: str) -> str:
+    """Loads weights of a classifier into the backbone, or those of a model of the same task into all of the network.
+
+    Layers whose shape depends on other classes stay as they were initialised.
+
+    Args:
+        path: Run folder, saved model, or timm's ``local-dir:PATH``.
+        model: On a ``Backbone``.
+        section: Names the backbone.
+        classes: K names.
+        task: Of the network.
+
+    Returns:
+        A line that says what was loaded.
+
+    Raises:
+        UserError: Weights of another backbone, or of another task.
+    """
+    kind = saved_task(path)
+    if kind == "classification":
+        classifier: Any = load_pretrained(path)
+        architecture = classifier.pretrained_cfg["architecture"]
+        state = {f"backbone.model.{name}": tensor for name, tensor in classifier.state_dict().items()}
+    else:
+        saved = read_dense(path, task)
+        architecture, state = saved.recipe.model.name, read_state_dict(saved.weights)
+    if architecture != section.name.split(".")[0]:
+        raise UserError(
+            f"model.weights ({path}) holds a {architecture}, the recipe says {section.name}: give --model "
+            f"{architecture} or other weights"
+        )
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    missing = [name for name in own if name not in fitting]
+    wrong = [name for name in missing if name.startswith("backbone.")]
+    if wrong:
+        raise UserError(f"model.weights ({path}) does not fit the recipe's model.args: {some(wrong, 3)} differ")
+    model.load_state_dict(fitting, strict=False)
+    unused = [name for name in state if name not in fitting]
+    parts = [f"{len(fitting)} tensors of {path} loaded"]
+    parts += [f"{len(missing)} start new ({_groups(missing)})"] * bool(missing)
+    parts += [f"{len(unused)} of the weights not used ({_groups(unused)})"] * bool(unused)
+    return ", ".join(parts)
+
+
+def _groups(names: list[str]) -> str:
+    """The parts of a network that tensors belong to."""
+    return some(list(dict.fromkeys(name.removeprefix("backbone.model.").rsplit(".", 1)[0] for name in names)), 3)

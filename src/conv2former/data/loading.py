@@ -1,0 +1,186 @@
+"""Samples to read and batch under keyed randomness, for every task.
+
+Workers hand out 8-bit pictures, a quarter of the bytes of normalised ones; ``Normalizer`` turns a whole batch into what
+the network sees, on the network's device (as timm's prefetching loader does).
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from conv2former.data.images import MAX_PIXELS, BadImage
+from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seed_cpu
+
+CPU = torch.device("cpu")
+REPLACEMENTS = 16  # images tried in place of a broken one
+
+KILLED_WORKER = (
+    "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm) most likely: lower "
+    "the number of workers or data.max_pixels; a training continues with --resume"
+)
+
+
+class AnyBatch(Protocol):
+    """What the engine knows of a batch of any task.
+
+    Attributes:
+        indices: Numbers of the images in their source (B,).
+        bad: Images that could not be read, and whose place others have taken.
+    """
+
+    @property
+    def indices(self) -> Tensor: ...
+
+    @property
+    def bad(self) -> tuple[BadImage, ...]: ...
+
+
+class KeyedDataset(Dataset):
+    """Samples of a source, prepared under the random numbers of their key.
+
+    A broken image comes out as its ``BadImage``, so that a worker process does not turn it into a traceback.
+
+    Args:
+        source: Where the images are; anything with a length that ``read`` understands.
+        seed: Of the run.
+        on_bad_image: 'error' gives out the ``BadImage``; 'replace' the next image that can be read, with it (the same
+            one whenever the key is the same); 'mask' a blank one that does not count, with it.
+        max_pixels: Larger pictures count as broken.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int = 0,
+        on_bad_image: Literal["error", "replace", "mask"] = "error",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.source, self.seed = source, seed
+        self.on_bad_image, self.max_pixels = on_bad_image, max_pixels
+
+    def read(self, index: int) -> Any:
+        """The image with that number, whatever the task needs of it; raises BadImage."""
+        return self.source.load(index, self.max_pixels)
+
+    def prepare(self, content: Any, index: int, *, counted: bool) -> Any:
+        """What goes into a batch, of what ``read`` gave; of nothing (None) a blank image that does not count."""
+        raise NotImplementedError
+
+    def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> Any:
+        """A batch of what ``prepare`` gave."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> tuple[Any, int, list[BadImage]] | BadImage:
+        bad: list[BadImage] = []
+        index, counted, content = key.image, not key.padding, None
+        while True:
+            try:
+                content = self.read(index)
+                break
+            except BadImage as error:
+                bad.append(error)
+                if self.on_bad_image == "error" or len(bad) > REPLACEMENTS:
+                    return error
+                if self.on_bad_image == "mask":
+                    counted = False
+                    break
+                index = (index + 1) % len(self)
+        seed_cpu(Purpose.AUGMENT, self.seed, key.epoch, key.image)
+        return self.prepare(content, index, counted=counted), index, bad
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch, or the first broken image in it."""
+        for sample in samples:
+            if isinstance(sample, BadImage):
+                return sample
+        contents, indices, bad = zip(*samples, strict=True)
+        return self.join(contents, torch.tensor(indices), tuple(error for errors in bad for error in errors))
+
+
+class Normalizer(nn.Module):
+    """8-bit pictures (B, 3, H, W) to what a network expects: scaled to 0..1, minus mean, over std, in float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) of uint8 to the same of float32, in the same layout."""
+        if not images.is_contiguous(memory_format=torch.channels_last):
+            return images.float().sub_(self.mean).div_(self.std)
+        # by rows: a broadcast over the three innermost numbers would leave a CPU's vector units idle
+        width = images.shape[3]
+        rows = images.permute(0, 2, 3, 1).flatten(2).float()
+        rows.sub_(self.mean.flatten().repeat(width)).div_(self.std.flatten().repeat(width))
+        return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+
+def checked(batch: Any) -> Any:
+    """The batch; raises its ``BadImage`` in the process that asked for it."""
+    if isinstance(batch, BadImage):
+        raise batch
+    return batch
+
+
+def is_killed_worker(error: RuntimeError) -> bool:
+    """Whether PyTorch says that a process which reads images was killed."""
+    return "DataLoader worker (pid" in str(error)
+
+
+def train_loader(
+    dataset: KeyedDataset, sampler: TrainSampler, *, workers: int, place: torch.device = CPU
+) -> DataLoader:
+    """One endless pass: the sampler runs through all epochs, so that workers never restart."""
+    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(dataset, workers, place))
+
+
+def eval_loader(
+    dataset: KeyedDataset, sampler: EvalSampler, *, batch_size: int, workers: int, place: torch.device = CPU
+) -> DataLoader:
+    """Every image of the sampler once, in order, the last batch smaller."""
+    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, **_loader_options(dataset, workers, place))
+
+
+def _loader_options(dataset: KeyedDataset, workers: int, place: torch.device) -> dict[str, Any]:
+    if workers:
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
+    return dict(
+        num_workers=workers,
+        collate_fn=dataset.collate,
+        pin_memory=place.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group; the training process stops the workers
+    # when its step is done
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _kill_workers() -> None:
+    """Ends workers that are left when the process ends: they ignore the SIGTERM that Python would wait on for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for an accident
+    for process in multiprocessing.active_children():
+        if process.daemon:  # which Python would end, too
+            process.kill()

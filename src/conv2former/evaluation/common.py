@@ -1,0 +1,53 @@
+"""What the evaluations of all tasks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from conv2former.data.splits import AnySplits
+from conv2former.errors import UserError
+from conv2former.resuming import recorded_data
+from conv2former.run import RunFolder
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What the user says of an evaluation.
+
+    Attributes:
+        data: Folder of images; None for what the run itself was validated on.
+        out: Where the report goes; None for the run folder (``evaluations/NAME`` in it where ``data`` is given), or
+            nowhere for a saved model.
+        batch_size: Images per forward pass of a classifier; the counts do not depend on it.
+        workers: Processes that read images.
+        device: 'auto', 'cpu', 'cuda', ...
+        source: How ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds' for a classifier.
+        on_bad_image: 'error', or 'skip' to leave out what cannot be read.
+        multi_scale: Whether a segmenter sees every image at six scales and mirrored.
+    """
+
+    data: Path | None = None
+    out: Path | None = None
+    batch_size: int = 64
+    workers: int = 2
+    device: str = "auto"
+    source: str = "folder"
+    on_bad_image: Literal["error", "skip"] = "error"
+    multi_scale: bool = False
+
+
+def validation_set(run: RunFolder) -> AnySplits:
+    """What the run was validated on, in ``val``; refuses data that have changed since, whose split would be another.
+
+    Raises:
+        UserError: They have.
+    """
+    from conv2former.workflows import workflow  # which imports the evaluations
+
+    recipe, facts = run.recipe(), run.facts()
+    splits = workflow(recipe).open_splits(recorded_data(facts))
+    if facts.get("images_hash") != splits.digest():
+        raise UserError(f"the images in {facts['data']} are not those of the run: name a folder with --data")
+    return splits

@@ -1,0 +1,68 @@
+"""What trained models find on picture files, whatever their task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from conv2former import checkpoints
+from conv2former.data.images import BadImage
+from conv2former.prediction.common import Finding, Predictor, findings, row, write_findings
+
+__all__ = ["Finding", "Predictor", "open_predictor", "predict", "run_predict"]
+
+
+def open_predictor(checkpoint: Path, *, top_k: int = 5, threshold: float | None = None, device: str = "auto") -> Any:
+    """The model of a run folder or a saved model's, of any task, ready to look at pictures.
+
+    Args:
+        checkpoint: Run folder, saved model folder, or its ``model.safetensors``.
+        top_k: Classes that a classifier names.
+        threshold: Least score of what a detector shows; None for 0.3.
+        device: 'auto', 'cpu', 'cuda', ...
+
+    Raises:
+        UserError: The checkpoint cannot be used.
+    """
+    task = checkpoints.saved_task(checkpoint)
+    if task == "detection":
+        from conv2former.prediction.detection import ObjectFinder
+
+        return ObjectFinder(checkpoint, threshold=0.3 if threshold is None else threshold, device=device)
+    if task == "segmentation":
+        from conv2former.prediction.segmentation import Segmenter
+
+        return Segmenter(checkpoint, device=device)
+    from conv2former.prediction.classification import Classifier
+
+    return Classifier(checkpoint, top_k=top_k, device=device)
+
+
+def predict(checkpoint: Path, inputs: list[Path], **options: Any) -> Iterator[dict[str, Any]]:
+    """One dictionary per input file, in order: ``file``, ``ok`` and what the task gives, or ``error``.
+
+    A classifier gives ``top``, a detector ``objects``, a segmenter ``classes``.
+
+    Args:
+        checkpoint: Run folder, saved model folder, or its ``model.safetensors``.
+        inputs: Picture files, and folders that are searched for them.
+        **options: ``batch_size`` and ``workers``, and those of ``open_predictor``.
+
+    Raises:
+        UserError: The checkpoint cannot be used, or there is no picture in the inputs.
+    """
+    for file, found in _findings(checkpoint, inputs, **options):
+        yield row(file, found)
+
+
+def run_predict(checkpoint: Path, inputs: list[Path], *, out: Path | None = None, **options: Any) -> int:
+    """Prints the predictions as JSON lines, draws them into ``out``; returns the exit status, 1 if a file failed."""
+    return write_findings(_findings(checkpoint, inputs, **options), out=out)
+
+
+def _findings(
+    checkpoint: Path, inputs: list[Path], *, batch_size: int = 16, workers: int = 0, **options: Any
+) -> Iterator[tuple[Path, Finding | BadImage]]:
+    predictor = open_predictor(checkpoint, **options)
+    return findings(predictor, inputs, batch_size=batch_size, workers=workers)

@@ -1,0 +1,215 @@
+"""The parts of a recipe that all tasks share. Unknown keys and wrong types are errors that name the key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Claim(Section):
+    """The header: what the experiment is in the paper and what came out here."""
+
+    source: str = Field(description="table and row of the paper, or 'not in the paper'")
+    command: str = Field(description="the command that runs it")
+    hardware: str = Field(description="hardware that the time is meant for")
+    time: str = Field(description="wall time expected there, or 'not run'")
+    processes: PositiveInt = Field(default=1, description="processes (GPUs) of that hardware")
+    images: PositiveInt | None = Field(default=None, description="training images of the data that the claim is about")
+    classes: PositiveInt | None = Field(default=None, description="classes of that data")
+    notes: str = Field(default="", description="choices where the paper is silent, with their reasons")
+    paper: float | None = Field(default=None, description="the paper's number: the task's headline figure, in percent")
+    measured: float | Literal["not run"] = Field(default="not run", description="the same, measured here")
+
+
+class ModelSection(Section):
+    """The network: a classifier, or the backbone of a detector or segmenter."""
+
+    name: str = Field(description="any name that timm knows")
+    args: dict[str, Any] = Field(default={}, description="keyword arguments of timm.create_model")
+    weights: str | None = Field(
+        default=None, description="run, folder or file to start from; its classifier may differ"
+    )
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth of the last block")
+    drop_rate: float = Field(default=0.0, ge=0, lt=1, description="dropout before the classifier")
+    freeze_batchnorm: bool = Field(
+        default=False,
+        description="batch norms (the stem's) keep the statistics, scales and shifts that they start with",
+    )
+
+
+class ImagesSection(Section):
+    """How picture files are read, for every task."""
+
+    workers: int = Field(default=2, ge=0, description="processes that read images, per training process")
+    on_bad_image: Literal["error", "skip"] = Field(
+        default="error", description="what an image that cannot be read does: end the run, or be listed and replaced"
+    )
+    max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
+    max_pixels: PositiveInt = Field(default=1 << 27, description="larger pictures count as images that cannot be read")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class OptimSection(Section):
+    """The optimizer. Norms, biases and layer scales are not decayed (timm's rule for vectors)."""
+
+    name: str = Field(default="adamw", description="an optimizer that timm knows")
+    base_lr: float = Field(default=1e-3, gt=0, description="learning rate for an effective batch of base_batch")
+    base_batch: PositiveInt = 1024
+    batch_size: PositiveInt = Field(default=128, description="images per process and forward pass")
+    accumulate: PositiveInt = Field(default=1, description="forward passes per optimizer step")
+    global_batch: PositiveInt | None = Field(
+        default=None,
+        description="images per optimizer step over all processes; accumulate then follows from it, and batch_size is "
+        "the most that a process takes at once",
+    )
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] | None = Field(default=None, description="None for the optimizer's own")
+    eps: float | None = Field(default=None, gt=0, description="None for the optimizer's own")
+    clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
+    layer_decay: float | None = Field(default=None, gt=0, le=1, description="learning-rate decay from block to block")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="moving average of the weights, which is then evaluated and saved"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_batch(self) -> OptimSection:
+        if self.global_batch is not None and self.accumulate != 1:
+            raise ValueError("optim.accumulate follows from optim.global_batch: give one of them")
+        return self
+
+
+class ScheduleSection(Section):
+    """How long, and the learning rate on the way: linear warm-up, then cosine, steps or a polynomial.
+
+    Lengths are in epochs; whoever counts optimizer steps gives ``steps``, ``warmup_steps`` and ``eval_every_steps``.
+    """
+
+    kind: Literal["cosine", "multistep", "polynomial"] = "cosine"
+    epochs: PositiveInt = 300
+    steps: PositiveInt | None = Field(default=None, description="length in optimizer steps; epochs is then not used")
+    warmup_epochs: float = Field(default=0, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, description="warm-up in optimizer steps, for warmup_epochs")
+    warmup_lr: float = Field(default=1e-6, ge=0, description="learning rate at step 0 of the warm-up")
+    min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end of the cosine or polynomial")
+    milestones: list[float] = Field(default=[], description="epochs after which 'multistep' multiplies the rate")
+    gamma: float = Field(default=0.1, gt=0, lt=1, description="by how much it does")
+    power: float = Field(default=1.0, gt=0, description="of the polynomial")
+    eval_every: PositiveInt = Field(default=1, description="epochs between evaluations")
+    eval_every_steps: PositiveInt | None = Field(default=None, description="the same in optimizer steps")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScheduleSection:
+        if self.steps is None and self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError("give schedule.warmup_steps or schedule.warmup_epochs, not both")
+        if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
+        if bool(self.milestones) != (self.kind == "multistep"):
+            raise ValueError("schedule.milestones goes with schedule.kind=multistep, and that needs them")
+        return self
+
+    def total(self, steps_per_epoch: int) -> int:
+        """Optimizer steps in all."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of warm-up."""
+        warmup = round(self.warmup_epochs * steps_per_epoch) if self.warmup_steps is None else self.warmup_steps
+        return min(warmup, self.total(steps_per_epoch) - 1)
+
+    def interval(self, steps_per_epoch: int) -> int:
+        """Optimizer steps between evaluations."""
+        return self.eval_every * steps_per_epoch if self.eval_every_steps is None else self.eval_every_steps
+
+    def length(self) -> str:
+        """The length in words."""
+        return f"{self.epochs} epochs" if self.steps is None else f"{self.steps:,} steps"
+
+
+class LoggerSection(Section):
+    """A logger of Lightning's beside TensorBoard and CSV."""
+
+    name: str = Field(description="class in lightning.pytorch.loggers, WandbLogger for example")
+    args: dict[str, Any] = Field(
+        default={}, description="its keyword arguments; save_dir is the run's loggers/ unless given"
+    )
+
+
+class EngineSection(Section):
+    """How it is computed."""
+
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["32", "bf16", "16"] = Field(default="32", description="autocast type")
+    channels_last: bool = True
+    compile: bool = False
+    grad_checkpointing: bool = False
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="processes on each machine; torchrun and SLURM say it themselves"
+    )
+    nodes: PositiveInt | Literal["auto"] = Field(default="auto", description="machines; as above")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto", description="'fsdp' shards weights and optimizer over the processes; 'auto' is DDP"
+    )
+    sync_batchnorm: bool = Field(default=False, description="batch norm (the stem's) over the images of all processes")
+    checkpoint_minutes: float = Field(default=10, gt=0, description="most time between two checkpoints, minutes")
+    max_skipped_steps: PositiveInt = Field(
+        default=10, description="steps in a row whose loss is not finite, after which the run stops"
+    )
+    loggers: list[LoggerSection] = Field(default=[], description="further loggers")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision_is_a_word(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value  # YAML reads 32 as a number
+
+
+class Recipe(Section):
+    """One experiment, as far as the engine knows it; each task adds its own sections."""
+
+    name: str
+    task: str
+    claim: Claim
+    model: ModelSection
+    data: ImagesSection
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    engine: EngineSection = EngineSection()
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the images of a forward pass are mixed in pairs, so that it needs an even number of them."""
+        return False
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes the result: everything but ``FREE`` settings."""
+        return self.model_dump(mode="json", exclude=FREE)
+
+    def digest(self) -> str:
+        """A hash of the settings."""
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+# what a resumed run may change without being forced: names, reading, saving and reporting
+FREE: dict[str, Any] = dict(
+    name=True,
+    claim=True,
+    data={"workers", "on_bad_image", "max_bad_images", "max_pixels"},
+    engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "loggers"},
+)

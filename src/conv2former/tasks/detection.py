@@ -1,0 +1,170 @@
+"""Object detection and instance segmentation: losses, COCO's figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
+
+from conv2former.data.coco import CocoSource
+from conv2former.data.detection import DetectionBatch
+from conv2former.data.rle import encode_mask
+from conv2former.heads.detector import Detections, paste_masks
+from conv2former.recipes.detection import DetectionRecipe
+from conv2former.tasks.base import Result, Task
+from conv2former.tasks.segmentation import padded_with_mean
+
+PASTED_PIXELS = 2**25  # at a time, whatever the size of the picture
+FIGURES = (  # COCO's twelve numbers, in its order
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
+
+
+class CocoResults:
+    """Detections in COCO's form, over all processes at the end.
+
+    Args:
+        source: The images, with their objects.
+    """
+
+    def __init__(self, source: CocoSource) -> None:
+        self.source = source
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all."""
+        self.seen: list[int] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, index: int, found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> None:
+        """The detections on image ``index``, seen at ``size`` (h, w), whose file has ``original`` (h, w)."""
+        self.seen.append(index)
+        ids, number = self.source.category_ids, self.source.entries[index]["id"]
+        for row in coco_rows(found, size=size, original=original):
+            row["category_id"] = ids[row.pop("label")]
+            self.rows.append(dict(image_id=number) | row)
+
+    def gather(self) -> None:
+        """Takes in what the other processes have; to be called on all of them."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (self.seen, self.rows))
+            self.seen = sorted({index for seen, _ in parts for index in seen})
+            self.rows = [row for _, rows in parts for row in rows]
+
+    def compute(self) -> dict[str, Any]:
+        """``images``, ``objects``, ``detections``, and ``box`` and ``mask`` with COCO's twelve numbers in percent.
+
+        A number is None where no object is of that size.
+        """
+        truth = self.source.ground_truth(sorted(self.seen))
+        counted = sum(not entry["iscrowd"] for entry in truth["annotations"])
+        figures: dict[str, Any] = dict(images=len(self.seen), objects=counted, detections=len(self.rows))
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            figures[name] = coco_figures(truth, self.rows, kind)
+        return figures
+
+
+def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> list[dict[str, Any]]:
+    """Detections as ``label``, ``score``, ``bbox`` (x, y, width, height) and ``segmentation`` in the original's pixels.
+
+    Masks are pasted some at a time, so that their memory does not grow with the picture.
+
+    Args:
+        found: In pixels of the network's input.
+        size: (h, w) of the input.
+        original: (h, w) of the picture.
+    """
+    height, width = original
+    scale = found.boxes.new_tensor([width / size[1], height / size[0]] * 2)
+    boxes = found.boxes * scale
+    step = max(PASTED_PIXELS // (height * width), 1)
+    masks = []
+    for start in range(0, len(boxes), step):
+        part = slice(start, start + step)
+        masks += [encode_mask(mask) for mask in paste_masks(found.masks[part], boxes[part], original).cpu().numpy()]
+    rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True)
+    return [
+        dict(label=label, score=score, bbox=[left, top, right - left, bottom - top], segmentation=mask)
+        for (left, top, right, bottom), score, label, mask in rows
+    ]
+
+
+def coco_figures(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
+    """COCO's twelve numbers in percent, by faster-coco-eval, which agrees with pycocotools.
+
+    Args:
+        truth: COCO's dictionary; its images alone count.
+        rows: COCO's results.
+        kind: 'bbox' or 'segm'.
+    """
+    if not rows or not truth["annotations"]:
+        return dict.fromkeys(FIGURES, 0.0 if truth["annotations"] else None)
+    wanted = COCO(truth)
+    # of a result with both, COCO takes the box
+    keys = ("image_id", "category_id", "score", dict(bbox="bbox", segm="segmentation")[kind])
+    found = wanted.loadRes([{key: row[key] for key in keys} for row in rows])
+    evaluation = COCOeval_faster(wanted, found, kind)
+    evaluation.params.imgIds = [image["id"] for image in truth["images"]]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    values = (float(value) for value in evaluation.stats[: len(FIGURES)])
+    return {name: None if value < 0 else 100 * value for name, value in zip(FIGURES, values, strict=True)}
+
+
+class DetectionTask(Task):
+    """A detector with its recipe.
+
+    Args:
+        model: A ``heads.detector.Detector``.
+        recipe: Gives the optimizer and the schedule.
+        val: The validation set.
+    """
+
+    def __init__(self, model: Any, recipe: DetectionRecipe, *, val: CocoSource) -> None:
+        super().__init__(model, recipe)
+        self.results = CocoResults(val)
+
+    def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
+        """The sum of all losses."""
+        images = padded_with_mean(self.prepared(batch.images), batch.sizes)
+        losses: dict[str, Tensor] = self.model(images, batch.sizes, batch.targets)
+        return torch.stack([*losses.values()]).sum()
+
+    def on_validation_epoch_start(self) -> None:
+        """Results start anew with every pass."""
+        self.results.reset()
+
+    def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
+        """Adds the detections on a batch."""
+        counted = [row for row, original in enumerate(batch.originals) if original != (0, 0)]
+        images = padded_with_mean(self.prepared(batch.images), batch.sizes)
+        for row, found in enumerate(self.validated(images, batch.sizes)):
+            if row in counted:
+                index = int(batch.indices[row])
+                self.results.add(index, found, size=batch.sizes[row], original=batch.originals[row])
+
+    def result(self) -> Result:
+        """AP of boxes and masks."""
+        self.results.gather()
+        found = self.results.compute()
+        figures = {
+            f"val_{kind}_{name}": found[kind][name] for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")
+        }
+        return Result(found["box"]["ap"] or 0.0, figures, figures_line(found))
+
+
+def figures_line(found: dict[str, Any]) -> str:
+    """The main figures in words."""
+    parts = []
+    for kind in ("box", "mask"):
+        ap, ap50, ap75 = (found[kind][name] if found[kind][name] is not None else math.nan for name in FIGURES[:3])
+        parts.append(f"{kind} AP {ap:.2f} (50: {ap50:.2f}, 75: {ap75:.2f})")
+    return f"{', '.join(parts)}, {found['detections']} detections on {found['images']} images"
