@@ -161,13 +161,16 @@ def evaluate(
     device: DeviceOption = "auto",
     source: Annotated[Source, typer.Option(help="Layout of --data: class folders, tar files, ...")] = Source.folder,
     on_bad_image: Annotated[BadImages, typer.Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
+    multi_scale: Annotated[
+        bool, typer.Option("--multi-scale", help="Segmentation: six scales of each image, also mirrored.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Count top-1, top-5 and per-class accuracy; draw a confusion matrix and the worst mistakes.
+    """Count what a trained model gets right: accuracies of a classifier, COCO's 12 numbers, mIoU; draw pictures.
 
     Example: conv2former evaluate runs/cifar --data cifar10
     """
-    from conv2former.evaluate import evaluate as run_evaluate
+    from conv2former.evaluation import evaluate as run_evaluate
 
     evaluation, folder = run_evaluate(
         checkpoint,
@@ -178,6 +181,7 @@ def evaluate(
         device=device,
         source=source.value,
         on_bad_image=on_bad_image.value,
+        multi_scale=multi_scale,
     )
     print(json.dumps(evaluation.to_json()) if json_ else _result_line(evaluation, "figures and pictures", folder))
 
@@ -187,18 +191,22 @@ def predict(
     checkpoint: CheckpointArgument,
     inputs: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     out: Annotated[Path | None, typer.Option(help="Folder for an annotated picture each.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes that a classifier names.")] = 5,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least score of a detected object (default: 0.3).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Name what is on pictures: one JSON line per file on standard output.
+    """Say what is on pictures, classes, objects or regions: one JSON line per file on standard output.
 
     Example: conv2former predict runs/cifar photo.jpg holiday/ --out annotated
     """
-    from conv2former.predict import run_predict
+    from conv2former.prediction import run_predict
 
-    options: dict[str, Any] = dict(top_k=top_k, batch_size=batch_size, workers=workers, device=device)
+    options: dict[str, Any] = dict(batch_size=batch_size, workers=workers, device=device)
+    options |= dict(top_k=top_k, threshold=threshold)
     sys.exit(run_predict(checkpoint, inputs, out=out, **options))
 
 
@@ -310,7 +318,7 @@ def recipes(
         ]
         for recipe in loaded
     ]
-    columns = ["recipe", "model", "source", "paper top-1", "measured"]
+    columns = ["recipe", "model", "source", "paper", "measured"]
     if markdown:
         for row in (columns, ["---"] * len(columns), *cells):
             print(f"| {' | '.join(row)} |")
@@ -323,11 +331,7 @@ def _percent(value: float | None) -> str:
 
 
 def _result_line(evaluation: Any, what: str, folder: Path | None) -> str:
-    counts = evaluation.counts
-    line = (
-        f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']} images), top-5 {counts['top5']:.2f}%"
-    )
-    return line + (f"; {what} are in {folder}" if folder else "")
+    return evaluation.line() + (f"; {what} are in {folder}" if folder else "")
 
 
 def _print_table(columns: list[str], cells: list[list[str]], *, right: Any = ()) -> None:
@@ -354,7 +358,7 @@ def main() -> None:
         from conv2former.errors import UserError
 
         if "DataLoader worker (pid" in str(error):
-            from conv2former.data.classification import KILLED_WORKER
+            from conv2former.data.loading import KILLED_WORKER
 
             error = UserError(KILLED_WORKER)
         if type(error).__name__ == "OutOfMemoryError":
