@@ -321,23 +321,8 @@ def main() -> int:
             for key, value in step.items():
                 worst[key] = max(worst[key], value)
         print(f"{kind}: {len(batches)} training batches, {len(tests)} images with {count} detections")
-        failed |= report(worst)
+        failed |= oracle.report(worst, LIMITS, each=("loss",))
     return int(failed)
-
-
-def report(worst: dict[tuple[str, str], float]) -> bool:
-    """Prints a line for each loss and for the largest of every other kind; returns whether a limit is passed."""
-    failed = False
-    shown = [key for key in worst if key[0] == "loss"]
-    for what in ("gradient", "backbone", "statistics", "box", "score", "mask", "missed"):
-        of_it = [key for key in worst if key[0] == what]
-        shown += [max(of_it, key=lambda key: worst[key])] if of_it else []
-    for what, name in shown:
-        passed = worst[what, name] > LIMITS[what] or np.isnan(worst[what, name])
-        failed |= passed
-        limit = f"limit {LIMITS[what]:g}{'  FAILED' if passed else ''}"
-        print(f"  {what:<10} {name:<45} {worst[what, name]:.1e}  {limit}")
-    return failed
 
 
 if __name__ == "__main__":

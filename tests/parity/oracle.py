@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
@@ -71,6 +72,26 @@ class SharedBackbone(torch.nn.Module):
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference over the largest value."""
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+def report(worst: Mapping[tuple[str, str], float], limits: Mapping[str, float], *, each: Collection[str]) -> bool:
+    """Prints differences beside their limits, and says whether one is passed.
+
+    Args:
+        worst: Largest difference by kind and name.
+        limits: Of each kind, in the order of the lines.
+        each: Kinds of which every name has a line, of the others the one that differs most.
+    """
+    failed = False
+    for what, limit in limits.items():
+        of_it = [key for key in worst if key[0] == what]
+        if of_it and what not in each:
+            of_it = [max(of_it, key=lambda key: (np.isnan(worst[key]), worst[key]))]
+        for key in of_it:
+            passed = not worst[key] <= limit  # NaN, too
+            failed |= passed
+            print(f"  {what:<11} {key[1]:<45} {worst[key]:.1e}  limit {limit:g}{'  FAILED' if passed else ''}")
+    return failed
 
 
 def use_torchvision(config: Any) -> None:

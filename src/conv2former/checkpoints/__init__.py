@@ -12,6 +12,7 @@ from conv2former.checkpoints.hub import (
     load_pretrained,
     save_pretrained,
     saved_model_args,
+    saved_normalisation,
     saved_pretrained_cfg,
     saved_task,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "read_state_dict",
     "save_pretrained",
     "saved_model_args",
+    "saved_normalisation",
     "saved_pretrained_cfg",
     "saved_task",
 ]

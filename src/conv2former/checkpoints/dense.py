@@ -19,6 +19,7 @@ from conv2former.checkpoints.hub import (
     find_model,
     load_pretrained,
     read_json,
+    saved_model_args,
     saved_task,
     written_whole,
 )
@@ -111,37 +112,48 @@ def load_dense(saved: SavedDense, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def start_from(path: StrPath, model: Any, section: ModelSection, *, classes: Sequence[str], task: str) -> str:
+def with_saved_args(section: ModelSection) -> ModelSection:
+    """The section with the arguments of the backbone that its weights hold, changed by its own.
+
+    Raises:
+        UserError: Weights of another backbone.
+    """
+    if not section.weights:
+        return section
+    config = read_json(find_model(Path(section.weights))[0])
+    if config["architecture"] != section.name.split(".")[0]:
+        raise UserError(
+            f"model.weights ({section.weights}) holds a {config['architecture']}, the recipe says {section.name}: give "
+            f"--model {config['architecture']} or other weights"
+        )
+    if config.get("task", "classification") == "classification":
+        args = saved_model_args(section.weights)
+    else:
+        args = config.get("recipe", {}).get("model", {}).get("args", {})
+    return section.model_copy(update=dict(args=args | section.args))
+
+
+def start_from(path: StrPath, model: nn.Module, *, task: str) -> str:
     """Loads weights of a classifier into the backbone, or those of a model of the same task into all of the network.
 
     Layers whose shape depends on other classes stay as they were initialised.
 
     Args:
         path: Run folder, saved model, or timm's ``local-dir:PATH``.
-        model: On a ``Backbone``.
-        section: Names the backbone.
-        classes: K names.
+        model: On a ``Backbone`` that ``with_saved_args`` describes.
         task: Of the network.
 
     Returns:
         A line that says what was loaded.
 
     Raises:
-        UserError: Weights of another backbone, or of another task.
+        UserError: Weights of another task, or that do not fit.
     """
-    kind = saved_task(path)
-    if kind == "classification":
-        classifier: Any = load_pretrained(path)
-        architecture = classifier.pretrained_cfg["architecture"]
+    if saved_task(path) == "classification":
+        classifier = load_pretrained(path)
         state = {f"backbone.model.{name}": tensor for name, tensor in classifier.state_dict().items()}
     else:
-        saved = read_dense(path, task)
-        architecture, state = saved.recipe.model.name, read_state_dict(saved.weights)
-    if architecture != section.name.split(".")[0]:
-        raise UserError(
-            f"model.weights ({path}) holds a {architecture}, the recipe says {section.name}: give --model "
-            f"{architecture} or other weights"
-        )
+        state = read_state_dict(read_dense(path, task).weights)
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
     missing = [name for name in own if name not in fitting]

@@ -223,6 +223,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
 
 
+def saved_normalisation(path: StrPath) -> dict[str, Any]:
+    """``mean`` and ``std`` of the images that a saved model of any task was trained on."""
+    if saved_task(path) == "classification":
+        cfg = saved_pretrained_cfg(path)
+    else:
+        cfg = read_json(find_model(Path(path))[0]).get("pretrained_cfg", {})
+    return {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
+
+
 def saved_task(path: StrPath) -> str:
     """The task that a saved model was trained for."""
     return str(read_json(find_model(Path(path))[0]).get("task", "classification"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -106,10 +107,10 @@ def coco_figures(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: st
     """
     if not rows or not truth["annotations"]:
         return dict.fromkeys(FIGURES, 0.0 if truth["annotations"] else None)
-    wanted = COCO(truth)
+    wanted = COCO(truth, use_deepcopy=True)  # it changes what it is given
     # of a result with both, COCO takes the box
     keys = ("image_id", "category_id", "score", dict(bbox="bbox", segm="segmentation")[kind])
-    found = wanted.loadRes([{key: row[key] for key in keys} for row in rows])
+    found = wanted.loadRes(copy.deepcopy([{key: row[key] for key in keys} for row in rows]))
     evaluation = COCOeval_faster(wanted, found, kind)
     evaluation.params.imgIds = [image["id"] for image in truth["images"]]
     evaluation.evaluate()

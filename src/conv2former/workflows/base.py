@@ -139,9 +139,8 @@ class Workflow(ABC):
     def check_weights(self) -> None:
         """Refuses weights that were trained on images normalised in another way."""
         weights = self.recipe.model.weights
-        cfg = checkpoints.saved_pretrained_cfg(str(weights))
-        for key in ("mean", "std"):
-            wanted, given = tuple(cfg[key]), tuple(getattr(self.recipe.data, key))
+        for key, wanted in checkpoints.saved_normalisation(str(weights)).items():
+            given = tuple(getattr(self.recipe.data, key))
             if wanted != given:
                 raise UserError(
                     f"model.weights ({weights}) expects images of {key} {wanted}, the recipe gives {given}: "

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from conv2former.checkpoints.dense import save_dense, start_from
+from conv2former.checkpoints.dense import save_dense, start_from, with_saved_args
 from conv2former.data.coco import CocoSource, CocoSplits, open_coco
 from conv2former.data.detection import EvalObjects, TrainObjects
 from conv2former.evaluation.detection import DetectionEvaluation, evaluate_objects, load_detector, write_report
@@ -37,10 +37,11 @@ class DetectionWorkflow(Workflow):
 
     def build(self, section: ModelSection, *, classes: Sequence[str]) -> tuple[Detector, dict[str, Any]]:
         """The detector; of the weights it says what was loaded."""
+        section = with_saved_args(section)
         backbone = Backbone(section)
         model = build_detector(backbone, widths=backbone.widths, section=self.recipe.detector, num_classes=len(classes))
         if section.weights:
-            print(start_from(section.weights, model, section, classes=classes, task="detection"), file=sys.stderr)
+            print(start_from(section.weights, model, task="detection"), file=sys.stderr)
         return model, dict(section.args)
 
     def try_out(self, model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from conv2former.checkpoints.dense import save_dense, start_from
+from conv2former.checkpoints.dense import save_dense, start_from, with_saved_args
 from conv2former.data.pairs import PairSource, PairSplits, open_pairs
 from conv2former.data.segmentation import EvalPairs, TrainPairs
 from conv2former.evaluation.segmentation import SegmentationEvaluation, evaluate_pairs, load_segmenter, write_report
@@ -32,9 +32,10 @@ class SegmentationWorkflow(Workflow):
 
     def build(self, section: ModelSection, *, classes: Sequence[str]) -> tuple[UperNet, dict[str, Any]]:
         """The segmenter; of the weights it says what was loaded."""
+        section = with_saved_args(section)
         model = build_upernet(section, self.recipe.segmenter, num_classes=len(classes))
         if section.weights:
-            print(start_from(section.weights, model, section, classes=classes, task="segmentation"), file=sys.stderr)
+            print(start_from(section.weights, model, task="segmentation"), file=sys.stderr)
         return model, dict(section.args)
 
     def try_out(self, model: Any) -> None:

@@ -1,0 +1,298 @@
+"""COCO annotations: reading, bad input, views of pictures with their boxes and masks, COCO's figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from conv2former.data.coco import CocoSource, open_coco, open_eval_coco
+from conv2former.data.detection import EvalObjects, TrainObjects, View, draw_view, fitted, mask_trouble, view_objects
+from conv2former.data.images import BadImage
+from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
+from conv2former.data.sampling import SampleKey, seed_cpu
+from conv2former.errors import UserError
+from conv2former.heads.detector import Detections
+from conv2former.recipes.detection import DetectionAugmentSection, DetectionDataSection
+from conv2former.tasks.detection import FIGURES, CocoResults, coco_figures, coco_rows
+from scenes import BLUE, RED, coco_entries, scene, write_coco
+
+DATA = DetectionDataSection(short_side=96, long_side=128)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+def change(root: Path, edit: Callable[[dict[str, Any]], Any], split: str = "train2017") -> Path:
+    """Edits an annotation file; returns the root."""
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return root
+
+
+def test_what_is_read(coco: Path) -> None:
+    splits = open_coco(DATA, coco)
+    assert splits.train.classes == ["block", "disc"] and splits.train.category_ids == [3, 7]
+    assert len(splits.train) == 3 and len(splits.val) == 2  # without the image that shows nothing
+    image, objects = splits.train.load(0)
+    assert image.size == splits.train.size(0) == (128, 96) and [entry["iscrowd"] for entry in objects] == [0, 0, 1]
+    kept = open_coco(DATA.model_copy(update=dict(keep_empty=True)), coco)
+    assert len(kept.train) == 4 and kept.train.objects_of(3) == [] and kept.digest() != splits.digest()
+
+
+def no_key(content: dict[str, Any]) -> None:
+    del content["images"][1]["width"]
+
+
+def no_file(content: dict[str, Any]) -> None:
+    content["images"][0]["file_name"] = "gone.png"
+
+
+def no_category(content: dict[str, Any]) -> None:
+    content["annotations"][1]["category_id"] = 9
+
+
+def other_categories(content: dict[str, Any]) -> None:
+    content["categories"].append(dict(id=8, name="star"))
+
+
+def two_of_one_name(content: dict[str, Any]) -> None:
+    content["categories"][0]["name"] = "block"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (no_key, "instances_train2017.json: 1 entries of 'images' lack something, the first (1) has no width"),
+        (lambda content: content.pop("annotations"), "has no list 'annotations': give COCO annotations"),
+        (no_file, "1 of the 4 images that .* names are not in .*train2017: gone.png"),
+        (no_category, "annotation 1 is of category 9, which it does not list"),
+        (other_categories, "different categories (only in instances_train2017.json: star): make them match"),
+        (two_of_one_name, "category name block occurs more than once"),
+        (lambda content: content["annotations"].clear(), "no image with an object that counts"),
+        (lambda content: content["annotations"][0].pop("bbox"), "annotation 0 has no bbox"),
+    ],
+)
+def test_damaged_annotations_are_one_line(tmp_path: Path, edit: Callable[[Any], Any], message: str) -> None:
+    root = change(write_coco(tmp_path / "coco"), edit)
+    pattern = message.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(UserError, match=pattern) as caught:
+        open_coco(DATA, root)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_annotation_file_is_one_line(coco: Path, tmp_path: Path) -> None:
+    for name, text, message in (("a.json", "{", "is not JSON"), ("b.json", "[1]", "has no list 'images'")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            CocoSource(coco / "train2017", tmp_path / name)
+    with pytest.raises(UserError, match=r"cannot read .*none\.json"):
+        CocoSource(coco / "train2017", tmp_path / "none.json")
+    with pytest.raises(UserError, match="no such folder"):
+        open_coco(DATA, tmp_path / "none")
+    with pytest.raises(UserError, match="name the folder of images and annotations with --data"):
+        open_coco(DATA, None)
+
+
+def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def spoil(content: dict[str, Any]) -> None:
+        boxes = [[5, 5, 0, 9], [500, 5, 9, 9], [1, 2, 3], [5, 5, float("nan"), 3]]
+        for entry, box in zip(content["annotations"], boxes, strict=False):
+            entry["bbox"] = box
+        content["annotations"][4].pop("segmentation")
+
+    root = change(write_coco(tmp_path / "coco"), spoil)
+    source = CocoSource(root / "train2017", root / "annotations" / "instances_train2017.json", say=said.append)
+    assert sum(len(source.objects_of(index)) for index in range(4)) == 9 - 5
+    assert len(said) == 4 and "2 of 9 objects whose box has no area are left out (ids 0, 10)" in said[0]
+    assert any("lies outside of the image" in line for line in said) and any("without a mask" in line for line in said)
+
+
+def test_a_model_is_evaluated_whatever_the_ids(coco: Path, tmp_path: Path) -> None:
+    source = open_eval_coco(DATA, coco, ["star", "disc", "block"])
+    assert source.classes == ["star", "disc", "block"] and source.category_ids == [8, 7, 3]
+    with pytest.raises(UserError, match=r"1 categories that the model does not know \(disc\); its 1 are block"):
+        open_eval_coco(DATA, coco, ["block"])
+
+
+def test_a_picture_of_another_size_is_a_bad_image(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "coco")
+    Image.new("RGB", (64, 64)).save(root / "train2017" / "000.png")
+    source = open_coco(DATA, root).train
+    with pytest.raises(BadImage, match="it has 64 x 64 pixels, by the annotations 128 x 96"):
+        source.load(0)
+
+
+def test_damaged_masks_are_named() -> None:
+    assert mask_trouble([[1, 2, 3, 4, 5, 6]], (8, 8)) is None
+    assert mask_trouble(encode_mask(np.ones((8, 9))), (9, 8)) is None
+    for mask, words in (
+        ([[1, 2, 3, 4]], "polygon of 4 numbers"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "of 7 numbers"),
+        (["x"], "no list of polygons"),
+        (dict(size=[8, 8]), "cannot be decoded"),
+        (encode_mask(np.ones((8, 9))), "has 9 x 8 pixels"),
+    ):
+        assert words in str(mask_trouble(mask, (8, 8)))
+
+
+def test_masks_survive_their_codes() -> None:
+    mask = np.random.default_rng(0).random((37, 53)) > 0.5
+    assert np.array_equal(decode_mask(encode_mask(mask)), mask)
+    assert decode_mask(dict(size=[2, 3], counts=[1, 2, 3])).tolist() == [[0, 1, 0], [1, 0, 0]]
+    square = polygons_to_mask([[1, 1, 5, 1, 5, 4, 1, 4]], 6, 8)
+    assert square.sum() == 12 and square[1:4, 1:5].all()
+    # what lies outside of the picture is cut off
+    assert polygons_to_mask([[-3, -3, 5, -3, 5, 4, -3, 4]], 6, 8)[:4, :5].all()
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_view_moves_picture_boxes_and_masks_together(number: int) -> None:
+    """Where the mask says block or disc, the picture is red or blue; masks fill their boxes."""
+    image, block, disc = scene(number)
+    entries = coco_entries(number, image, block, disc)
+    seed_cpu(1, number)  # type: ignore[arg-type]
+    augment = DetectionAugmentSection(
+        short_sides=[70, 96, 130], long_side=180, crop_short_sides=[100, 140], crop_sizes=(50, 120)
+    )
+    view = draw_view(image.size, augment)
+    target = view_objects(entries, view, {3: 0, 7: 1})
+    pixels = view.picture(image).astype(int)
+    assert pixels.shape == (view.size[1], view.size[0], 3) and target.masks.shape[1:] == pixels.shape[:2]
+    for box, label, mask in zip(target.boxes.tolist(), target.labels.tolist(), target.masks.numpy(), strict=True):
+        inside = mask.astype(bool)
+        colour = np.array(RED if label == 0 else BLUE)
+        assert np.median(np.abs(pixels[inside] - colour).sum(axis=1)) < 60
+        rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+        found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert np.abs(np.array(found) - box).max() <= (1.01 if label == 0 else 3)
+        assert 0 <= box[0] < box[2] <= view.size[0] and 0 <= box[1] < box[3] <= view.size[1]
+
+
+def test_a_mirrored_view_is_the_mirror_of_the_view() -> None:
+    image, block, disc = scene(3)
+    entries = coco_entries(3, image, block, disc)
+    plain, mirrored = (View((4.0, 2.0, 100.0, 90.0), (120, 110), flag) for flag in (False, True))
+    assert np.array_equal(plain.picture(image)[:, ::-1], mirrored.picture(image))
+    one, other = (view_objects(entries, view, {3: 0, 7: 1}) for view in (plain, mirrored))
+    assert torch.allclose(one.boxes[:, [0, 2]], 120 - other.boxes[:, [2, 0]]) and len(one.boxes) == 2
+    assert (one.masks.flip(2) != other.masks).float().mean() < 0.01  # rasterised on its own: the edges may differ
+
+
+def test_views_keep_to_their_sizes() -> None:
+    """The long side gives way first; crops lie in the picture."""
+    assert fitted((640, 480), short=800, long=1333) == (1067, 800)
+    assert fitted((1000, 300), short=800, long=1333) == (1333, 400)
+    augment = DetectionAugmentSection()
+    random.seed(0)
+    views = [draw_view((640, 427), augment) for _ in range(200)]
+    assert {min(view.size) for view in views} <= {*augment.short_sides, *range(400, 801)}
+    assert max(max(view.size) for view in views) <= 1333
+    cropped = [view for view in views if view.box != (0, 0, 640, 427)]
+    assert 60 < len(cropped) < 140 and 60 < sum(view.mirrored for view in views) < 140
+    for left, top, right, bottom in (view.box for view in cropped):
+        assert 0 <= left < right <= 640.01 and 0 <= top < bottom <= 427.01
+
+
+def test_samples_are_a_function_of_their_key_and_batches_are_padded(coco: Path) -> None:
+    source = open_coco(DATA, coco).train
+    augment = DetectionAugmentSection(short_sides=[60, 90], long_side=128, crop_short_sides=[90], crop_sizes=(40, 80))
+    dataset = TrainObjects(source, DATA, augment, seed=1)
+    samples = [dataset[SampleKey(0, index)] for index in range(3)]
+    again = dataset[SampleKey(0, 1)]
+    assert not isinstance(again, BadImage) and np.array_equal(again[0][0], samples[1][0][0])
+    batch = dataset.collate(samples)
+    assert batch.images.shape[-1] % 32 == batch.images.shape[-2] % 32 == 0
+    for pixels, (height, width), target in zip(batch.images, batch.sizes, batch.targets, strict=True):
+        assert target.masks.shape[1:] == (height, width)
+        assert not pixels[:, height:].any() and not pixels[:, :, width:].any()
+    masked = EvalObjects(source, DATA, on_bad_image="mask")
+    masked.read = lambda index: (_ for _ in ()).throw(BadImage("x", "y"))  # type: ignore[method-assign]
+    assert masked.collate([masked[SampleKey(0, 0)]]).originals == [(0, 0)]
+
+
+def detections(coco: Path, seed: int) -> tuple[CocoSource, list[dict[str, Any]]]:
+    """Detections near the truth, some beside it, of both classes."""
+    source = open_coco(DATA, coco).val
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(len(source)):
+        for entry in source.objects_of(index) * 3:
+            x, y, width, height = (value + generator.normal(0, 2) for value in entry["bbox"])
+            mask = np.zeros((96, 128), np.uint8)
+            mask[int(max(y, 0)) : int(y + height), int(max(x, 0)) : int(x + width)] = 1
+            rows.append(
+                dict(
+                    image_id=source.entries[index]["id"],
+                    category_id=int(generator.choice([3, 7])) if generator.random() < 0.2 else entry["category_id"],
+                    bbox=[x, y, width, height],
+                    score=float(generator.random()),
+                    segmentation=encode_mask(mask),
+                )
+            )
+    return source, rows
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("bbox", 0), ("segm", 0), ("bbox", 1), ("segm", 1)])
+def test_figures_equal_pycocotools(coco: Path, kind: str, seed: int) -> None:
+    source, rows = detections(coco, seed)
+    truth = source.ground_truth(range(len(source)))
+    ours = coco_figures(truth, rows, kind)
+    wanted = COCO()
+    wanted.dataset = json.loads(json.dumps(truth))
+    wanted.createIndex()
+    keys = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
+    found = wanted.loadRes([{key: copy.deepcopy(row[key]) for key in keys} for row in rows])
+    theirs = COCOeval(wanted, found, kind)
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    for name, value in zip(FIGURES, theirs.stats, strict=True):
+        assert ours[name] == (None if value < 0 else pytest.approx(100 * value, abs=1e-9)), name
+    assert 5 < (ours["ap"] or 0) < 95
+
+
+def test_perfect_and_empty_results(coco: Path) -> None:
+    source = open_coco(DATA, coco).val
+    results = CocoResults(source)
+    for index in range(len(source)):
+        single = [entry for entry in source.objects_of(index) if not entry["iscrowd"]]
+        boxes = torch.tensor([entry["bbox"] for entry in single], dtype=torch.float)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([source.category_ids.index(entry["category_id"]) for entry in single])
+        # seen at twice the size
+        found = Detections(2 * boxes, torch.ones(len(boxes)), labels, torch.ones(len(boxes), 28, 28))
+        results.add(index, found, size=(192, 256), original=(96, 128))
+    figures = results.compute()
+    assert figures["box"]["ap"] == pytest.approx(100) and figures["box"]["ap_large"] is None
+    assert figures["mask"]["ap50"] == pytest.approx(100)  # a disc fills three quarters of its square
+    assert (figures["images"], figures["objects"], figures["detections"]) == (2, 4, 4)
+    results.reset()
+    results.seen = [0, 1]
+    assert results.compute()["box"]["ap"] == 0.0
+
+
+def test_rows_are_in_the_pictures_pixels() -> None:
+    boxes = torch.tensor([[10.0, 20.0, 30.0, 60.0], [0.0, 0.0, 50.0, 40.0]])
+    found = Detections(boxes, torch.tensor([0.9, 0.8]), torch.tensor([1, 0]), torch.ones(2, 28, 28))
+    rows = coco_rows(found, size=(60, 100), original=(30, 200))
+    assert [row["label"] for row in rows] == [1, 0]
+    assert rows[0]["bbox"] == pytest.approx([20, 10, 40, 20])
+    mask = decode_mask(rows[0]["segmentation"])
+    assert mask.shape == (30, 200) and mask[10:30, 20:60].mean() > 0.9 and mask.sum() < 900
