@@ -13,6 +13,7 @@ import typer.main
 
 import conv2former_cli
 from conv2former import zoo
+from conv2former.errors import UserError
 from conv2former.recipes import load_recipe, recipe_names
 from conv2former.recipes import schema as recipe_schema
 from conv2former.train import train
@@ -111,7 +112,15 @@ def test_settings_in_the_text_exist() -> None:
         text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
         found += re.findall(r"--set\s+([\w.]+=[^\s`]+)", text)
     assert len(found) >= 8
-    load_recipe("imagenet1k_t", overrides=[setting for setting in found if setting != "section.key=value"])
+    for setting in {*found} - {"section.key=value"}:
+        assert any(takes(recipe, setting) for recipe in ("imagenet1k_t", "finetune_detection", "finetune_segmentation"))
+
+
+def takes(recipe: str, setting: str) -> bool:
+    try:
+        return bool(load_recipe(recipe, overrides=[setting]))
+    except UserError:
+        return False
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
