@@ -16,30 +16,15 @@ from conv2former.recipes import Recipe, load_recipe
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 CATEGORIES = [dict(id=7, name="disc"), dict(id=3, name="block")]  # ids with gaps, not in order
 
-# a detector and a segmenter that train in a second
-SMALL_DETECTOR = [
-    *("model.name=conv2former_test", "model.args={ls_init_value: 0.1}", "model.drop_path_rate=0"),
-    *("detector.channels=16", "detector.box_head_channels=32", "detector.rois=16", "detector.train_proposals=50"),
-    *("data.short_side=96", "data.long_side=128", "augment.short_sides=[64, 96]", "augment.long_side=128"),
-    *("augment.crop_short_sides=[96]", "augment.crop_sizes=[48, 96]", "data.workers=0", "optim.layer_decay=null"),
-    *("optim.global_batch=2", "schedule.epochs=2", "schedule.warmup_epochs=0", "schedule.eval_every=1"),
-]
-SMALL_SEGMENTER = [
-    *("model.name=conv2former_test", "model.args={ls_init_value: 0.1}", "model.drop_path_rate=0.1"),
-    *("segmenter.channels=16", "segmenter.aux_channels=8", "data.crop_size=64", "data.short_side=72"),
-    *("data.long_side=96", "data.workers=0", "optim.batch_size=2", "optim.global_batch=2", "optim.layer_decay=null"),
-    *("schedule.epochs=2", "schedule.warmup_epochs=0", "schedule.eval_every=1"),
-]
-
 
 def small_detector(*overrides: str) -> Recipe:
-    """A recipe for ``write_coco``'s scenes."""
-    return load_recipe("finetune_detection", overrides=[*SMALL_DETECTOR, *overrides])
+    """A recipe for ``write_coco``'s scenes that trains in a second."""
+    return load_recipe("smoke_detection", overrides=[*overrides])
 
 
 def small_segmenter(*overrides: str) -> Recipe:
-    """A recipe for ``write_pairs``'s scenes."""
-    return load_recipe("finetune_segmentation", overrides=[*SMALL_SEGMENTER, *overrides])
+    """A recipe for ``write_pairs``'s scenes that trains in a second."""
+    return load_recipe("smoke_segmentation", overrides=[*overrides])
 
 
 def scene(number: int, *, width: int = 128, height: int = 96) -> tuple[Image.Image, list[int], list[int]]:

@@ -24,7 +24,7 @@ from conv2former.run import RunFolder
 from conv2former.train import train
 from digits import tiny_recipe
 from runs import assert_same_run, start, stopped_run, weights
-from scenes import SMALL_DETECTOR, small_detector, small_segmenter, write_coco, write_pairs
+from scenes import small_detector, small_segmenter, write_coco, write_pairs
 
 TASKS = ["detection", "segmentation"]
 
@@ -222,8 +222,8 @@ def test_two_processes_count_what_one_counts(scenes: dict[str, Path], tmp_path: 
     rows: list[dict[str, Any]] = []
     for number in (1, 2):
         out = tmp_path / str(number)
-        settings = [f"--set={entry}" for entry in [*SMALL_DETECTOR, *many, f"engine.devices={number}"]]
-        program = [sys.executable, "-m", "conv2former_cli", "train", "--recipe=finetune_detection"]
+        settings = [f"--set={entry}" for entry in [*many, f"engine.devices={number}"]]
+        program = [sys.executable, "-m", "conv2former_cli", "train", "--recipe=smoke_detection"]
         process = start([*program, f"--data={scenes['detection']}", f"--out={out}", *settings])
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said

@@ -196,3 +196,25 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert command(monkeypatch, *arguments) == 1
         answer = capsys.readouterr().err
         assert answer.startswith(message) and answer.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [
+        ("coco_mask_rcnn_t", "44,856,828"),
+        ("coco_cascade_mask_rcnn_s", "106,027,518"),
+        ("ade20k_upernet_t", "55,511,096"),
+    ],
+)
+def test_detectors_and_segmenters_are_planned(recipe: str, parameters: str, tmp_path: Path) -> None:
+    """Exact parameters of the paper's networks without data; the parts add up."""
+    planned = plan(load_recipe(recipe), data=None, out=tmp_path)
+    found = re.match(r"conv2former_[ts]: ([\d,]+) parameters \((.*)\)", section(planned, "network"))
+    assert found and found[1] == parameters
+    parts = [
+        int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d(?=,|$)", re.sub(r"[a-z]+ ", "", found[2]))
+    ]
+    assert sum(parts) == int(parameters.replace(",", ""))
+    assert "effective batch 16" in section(planned, "batch") and "GiB" in section(planned, "memory per process")
+    steps = "160,000 steps in all (126.7 epochs)" if recipe.startswith("ade") else "266,112 steps in all (36 epochs)"
+    assert steps in section(planned, "steps")

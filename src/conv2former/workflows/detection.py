@@ -73,7 +73,7 @@ class DetectionWorkflow(Workflow):
             rois = images.new_zeros(count * section.rois, section.channels, 7, 7)
             found = images.new_zeros(count * section.rois // 4, section.channels, 14, 14)
             for head, boxes in ((stage.box_head, rois), (stage.mask_head, found)):
-                outputs = head(boxes.requires_grad_())
+                outputs = head(boxes)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 total = total + torch.stack([part.float().sum() for part in outputs]).sum()
         return total
