@@ -156,10 +156,14 @@ def evaluate(
     checkpoint: CheckpointArgument,
     data: DataOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report (default: the run).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward pass of a classifier (default: 64).")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
     device: DeviceOption = "auto",
-    source: Annotated[Source, typer.Option(help="Layout of --data: class folders, tar files, ...")] = Source.folder,
+    source: Annotated[
+        Source | None, typer.Option(help="Layout of a classifier's --data: class folders (the default), tar files, ...")
+    ] = None,
     on_bad_image: Annotated[BadImages, typer.Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="Segmentation: six scales of each image, also mirrored.")
@@ -179,7 +183,7 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
         device=device,
-        source=source.value,
+        source=source.value if source else None,
         on_bad_image=on_bad_image.value,
         multi_scale=multi_scale,
     )
@@ -191,7 +195,7 @@ def predict(
     checkpoint: CheckpointArgument,
     inputs: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     out: Annotated[Path | None, typer.Option(help="Folder for an annotated picture each.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes that a classifier names.")] = 5,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Classes that a classifier names (default: 5).")] = None,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Least score of a detected object (default: 0.3).")
     ] = None,

@@ -108,8 +108,13 @@ def test_multi_scale_is_for_segmentation(runs: dict[str, Path]) -> None:
     evaluation, folder = evaluate(runs["segmentation"], workers=0, multi_scale=True)
     assert evaluation.multi_scale and evaluation.line().startswith("multi-scale mIoU")
     assert folder == runs["segmentation"] / "evaluations" / "multi_scale"
-    with pytest.raises(UserError, match="--multi-scale is for segmentation"):
-        evaluate(runs["detection"], multi_scale=True)
+    for given in (dict(multi_scale=True), dict(source="tar"), dict(batch_size=2)):
+        with pytest.raises(UserError, match=r"is for (segmentation|classification), this is a detection model"):
+            evaluate(runs["detection"], **given)
+    with pytest.raises(UserError, match="--top-k is for classification"):
+        list(predict(runs["segmentation"], [runs["segmentation"]], top_k=3))
+    with pytest.raises(UserError, match="--threshold is for detection"):
+        list(predict(runs["segmentation"], [runs["segmentation"]], threshold=0.3))
 
 
 def test_prediction_draws_and_prints(

@@ -140,6 +140,7 @@ def test_every_recipe_builds_its_model_optimizer_and_schedule(name: str) -> None
     if name in PARAMETERS:
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    rates = rates or [0.0]  # timm leaves the layer out where it does nothing
     assert rates[-1] == max(rates) == pytest.approx(recipe.model.drop_path_rate)
 
 

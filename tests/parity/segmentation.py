@@ -292,7 +292,7 @@ def main() -> int:
             inference.add(splits.val, int(index))
         worst |= inference.differences()
         print(f"{len(chosen)} images, {inference.line()}")
-    return int(oracle.report(worst, LIMITS, each=("loss", "probability", "class")))
+    return int(oracle.report(worst, LIMITS, each=("loss", "probability", "class", "figure")))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from conv2former import checkpoints
-from conv2former.errors import UserError
 from conv2former.evaluation.common import EvaluateOptions
 
 __all__ = ["EvaluateOptions", "evaluate"]
@@ -27,8 +26,7 @@ def evaluate(checkpoint: Path, **options: Any) -> tuple[Any, Path | None]:
     """
     checkpoint, chosen = Path(checkpoint), EvaluateOptions(**options)
     task = checkpoints.saved_task(checkpoint)
-    if chosen.multi_scale and task != "segmentation":
-        raise UserError(f"--multi-scale is for segmentation, {checkpoint} holds a {task} model: leave it out")
+    chosen.check(task)
     if task == "detection":
         from conv2former.evaluation.detection import evaluate_detector
 

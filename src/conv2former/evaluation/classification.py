@@ -133,13 +133,13 @@ def evaluate_classifier(checkpoint: Path, options: EvaluateOptions) -> tuple[Eva
     if data is None and run.exists():
         images, folder, max_pixels = validation_set(run).val, folder or run.path, run.recipe().data.max_pixels
     else:
-        images = open_eval_source(data, class_names(model), kind=options.source)
+        images = open_eval_source(data, class_names(model), kind=options.source or "folder")
         if data and run.exists():
             folder = folder or run.path / "evaluations" / data.resolve().name
     evaluation = evaluate_source(
         model,
         images,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or 64,
         workers=options.workers,
         device=options.device,
         on_bad_image=options.on_bad_image,

@@ -20,22 +20,31 @@ class EvaluateOptions:
         data: Folder of images; None for what the run itself was validated on.
         out: Where the report goes; None for the run folder (``evaluations/NAME`` in it where ``data`` is given), or
             nowhere for a saved model.
-        batch_size: Images per forward pass of a classifier; the counts do not depend on it.
+        batch_size: Images per forward pass of a classifier (64); the counts do not depend on it.
         workers: Processes that read images.
         device: 'auto', 'cpu', 'cuda', ...
-        source: How ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds' for a classifier.
+        source: How a classifier's ``data`` lies there: 'folder' (the default), 'tar', 'wds' or 'hfds'.
         on_bad_image: 'error', or 'skip' to leave out what cannot be read.
         multi_scale: Whether a segmenter sees every image at six scales and mirrored.
     """
 
     data: Path | None = None
     out: Path | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
     workers: int = 2
     device: str = "auto"
-    source: str = "folder"
+    source: str | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     multi_scale: bool = False
+
+    def check(self, task: str) -> None:
+        """Refuses what a model of that task would ignore; raises UserError."""
+        given = [("--multi-scale", "segmentation", self.multi_scale)]
+        given += [("--source", "classification", self.source is not None)]
+        given += [("--batch-size", "classification", self.batch_size is not None)]
+        for option, kind, used in given:
+            if used and task != kind:
+                raise UserError(f"{option} is for {kind}, this is a {task} model: leave it out")
 
 
 def validation_set(run: RunFolder) -> AnySplits:

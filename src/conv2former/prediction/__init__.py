@@ -8,24 +8,30 @@ from typing import Any
 
 from conv2former import checkpoints
 from conv2former.data.images import BadImage
+from conv2former.errors import UserError
 from conv2former.prediction.common import Finding, Predictor, findings, row, write_findings
 
 __all__ = ["Finding", "Predictor", "open_predictor", "predict", "run_predict"]
 
 
-def open_predictor(checkpoint: Path, *, top_k: int = 5, threshold: float | None = None, device: str = "auto") -> Any:
+def open_predictor(
+    checkpoint: Path, *, top_k: int | None = None, threshold: float | None = None, device: str = "auto"
+) -> Any:
     """The model of a run folder or a saved model's, of any task, ready to look at pictures.
 
     Args:
         checkpoint: Run folder, saved model folder, or its ``model.safetensors``.
-        top_k: Classes that a classifier names.
+        top_k: Classes that a classifier names; None for 5.
         threshold: Least score of what a detector shows; None for 0.3.
         device: 'auto', 'cpu', 'cuda', ...
 
     Raises:
-        UserError: The checkpoint cannot be used.
+        UserError: The checkpoint cannot be used, or an option is for another task.
     """
     task = checkpoints.saved_task(checkpoint)
+    for option, kind, value in (("--top-k", "classification", top_k), ("--threshold", "detection", threshold)):
+        if value is not None and task != kind:
+            raise UserError(f"{option} is for {kind}, {checkpoint} holds a {task} model: leave it out")
     if task == "detection":
         from conv2former.prediction.detection import ObjectFinder
 
@@ -36,7 +42,7 @@ def open_predictor(checkpoint: Path, *, top_k: int = 5, threshold: float | None 
         return Segmenter(checkpoint, device=device)
     from conv2former.prediction.classification import Classifier
 
-    return Classifier(checkpoint, top_k=top_k, device=device)
+    return Classifier(checkpoint, top_k=5 if top_k is None else top_k, device=device)
 
 
 def predict(checkpoint: Path, inputs: list[Path], **options: Any) -> Iterator[dict[str, Any]]:
