@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from conv2former.data.coco import CocoSource, open_coco, open_eval_coco
-from conv2former.data.detection import EvalObjects, TrainObjects, View, draw_view, fitted, mask_trouble, view_objects
+from conv2former.data.coco import CocoSource, mask_trouble, open_coco, open_eval_coco
+from conv2former.data.detection import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
 from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
 from conv2former.data.sampling import SampleKey, seed_cpu
@@ -49,7 +49,11 @@ def test_what_is_read(coco: Path) -> None:
     assert splits.train.classes == ["block", "disc"] and splits.train.category_ids == [3, 7]
     assert len(splits.train) == 3 and len(splits.val) == 2  # without the image that shows nothing
     image, objects = splits.train.load(0)
-    assert image.size == splits.train.size(0) == (128, 96) and [entry["iscrowd"] for entry in objects] == [0, 0, 1]
+    assert image.size == splits.train.entries[0][2:] == (128, 96) and [entry["iscrowd"] for entry in objects] == [
+        0,
+        0,
+        1,
+    ]
     kept = open_coco(DATA.model_copy(update=dict(keep_empty=True)), coco)
     assert len(kept.train) == 4 and kept.train.objects_of(3) == [] and kept.digest() != splits.digest()
 
@@ -77,14 +81,21 @@ def two_of_one_name(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (no_key, "instances_train2017.json: 1 entries of 'images' lack something, the first (1) has no width"),
+        (
+            no_key,
+            "1 values in 'images' are missing or of the wrong kind; the first: width of entry 1 must be",
+        ),
         (lambda content: content.pop("annotations"), "has no list 'annotations': give COCO annotations"),
         (no_file, "1 of the 4 images that .* names are not in .*train2017: gone.png"),
         (no_category, "annotation 1 is of category 9, which it does not list"),
         (other_categories, "different categories (only in instances_train2017.json: star): make them match"),
         (two_of_one_name, "category name block occurs more than once"),
         (lambda content: content["annotations"].clear(), "no image with an object that counts"),
-        (lambda content: content["annotations"][0].pop("bbox"), "annotation 0 has no bbox"),
+        (lambda content: content["images"][2].update(file_name=5), "file_name of entry 2 must be a text, it is 5"),
+        (lambda content: content["images"][0].update(width="128"), "width of entry 0 must be a whole number"),
+        (lambda content: content["images"][0].update(height=0), "height of entry 0 must be a whole number, it is 0"),
+        (lambda content: content["annotations"][3].update(image_id=[1]), "image_id of entry 3 must be a whole number"),
+        (lambda content: content["categories"][0].update(id="7"), "id of entry 0 must be a whole number, it is 7"),
     ],
 )
 def test_damaged_annotations_are_one_line(tmp_path: Path, edit: Callable[[Any], Any], message: str) -> None:
@@ -112,16 +123,25 @@ def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path
     said: list[str] = []
 
     def spoil(content: dict[str, Any]) -> None:
+        entries = content["annotations"]
         boxes = [[5, 5, 0, 9], [500, 5, 9, 9], [1, 2, 3], [5, 5, float("nan"), 3]]
-        for entry, box in zip(content["annotations"], boxes, strict=False):
+        for entry, box in zip(entries, boxes, strict=False):
             entry["bbox"] = box
-        content["annotations"][4].pop("segmentation")
+        entries[4].pop("segmentation")
+        entries[5]["iscrowd"] = None
+        entries[6]["segmentation"] = encode_mask(np.ones((8, 9)))
 
     root = change(write_coco(tmp_path / "coco"), spoil)
     source = CocoSource(root / "train2017", root / "annotations" / "instances_train2017.json", say=said.append)
-    assert sum(len(source.objects_of(index)) for index in range(4)) == 9 - 5
-    assert len(said) == 4 and "2 of 9 objects whose box has no area are left out (ids 0, 10)" in said[0]
-    assert any("lies outside of the image" in line for line in said) and any("without a mask" in line for line in said)
+    assert sum(len(source.objects_of(index)) for index in range(4)) == 9 - 6
+    assert len(said) == 5 and "1 of 9 objects whose box has no area are left out (ids 0)" in said[0]
+    for words in (
+        "2 of 9 objects whose box is not [x, y",
+        "outside of the image",
+        "without a mask",
+        "has not the image's size",
+    ):
+        assert sum(words in line for line in said) == 1, words
 
 
 def test_a_model_is_evaluated_whatever_the_ids(coco: Path, tmp_path: Path) -> None:
@@ -143,13 +163,20 @@ def test_damaged_masks_are_named() -> None:
     assert mask_trouble([[1, 2, 3, 4, 5, 6]], (8, 8)) is None
     assert mask_trouble(encode_mask(np.ones((8, 9))), (9, 8)) is None
     for mask, words in (
-        ([[1, 2, 3, 4]], "polygon of 4 numbers"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "of 7 numbers"),
+        ([[1, 2, 3, 4]], "less than three points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "less than three points"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "far outside"),
+        ([[1, 2, 3, 4, 5, 1e10]], "far outside"),
         (["x"], "no list of polygons"),
+        ("abc", "size"),
+        ([5], "less than three points"),
+        ([], "without a mask"),
+        (None, "without a mask"),
         (dict(size=[8, 8]), "cannot be decoded"),
-        (encode_mask(np.ones((8, 9))), "has 9 x 8 pixels"),
+        (dict(size=[30000, 30000], counts="00"), "size"),
+        (encode_mask(np.ones((8, 9))), "size"),
     ):
-        assert words in str(mask_trouble(mask, (8, 8)))
+        assert words in str(mask_trouble(mask, (8, 8))), mask
 
 
 def test_masks_survive_their_codes() -> None:
@@ -239,7 +266,7 @@ def detections(coco: Path, seed: int) -> tuple[CocoSource, list[dict[str, Any]]]
             mask[int(max(y, 0)) : int(y + height), int(max(x, 0)) : int(x + width)] = 1
             rows.append(
                 dict(
-                    image_id=source.entries[index]["id"],
+                    image_id=source.entries[index].id,
                     category_id=int(generator.choice([3, 7])) if generator.random() < 0.2 else entry["category_id"],
                     bbox=[x, y, width, height],
                     score=float(generator.random()),

@@ -220,19 +220,40 @@ def test_frozen_batch_norm_stays(scenes: dict[str, Path], tmp_path: Path) -> Non
     assert moved and all(int(state[name]) > 0 for name in moved)
 
 
-def test_two_processes_count_what_one_counts(scenes: dict[str, Path], tmp_path: Path) -> None:
-    """Evaluation shares are put together: same weights (rate 0), same figures."""
-    still = ["schedule.epochs=1", "optim.base_lr=1e-30", "schedule.warmup_lr=0", "schedule.min_lr=0"]
-    many = [*still, "detector.score_threshold=0.0", "optim.batch_size=1"]
+def test_a_batch_of_one_is_refused_where_batch_norm_needs_two(scenes: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one image at a time.*raise optim\.batch_size"):
+        train(small("segmentation", "optim.batch_size=1"), data=scenes["segmentation"], out=tmp_path / "run")
+
+
+def test_evaluation_is_told_how_data_lies(runs: dict[str, Path], scenes: dict[str, Path], tmp_path: Path) -> None:
+    train_set = ("data.val_images=train2017", "data.val_annotations=annotations/instances_train2017.json")
+    found, _ = evaluate(runs["detection"] / "best", data=scenes["detection"], workers=0, settings=train_set)
+    assert found.to_json()["images"] == 4
+    for settings, message in ((("optim.base_lr=1",), "only data.key=value"), (("data.nothing=1",), "unknown key")):
+        with pytest.raises(UserError, match=message):
+            evaluate(runs["detection"] / "best", data=scenes["detection"], settings=settings)
+    with pytest.raises(UserError, match="--set says how the --data"):
+        evaluate(runs["detection"], settings=train_set)
+
+
+def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
+    """Three images on two processes: one share is filled up, and what fills it does not count.
+
+    Every image has detections (threshold 0), weights stay (rate 0).
+    """
+    data = write_coco(tmp_path / "coco", val=3)
+    still = ["optim.base_lr=1e-30", "schedule.epochs=1", "schedule.warmup_lr=0", "schedule.min_lr=0"]
+    settings = [*still, "detector.score_threshold=0.0", "optim.batch_size=1"]
     rows: list[dict[str, Any]] = []
     for number in (1, 2):
         out = tmp_path / str(number)
-        settings = [f"--set={entry}" for entry in [*many, f"engine.devices={number}"]]
         program = [sys.executable, "-m", "conv2former_cli", "train", "--recipe=smoke_detection"]
-        process = start([*program, f"--data={scenes['detection']}", f"--out={out}", *settings])
+        options = [f"--set={entry}" for entry in [*settings, f"engine.devices={number}"]]
+        process = start([*program, f"--data={data}", f"--out={out}", *options])
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
+        assert "300 detections on 3 images" in said, said
         rows.append(RunFolder(out).rows("epoch")[0])
     keys = [key for key in rows[0] if key.startswith("val_")]
     assert len(keys) == 6 and all(rows[0][key] == pytest.approx(rows[1][key], abs=1e-6) for key in keys)
-    assert np.isfinite(rows[0]["train_loss"])
+    assert rows[0]["val_box_ap"] > 0 and np.isfinite(rows[0]["train_loss"])

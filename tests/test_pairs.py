@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from conv2former.data.segmentation import EvalPairs, TrainPairs, crop_box
 from conv2former.errors import UserError
 from conv2former.heads.upernet import pixel_loss
 from conv2former.recipes.segmentation import SegmentationAugmentSection, SegmentationDataSection
+from conv2former.tasks import segmentation
 from conv2former.tasks.segmentation import SegmentationCounts, class_probabilities, padded_with_mean, slide, whole
 from conv2former.workflows import workflow
 from scenes import BLUE, RED, small_segmenter, write_ade20k, write_pairs
@@ -107,11 +110,50 @@ def test_bad_label_maps_are_bad_images(pairs: Path, tmp_path: Path) -> None:
     assert "6 pixels hold labels up to 7, the last of the 3 classes is 2" in reason(Image.fromarray(beyond))
     assert "this is a RGB picture" in reason(Image.new("RGB", (128, 96)))
     assert "cannot" in reason(b"not a picture") and "cannot" in reason(b"")
+    for bits in (2, 4):  # which PNG optimisers make of small numbers
+        write_grey_png(tmp_path / "grey.png", beyond % 3, bits)
+        assert Image.open(tmp_path / "grey.png").tile[0][3] == f"L;{bits}"
+        assert np.array_equal(read_labels(tmp_path / "grey.png"), beyond % 3)
     palette = Image.fromarray(beyond % 3).convert("P")
     palette.save(tmp_path / "palette.png")
     assert np.array_equal(read_labels(tmp_path / "palette.png"), beyond % 3)
     with pytest.raises(BadImage, match="more than the limit of 100"):
         read_labels(tmp_path / "palette.png", max_pixels=100)
+
+
+def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
+    """A PNG of 2 or 4 bits, which Pillow reads and does not write."""
+    height, width = values.shape
+    codes = np.unpackbits(values[..., None].astype(np.uint8), axis=2)[..., 8 - bits :].reshape(height, -1)
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in codes)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_other_classes_are_no_silent_mistake(pairs: Path, tmp_path: Path) -> None:
+    """The same names in another order would count everything wrongly."""
+    with pytest.raises(UserError, match=r"are not the model's, in its order: here 'ground', the model's 'disc'"):
+        open_eval_pairs(PAIRS, pairs, ["disc", "block", "ground"])
+    with pytest.raises(UserError, match=r"here 3, the model's 2"):
+        open_eval_pairs(PAIRS, pairs, ["ground", "block"])
+    shutil.copytree(pairs, tmp_path / "copy")
+    (tmp_path / "copy" / "classes.txt").write_text("\ufeffa\na\nb\n")
+    with pytest.raises(UserError, match="names a more than once"):
+        open_pairs(PAIRS, tmp_path / "copy", seed=0)
+    shutil.copy(pairs / "classes.txt", tmp_path / "copy")
+    shutil.copy(pairs / "images" / "0.png", tmp_path / "copy" / "images" / "0.jpg")
+    with pytest.raises(UserError, match="differ by their extension alone"):
+        open_pairs(PAIRS, tmp_path / "copy", seed=0)
+
+
+def test_windows_must_meet() -> None:
+    with pytest.raises(ValueError, match="would leave gaps"):
+        SegmentationDataSection(window="slide", crop_size=256, stride=341)
+    with pytest.raises(ValueError, match=r"goes with data\.window=slide"):
+        SegmentationDataSection(stride=100)
+    assert SegmentationDataSection(window="slide", crop_size=512).step == 341
 
 
 def test_labels_by_hand() -> None:
@@ -182,24 +224,46 @@ def test_no_class_fills_a_crop_where_it_can_be_helped() -> None:
     assert crop_box(np.zeros((30, 20), np.uint8), 64, max_share=0.75) == (0, 0, 20, 30)
 
 
+def one_hot(classes: torch.Tensor) -> torch.Tensor:
+    """Certain probabilities (1, 3, H, W)."""
+    return F.one_hot(classes.long() % 3, 3).movedim(-1, 1).float()
+
+
 def test_counts_by_hand() -> None:
-    """Eight pixels that count in three classes, one of which never occurs."""
-    truth = torch.tensor([[[0, 0, 0, 1, 1, 1, 1, 1, 255]]], dtype=torch.uint8)
-    predicted = torch.tensor([[[0, 0, 1, 1, 1, 1, 0, 1, 0]]])
+    """Eight pixels that count in three classes, one of which never occurs; in two bands of rows."""
+    truth = torch.tensor([[[0, 0, 0], [1, 1, 1], [1, 1, 255]]], dtype=torch.uint8)
+    found = one_hot(torch.tensor([[[0, 0, 1], [1, 1, 1], [0, 1, 0]]]))
+    bands = [(slice(0, 2), found[:, :, :2]), (slice(2, 3), found[:, :, 2:])]
     counts = SegmentationCounts(3)
-    counts.update(F.one_hot(predicted, 3).movedim(-1, 1).float(), truth)
-    counts.update(F.one_hot(predicted, 3).movedim(-1, 1).float(), torch.full_like(truth, 255))  # nothing counts
+    counts.update(bands, truth)
+    counts.update(bands, torch.full_like(truth, 255))  # nothing counts
     result = counts.compute()
     assert (result["images"], result["pixels"]) == (1, 8)
     assert result["iou"] == [pytest.approx(50.0), pytest.approx(100 * 4 / 6), None]
     assert result["accuracy"][:2] == [pytest.approx(100 * 2 / 3), pytest.approx(80.0)]
     assert result["miou"] == pytest.approx((50 + 100 * 4 / 6) / 2) and result["pixel_accuracy"] == pytest.approx(75.0)
     counts.reset()
-    perfect = F.one_hot(truth.long() % 3, 3).movedim(-1, 1).float()
-    counts.update(perfect, truth)
+    counts.update([(slice(0, 3), one_hot(truth))], truth)
     assert counts.compute()["miou"] == pytest.approx(100.0) and counts.compute()["loss"] == pytest.approx(0.0)
-    counts.reset()
-    assert counts.compute()["miou"] is None
+
+
+def test_nothing_counted_has_no_miou() -> None:
+    counts = SegmentationCounts(3)
+    counts.update([(slice(0, 1), torch.ones(1, 3, 1, 2) / 3)], torch.full((1, 1, 2), 255, dtype=torch.uint8))
+    assert counts.compute()["miou"] is None and counts.compute()["images"] == 0
+
+
+@pytest.mark.parametrize("size", [(50, 70), (200, 31), (64, 96)])
+@torch.no_grad()
+def test_bands_are_the_whole(model: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against interpolation of the whole map at once."""
+    image, data = torch.randn(1, 3, 64, 96), PAIRS
+    model.eval()
+    wanted = F.interpolate(whole(model, image), size=size, mode="bilinear", align_corners=False).softmax(1)
+    monkeypatch.setattr(segmentation, "BAND", 3 * size[1] * 7)  # seven rows
+    bands = list(segmentation.probability_bands(model, [image], data, size=size))
+    assert len(bands) == -(-size[0] // 7) and bands[0][1].shape == (1, 3, 7, size[1])
+    torch.testing.assert_close(torch.cat([band for _, band in bands], dim=2), wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_the_loss_is_divided_by_all_pixels() -> None:

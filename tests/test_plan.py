@@ -216,5 +216,5 @@ def test_detectors_and_segmenters_are_planned(recipe: str, parameters: str, tmp_
     ]
     assert sum(parts) == int(parameters.replace(",", ""))
     assert "effective batch 16" in section(planned, "batch") and "GiB" in section(planned, "memory per process")
-    steps = "160,000 steps in all (126.7 epochs)" if recipe.startswith("ade") else "266,112 steps in all (36 epochs)"
+    steps = "160,000 steps in all (126.7 epochs)" if recipe.startswith("ade") else "263,844 steps in all (36 epochs)"
     assert steps in section(planned, "steps")

@@ -309,6 +309,47 @@ def test_mixing_needs_an_even_batch() -> None:
         load_recipe("quickstart", overrides=["augment.mixup=0.8", "optim.batch_size=3"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("schedule.epochs=12", "schedule.milestones: 27 does not lie within the 12 epochs"),
+        ("schedule.steps=100", "warmup_steps (500) must be less than steps (100)"),
+        ("schedule.steps=1000", "give schedule.epochs or its counterpart in steps, not both"),
+        ("schedule.warmup_epochs=1", "give schedule.warmup_steps or schedule.warmup_epochs, not both"),
+        ("schedule.kind=cosine", "schedule.milestones goes with schedule.kind=multistep"),
+        ("schedule.milestones=[]", "that needs them"),
+        ("data.std=[0,1,1]", "data.std"),
+        ("task=[a]", "unknown task"),
+        ("augment.crop_sizes=[600,384]", "must be the least and the most"),
+        ("detector.kind=yolo", "detector.kind"),
+        ("segmenter.channels=3", "unknown key 'segmenter'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_recipe("coco_mask_rcnn_t", overrides=[setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_and_polynomials() -> None:
+    """The rates of Tables 8 and 9: two drops by ten; a straight line that warm-up cuts into."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))], lr=1.0)
+
+    def rates(name: str, *steps: int) -> list[float]:
+        schedule = build_schedule(optimizer, load_recipe(name).schedule, steps_per_epoch=100)
+        found = []
+        for step in steps:
+            schedule.step_update(step)
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    low = 1e-7
+    expected = [low, low + (1 - low) / 2, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    assert rates("coco_mask_rcnn_t", 0, 250, 500, 2699, 2700, 3299, 3300, 3599) == pytest.approx(expected)
+    line = [0.0, 0.5, 1 - 1500 / 160000, 0.5, 1 / 160000]
+    assert rates("ade20k_upernet_t", 0, 750, 1500, 80000, 159999) == pytest.approx(line)
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="unknown recipe 'quickstrat'; did you mean 'quickstart'"):
         load_recipe("quickstrat")

@@ -88,7 +88,7 @@ class Loop:
         task = work.task(model, splits.train.classes)
         self.average = task.average
         if engine.compile:
-            model.compile()  # in place: the names in the state dict stay
+            work.compile(model)
         self.task: Any = fabric.setup_module(task)
         optimizer = build_optimizer(model, recipe.optim, lr=self.lr)  # behind the set-up, which may shard the weights
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
@@ -111,9 +111,11 @@ class Loop:
             run.tidy()
             run.drop_rows_after(position.step, evaluated=position.evaluated)
         if position.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
-            position.rescale(self.steps_per_epoch)
-            if self.fabric.is_global_zero:
-                run.renumber_rows(self.steps_per_epoch)
+            if self.recipe.schedule.steps is None:
+                position.rescale(self.steps_per_epoch)
+                if self.fabric.is_global_zero:
+                    run.renumber_rows(self.steps_per_epoch)
+            position.steps_per_epoch = self.steps_per_epoch
         if position.step > self.steps:
             schedule = self.recipe.schedule
             raise agreed(

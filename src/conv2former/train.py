@@ -87,7 +87,7 @@ def train(
         ending.callback(lambda: run.unlock())
         try:
             with Processes(fabric) as processes, _one_line_errors(run):
-                _check_batch(recipe, len(splits.train), fabric.world_size)
+                _check_batch(work, len(splits.train), fabric.world_size)
                 changes = check_same(run, facts, found, force=force) if resume else []
                 if own and own.digest() != recipe.digest():
                     changes.append(difference(own, recipe))
@@ -172,9 +172,11 @@ def _build(work: Workflow, splits: AnySplits, run: RunFolder, facts: dict[str, A
     return model, model_args
 
 
-def _check_batch(recipe: Recipe, images: int, world: int) -> None:
-    """Refuses a batch that the training set cannot fill once."""
+def _check_batch(work: Workflow, images: int, world: int) -> None:
+    """Refuses a batch that the training set cannot fill once, or the network cannot be trained on."""
+    recipe: Recipe = work.recipe
     batch = plan_batch(recipe, world=world)
+    work.check_batch(batch.per_process, world)
     if images >= batch.total:
         return
     if recipe.optim.global_batch is not None:

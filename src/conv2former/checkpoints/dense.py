@@ -121,7 +121,7 @@ def with_saved_args(section: ModelSection) -> ModelSection:
     if not section.weights:
         return section
     config = read_json(find_model(Path(section.weights))[0])
-    if config["architecture"] != section.name.split(".")[0]:
+    if config["architecture"].split(".")[0] != section.name.split(".")[0]:
         raise UserError(
             f"model.weights ({section.weights}) holds a {config['architecture']}, the recipe says {section.name}: give "
             f"--model {config['architecture']} or other weights"
@@ -129,7 +129,7 @@ def with_saved_args(section: ModelSection) -> ModelSection:
     if config.get("task", "classification") == "classification":
         args = saved_model_args(section.weights)
     else:
-        args = config.get("recipe", {}).get("model", {}).get("args", {})
+        args = read_dense(section.weights, str(config["task"])).recipe.model.args
     return section.model_copy(update=dict(args=args | section.args))
 
 

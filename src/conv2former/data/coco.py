@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from conv2former.data.images import MAX_PIXELS, BadImage, decode
+from conv2former.data.rle import decode_mask
+from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, one_line, some
+from conv2former.processes import say_once
 from conv2former.recipes.detection import DetectionDataSection
+
+KEPT = ("category_id", "bbox", "segmentation", "area")  # of an object
+FAR = 10  # sides of a picture that a polygon's points may lie away from it
+# what the lists must hold
+FIELDS: dict[str, dict[str, type]] = dict(
+    images=dict(id=int, file_name=str, width=int, height=int),
+    categories=dict(id=int, name=str),
+    annotations=dict(image_id=int, category_id=int),
+)
+KINDS = {int: "a whole number", str: "a text"}
+
+
+class Entry(NamedTuple):
+    """A picture by the annotations."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
 
 
 class CocoSource:
     """A set of images with objects: box, category and mask each.
 
-    Objects are kept as text, which is a tenth of what Python's dictionaries take and is shared by the processes that
-    read. Boxes without area, or outside of their image, are left out and counted in one line; so are objects whose mask
-    is missing.
+    Objects are kept as one text, a fraction of what Python's dictionaries take, which the processes that read share.
+    Objects that cannot be used (no area, outside of their image, a damaged mask) are left out and counted in one line.
 
     Args:
         images: Folder of the pictures.
@@ -33,30 +55,36 @@ class CocoSource:
     Attributes:
         classes: Names of the categories, by their ids.
         category_ids: The ids, in the order of ``classes``.
+        entries: The pictures.
+        counted: Objects of each that are no crowds.
 
     Raises:
-        UserError: Not JSON, keys that are missing, images that are missing, no categories.
+        UserError: Not JSON, keys that are missing or of another type, images that are missing, no categories.
     """
 
-    def __init__(self, images: Path, annotations: Path, *, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, images: Path, annotations: Path, *, say: Callable[[str], None] = say_once) -> None:
         self.images, self.annotations = images, annotations
         content = _read(annotations)
         categories = sorted(content["categories"], key=lambda entry: entry["id"])
         self.category_ids = [entry["id"] for entry in categories]
-        self.classes = [str(entry["name"]) for entry in categories]
+        self.classes = [entry["name"] for entry in categories]
         _check_unique(annotations, "category id", self.category_ids)
         _check_unique(annotations, "category name", self.classes)
-        self.entries = sorted(content["images"], key=lambda entry: entry["id"])
-        _check_unique(annotations, "image id", [entry["id"] for entry in self.entries])
+        listed = sorted(content["images"], key=lambda entry: entry["id"])
+        self.entries = [Entry(**{key: entry[key] for key in Entry._fields}) for entry in listed]
+        _check_unique(annotations, "image id", [entry.id for entry in self.entries])
         self._check_files()
-        objects = self._sorted_objects(content["annotations"], say or _say)
-        self.objects = [json.dumps(own, separators=(",", ":")).encode() for own in objects]
-        self.counted = [sum(not entry.get("iscrowd") for entry in own) for own in objects]
+        objects = self._sorted_objects(content["annotations"], say)
+        self.counted = [sum(not entry["iscrowd"] for entry in own) for own in objects]
+        texts = [json.dumps(own, separators=(",", ":")).encode() for own in objects]
+        self.text = b"".join(texts)
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        self.spans = np.stack([ends - [len(text) for text in texts], ends], axis=1) if texts else np.zeros((0, 2), int)
 
     def _check_files(self) -> None:
         if not self.images.is_dir():
             raise UserError(f"no such folder: {self.images}")
-        missing = [entry["file_name"] for entry in self.entries if not (self.images / entry["file_name"]).is_file()]
+        missing = [entry.file_name for entry in self.entries if not (self.images / entry.file_name).is_file()]
         if missing:
             raise UserError(
                 f"{len(missing)} of the {len(self.entries)} images that {self.annotations} names are not in "
@@ -65,14 +93,11 @@ class CocoSource:
 
     def _sorted_objects(self, annotations: list[Any], say: Callable[[str], None]) -> list[list[dict[str, Any]]]:
         """The objects of each image, in the order of ``entries``."""
-        place = {entry["id"]: index for index, entry in enumerate(self.entries)}
+        place = {entry.id: index for index, entry in enumerate(self.entries)}
         known = set(self.category_ids)
         found: list[list[dict[str, Any]]] = [[] for _ in self.entries]
         wrong: dict[str, list[str]] = {}
         for number, annotation in enumerate(annotations):
-            missing = [key for key in ("image_id", "category_id", "bbox") if key not in annotation]
-            if missing:
-                raise UserError(f"{self.annotations}: annotation {number} has no {missing[0]}: every object needs one")
             name = str(annotation.get("id", f"number {number}"))
             if annotation["image_id"] not in place:
                 wrong.setdefault("of images that it does not list", []).append(name)
@@ -86,7 +111,8 @@ class CocoSource:
             if trouble := _trouble(annotation, self.entries[index]):
                 wrong.setdefault(trouble, []).append(name)
                 continue
-            found[index].append({key: annotation[key] for key in KEPT if key in annotation})
+            own = {key: annotation[key] for key in KEPT if annotation.get(key) is not None}
+            found[index].append(own | dict(iscrowd=int(bool(annotation.get("iscrowd")))))
         for what, names in wrong.items():
             which = f"{len(names)} of {len(annotations)} objects {what} are left out"
             say(f"{self.annotations}: {which} (ids {some(names, 3)})")
@@ -97,34 +123,30 @@ class CocoSource:
 
     def name(self, index: int) -> str:
         """The picture's file below its folder."""
-        return self.entries[index]["file_name"]
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height) by the annotations."""
-        return self.entries[index]["width"], self.entries[index]["height"]
+        return self.entries[index].file_name
 
     def objects_of(self, index: int) -> list[dict[str, Any]]:
         """The objects of an image, crowds included."""
-        return json.loads(self.objects[index])
+        start, end = self.spans[index]
+        return json.loads(self.text[start:end])
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[dict[str, Any]]]:
         """The image in RGB and its objects; raises BadImage."""
-        file = self.images / self.name(index)
+        entry = self.entries[index]
+        file = self.images / entry.file_name
         image = decode(file, max_pixels=max_pixels)
-        if image.size != self.size(index):
-            (width, height), (said_width, said_height) = image.size, self.size(index)
-            raise BadImage(
-                str(file), f"it has {width} x {height} pixels, by the annotations {said_width} x {said_height}"
-            )
+        if image.size != (entry.width, entry.height):
+            sizes = f"{image.width} x {image.height} pixels, by the annotations {entry.width} x {entry.height}"
+            raise BadImage(str(file), f"it has {sizes}")
         return image, self.objects_of(index)
 
     def part(self, indices: Sequence[int]) -> CocoSource:
         """Some of the images."""
         chosen = object.__new__(CocoSource)
         chosen.__dict__.update(self.__dict__)
-        for name in ("entries", "objects", "counted"):
-            values = getattr(self, name)
-            setattr(chosen, name, [values[int(index)] for index in indices])
+        chosen.entries = [self.entries[index] for index in indices]
+        chosen.counted = [self.counted[index] for index in indices]
+        chosen.spans = self.spans[list(indices)]
         return chosen
 
     def ground_truth(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -132,15 +154,11 @@ class CocoSource:
         annotations: list[dict[str, Any]] = []
         for index in indices:
             for entry in self.objects_of(index):
-                entry = dict(entry, id=len(annotations) + 1, iscrowd=int(entry.get("iscrowd", 0)))
-                entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-                annotations.append(entry)
+                own = dict(id=len(annotations) + 1, image_id=self.entries[index].id)
+                annotations.append(dict(area=entry["bbox"][2] * entry["bbox"][3]) | entry | own)
         categories = [dict(id=i, name=n) for i, n in zip(self.category_ids, self.classes, strict=True)]
-        images = [{key: self.entries[index][key] for key in ("id", "width", "height")} for index in indices]
+        images = [dict(id=e.id, width=e.width, height=e.height) for e in (self.entries[index] for index in indices)]
         return dict(images=images, annotations=annotations, categories=categories)
-
-
-KEPT = ("image_id", "category_id", "bbox", "segmentation", "iscrowd", "area")
 
 
 @dataclass(frozen=True)
@@ -154,8 +172,9 @@ class CocoSplits:
         """A hash of all images and objects."""
         digest = hashlib.sha256()
         for source in (self.train, self.val):
-            for entry, objects in zip(source.entries, source.objects, strict=True):
-                digest.update(f"{entry['id']}\0{entry['file_name']}\n".encode("utf-8", "surrogateescape") + objects)
+            for entry, (start, end) in zip(source.entries, source.spans, strict=True):
+                line = f"{entry.id}\0{entry.file_name}\n".encode("utf-8", "surrogateescape")
+                digest.update(line + source.text[start:end])
         return digest.hexdigest()[:16]
 
 
@@ -165,7 +184,7 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
     Raises:
         UserError: Anything wrong with the files, categories that differ, nothing to train on.
     """
-    root = _folder(root)
+    root = given_folder(root, "images and annotations")
     train = CocoSource(root / data.train_images, root / data.train_annotations)
     val = CocoSource(root / data.val_images, root / data.val_annotations)
     _check_same(train, val)
@@ -184,7 +203,7 @@ def open_eval_coco(data: DetectionDataSection, root: Path | None, classes: Seque
     Raises:
         UserError: Anything wrong with the files, or categories that the model does not know.
     """
-    root = _folder(root)
+    root = given_folder(root, "images and annotations")
     source = CocoSource(root / data.val_images, root / data.val_annotations)
     unknown = [name for name in source.classes if name not in classes]
     if unknown:
@@ -200,37 +219,32 @@ def open_eval_coco(data: DetectionDataSection, root: Path | None, classes: Seque
     return source
 
 
-def _folder(root: Path | None) -> Path:
-    if root is None:
-        raise UserError("no data given: name the folder of images and annotations with --data DIR")
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root}" if not root.exists() else f"not a folder: {root}")
-    return root
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror}): name the file with --set data.train_annotations or "
-            "data.val_annotations"
+            f"cannot read {path} ({error.strerror}): name the file with --set data.train_annotations=... or "
+            "data.val_annotations=..."
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}): give COCO annotations") from None
-    for key, needed in (
-        ("images", ("id", "file_name", "width", "height")),
-        ("categories", ("id", "name")),
-        ("annotations", ()),
-    ):
+    for key, fields in FIELDS.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path} has no list {key!r}: give COCO annotations (instances_*.json)")
-        lacking = [(number, name) for number, entry in enumerate(entries) for name in needed if name not in entry]
-        if lacking:
-            number, name = lacking[0]
+        wrong = [
+            (number, name)
+            for number, entry in enumerate(entries)
+            for name, kind in fields.items()
+            if type(entry.get(name)) is not kind or (name in ("width", "height") and entry[name] < 1)
+        ]
+        if wrong:
+            number, name = wrong[0]
+            kind = KINDS[fields[name]]
             raise UserError(
-                f"{path}: {len(lacking)} entries of {key!r} lack something, the first ({number}) has no {name}"
+                f"{path}: {len(wrong)} values in {key!r} are missing or of the wrong kind; the first: {name} of entry "
+                f"{number} must be {kind}, it is {str(entries[number].get(name))[:40]}"
             )
     if not content["categories"]:
         raise UserError(f"{path} lists no categories: there is nothing to detect")
@@ -255,20 +269,44 @@ def _check_same(train: CocoSource, val: CocoSource) -> None:
     raise UserError(f"training and validation have different categories ({detail}): make them match")
 
 
-def _trouble(annotation: dict[str, Any], image: dict[str, Any]) -> str | None:
+def _trouble(annotation: dict[str, Any], image: Entry) -> str | None:
     """Why an object cannot be used, if so."""
-    box = annotation["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         return "whose box is not [x, y, width, height]"
     left, top, width, height = box
-    if not (width > 0 and height > 0):  # not a number either
+    if width <= 0 or height <= 0:
         return "whose box has no area"
-    if left >= image["width"] or top >= image["height"] or left + width <= 0 or top + height <= 0:
+    if left >= image.width or top >= image.height or left + width <= 0 or top + height <= 0:
         return "whose box lies outside of the image"
-    if not annotation.get("iscrowd") and not annotation.get("segmentation"):
+    if not _is_number(annotation.get("area", 0)):
+        return "whose area is no number"
+    return mask_trouble(annotation.get("segmentation"), (image.width, image.height))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def mask_trouble(segmentation: Any, size: tuple[int, int]) -> str | None:
+    """Why polygons or run lengths are no mask of a picture (width, height), if so."""
+    if not segmentation:
         return "without a mask (segmentation)"
+    if isinstance(segmentation, list):
+        try:
+            polygons = [np.array(polygon, float) for polygon in segmentation]
+        except (TypeError, ValueError):
+            return "whose mask is no list of polygons"
+        for polygon in polygons:
+            if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
+                return "whose mask has a polygon of less than three points"
+            if not (np.abs(polygon) <= FAR * max(size)).all():  # not a number either
+                return "whose mask has points far outside of the image"
+        return None
+    if not isinstance(segmentation, dict) or segmentation.get("size") != [size[1], size[0]]:
+        return "whose mask has not the image's size"
+    try:
+        decode_mask(segmentation)
+    except Exception:  # faster-coco-eval raises nearly anything
+        return "whose mask cannot be decoded"
     return None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

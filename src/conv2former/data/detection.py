@@ -20,7 +20,6 @@ from conv2former.data.images import BadImage
 from conv2former.data.loading import KeyedDataset
 from conv2former.data.rle import decode_mask, polygons_to_mask
 from conv2former.data.segmentation import fitted
-from conv2former.errors import one_line
 from conv2former.heads.detector import Target
 from conv2former.recipes.detection import DetectionAugmentSection, DetectionDataSection
 
@@ -138,22 +137,6 @@ def object_mask(segmentation: Any, view: View) -> np.ndarray:
     return polygons_to_mask(polygons, height, width)
 
 
-def mask_trouble(segmentation: Any, size: tuple[int, int]) -> str | None:
-    """Why polygons or run lengths are no mask of a picture (width, height), if so."""
-    if isinstance(segmentation, list):
-        try:
-            lengths = [len(np.array(polygon, float)) for polygon in segmentation]
-        except (TypeError, ValueError):
-            return "is no list of polygons"
-        odd = [length for length in lengths if length < 6 or length % 2]
-        return f"has a polygon of {odd[0]} numbers" if odd else None
-    try:
-        shape = decode_mask(segmentation).shape
-    except Exception as error:  # faster-coco-eval raises nearly anything
-        return f"cannot be decoded ({one_line(error)[:80]})"
-    return None if shape == size[::-1] else f"has {shape[1]} x {shape[0]} pixels"
-
-
 class TrainObjects(KeyedDataset):
     """Augmented images with their objects."""
 
@@ -163,14 +146,6 @@ class TrainObjects(KeyedDataset):
         super().__init__(source, **options)
         self.data, self.augment = data, augment
         self.labels = {number: label for label, number in enumerate(source.category_ids)}
-
-    def read(self, index: int) -> Any:
-        """As the source gives it; a damaged mask makes a broken image."""
-        image, objects = super().read(index)
-        for number, entry in enumerate(objects):
-            if not entry.get("iscrowd") and (trouble := mask_trouble(entry["segmentation"], image.size)):
-                raise BadImage(self.source.name(index), f"the mask of its object {number} {trouble}")
-        return image, objects
 
     def prepare(self, content: Any, index: int, *, counted: bool) -> tuple[np.ndarray, Target, tuple[int, int]]:
         """Picture (h, w, 3), objects, (h, w) of the original."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,7 @@ from conv2former.errors import one_line
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
 FORMATS = ("PNG", "TIFF", "BMP")  # without loss
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of a palette picture the numbers count, not the colours
+SCALED: dict[Any, int] = {"L;2": 85, "L;4": 17}  # by what Pillow multiplies grey of 2 and 4 bits
 IGNORED = 255
 
 
@@ -34,7 +36,8 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                     )
                 if picture.mode not in MODES:
                     raise BadImage(str(path), f"a label map holds one number a pixel, this is a {picture.mode} picture")
-                values = np.asarray(picture)
+                depth = picture.tile[0][3] if picture.format == "PNG" and picture.tile else None
+                values = np.asarray(picture) // SCALED.get(depth, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file

@@ -15,6 +15,7 @@ from timm.utils.misc import natural_key
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.labels import LABEL_EXTENSIONS, read_labels, to_classes
 from conv2former.data.sampling import Purpose, derive_seed
+from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, some
 from conv2former.recipes.segmentation import SegmentationDataSection
 
@@ -87,7 +88,7 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     Raises:
         UserError: Missing data, images without label maps, no validation set, no classes.
     """
-    root = _folder(root)
+    root = given_folder(root, "images")
     classes = _classes(root, data)
     places = _places(data.source, root)
     found = places.get("train", places.get("alone"))
@@ -111,20 +112,18 @@ def open_eval_pairs(data: SegmentationDataSection, root: Path | None, classes: l
     Raises:
         UserError: Missing data, or training images alone.
     """
-    root = _folder(root)
+    root = given_folder(root, "images")
+    own = _named_classes(root)
+    if own is not None and own != classes:
+        pairs = zip(own, classes, strict=False)
+        differ = [f"{mine!r}, the model's {theirs!r}" for mine, theirs in pairs if mine != theirs]
+        detail = f": here {differ[0]}" if differ else f": here {len(own)}, the model's {len(classes)}"
+        raise UserError(f"the classes named in {root} are not the model's, in its order{detail}")
     places = _places(data.source, root)
     found = places.get("val", places.get("alone"))
     if found is None:
         raise UserError(f"no validation set ({_expected(data.source)}) in {root}")
     return _open(root, found, classes, data)
-
-
-def _folder(root: Path | None) -> Path:
-    if root is None:
-        raise UserError("no data given: name the folder of images with --data DIR")
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root}" if not root.exists() else f"not a folder: {root}")
-    return root
 
 
 def _expected(source: str) -> str:
@@ -171,18 +170,21 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
 
 def _files(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
     """The files of a folder and those below it, by their path without extension, in natural order."""
-    found = {}
+    found: dict[str, Path] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        for name in sorted(names):
             if name.lower().endswith(extensions) and not name.startswith("."):
                 path = Path(place, name)
-                found[str(path.relative_to(folder).with_suffix(""))] = path
+                stem = str(path.relative_to(folder).with_suffix(""))
+                if stem in found:
+                    raise UserError(f"{found[stem]} and {path} differ by their extension alone: remove one")
+                found[stem] = path
     return dict(sorted(found.items(), key=lambda item: (natural_key(item[0]), item[0])))
 
 
 def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
-    names = next((_read_names(root / name) for name in CLASS_FILES if (root / name).is_file()), None)
+    names = _named_classes(root)
     if names is None:
         if data.classes is None:
             raise UserError(
@@ -194,12 +196,20 @@ def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
         raise UserError(f"data.classes={data.classes}, but the file in {root} names {len(names)}: make them match")
     if not 2 <= len(names) <= MAX_CLASSES:
         raise UserError(f"{len(names)} classes: give at least 2 and at most {MAX_CLASSES}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"the file in {root} names {some(twice, 3)} more than once: give every class its own name")
     return names
+
+
+def _named_classes(root: Path) -> list[str] | None:
+    """What the file of names in the root says, if there is one."""
+    return next((_read_names(root / name) for name in CLASS_FILES if (root / name).is_file()), None)
 
 
 def _read_names(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if path.name == CLASS_FILES[1]:

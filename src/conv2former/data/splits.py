@@ -14,7 +14,15 @@ import numpy as np
 
 from conv2former.data.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import DigitsSource, FolderSource, HfdsSource, ImageSource, SubsetSource, hfds_splits
+from conv2former.data.sources import (
+    DigitsSource,
+    FolderSource,
+    HfdsSource,
+    ImageSource,
+    SubsetSource,
+    given_folder,
+    hfds_splits,
+)
 from conv2former.errors import UserError, some
 from conv2former.recipes.classification import DataSection
 
@@ -150,12 +158,9 @@ class _Layout:
 
 
 def _layout(kind: str, root: Path | None) -> _Layout:
-    if root is None:
-        raise UserError("no data given: name the folder of images with --data DIR")
-    if kind == "hfds" and not root.exists() and not root.is_absolute():
+    if kind == "hfds" and root is not None and not root.exists() and not root.is_absolute():
         return _hfds_layout(root)  # a name on the hub, perhaps
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root}" if not root.exists() else f"not a folder: {root}")
+    root = given_folder(root, "images")
     return dict(folder=_folder_layout, tar=_tar_layout, wds=_wds_layout, hfds=_hfds_layout)[kind](root)
 
 

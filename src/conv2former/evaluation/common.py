@@ -26,6 +26,7 @@ class EvaluateOptions:
         source: How a classifier's ``data`` lies there: 'folder' (the default), 'tar', 'wds' or 'hfds'.
         on_bad_image: 'error', or 'skip' to leave out what cannot be read.
         multi_scale: Whether a segmenter sees every image at six scales and mirrored.
+        settings: Changes ``data.key=value`` to the recipe of a detector or segmenter.
     """
 
     data: Path | None = None
@@ -36,6 +37,7 @@ class EvaluateOptions:
     source: str | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     multi_scale: bool = False
+    settings: tuple[str, ...] = ()
 
     def check(self, task: str) -> None:
         """Refuses what a model of that task would ignore; raises UserError."""
@@ -45,6 +47,8 @@ class EvaluateOptions:
         for option, kind, used in given:
             if used and task != kind:
                 raise UserError(f"{option} is for {kind}, this is a {task} model: leave it out")
+        if self.settings and (task == "classification" or self.data is None):
+            raise UserError("--set says how the --data of a detector or segmenter lies: leave it out")
 
 
 def validation_set(run: RunFolder) -> AnySplits:

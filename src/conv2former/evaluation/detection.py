@@ -28,6 +28,7 @@ from conv2former.files import replace_text
 from conv2former.heads.backbone import Backbone
 from conv2former.heads.detector import Detector, build_detector
 from conv2former.recipes.detection import DetectionDataSection
+from conv2former.recipes.schema import with_settings
 from conv2former.run import RunFolder
 from conv2former.tasks.detection import CocoResults, coco_rows, figures_line
 from conv2former.tasks.segmentation import padded_with_mean
@@ -139,7 +140,8 @@ def draw_rows(image: Image.Image, rows: list[dict[str, Any]], classes: list[str]
 def evaluate_detector(checkpoint: Path, options: EvaluateOptions) -> tuple[DetectionEvaluation, Path | None]:
     """``conv2former.evaluation.evaluate`` for a detector."""
     model, saved = load_detector(checkpoint)
-    data, folder, run = saved.recipe.data, options.out, RunFolder(checkpoint)
+    data = with_settings(saved.recipe, [*options.settings], section="data").data
+    folder, run = options.out, RunFolder(checkpoint)
     if options.data is None and run.exists():
         source, folder = validation_set(run).val, folder or run.path
     else:
@@ -181,7 +183,7 @@ def _sheet(evaluation: DetectionEvaluation, source: CocoSource, data: DetectionD
         boxes = [(x, y, x + width, y + height) for x, y, width, height in (entry["bbox"] for entry in single)]
         own = [labels[entry["category_id"]] for entry in single]
         truth = draw_objects(image, boxes, [source.classes[label] for label in own], own, [None] * len(own))
-        number = source.entries[int(index)]["id"]
+        number = source.entries[int(index)].id
         found = [
             row | dict(label=labels[row["category_id"]])
             for row in evaluation.rows

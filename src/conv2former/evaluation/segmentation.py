@@ -24,9 +24,10 @@ from conv2former.errors import UserError, one_line
 from conv2former.evaluation.common import EvaluateOptions, validation_set
 from conv2former.files import replace_text
 from conv2former.heads.upernet import UperNet, build_upernet
+from conv2former.recipes.schema import with_settings
 from conv2former.recipes.segmentation import SegmentationDataSection
 from conv2former.run import RunFolder
-from conv2former.tasks.segmentation import SegmentationCounts, class_probabilities
+from conv2former.tasks.segmentation import SegmentationCounts, probability_bands
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation (Sec. 4.6)
 SHEET_IMAGES = 6
@@ -110,7 +111,7 @@ def evaluate_pairs(
         images = [normalizer(view.to(place)) for view in batch.images]
         labels = batch.labels.to(place)
         size: Any = labels.shape[-2:]
-        counts.update(class_probabilities(model, images, data, size=size, mirror=multi_scale), labels)
+        counts.update(probability_bands(model, images, data, size=size, mirror=multi_scale), labels)
     found = counts.compute()
     if not found["images"]:
         raise UserError("none of the images can be read, or none has a labelled pixel: nothing was evaluated")
@@ -124,14 +125,15 @@ def segment(model: UperNet, image: Image.Image, data: SegmentationDataSection) -
     (pixels,) = views(image, data, (1.0,))
     normalizer = Normalizer(data.mean, data.std).to(place)
     view = normalizer(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(place))
-    probabilities = class_probabilities(model, [view], data, size=(image.height, image.width))
-    return probabilities.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+    bands = probability_bands(model, [view], data, size=(image.height, image.width))
+    return torch.cat([band.argmax(dim=1)[0].to(torch.uint8) for _, band in bands]).cpu().numpy()
 
 
 def evaluate_segmenter(checkpoint: Path, options: EvaluateOptions) -> tuple[SegmentationEvaluation, Path | None]:
     """``conv2former.evaluation.evaluate`` for a segmenter."""
     model, saved = load_segmenter(checkpoint)
-    data, folder, run = saved.recipe.data, options.out, RunFolder(checkpoint)
+    data = with_settings(saved.recipe, [*options.settings], section="data").data
+    folder, run = options.out, RunFolder(checkpoint)
     if options.data is None and run.exists():
         source = validation_set(run).val
         folder = folder or (run.path / "evaluations" / "multi_scale" if options.multi_scale else run.path)

@@ -68,7 +68,10 @@ def run_predict(checkpoint: Path, inputs: list[Path], *, out: Path | None = None
 
 
 def _findings(
-    checkpoint: Path, inputs: list[Path], *, batch_size: int = 16, workers: int = 0, **options: Any
+    checkpoint: Path, inputs: list[Path], *, batch_size: int | None = None, workers: int = 0, **options: Any
 ) -> Iterator[tuple[Path, Finding | BadImage]]:
     predictor = open_predictor(checkpoint, **options)
-    return findings(predictor, inputs, batch_size=batch_size, workers=workers)
+    most = predictor.most_at_once  # whole pictures may be large
+    if batch_size is not None and batch_size > most:
+        raise UserError(f"--batch-size is for classification, {checkpoint} takes one picture at a time: leave it out")
+    return findings(predictor, inputs, batch_size=batch_size or min(most, 16), workers=workers)

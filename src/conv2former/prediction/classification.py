@@ -37,6 +37,8 @@ class Classifier:
         UserError: The checkpoint cannot be used.
     """
 
+    most_at_once = 1 << 20
+
     def __init__(self, checkpoint: Path, *, top_k: int = 5, device: str = "auto") -> None:
         self.place = pick_device(device)
         self.model = load_pretrained(checkpoint).eval().to(self.place)

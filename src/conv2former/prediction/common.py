@@ -32,7 +32,13 @@ class Finding:
 
 
 class Predictor(Protocol):
-    """A trained model that looks at pictures."""
+    """A trained model that looks at pictures.
+
+    Attributes:
+        most_at_once: Pictures of a batch.
+    """
+
+    most_at_once: int
 
     def prepare(self, image: Image.Image) -> Any:
         """What goes into a batch, made by the processes that read."""

@@ -28,9 +28,14 @@ class ObjectFinder:
         UserError: The checkpoint cannot be used.
     """
 
+    most_at_once = 1
+
     def __init__(self, checkpoint: Path, *, threshold: float, device: str = "auto") -> None:
         self.model, self.saved = load_detector(checkpoint)
         self.model.to(pick_device(device))
+        section = self.model.section
+        lower = min(threshold, section.score_threshold)
+        self.model.section = section.model_copy(update=dict(score_threshold=lower))
         self.threshold = threshold
 
     def prepare(self, image: Image.Image) -> Image.Image:

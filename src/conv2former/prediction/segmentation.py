@@ -29,6 +29,8 @@ class Segmenter:
         UserError: The checkpoint cannot be used.
     """
 
+    most_at_once = 1
+
     def __init__(self, checkpoint: Path, *, device: str = "auto") -> None:
         self.model, self.saved = load_segmenter(checkpoint)
         self.model.to(pick_device(device))

@@ -58,6 +58,20 @@ def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Reci
     return parse_recipe(raw, str(name))
 
 
+def with_settings(recipe: Recipe, settings: list[str], *, section: str) -> Any:
+    """The recipe with settings ``SECTION.key=value`` of one section changed.
+
+    Raises:
+        UserError: Another section, unknown key or wrong type.
+    """
+    raw = recipe.model_dump(mode="json")
+    for setting in settings:
+        if not setting.startswith(f"{section}."):
+            raise UserError(f"--set {setting!r}: only {section}.key=value can be changed here")
+        _assign(raw, setting)
+    return parse_recipe(raw, recipe.name)
+
+
 def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     """A recipe as it is written, laid over the one that it names as its ``base``."""
     try:
@@ -90,7 +104,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
     """Checks a recipe that is already parsed; ``origin`` stands in error messages."""
     task = raw.get("task", "classification") if isinstance(raw, dict) else "classification"
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"recipe {origin}: unknown task {task!r}; there are: {', '.join(TASKS)}")
     try:
         return TASKS[task].model_validate(raw)

@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -57,7 +57,7 @@ class ImagesSection(Section):
     max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
     max_pixels: PositiveInt = Field(default=1 << 27, description="larger pictures count as images that cannot be read")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
 
 
 class OptimSection(Section):
@@ -118,6 +118,14 @@ class ScheduleSection(Section):
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
         if bool(self.milestones) != (self.kind == "multistep"):
             raise ValueError("schedule.milestones goes with schedule.kind=multistep, and that needs them")
+        late = [epoch for epoch in self.milestones if epoch <= 0 or (self.steps is None and epoch >= self.epochs)]
+        if late:
+            raise ValueError(f"schedule.milestones: {late[0]:g} does not lie within the {self.epochs} epochs")
+        if self.steps is not None and self.warmup_epochs:
+            raise ValueError("schedule.warmup_steps goes with schedule.steps, not warmup_epochs")
+        for one, other in (("eval_every", self.eval_every_steps), ("epochs", self.steps)):
+            if other is not None and getattr(self, one) != type(self).model_fields[one].default:
+                raise ValueError(f"give schedule.{one} or its counterpart in steps, not both")
         return self
 
     def total(self, steps_per_epoch: int) -> int:

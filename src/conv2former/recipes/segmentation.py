@@ -30,7 +30,22 @@ class SegmentationDataSection(ImagesSection):
     window: Literal["whole", "slide"] = Field(
         default="whole", description="evaluation of the whole image at once, or by windows of crop_size"
     )
-    stride: PositiveInt = Field(default=341, description="from window to window, pixels")
+    stride: PositiveInt | None = Field(
+        default=None, description="from window to window, pixels; two thirds of crop_size unless given"
+    )
+
+    @model_validator(mode="after")
+    def _windows_overlap(self) -> SegmentationDataSection:
+        if self.stride is not None and self.window != "slide":
+            raise ValueError("data.stride goes with data.window=slide")
+        if self.step > self.crop_size:
+            raise ValueError(f"data.stride ({self.stride}) would leave gaps between windows of {self.crop_size}")
+        return self
+
+    @property
+    def step(self) -> int:
+        """From window to window, pixels."""
+        return self.stride or 2 * self.crop_size // 3
 
 
 class SegmentationAugmentSection(Section):
@@ -47,8 +62,8 @@ class SegmentationAugmentSection(Section):
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> SegmentationAugmentSection:
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"augment.scale {self.scale} must be the least and the most, above 0")
+        if not 0 < self.scale[0] <= self.scale[1] < 100:
+            raise ValueError(f"augment.scale {self.scale} must be the least and the most, above 0 and below 100")
         return self
 
 

@@ -36,6 +36,7 @@ class CocoResults:
 
     def __init__(self, source: CocoSource) -> None:
         self.source = source
+        self.group: Any = None
         self.reset()
 
     def reset(self) -> None:
@@ -46,23 +47,32 @@ class CocoResults:
     def add(self, index: int, found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> None:
         """The detections on image ``index``, seen at ``size`` (h, w), whose file has ``original`` (h, w)."""
         self.seen.append(index)
-        ids, number = self.source.category_ids, self.source.entries[index]["id"]
+        ids, number = self.source.category_ids, self.source.entries[index].id
         for row in coco_rows(found, size=size, original=original):
             row["category_id"] = ids[row.pop("label")]
             self.rows.append(dict(image_id=number) | row)
 
-    def gather(self) -> None:
-        """Takes in what the other processes have; to be called on all of them."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.seen, self.rows))
+    def over_all(self) -> dict[str, Any]:
+        """``compute`` over all processes, done by the first; to be called on all of them."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.compute()
+        if self.group is None:
+            self.group = dist.new_group(backend="gloo")  # not through the memory of GPUs
+        first = dist.get_rank() == 0
+        parts: Any = [None] * dist.get_world_size() if first else None
+        dist.gather_object((self.seen, self.rows), parts, group=self.group)
+        figures: list[Any] = [None]
+        if first:
             self.seen = sorted({index for seen, _ in parts for index in seen})
             self.rows = [row for _, rows in parts for row in rows]
+            figures = [self.compute()]
+        dist.broadcast_object_list(figures, group=self.group)
+        return figures[0]
 
     def compute(self) -> dict[str, Any]:
         """``images``, ``objects``, ``detections``, and ``box`` and ``mask`` with COCO's twelve numbers in percent.
 
-        A number is None where no object is of that size.
+        A number is None where no object is of that size; all are 0 where nothing was detected.
         """
         truth = self.source.ground_truth(sorted(self.seen))
         counted = sum(not entry["iscrowd"] for entry in truth["annotations"])
@@ -145,17 +155,15 @@ class DetectionTask(Task):
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Adds the detections on a batch."""
-        counted = [row for row, original in enumerate(batch.originals) if original != (0, 0)]
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
         for row, found in enumerate(self.validated(images, batch.sizes)):
-            if row in counted:
+            if batch.originals[row][0]:  # else padding, or an image that cannot be read
                 index = int(batch.indices[row])
                 self.results.add(index, found, size=batch.sizes[row], original=batch.originals[row])
 
     def result(self) -> Result:
         """AP of boxes and masks."""
-        self.results.gather()
-        found = self.results.compute()
+        found = self.results.over_all()
         figures = {
             f"val_{kind}_{name}": found[kind][name] for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")
         }

@@ -44,6 +44,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleSection, 
     steps, warmup = schedule.total(steps_per_epoch), schedule.warmup(steps_per_epoch)
     common: dict[str, Any] = dict(warmup_t=warmup, warmup_lr_init=schedule.warmup_lr, t_in_epochs=False)
     if schedule.kind == "multistep":
+        common["warmup_prefix"] = False
         # timm looks one step ahead
         milestones = [round(epoch * steps_per_epoch) + 1 for epoch in schedule.milestones]
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=schedule.gamma, **common)

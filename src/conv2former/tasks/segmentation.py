@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from conv2former.data.segmentation import SegmentationBatch
 from conv2former.heads.upernet import pixel_loss, resize
 from conv2former.recipes.segmentation import SegmentationDataSection, SegmentationRecipe
 from conv2former.tasks.base import Result, Task
+
+BAND = 2**24  # numbers of a map that are made at a time, 4 bytes each
 
 
 class SegmentationCounts(Metric):
@@ -38,17 +40,17 @@ class SegmentationCounts(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
 
-    def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Probabilities (B, K, H, W) and classes (B, H, W) of uint8, 255 for pixels that do not count."""
-        counted = labels != IGNORED
-        if not counted.any():
-            return
-        truth, predicted = labels[counted].long(), probabilities.argmax(dim=1)[counted]
-        cells = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
-        self.pixels += cells.view(self.num_classes, self.num_classes)
-        self.images += counted.flatten(1).any(dim=1).sum()
-        likely = probabilities.float().movedim(1, -1)[counted].gather(1, truth[:, None])
-        self.loss_sum -= likely.clamp_min(1e-12).log().sum().double()
+    def update(self, bands: Iterable[tuple[slice, Tensor]], labels: Tensor) -> None:
+        """Counts an image: its probabilities by bands of rows (1, K, h, W), and classes (1, H, W), 255 for none."""
+        self.images += int((labels != IGNORED).any())
+        for rows, probabilities in bands:
+            truth = labels[:, rows].long()
+            counted = truth != IGNORED
+            cells = (truth * self.num_classes + probabilities.argmax(dim=1))[counted]
+            found = torch.bincount(cells, minlength=self.num_classes**2)
+            self.pixels += found.view(self.num_classes, self.num_classes)
+            likely = probabilities.gather(1, truth.masked_fill(~counted, 0)[:, None])[:, 0][counted]
+            self.loss_sum -= likely.clamp_min(1e-12).log().sum().double()
 
     def compute(self) -> dict[str, Any]:
         """mIoU, accuracies (percent), the mean loss, and the counts behind them.
@@ -102,7 +104,7 @@ class SegmentationTask(Task):
         """Adds an image to ``counts``."""
         images = [self.prepared(view) for view in batch.images]
         size: Any = batch.labels.shape[-2:]
-        self.counts.update(class_probabilities(self.validated, images, self.recipe.data, size=size), batch.labels)
+        self.counts.update(probability_bands(self.validated, images, self.recipe.data, size=size), batch.labels)
 
     def result(self) -> Result:
         """mIoU and accuracies."""
@@ -132,10 +134,13 @@ def padded_with_mean(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor
     return images
 
 
-def class_probabilities(
+def probability_bands(
     model: Any, images: Sequence[Tensor], data: SegmentationDataSection, *, size: tuple[int, int], mirror: bool = False
-) -> Tensor:
-    """Probabilities (1, K, H, W) at the size of the picture in its file, averaged over views.
+) -> Iterator[tuple[slice, Tensor]]:
+    """Probabilities at the size of the picture in its file, averaged over views, by bands of rows.
+
+    With one view no more than ``BAND`` numbers are made at a time, whatever the size of the picture; several are added
+    up at its full size.
 
     Args:
         model: A segmenter in evaluation mode.
@@ -143,24 +148,55 @@ def class_probabilities(
         data: Says whether whole images are taken or windows.
         size: (H, W).
         mirror: Whether each view is taken mirrored, too.
+
+    Yields:
+        The rows of a band, and (1, K, rows, W).
     """
-    total: Any = 0.0
-    for image in images:
-        total = total + _probabilities(model, image, data, size)
-        if mirror:
-            total = total + _probabilities(model, image.flip(3), data, size, mirrored=True)
-    return total / (len(images) * (1 + mirror))
+    flips = (False, True) if mirror else (False,)
+    views = [(image, flip) for image in images for flip in flips]
+    if len(views) == 1:
+        yield from _bands(_logits(model, *views[0], data), size)
+        return
+    total: Any = None
+    for view in views:
+        for rows, probabilities in _bands(_logits(model, *view, data), size):
+            if total is None:
+                total = probabilities.new_zeros(1, probabilities.shape[1], *size)
+            total[:, :, rows] += probabilities
+    yield slice(0, size[0]), total / len(views)
 
 
-def _probabilities(
-    model: Any, image: Tensor, data: SegmentationDataSection, size: tuple[int, int], *, mirrored: bool = False
-) -> Tensor:
-    if data.window == "slide":
-        logits = slide(model, image, side=data.crop_size, stride=data.stride)
-    else:
-        logits = whole(model, image)
-    logits = resize(logits.flip(3) if mirrored else logits, size)
-    return logits.softmax(dim=1)
+def class_probabilities(model: Any, images: Sequence[Tensor], data: SegmentationDataSection, **options: Any) -> Tensor:
+    """``probability_bands`` put together, (1, K, H, W)."""
+    return torch.cat([part for _, part in probability_bands(model, images, data, **options)], dim=2)
+
+
+def _logits(model: Any, image: Tensor, mirrored: bool, data: SegmentationDataSection) -> Tensor:
+    """Logits of a view (1, K, h, w) at its own size, the right way round."""
+    view = image.flip(3) if mirrored else image
+    sliding = data.window == "slide"
+    logits = slide(model, view, side=data.crop_size, stride=data.step) if sliding else whole(model, view)
+    return logits.flip(3) if mirrored else logits
+
+
+def _bands(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    """Probabilities of logits (1, K, h, w) brought to (H, W) by bilinear interpolation, some rows at a time."""
+    height, width = size
+    step = max(BAND // (logits.shape[1] * width), 1)
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        yield rows, resize(_rows(logits, rows, height), (rows.stop - rows.start, width)).softmax(dim=1)
+
+
+def _rows(x: Tensor, rows: slice, height: int) -> Tensor:
+    """Some rows of (1, K, h, w) interpolated to ``height`` rows, (1, K, rows, w): bilinear along one axis."""
+    if x.shape[2] == height:
+        return x[:, :, rows]
+    places = (torch.arange(rows.start, rows.stop, device=x.device) + 0.5) * (x.shape[2] / height) - 0.5
+    places = places.clamp_min(0)
+    above = places.long().clamp_max(x.shape[2] - 1)
+    below = (above + 1).clamp_max(x.shape[2] - 1)
+    return torch.lerp(x[:, :, above], x[:, :, below], (places - above).to(x.dtype)[:, None])
 
 
 def whole(model: Any, image: Tensor) -> Tensor:

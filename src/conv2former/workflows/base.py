@@ -115,6 +115,14 @@ class Workflow(ABC):
         """Whether the recipe needs no ``--data``."""
         return False
 
+    def check_batch(self, per_process: int, world: int) -> None:
+        """Refuses a batch that the network cannot be trained on; raises UserError."""
+        return
+
+    def compile(self, model: Any) -> None:
+        """Has the network compiled, in place: the names in the state dict stay."""
+        model.compile()
+
     def val_batch(self, per_process: int) -> int:
         """Images of a forward pass in validation, where training takes ``per_process``."""
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from conv2former.data.detection import EvalObjects, TrainObjects
 from conv2former.evaluation.detection import DetectionEvaluation, evaluate_objects, load_detector, write_report
 from conv2former.heads.backbone import Backbone
 from conv2former.heads.detector import Detector, build_detector
+from conv2former.processes import say_once
 from conv2former.recipes.sections import ModelSection
 from conv2former.run import RunFolder
 from conv2former.tasks.detection import DetectionTask
@@ -41,7 +41,7 @@ class DetectionWorkflow(Workflow):
         backbone = Backbone(section)
         model = build_detector(backbone, widths=backbone.widths, section=self.recipe.detector, num_classes=len(classes))
         if section.weights:
-            print(start_from(section.weights, model, task="detection"), file=sys.stderr)
+            say_once(start_from(section.weights, model, task="detection"))
         return model, dict(section.args)
 
     def try_out(self, model: Any) -> None:
@@ -51,7 +51,11 @@ class DetectionWorkflow(Workflow):
 
     def at_size(self) -> str:
         """Any size is taken."""
-        return "at any size"
+        return "on an image of 128 x 160 pixels"
+
+    def compile(self, model: Any) -> None:
+        """The backbone alone, for any size: the rest depends on what is found."""
+        model.backbone.compile(dynamic=True)
 
     def task(self, model: Any, classes: Sequence[str]) -> DetectionTask:
         """The LightningModule."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from conv2former.checkpoints.dense import save_dense, start_from, with_saved_args
 from conv2former.data.pairs import PairSource, PairSplits, open_pairs
 from conv2former.data.segmentation import EvalPairs, TrainPairs
+from conv2former.errors import UserError
 from conv2former.evaluation.segmentation import SegmentationEvaluation, evaluate_pairs, load_segmenter, write_report
 from conv2former.heads.upernet import UperNet, build_upernet
+from conv2former.processes import say_once
 from conv2former.recipes.sections import ModelSection
 from conv2former.run import RunFolder
 from conv2former.tasks.segmentation import SegmentationTask, weighted_loss
@@ -35,7 +36,7 @@ class SegmentationWorkflow(Workflow):
         section = with_saved_args(section)
         model = build_upernet(section, self.recipe.segmenter, num_classes=len(classes))
         if section.weights:
-            print(start_from(section.weights, model, task="segmentation"), file=sys.stderr)
+            say_once(start_from(section.weights, model, task="segmentation"))
         return model, dict(section.args)
 
     def try_out(self, model: Any) -> None:
@@ -47,6 +48,15 @@ class SegmentationWorkflow(Workflow):
     def at_size(self) -> str:
         """Where the size stands."""
         return f"at data.crop_size={self.recipe.data.crop_size}"
+
+    def check_batch(self, per_process: int, world: int) -> None:
+        """Batch norm on the average of a whole map needs two of them."""
+        together = per_process * (world if self.recipe.engine.sync_batchnorm else 1)
+        if together < 2:
+            raise UserError(
+                "a process has one image at a time, on which the decoder's batch norm cannot be trained: raise "
+                "optim.batch_size (and optim.global_batch), or set engine.sync_batchnorm=true on several processes"
+            )
 
     def task(self, model: Any, classes: Sequence[str]) -> SegmentationTask:
         """The LightningModule."""
