@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+PARITY ?= .venv-parity
 
 # pip leaves compiling to the first import (a minute saved), so imports must be allowed to keep what they compile
 export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+PIP := -m pip install --quiet --no-compile --constraint constraints.txt
+INSTALL := $(BIN)/python $(PIP)
 
-.PHONY: quickstart test soak lint format docs-tables constraints clean help
+.PHONY: quickstart test soak parity parity-data lint format docs-tables constraints clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +26,14 @@ test: $(VENV)/.installed-dev lint ## set up, check style and types, run the test
 
 soak: $(VENV)/.installed-dev ## kill runs at random moments and compare them with undisturbed ones (minutes)
 	$(BIN)/python tests/soak.py
+
+parity: parity-data $(PARITY)/.installed ## compare with mmdet and mmseg: make parity COCO=DIR CAMVID=DIR (docs/parity.md)
+	$(PARITY)/bin/python tests/parity/detection.py --coco $(COCO)
+	$(PARITY)/bin/python tests/parity/segmentation.py --camvid $(CAMVID)
+
+parity-data:
+	@test -d "$(COCO)" -a -d "$(CAMVID)" || \
+	  { echo 'name the folders of COCO and of CamVid: make parity COCO=DIR CAMVID=DIR' >&2; exit 2; }
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .
@@ -50,5 +60,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# What mmengine, mmdet and mmseg say they require excludes today's PyTorch: the list is complete without asking them.
+$(PARITY)/.installed: pyproject.toml constraints.txt tests/parity/requirements.txt
+	test -x $(PARITY)/bin/python || $(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python $(PIP) --editable .
+	$(PARITY)/bin/python -m pip install --quiet --no-deps --requirement tests/parity/requirements.txt
+	touch $@
+
 clean: ## remove the virtual environment and what tools left
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) $(PARITY) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -105,7 +105,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print what would be done; --out is then a picture (.png) or its folder.")
     ] = False,
 ) -> None:
-    """Train a recipe on a folder of images (train/ and val/, one folder per class).
+    """Train a recipe on a folder of images: class folders, COCO's layout or pairs with label maps, as it says.
 
     Exit status: 0 when done, 75 when stopped by SIGTERM or SIGUSR1 with the state saved (run again with --resume),
     130 after Ctrl-C likewise, 1 on an error.
@@ -168,6 +168,12 @@ def evaluate(
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="Segmentation: six scales of each image, also mirrored.")
     ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="data.KEY=VALUE", help="How a detector's or segmenter's --data lies; repeatable."
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Count what a trained model gets right: accuracies of a classifier, COCO's 12 numbers, mIoU; draw pictures.
@@ -186,6 +192,7 @@ def evaluate(
         source=source.value if source else None,
         on_bad_image=on_bad_image.value,
         multi_scale=multi_scale,
+        settings=tuple(set_ or []),
     )
     print(json.dumps(evaluation.to_json()) if json_ else _result_line(evaluation, "figures and pictures", folder))
 
@@ -199,7 +206,9 @@ def predict(
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Least score of a detected object (default: 0.3).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures that a classifier sees at once (default: 16).")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -366,7 +375,7 @@ def main() -> None:
 
             error = UserError(KILLED_WORKER)
         if type(error).__name__ == "OutOfMemoryError":
-            error = UserError("out of GPU memory: lower --batch-size, or use --device cpu")
+            error = UserError("out of GPU memory: lower --batch-size (of a classifier), or use --device cpu")
         if not isinstance(error, UserError):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -397,3 +397,12 @@ def test_mistakes():
     for sizes, targets in (([], []), ([(64, 64)], None), ([(64, 64)], [])):
         with pytest.raises(UserError, match="one size for each image"):
             net(image, sizes, targets)
+
+
+def test_the_highest_scores_are_a_stable_sorts() -> None:
+    scores = (torch.rand(2, 5000) * 200).round() / 200  # many are equal
+    scores[1] = 1
+    for count in (1, 1000, 6000):
+        ranked, order = scores.sort(dim=1, descending=True, stable=True)
+        best, index = rpn.highest(scores, count)
+        assert torch.equal(best, ranked[:, :count]) and torch.equal(index, order[:, :count])

@@ -44,17 +44,21 @@ from conv2former.data.segmentation import TrainPairs, views
 from conv2former.heads.upernet import UperNet, build_upernet, pixel_loss
 from conv2former.recipes.sections import ModelSection
 from conv2former.recipes.segmentation import SegmentationAugmentSection, SegmentationDataSection, SegmenterSection
-from conv2former.tasks.segmentation import SegmentationCounts, class_probabilities, padded_with_mean, weighted_loss
+from conv2former.tasks.segmentation import SegmentationCounts, padded_with_mean, probability_bands, weighted_loss
 
 CONFIG = Path(mmseg.__file__).parent / ".mim/configs/convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py"
 SECTION = SegmenterSection(channels=64, aux_channels=32)  # widths; everything else is as in the configuration file
 SIDE, STRIDE = 256, 171
 # images of 300 x 400: neither multiples of 32, nor of the size of the files
-DATA = SegmentationDataSection(reduce_zero_label=True, short_side=300, long_side=400, crop_size=SIDE, stride=STRIDE)
+DATA = SegmentationDataSection(reduce_zero_label=True, short_side=300, long_side=400, crop_size=SIDE)
 PIXELS = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), bgr_to_rgb=True)
 MODES = {  # settings of the data, scales, whether mirrored as well
     "whole": (DATA, (1.0,), False),
-    "slide": (DATA.model_copy(update=dict(window="slide", short_side=480, long_side=640)), (1.0,), False),  # 3 x 4
+    "slide": (  # 3 x 4 windows
+        DATA.model_copy(update=dict(window="slide", stride=STRIDE, short_side=480, long_side=640)),
+        (1.0,),
+        False,
+    ),
     "three scales, mirrored": (DATA, (0.75, 1.0, 1.25), True),
 }
 # our name, their name
@@ -227,7 +231,8 @@ class Inference:
         pictures = views(image, self.data, self.scales)
         normalise = Normalizer(DATA.mean, DATA.std)
         inputs = [normalise(torch.from_numpy(picture).permute(2, 0, 1)[None]) for picture in pictures]
-        mine = class_probabilities(self.ours, inputs, self.data, size=size, mirror=self.mirror)
+        bands = [*probability_bands(self.ours, inputs, self.data, size=size, mirror=self.mirror)]
+        mine = torch.cat([probabilities for _, probabilities in bands], dim=2)
         found = their_predictions(self.theirs, pictures, size, window=self.data.window, mirror=self.mirror)
         if len(found) == 1:
             expected = found[0].seg_logits.data.softmax(dim=0)
@@ -239,7 +244,7 @@ class Inference:
         self.wrong += int((mine[0].argmax(dim=0) != classes).sum())
         self.pixels += classes.numel()
         self.shares += classes.flatten().bincount(minlength=self.num_classes)
-        self.counts.update(mine, torch.from_numpy(labels)[None])
+        self.counts.update(bands, torch.from_numpy(labels)[None])
         truth = their_labels(source.pairs[index].labels)
         areas = IoUMetric.intersect_and_union(classes, truth, self.num_classes, IGNORED)
         self.areas = [total + area for total, area in zip(self.areas, areas, strict=True)]
