@@ -4,8 +4,8 @@
 
 A detector of small widths and random weights, without a threshold, so that it finds 100 objects anywhere, sees a
 picture of 320 x 240 and then the large one at that size. What the second takes beyond what the process has before it,
-picture and network included, is due to the size of the picture: masks are pasted some at a time (``PASTED_PIXELS``) and
-become run lengths one by one. Linux only: there a process can read its peak and let it begin anew.
+picture and network included, is due to the size of the picture: masks are pasted and become run lengths one by one.
+Linux only: there a process can read its peak and let it begin anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from conv2former.heads.backbone import Backbone
 from conv2former.heads.detector import Detector, build_detector
 from conv2former.recipes.detection import DetectionDataSection, DetectorSection
 from conv2former.recipes.sections import ModelSection
-from conv2former.tasks.detection import PASTED_PIXELS
 
 MIB = 2**20
 DATA = DetectionDataSection(short_side=240, long_side=320)
@@ -35,10 +34,10 @@ DATA = DetectionDataSection(short_side=240, long_side=320)
 def bound(pixels: int) -> int:
     """Bytes that pasting and encoding take at most, for a picture of so many pixels.
 
-    Each of the masks pasted together is in memory as float32, as the comparison with the threshold, and as the result;
-    the one that is encoded also as uint8 in both orders.
+    The one mask that is in work fills the picture at most: as float32, as the comparison with the threshold, as the
+    result, and as uint8 twice.
     """
-    return (max(PASTED_PIXELS // pixels, 1) * (4 + 1 + 1) + 2) * pixels
+    return (4 + 1 + 1 + 2) * pixels
 
 
 def status(key: str) -> int:

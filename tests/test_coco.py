@@ -22,7 +22,7 @@ from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
 from conv2former.data.sampling import SampleKey, seed_cpu
 from conv2former.errors import UserError
-from conv2former.heads.detector import Detections
+from conv2former.heads.detector import Detections, paste_masks
 from conv2former.recipes.detection import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection import FIGURES, CocoResults, coco_figures, coco_rows
 from scenes import BLUE, RED, coco_entries, scene, write_coco
@@ -323,3 +323,16 @@ def test_rows_are_in_the_pictures_pixels() -> None:
     assert rows[0]["bbox"] == pytest.approx([20, 10, 40, 20])
     mask = decode_mask(rows[0]["segmentation"])
     assert mask.shape == (30, 200) and mask[10:30, 20:60].mean() > 0.9 and mask.sum() < 900
+
+
+def test_masks_pasted_in_windows_are_those_pasted_into_the_picture() -> None:
+    boxes = torch.tensor(
+        [[3.2, 4.9, 31.7, 40.1], [-5.0, -3.0, 20.5, 18.2], [50.0, 30.0, 90.0, 70.0], [7.0, 7.0, 7.2, 7.1]]
+    )
+    masks = torch.rand(4, 28, 28).pow(0.5)
+    found = Detections(boxes, torch.ones(4), torch.zeros(4, dtype=torch.long), masks)
+    rows = coco_rows(found, size=(60, 80), original=(90, 120))
+    wanted = paste_masks(masks, boxes * 1.5, (90, 120)).numpy()
+    for row, mask in zip(rows, wanted, strict=True):
+        assert (decode_mask(row["segmentation"]) != mask).mean() < 1e-3
+    assert decode_mask(rows[0]["segmentation"]).sum() > 500

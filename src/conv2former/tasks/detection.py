@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
@@ -20,7 +21,6 @@ from conv2former.recipes.detection import DetectionRecipe
 from conv2former.tasks.base import Result, Task
 from conv2former.tasks.segmentation import padded_with_mean
 
-PASTED_PIXELS = 2**25  # at a time, whatever the size of the picture
 FIGURES = (  # COCO's twelve numbers, in its order
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
@@ -85,26 +85,36 @@ class CocoResults:
 def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> list[dict[str, Any]]:
     """Detections as ``label``, ``score``, ``bbox`` (x, y, width, height) and ``segmentation`` in the original's pixels.
 
-    Masks are pasted some at a time, so that their memory does not grow with the picture.
-
     Args:
         found: In pixels of the network's input.
         size: (h, w) of the input.
         original: (h, w) of the picture.
     """
     height, width = original
-    scale = found.boxes.new_tensor([width / size[1], height / size[0]] * 2)
-    boxes = found.boxes * scale
-    step = max(PASTED_PIXELS // (height * width), 1)
-    masks = []
-    for start in range(0, len(boxes), step):
-        part = slice(start, start + step)
-        masks += [encode_mask(mask) for mask in paste_masks(found.masks[part], boxes[part], original).cpu().numpy()]
-    rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True)
+    boxes = (found.boxes * found.boxes.new_tensor([width / size[1], height / size[0]] * 2)).cpu()
+    masks = _encoded(found.masks.cpu(), boxes, original)
+    columns = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True)
     return [
         dict(label=label, score=score, bbox=[left, top, right - left, bottom - top], segmentation=mask)
-        for (left, top, right, bottom), score, label, mask in rows
+        for (left, top, right, bottom), score, label, mask in columns
     ]
+
+
+def _encoded(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Masks (N, 28, 28) of boxes (N, 4) as run lengths in a picture (h, w).
+
+    One after the other, each in the window of its box: no pixel whose centre lies outside of a box belongs to its mask.
+    """
+    canvas = np.zeros(size, np.uint8, order="F")  # the order of run lengths
+    for mask, box in zip(masks, boxes, strict=True):
+        left, top = (int(value) for value in box[:2].floor().clamp_min(0))
+        right, bottom = (min(math.ceil(value), side) for value, side in zip(box[2:], (size[1], size[0]), strict=True))
+        window = (slice(top, bottom), slice(left, right))
+        if top < bottom and left < right:
+            shift = box.new_tensor([left, top, left, top])
+            canvas[window] = paste_masks(mask[None], (box - shift)[None], (bottom - top, right - left))[0].numpy()
+        yield encode_mask(canvas)
+        canvas[window] = 0
 
 
 def coco_figures(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
