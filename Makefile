@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed ## set up, train on real digits, predict, evaluat
 	@$(BIN)/conv2former evaluate $(RUN)
 
 test: $(VENV)/.installed-dev lint ## set up, check style and types, run the tests
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 soak: $(VENV)/.installed-dev ## kill runs at random moments and compare them with undisturbed ones (minutes)
 	$(BIN)/python tests/soak.py

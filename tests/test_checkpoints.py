@@ -737,7 +737,7 @@ def test_load_says_what_is_wrong_with_a_folder(model: nn.Module, tmp_path: Path)
 
     folder = copy()
     edit_config(folder, architecture="conv2former_tset")
-    assert "nearest name is conv2former_test" in refusal(load_pretrained, folder)
+    assert "did you mean 'conv2former_test'" in refusal(load_pretrained, folder)
     edit_config(folder, architecture="my_own_net")
     assert "'my_own_net', which timm does not know" in refusal(load_pretrained, folder)
 

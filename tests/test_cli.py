@@ -154,7 +154,10 @@ def test_an_output_folder_without_permission(
     assert "cannot write the output folder" in capsys.readouterr().err
 
 
-def test_lists_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], counted: list[zoo.Row]
+) -> None:
+    monkeypatch.setattr(zoo, "rows", lambda variants: counted)  # counting them takes a while
     assert run(monkeypatch, "models", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["conv2former_t"]["params"] == 26_697_204 and rows["conv2former_t"]["paper_top1"] == 83.2

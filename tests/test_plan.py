@@ -60,7 +60,7 @@ def test_images_batch_and_steps(text: str) -> None:
 def test_the_rate_grows_with_the_batch_and_the_claim_counts_what_is_held_out(tmp_path: Path) -> None:
     text = plan(small("imagenet22k_s"), data=None, out=tmp_path)
     assert "0.001 x 4,096 / 1,024 = 0.004" in text and "about 70,986 of them are held out" in text
-    assert "14,126,136 images / 4,096 = 3,448 steps per epoch" in text and "90 epochs = 310,320 steps" in text
+    assert "14,126,136 images / 4,096 = 3,448 steps per epoch" in text and "310,320 steps in all (90 epochs)" in text
     assert "parameters" in section(text, "network") and "1,484" not in section(text, "network")
 
 

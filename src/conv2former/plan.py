@@ -274,7 +274,10 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[str]:
 
 def _network(work: Workflow, model: Any, classes: int) -> list[str]:
     section = work.recipe.model
-    lines = work.counts(model, classes=classes)
+    try:
+        lines = work.counts(model, classes=classes)
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{section.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
     if section.weights:
         lines.append(f"model.weights ({section.weights}) was not looked at; arguments that it brings are not counted")
     return lines
