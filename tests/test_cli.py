@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import conv2former_cli
+from conv2former import zoo
 from digits import TINY, one_picture
 
 COMMANDS = ["train", "evaluate", "predict", "convert", "plot", "models", "recipes"]
