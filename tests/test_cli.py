@@ -160,7 +160,7 @@ def test_lists_as_json(
 ) -> None:
     monkeypatch.setattr(zoo, "rows", lambda variants: counted)  # counting them takes a while
     assert run(monkeypatch, "models", "--json") == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    rows = {row["name"]: row for row in reversed(json.loads(capsys.readouterr().out))}  # the first of a name counts
     assert rows["conv2former_t"]["params"] == 26_697_204 and rows["conv2former_t"]["paper_top1"] == 83.2
     assert run(monkeypatch, "recipes", "--json") == 0
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
