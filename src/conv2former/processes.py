@@ -61,6 +61,9 @@ class Processes:
         if self.watch:
             known = value is None or getattr(value, "agreed", False)
             self.watch.finish(None if known else one_line(value))  # type: ignore[arg-type]
+            if known and dist.is_initialized():
+                # Gloo's threads let go of the last tensors; when Python ends before them, that aborts the process
+                dist.destroy_process_group()
         if self.world > 1 and isinstance(value, RuntimeError) and _is_lost_connection(value):
             raise UserError(f"the connection to another process broke, it was probably killed; {HELP}") from None
 
