@@ -49,7 +49,7 @@ from conv2former.data.detection import eval_view, pack, view_objects
 from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError
 from conv2former.heads.backbone import Backbone
-from conv2former.heads.detector import Target, build_detector
+from conv2former.heads.detector import Target, build_on_backbone
 from conv2former.heads.upernet import AUX_LEVEL, Classifier, ConvNorm, build_upernet
 from conv2former.recipes.detection import DetectionDataSection, DetectorSection
 from conv2former.recipes.sections import ModelSection
@@ -126,8 +126,7 @@ def torchvision_detector(section: ModelSection, detector: DetectorSection, *, sa
 
 def detector_steps(model: ModelSection, section: DetectorSection) -> dict[str, tuple[nn.Module, Step]]:
     """Ours and the rivals of a detector, by name, with what makes a loss of a batch."""
-    backbone = Backbone(model)
-    ours: Any = build_detector(backbone, widths=backbone.widths, section=section, num_classes=NUM_CLASSES)
+    ours: Any = build_on_backbone(model, section, num_classes=NUM_CLASSES)
 
     def our_loss(batch: Batch) -> Tensor:
         return sum(ours(batch.images, batch.sizes, batch.targets).values())

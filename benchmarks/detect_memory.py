@@ -22,8 +22,7 @@ from sklearn.datasets import load_sample_image
 
 import conv2former  # noqa: F401  registers the names
 from conv2former.evaluation.detection import detect
-from conv2former.heads.backbone import Backbone
-from conv2former.heads.detector import Detector, build_detector
+from conv2former.heads.detector import Detector, build_on_backbone
 from conv2former.recipes.detection import DetectionDataSection, DetectorSection
 from conv2former.recipes.sections import ModelSection
 
@@ -65,9 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    backbone = Backbone(ModelSection(name="conv2former_atto"))
     section = DetectorSection(channels=16, box_head_channels=32, score_threshold=0.0)
-    model = build_detector(backbone, widths=backbone.widths, section=section, num_classes=3).eval()
+    model = build_on_backbone(ModelSection(name="conv2former_atto"), section, num_classes=3).eval()
     picture = Image.fromarray(load_sample_image("china.jpg"))
     small, large = (picture.resize(size) for size in ((320, 240), (options.width, options.height)))
     measure(model, small)  # what a first pass allocates for good

@@ -85,7 +85,7 @@ class Loop:
         self.model = model
         self.described = copy.copy(model)  # as timm built it: sharding changes the network's class
         self.dataset = work.train_data(splits.train, on_bad_image="replace" if self._skipping else "error")
-        task = work.task(model, splits.train.classes)
+        task = work.task(model, splits)
         self.average = task.average
         if engine.compile:
             work.compile(model)

@@ -19,6 +19,7 @@ from conv2former.checkpoints.hub import (
     find_model,
     load_pretrained,
     read_json,
+    saved_config,
     saved_model_args,
     saved_task,
     written_whole,
@@ -120,7 +121,7 @@ def with_saved_args(section: ModelSection) -> ModelSection:
     """
     if not section.weights:
         return section
-    config = read_json(find_model(Path(section.weights))[0])
+    config = saved_config(section.weights)
     if config["architecture"].split(".")[0] != section.name.split(".")[0]:
         raise UserError(
             f"model.weights ({section.weights}) holds a {config['architecture']}, the recipe says {section.name}: give "

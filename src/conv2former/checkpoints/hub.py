@@ -228,13 +228,18 @@ def saved_normalisation(path: StrPath) -> dict[str, Any]:
     if saved_task(path) == "classification":
         cfg = saved_pretrained_cfg(path)
     else:
-        cfg = read_json(find_model(Path(path))[0]).get("pretrained_cfg", {})
+        cfg = saved_config(path).get("pretrained_cfg", {})
     return {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
 
 
 def saved_task(path: StrPath) -> str:
     """The task that a saved model was trained for."""
-    return str(read_json(find_model(Path(path))[0]).get("task", "classification"))
+    return str(saved_config(path).get("task", "classification"))
+
+
+def saved_config(path: StrPath) -> dict[str, Any]:
+    """The ``config.json`` of a saved model of any task; raises UserError."""
+    return read_json(find_model(Path(path))[0])
 
 
 def read_json(folder: Path) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from conv2former import plots
 from conv2former.checkpoints import load_pretrained
 from conv2former.data.classification import ImageDataset, eval_transform
 from conv2former.data.images import MAX_PIXELS
-from conv2former.data.loading import Normalizer, checked, eval_loader
+from conv2former.data.loading import Normalizer, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import ImageSource
 from conv2former.data.splits import open_eval_source
 from conv2former.devices import pick_device
 from conv2former.errors import UserError, one_line
-from conv2former.evaluation.common import EvaluateOptions, validation_set
+from conv2former.evaluation.common import EvaluateOptions, announced, report_folder, validation_set
 from conv2former.files import replace_text
 from conv2former.labels import class_names
 from conv2former.run import RunFolder
@@ -104,10 +104,7 @@ def evaluate_source(
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=batch_size, workers=workers, place=place)
     counts = ClassificationCounts(model.num_classes, sync_on_compute=False).to(place)
     parts: list[list[np.ndarray]] = []
-    for batch in loader:
-        images, targets, indices, bad = checked(batch)
-        for error in bad:
-            print(f"skipping: {error}", file=sys.stderr, flush=True)
+    for images, targets, indices, _ in announced(loader):
         counted = targets >= 0
         if not counted.any():
             continue
@@ -129,13 +126,11 @@ def evaluate_classifier(checkpoint: Path, options: EvaluateOptions) -> tuple[Eva
     """``conv2former.evaluation.evaluate`` for a classifier."""
     model = load_pretrained(checkpoint)
     run, data = RunFolder(checkpoint), options.data
-    folder, max_pixels = options.out, MAX_PIXELS
+    folder, max_pixels = report_folder(run, options), MAX_PIXELS
     if data is None and run.exists():
-        images, folder, max_pixels = validation_set(run).val, folder or run.path, run.recipe().data.max_pixels
+        images, max_pixels = validation_set(run).val, run.recipe().data.max_pixels
     else:
         images = open_eval_source(data, class_names(model), kind=options.source or "folder")
-        if data and run.exists():
-            folder = folder or run.path / "evaluations" / data.resolve().name
     evaluation = evaluate_source(
         model,
         images,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from conv2former.data.loading import checked
 from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError
 from conv2former.resuming import recorded_data
@@ -49,6 +52,28 @@ class EvaluateOptions:
                 raise UserError(f"{option} is for {kind}, this is a {task} model: leave it out")
         if self.settings and (task == "classification" or self.data is None):
             raise UserError("--set says how the --data of a detector or segmenter lies: leave it out")
+
+
+def report_folder(run: RunFolder, options: EvaluateOptions) -> Path | None:
+    """Where the report of an evaluation goes; see ``EvaluateOptions.out``."""
+    if options.out or not run.exists():
+        return options.out
+    if options.data is None:
+        return run.path / "evaluations" / "multi_scale" if options.multi_scale else run.path
+    return run.path / "evaluations" / (options.data.resolve().name + ("_multi_scale" if options.multi_scale else ""))
+
+
+def announced(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader; images that are left out are named.
+
+    Raises:
+        UserError: An image that cannot be read, where that is an error.
+    """
+    for batch in loader:
+        batch = checked(batch)
+        for error in batch.bad:
+            print(f"skipping: {error}", file=sys.stderr, flush=True)
+        yield batch
 
 
 def validation_set(run: RunFolder) -> AnySplits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,16 @@ from PIL import Image
 from conv2former.checkpoints.dense import SavedDense, load_dense, read_dense
 from conv2former.data.coco import CocoSource, open_eval_coco
 from conv2former.data.detection import EvalObjects, eval_view, pack
-from conv2former.data.loading import Normalizer, checked, eval_loader
+from conv2former.data.loading import Normalizer, eval_loader
 from conv2former.data.rle import decode_mask
 from conv2former.data.sampling import EvalSampler
 from conv2former.devices import pick_device
 from conv2former.drawing import objects as draw_objects
 from conv2former.drawing import side_by_side
 from conv2former.errors import UserError, one_line
-from conv2former.evaluation.common import EvaluateOptions, validation_set
+from conv2former.evaluation.common import EvaluateOptions, announced, report_folder, validation_set
 from conv2former.files import replace_text
-from conv2former.heads.backbone import Backbone
-from conv2former.heads.detector import Detector, build_detector
+from conv2former.heads.detector import Detector, build_on_backbone
 from conv2former.recipes.detection import DetectionDataSection
 from conv2former.recipes.schema import with_settings
 from conv2former.run import RunFolder
@@ -67,10 +65,7 @@ class DetectionEvaluation:
 def load_detector(path: Path) -> tuple[Detector, SavedDense]:
     """The model of a run folder or a saved one, in evaluation mode; raises UserError."""
     saved = read_dense(path, "detection")
-    backbone = Backbone(saved.recipe.model)
-    model = build_detector(
-        backbone, widths=backbone.widths, section=saved.recipe.detector, num_classes=len(saved.classes)
-    )
+    model = build_on_backbone(saved.recipe.model, saved.recipe.detector, num_classes=len(saved.classes))
     load_dense(saved, model)
     return model, saved
 
@@ -97,10 +92,7 @@ def evaluate_objects(
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=1, workers=workers, place=place)
     normalizer = Normalizer(data.mean, data.std).to(place)
     results, network, started = CocoResults(source), 0.0, time.perf_counter()
-    for batch in loader:
-        batch = checked(batch)
-        for error in batch.bad:
-            print(f"skipping: {error}", file=sys.stderr, flush=True)
+    for batch in announced(loader):
         if batch.bad:
             continue
         begun = time.perf_counter()
@@ -141,16 +133,15 @@ def evaluate_detector(checkpoint: Path, options: EvaluateOptions) -> tuple[Detec
     """``conv2former.evaluation.evaluate`` for a detector."""
     model, saved = load_detector(checkpoint)
     data = with_settings(saved.recipe, [*options.settings], section="data").data
-    folder, run = options.out, RunFolder(checkpoint)
+    run = RunFolder(checkpoint)
     if options.data is None and run.exists():
-        source, folder = validation_set(run).val, folder or run.path
+        source = validation_set(run).val
     else:
         source = open_eval_coco(data, options.data, saved.classes)
-        if options.data and run.exists():
-            folder = folder or run.path / "evaluations" / options.data.resolve().name
     evaluation = evaluate_objects(
         model, source, data, device=options.device, workers=options.workers, on_bad_image=options.on_bad_image
     )
+    folder = report_folder(run, options)
     if folder:
         write_report(evaluation, source, data, folder)
     return evaluation, folder

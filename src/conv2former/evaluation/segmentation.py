@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +13,14 @@ from PIL import Image
 
 from conv2former import plots
 from conv2former.checkpoints.dense import SavedDense, load_dense, read_dense
-from conv2former.data.loading import Normalizer, checked, eval_loader
+from conv2former.data.loading import Normalizer, eval_loader
 from conv2former.data.pairs import PairSource, open_eval_pairs
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.segmentation import EvalPairs, views
 from conv2former.devices import pick_device
 from conv2former.drawing import label_overlay, legend, side_by_side
 from conv2former.errors import UserError, one_line
-from conv2former.evaluation.common import EvaluateOptions, validation_set
+from conv2former.evaluation.common import EvaluateOptions, announced, report_folder, validation_set
 from conv2former.files import replace_text
 from conv2former.heads.upernet import UperNet, build_upernet
 from conv2former.recipes.schema import with_settings
@@ -102,10 +101,7 @@ def evaluate_pairs(
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=1, workers=workers, place=place)
     normalizer = Normalizer(data.mean, data.std).to(place)
     counts = SegmentationCounts(len(source.classes), sync_on_compute=False).to(place)
-    for batch in loader:
-        batch = checked(batch)
-        for error in batch.bad:
-            print(f"skipping: {error}", file=sys.stderr, flush=True)
+    for batch in announced(loader):
         if batch.bad:
             continue
         images = [normalizer(view.to(place)) for view in batch.images]
@@ -133,15 +129,11 @@ def evaluate_segmenter(checkpoint: Path, options: EvaluateOptions) -> tuple[Segm
     """``conv2former.evaluation.evaluate`` for a segmenter."""
     model, saved = load_segmenter(checkpoint)
     data = with_settings(saved.recipe, [*options.settings], section="data").data
-    folder, run = options.out, RunFolder(checkpoint)
+    run = RunFolder(checkpoint)
     if options.data is None and run.exists():
         source = validation_set(run).val
-        folder = folder or (run.path / "evaluations" / "multi_scale" if options.multi_scale else run.path)
     else:
         source = open_eval_pairs(data, options.data, saved.classes)
-        if options.data and run.exists():
-            name = options.data.resolve().name + ("_multi_scale" if options.multi_scale else "")
-            folder = folder or run.path / "evaluations" / name
     evaluation = evaluate_pairs(
         model,
         source,
@@ -151,6 +143,7 @@ def evaluate_segmenter(checkpoint: Path, options: EvaluateOptions) -> tuple[Segm
         on_bad_image=options.on_bad_image,
         multi_scale=options.multi_scale,
     )
+    folder = report_folder(run, options)
     if folder:
         write_report(evaluation, model, source, data, folder)
     return evaluation, folder

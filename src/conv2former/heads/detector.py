@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from conv2former.errors import UserError
-from conv2former.heads.backbone import OnBackbone
+from conv2former.heads.backbone import Backbone, OnBackbone
 from conv2former.heads.boxes import clip
 from conv2former.heads.masks import paste_masks
 from conv2former.heads.pyramid import Pyramid
 from conv2former.heads.rpn import RegionProposals
 from conv2former.heads.stages import Stage, StageSettings, Target
 from conv2former.recipes.detection import DetectorSection
+from conv2former.recipes.sections import ModelSection
 
-__all__ = ["Detections", "Detector", "Target", "build_detector", "paste_masks"]
+__all__ = ["Detections", "Detector", "Target", "build_detector", "build_on_backbone", "paste_masks"]
 
 STAGES: dict[str, tuple[StageSettings, ...]] = {
     "mask_rcnn": (StageSettings(0.5, (0.1, 0.1, 0.2, 0.2), 1.0, claims=True),),
@@ -167,6 +168,12 @@ def build_detector(
     if len(widths) != 4:
         raise UserError(f"a detector needs a backbone of four maps, of stride 4, 8, 16 and 32, not of {len(widths)}")
     return Detector(backbone, widths=widths, section=section, num_classes=num_classes)
+
+
+def build_on_backbone(model: ModelSection, section: DetectorSection, *, num_classes: int) -> Detector:
+    """From a recipe, on a timm backbone; raises UserError where that does not fit."""
+    backbone = Backbone(model)
+    return build_detector(backbone, widths=backbone.widths, section=section, num_classes=num_classes)
 
 
 def _owners(parts: Sequence[Tensor]) -> Tensor:

@@ -64,8 +64,8 @@ class Workflow(ABC):
         """Runs the network once at the size of the recipe, so that what it refuses shows before the first step."""
 
     @abstractmethod
-    def task(self, model: Any, classes: Sequence[str]) -> Task:
-        """The LightningModule."""
+    def task(self, model: Any, splits: Any) -> Task:
+        """The LightningModule, for the sets of ``open_splits``."""
 
     @abstractmethod
     def train_data(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> KeyedDataset:

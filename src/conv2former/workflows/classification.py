@@ -46,7 +46,7 @@ class ClassificationWorkflow(Workflow):
         """Where the size stands."""
         return f"at data.input_size={self.recipe.data.input_size}"
 
-    def task(self, model: Any, classes: Sequence[str]) -> ClassificationTask:
+    def task(self, model: Any, splits: Splits) -> ClassificationTask:
         """The LightningModule."""
         return ClassificationTask(model, self.recipe)
 

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from conv2former.checkpoints.dense import save_dense, start_from, with_saved_args
 from conv2former.data.coco import CocoSource, CocoSplits, open_coco
 from conv2former.data.detection import EvalObjects, TrainObjects
 from conv2former.evaluation.detection import DetectionEvaluation, evaluate_objects, load_detector, write_report
-from conv2former.heads.backbone import Backbone
-from conv2former.heads.detector import Detector, build_detector
-from conv2former.processes import say_once
+from conv2former.heads.detector import Detector, build_on_backbone
 from conv2former.recipes.sections import ModelSection
 from conv2former.run import RunFolder
 from conv2former.tasks.detection import DetectionTask
-from conv2former.workflows.base import Workflow
+from conv2former.workflows.dense import DenseWorkflow
 
 COUNTED = (800, 1280)  # the image by which the paper's toolbox counts multiply-adds
 
 
-class DetectionWorkflow(Workflow):
+class DetectionWorkflow(DenseWorkflow):
     """Mask R-CNN and Cascade Mask R-CNN on any hierarchical backbone."""
 
     headline = "val_box_ap"
+    train_dataset, val_dataset = TrainObjects, EvalObjects
 
     def open_splits(self, root: Path | None) -> CocoSplits:
         """COCO's layout, or files of its format that the recipe names."""
-        splits = open_coco(self.recipe.data, root)
-        self.val = splits.val
-        return splits
+        return open_coco(self.recipe.data, root)
 
-    def build(self, section: ModelSection, *, classes: Sequence[str]) -> tuple[Detector, dict[str, Any]]:
-        """The detector; of the weights it says what was loaded."""
-        section = with_saved_args(section)
-        backbone = Backbone(section)
-        model = build_detector(backbone, widths=backbone.widths, section=self.recipe.detector, num_classes=len(classes))
-        if section.weights:
-            say_once(start_from(section.weights, model, task="detection"))
-        return model, dict(section.args)
+    def network(self, section: ModelSection, *, num_classes: int) -> Detector:
+        """The detector."""
+        return build_on_backbone(section, self.recipe.detector, num_classes=num_classes)
 
     def try_out(self, model: Any) -> None:
         """A small image."""
@@ -57,9 +47,9 @@ class DetectionWorkflow(Workflow):
         """The backbone alone, for any size: the rest depends on what is found."""
         model.backbone.compile(dynamic=True)
 
-    def task(self, model: Any, classes: Sequence[str]) -> DetectionTask:
+    def task(self, model: Any, splits: CocoSplits) -> DetectionTask:
         """The LightningModule."""
-        return DetectionTask(model, self.recipe, val=self.val)
+        return DetectionTask(model, self.recipe, val=splits.val)
 
     def train_shape(self) -> tuple[int, int]:
         """The largest, lying, with sides that are multiples of 32."""
@@ -89,36 +79,6 @@ class DetectionWorkflow(Workflow):
     def run_for_counts(self, model: Any, images: Tensor) -> None:
         """As in training: the number of boxes in evaluation depends on the picture."""
         self.trial_loss(model, images)
-
-    def train_data(self, source: CocoSource, *, on_bad_image: Literal["error", "replace"]) -> TrainObjects:
-        """Augmented images."""
-        recipe = self.recipe
-        return TrainObjects(
-            source,
-            recipe.data,
-            recipe.augment,
-            seed=recipe.engine.seed,
-            on_bad_image=on_bad_image,
-            max_pixels=recipe.data.max_pixels,
-        )
-
-    def val_data(self, source: CocoSource, *, on_bad_image: Literal["error", "mask"]) -> EvalObjects:
-        """Whole images."""
-        data = self.recipe.data
-        return EvalObjects(source, data, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
-
-    def save(
-        self,
-        model: nn.Module,
-        folder: Path,
-        *,
-        state: dict[str, Tensor],
-        classes: list[str],
-        model_args: dict[str, Any],
-        note: dict[str, Any],
-    ) -> None:
-        """Our folder for detectors and segmenters."""
-        save_dense(folder, self.recipe, state=state, classes=classes, model_args=model_args, note=note)
 
     def report(self, run: RunFolder, source: CocoSource, *, batch_size: int, device: str) -> DetectionEvaluation:
         """COCO's numbers, the results file, pictures."""

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from conv2former.checkpoints.dense import save_dense, start_from, with_saved_args
 from conv2former.data.pairs import PairSource, PairSplits, open_pairs
 from conv2former.data.segmentation import EvalPairs, TrainPairs
 from conv2former.errors import UserError
 from conv2former.evaluation.segmentation import SegmentationEvaluation, evaluate_pairs, load_segmenter, write_report
 from conv2former.heads.upernet import UperNet, build_upernet
-from conv2former.processes import say_once
 from conv2former.recipes.sections import ModelSection
 from conv2former.run import RunFolder
 from conv2former.tasks.segmentation import SegmentationTask, weighted_loss
-from conv2former.workflows.base import Workflow
+from conv2former.workflows.dense import DenseWorkflow
 
 
-class SegmentationWorkflow(Workflow):
+class SegmentationWorkflow(DenseWorkflow):
     """UperNet on any hierarchical backbone."""
 
     headline = "val_miou"
+    train_dataset, val_dataset = TrainPairs, EvalPairs
 
     def open_splits(self, root: Path | None) -> PairSplits:
         """ADE20K's layout or folders of pairs."""
         return open_pairs(self.recipe.data, root, seed=self.recipe.engine.seed)
 
-    def build(self, section: ModelSection, *, classes: Sequence[str]) -> tuple[UperNet, dict[str, Any]]:
-        """The segmenter; of the weights it says what was loaded."""
-        section = with_saved_args(section)
-        model = build_upernet(section, self.recipe.segmenter, num_classes=len(classes))
-        if section.weights:
-            say_once(start_from(section.weights, model, task="segmentation"))
-        return model, dict(section.args)
+    def network(self, section: ModelSection, *, num_classes: int) -> UperNet:
+        """The segmenter."""
+        return build_upernet(section, self.recipe.segmenter, num_classes=num_classes)
 
     def try_out(self, model: Any) -> None:
         """One crop."""
@@ -58,9 +52,9 @@ class SegmentationWorkflow(Workflow):
                 "optim.batch_size (and optim.global_batch), or set engine.sync_batchnorm=true on several processes"
             )
 
-    def task(self, model: Any, classes: Sequence[str]) -> SegmentationTask:
+    def task(self, model: Any, splits: PairSplits) -> SegmentationTask:
         """The LightningModule."""
-        return SegmentationTask(model, self.recipe, num_classes=len(classes))
+        return SegmentationTask(model, self.recipe, num_classes=len(splits.train.classes))
 
     def train_shape(self) -> tuple[int, int]:
         """The crop."""
@@ -74,36 +68,6 @@ class SegmentationWorkflow(Workflow):
     def counts(self, model: Any, *, classes: int) -> list[str]:
         """Parameters of each part, multiply-adds as the paper counts them, at 512 x 2048 (Table 9)."""
         return self.count_lines(model, image=(512, 2048), parts=("backbone", "decoder", "classifier", "auxiliary"))
-
-    def train_data(self, source: PairSource, *, on_bad_image: Literal["error", "replace"]) -> TrainPairs:
-        """Augmented crops."""
-        recipe = self.recipe
-        return TrainPairs(
-            source,
-            recipe.data,
-            recipe.augment,
-            seed=recipe.engine.seed,
-            on_bad_image=on_bad_image,
-            max_pixels=recipe.data.max_pixels,
-        )
-
-    def val_data(self, source: PairSource, *, on_bad_image: Literal["error", "mask"]) -> EvalPairs:
-        """Whole images at one scale."""
-        data = self.recipe.data
-        return EvalPairs(source, data, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
-
-    def save(
-        self,
-        model: nn.Module,
-        folder: Path,
-        *,
-        state: dict[str, Tensor],
-        classes: list[str],
-        model_args: dict[str, Any],
-        note: dict[str, Any],
-    ) -> None:
-        """Our folder for detectors and segmenters."""
-        save_dense(folder, self.recipe, state=state, classes=classes, model_args=model_args, note=note)
 
     def report(self, run: RunFolder, source: PairSource, *, batch_size: int, device: str) -> SegmentationEvaluation:
         """Counts, confusion matrix, overlays."""
