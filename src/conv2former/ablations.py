@@ -1,8 +1,8 @@
 """The alternatives that the paper compares its modulation with (Fig. 4b, Table 6).
 
-Each is a modulation layer with the parameters of ``ConvMod`` and another way of fusing A and V. The rows of the paper
-are registered, the sum for every size and the others for T (``conv2former_t_sum``), so that recipes and timm reach
-them by name; any other network takes the class as ``mod_layer``. The remaining axis of the paper, the kernel size
+Each is a modulation layer with the parameters of ``ConvMod`` and another way of putting A and V together. The rows of
+the paper are registered, the sum for every size and the others for T (``conv2former_t_sum``), so that recipes and timm
+reach them by name; any other network takes the class as ``mod_layer``. The remaining axis of the paper, the kernel size
 (Fig. 4a, Table 5), is an argument of the network itself.
 """
 
@@ -19,23 +19,35 @@ from conv2former.model import SIZES, Conv2Former, ConvMod, create_conv2former, d
 __all__ = ["L1Mod", "LinearMod", "SigmoidMod", "SumMod"]
 
 
-class SumMod(ConvMod):
+class WeightingMod(ConvMod):
+    """Weights A and values V put together by ``combine``."""
+
+    def combine(self, a: Tensor, v: Tensor) -> Tensor:
+        """(B, H, W, C) twice -> (B, H, W, C)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return self.proj(self.combine(self.weigh(x), self.w2(x)))
+
+
+class SumMod(WeightingMod):
     """Element-wise sum, ``Z = A + V`` (Fig. 4b; Table 6, row 1)."""
 
-    def fuse(self, a: Tensor, v: Tensor) -> Tensor:
+    def combine(self, a: Tensor, v: Tensor) -> Tensor:
         """(B, H, W, C) twice -> (B, H, W, C)."""
         return a + v
 
 
-class SigmoidMod(ConvMod):
+class SigmoidMod(WeightingMod):
     """A sigmoid on A, ``Z = sigmoid(A) * V`` (Table 6, row 2)."""
 
-    def fuse(self, a: Tensor, v: Tensor) -> Tensor:
+    def combine(self, a: Tensor, v: Tensor) -> Tensor:
         """(B, H, W, C) twice -> (B, H, W, C)."""
         return torch.sigmoid(a) * v
 
 
-class L1Mod(ConvMod):
+class L1Mod(WeightingMod):
     """L1-normalised A, ``Z = A / ||A||_1 * V`` (Table 6, row 3).
 
     The paper leaves the axis open. Ours is the channels of each position: what one position gets then does not depend
@@ -43,20 +55,20 @@ class L1Mod(ConvMod):
     of the network's LayerNorms.
     """
 
-    def fuse(self, a: Tensor, v: Tensor) -> Tensor:
+    def combine(self, a: Tensor, v: Tensor) -> Tensor:
         """(B, H, W, C) twice -> (B, H, W, C). Computed in float32."""
         weights = nn.functional.normalize(a.float(), p=1.0, dim=-1, eps=1e-6)
         return (weights * v).to(v.dtype)
 
 
-class LinearMod(ConvMod):
+class LinearMod(WeightingMod):
     """A scaled linearly to (0, 1], ``Z = (A - min A + eps) / (max A - min A + eps) * V`` (Table 6, row 4).
 
     The axis, open in the paper, is the channels of each position, for the reasons given at ``L1Mod``; eps keeps the
     least weight above 0, as the half-open interval says.
     """
 
-    def fuse(self, a: Tensor, v: Tensor) -> Tensor:
+    def combine(self, a: Tensor, v: Tensor) -> Tensor:
         """(B, H, W, C) twice -> (B, H, W, C). Computed in float32."""
         eps = 1e-6
         a = a.float()

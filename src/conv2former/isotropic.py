@@ -14,7 +14,8 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from conv2former.model import Conv2Former, check_image_size, create_conv2former, default_cfg
+from conv2former.fusing import FusedStem, check_image_size
+from conv2former.model import Conv2Former, create_conv2former, default_cfg
 
 __all__ = ["Conv2FormerIsotropic"]
 
@@ -52,6 +53,13 @@ class PatchEmbed(nn.Module):
         """(B, in_chans, H, W) -> (B, dim, H / 16, W / 16), channels last in memory."""
         check_image_size(x, self.stride)
         return self.proj(x.contiguous(memory_format=torch.channels_last))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """What computes the same in evaluation, without batch norms."""
+        if not isinstance(self.proj, nn.Sequential):
+            return self
+        return FusedStem([self.proj[i] for i in (0, 3, 6)], [self.proj[i] for i in (2, 5)], min_size=self.stride)
 
 
 class Conv2FormerIsotropic(Conv2Former):

@@ -7,6 +7,7 @@ the head, the network (Sec. 3.1), and the entrypoints that timm knows (Table 1).
 
 Layout: the public interface is timm's NCHW. Inside a stage tensors are NHWC, so that LayerNorm and the 1x1
 convolutions (kept as ``nn.Linear``) work on the last dimension; the change of layout is a view of channels-last memory.
+What stands between the linear layers of a block is one operation each (``ops``), fused where there is a kernel for it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
+from conv2former.fusing import FusedBlock, FusedStem, check_image_size, norm_into_conv
+from conv2former.ops import mlp_middle, modulation
+
 __all__ = ["Conv2Former"]
+
+torch.fx.wrap("mlp_middle")  # which code computes them depends on the tensor, so a symbolic trace keeps them whole
+torch.fx.wrap("modulation")
 
 LAYER_NORM_EPS = 1e-6
 
@@ -45,6 +53,12 @@ class DepthwiseConv(nn.Conv2d):
         """(B, H, W, C) -> (B, H, W, C)."""
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
 
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """(C, 1, k, k) and (C,): weight and bias, for ``ops``."""
+        bias = self.bias
+        assert bias is not None  # TorchScript does not know
+        return self.weight, bias
+
 
 class ConvMod(nn.Module):
     """Convolutional modulation, Eqs. 3-5: ``Z = A * V`` with ``A = DWConv_kxk(GELU(W1 X))`` and ``V = W2 X``.
@@ -55,6 +69,9 @@ class ConvMod(nn.Module):
     Args:
         dim: Channels C.
         kernel_size: Odd side k of the depthwise kernel.
+
+    Attributes:
+        dwconv: Holds the taps and the bias of the depthwise convolution, which ``ops.modulation`` reads from it.
     """
 
     def __init__(self, dim: int, kernel_size: int) -> None:
@@ -69,13 +86,10 @@ class ConvMod(nn.Module):
         """The weights A of Eq. 4, (B, H, W, C) -> (B, H, W, C)."""
         return self.dwconv(self.act(self.w1(x)))
 
-    def fuse(self, a: Tensor, v: Tensor) -> Tensor:
-        """Z of Eq. 3, the Hadamard product of weights A and values V."""
-        return a * v
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return self.proj(self.fuse(self.weigh(x), self.w2(x)))
+        weight, bias = self.dwconv.taps()
+        return self.proj(modulation(self.w1(x), self.w2(x), weight, bias))
 
 
 class Mlp(nn.Module):
@@ -87,15 +101,13 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
         self.dwconv = DepthwiseConv(hidden_dim, 3)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        h = self.act(self.fc1(x))
-        h = h + self.act(self.dwconv(h))
-        return self.fc2(h)
+        weight, bias = self.dwconv.taps()
+        return self.fc2(mlp_middle(self.fc1(x), weight, bias))
 
 
 class Block(nn.Module):
@@ -136,6 +148,11 @@ class Block(nn.Module):
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """What computes the same in evaluation, faster; the block itself with another modulation layer."""
+        return FusedBlock(self) if type(self.mod) is ConvMod else self
+
 
 class Stem(nn.Module):
     """Patch embedding of the hierarchical models: three convolutions without bias, stride 4 in all.
@@ -171,12 +188,10 @@ class Stem(nn.Module):
         x = self.norm2(self.act(self.conv2(x)))
         return self.conv3(x)
 
-
-def check_image_size(x: Tensor, min_size: int) -> None:
-    """Refuses images that would leave less than one position in the last stage (below the network's total stride)."""
-    message = f"the image is smaller than {min_size} pixels, the network's total stride: resize it to at least that"
-    _assert(x.shape[-2] >= min_size, message)  # two calls: `and` would be control flow, which torch.fx cannot trace
-    _assert(x.shape[-1] >= min_size, message)
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """What computes the same in evaluation, without batch norms."""
+        return FusedStem([self.conv1, self.conv2, self.conv3], [self.norm1, self.norm2], min_size=self.min_size)
 
 
 class Stage(nn.Module):
@@ -211,6 +226,13 @@ class Stage(nn.Module):
         else:
             x = self.blocks(x)
         return x.permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def fuse(self) -> Stage:
+        """The downsampling's norm goes into its convolution; blocks are asked by themselves."""
+        if isinstance(self.downsample, nn.Sequential):
+            self.downsample = norm_into_conv(*self.downsample)
+        return self
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -475,6 +497,16 @@ class Conv2Former(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> Conv2Former:
+        """Turns the network, in place, into one for evaluation alone that computes the same with fewer operations.
+
+        Norms' factors and offsets and the layer scale go into the layers beside them, W1 and W2 become one product
+        (``conv2former.fusing``). Weights are loaded before; the state dict is no longer that of the trained network.
+        """
+        reparameterize_model(self.eval(), inplace=True)
+        return self
 
 
 def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:

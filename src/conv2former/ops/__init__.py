@@ -1,0 +1,20 @@
+"""The operations that take Conv2Former's time, each as plain PyTorch and as fused kernels with the same values.
+
+``modulation`` and ``mlp_middle`` choose what computes them (``backend``): plain PyTorch, which is the specification,
+Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are the same.
+"""
+
+from conv2former.ops.backend import BACKENDS, backend_for, set_backend, use_backend
+from conv2former.ops.mlp import mlp_middle, mlp_middle_reference
+from conv2former.ops.modulation import modulation, modulation_reference
+
+__all__ = [
+    "BACKENDS",
+    "backend_for",
+    "mlp_middle",
+    "mlp_middle_reference",
+    "modulation",
+    "modulation_reference",
+    "set_backend",
+    "use_backend",
+]

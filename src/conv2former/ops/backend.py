@@ -1,0 +1,147 @@
+"""Which code computes the operations: chosen at the first call, never at import."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conv2former.errors import UserError
+
+BACKENDS = ("auto", "reference", "cpp", "triton")
+VARIABLE = "CONV2FORMER_OPS"  # the environment's choice
+
+# Each is a module with the operations' forward and backward functions, `unusable(device)`, which says why it cannot run
+# there (None where it can), and `takes(...)`, which says whether it has code for these shapes and this dtype.
+MODULES = {"cpp": "conv2former.ops.cpu", "triton": "conv2former.ops.triton"}
+BY_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+
+_chosen: list[str | None] = [None]  # by `set_backend`; None leaves it to the environment
+_log = logging.getLogger("conv2former.ops")
+
+
+def set_backend(name: str) -> None:
+    """Chooses what computes the operations from now on, in this process.
+
+    Args:
+        name: 'auto' (the fused code of the device where it can run, else plain PyTorch), 'reference' (plain PyTorch),
+            'cpp' (CPUs) or 'triton' (NVIDIA GPUs). A model that ``torch.compile`` has compiled keeps what it had.
+
+    Raises:
+        UserError: Unknown name.
+    """
+    _chosen[0] = _known(name, "backend")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """``set_backend`` for the length of a ``with`` block."""
+    before = _chosen[0]
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _chosen[0] = before
+
+
+def _known(name: str, what: str) -> str:
+    if name not in BACKENDS:
+        raise UserError(f"{what} {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def current() -> str:
+    """The choice as it stands: ``set_backend``'s, else the environment variable CONV2FORMER_OPS, else 'auto'."""
+    return _chosen[0] or _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+def backend_for(device: torch.device | str) -> str:
+    """What computes the operations on a device: 'reference', 'cpp' or 'triton'.
+
+    Raises:
+        UserError: A backend was chosen that cannot run there; the message says why.
+    """
+    return _resolve(current(), torch.device(device).type)
+
+
+@functools.cache
+def _resolve(choice: str, device: str) -> str:
+    name = BY_DEVICE.get(device, "reference") if choice == "auto" else choice
+    if name == "reference":
+        return name
+    why = module(name).unusable(torch.device(device))
+    if why and choice != "auto":
+        raise UserError(f"the {choice} kernels cannot run on {device}: {why}; use auto or reference")
+    _log.info(f"operations on {device}: plain PyTorch, because {why}" if why else f"operations on {device}: {name}")
+    return "reference" if why else name
+
+
+def module(name: str) -> ModuleType:
+    """The code behind a name, imported when first asked for."""
+    return importlib.import_module(MODULES[name])
+
+
+def kernels(device: torch.device) -> Any:
+    """The module that computes on a device."""
+    return module(backend_for(device))
+
+
+@torch.compiler.assume_constant_result
+def _fused(device: str, dtype: torch.dtype, channels: int, kernel_size: int, exporting: bool) -> bool:
+    choice = current()
+    if exporting and choice == "auto":  # another runtime would not know our operators
+        return False
+    name = _resolve(choice, device)
+    return name != "reference" and module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
+
+
+def fused(u: Tensor, weight: Tensor) -> bool:
+    """Whether a fused kernel is to compute an operation on ``u``, (B, H, W, C), with the taps ``weight``, (C, 1, k, k).
+
+    Under ``torch.export`` and ``torch.jit.trace`` only a backend that was chosen by name is used: its custom operators
+    stay in the program.
+    """
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return _fused(u.device.type, u.dtype, weight.shape[0], weight.shape[-1], exporting)
+
+
+_library = torch.library.Library("conv2former", "DEF")
+
+
+def operator(schema: str, compute: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes ``torch.ops.conv2former.NAME`` of a schema, what computes it on any device, and what tells its shapes.
+
+    Not ``torch.library.custom_op``, whose checks of every call take longer than a small network's kernels.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, compute, device)
+    torch.library.register_fake(f"conv2former::{name}", shapes)
+    return getattr(torch.ops.conv2former, name).default
+
+
+def refuse_gradients(name: str) -> None:
+    """Gives an operator a backward pass that says there is none: second derivatives."""
+
+    def refuse(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            "the fused operations have no second derivative: compute under conv2former.ops.use_backend('reference')"
+        )
+
+    torch.library.register_autograd(f"conv2former::{name}", refuse)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's depthwise convolution with "same" zero padding on NHWC: (B, H, W, C), taps (C, 1, k, k), (C,)."""
+    padding = weight.shape[-1] // 2
+    y = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
+    return y.permute(0, 2, 3, 1)

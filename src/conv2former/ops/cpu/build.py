@@ -1,0 +1,74 @@
+"""Compiles ``kernels.cpp`` and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# no -ffast-math: NaN and infinity have to come out of the kernels as they come out of PyTorch
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+COMPILERS = ("g++", "clang++", "c++")
+PATIENCE = 120.0  # seconds for the compiler
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, compiled if this source has not been compiled for this processor before; or why there is none."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None or not shutil.which(compiler):
+        return f"there is no C++ compiler ({compiler or ', '.join(COMPILERS)})"
+    flags = [*FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
+    try:
+        # what the compiler predefines names its version and what the processor can do
+        macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), macros, " ".join(flags).encode()])).hexdigest()[:24]
+        path = _folder() / f"kernels-{name}.so"
+        if not path.exists():
+            _compile([compiler, *flags], path)
+        library = ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{compiler} failed: {next((line for line in lines if 'error' in line), 'no message')}"
+    except subprocess.TimeoutExpired:
+        return f"{compiler} took more than {PATIENCE:.0f} seconds"
+    except OSError as error:
+        return f"the compiled kernels cannot be loaded: {error}"
+    library.conv2former_groups.restype = ctypes.c_long
+    return library
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE).stdout
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Whole or not there, whoever else builds. OpenMP is not linked: PyTorch has loaded its symbols."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+        made = Path(scratch) / "kernels.o"
+        _run([*command, "-c", str(SOURCE), "-o", str(made)])
+        _run([command[0], "-shared", str(made), "-o", str(made.with_suffix(".so"))])
+        made.with_suffix(".so").replace(path)
+
+
+def _folder() -> Path:
+    """The user's cache, or one of this process alone where that cannot be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conv2former"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except (OSError, RuntimeError):
+        return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="conv2former-"))

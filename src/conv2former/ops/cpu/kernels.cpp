@@ -1,0 +1,592 @@
+// Convolutional modulation and the MLP's middle on CPUs, forward and backward, for NHWC tensors.
+//
+// One task is a block of V channels of some images. A task keeps a ring of rows of the map, widened to float and with
+// GELU applied once per element, so that the taps of the depthwise convolution read aligned vectors of V channels out
+// of the first cache level. Where the processor multiplies pairs of bfloat16 (AVX512-BF16), bfloat16 tensors keep each
+// position together with its right neighbour, and one instruction does two taps.
+//
+// Written with the compiler's vector extensions: the same source serves AVX-512, AVX2 and NEON.
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+
+#if defined(__AVX512F__)
+constexpr int V = 16, STRIP = 14;  // lanes; accumulators that fit the registers beside a weight
+#elif defined(__AVX2__)
+constexpr int V = 8, STRIP = 12;
+#else
+constexpr int V = 4, STRIP = 14;
+#endif
+constexpr int BAND = 8;  // rows of the map that are worked on together, so that a strip of them stays in the first cache
+
+typedef float vf __attribute__((vector_size(V * 4)));
+typedef int32_t vi __attribute__((vector_size(V * 4)));
+typedef uint32_t vu __attribute__((vector_size(V * 4)));
+typedef uint16_t vh __attribute__((vector_size(V * 2)));
+typedef vf vf_loose __attribute__((aligned(4), may_alias));
+typedef vh vh_loose __attribute__((aligned(2), may_alias));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+static inline vf all(float x) { return vf{} + x; }
+static inline vf as_float(vu x) { return (vf)x; }
+
+static inline vf load(const float* p) { return *(const vf_loose*)p; }
+static inline vf load(const bfloat16* p) { return as_float(__builtin_convertvector(*(const vh_loose*)p, vu) << 16); }
+
+static inline void store(float* p, vf x) { *(vf_loose*)p = x; }
+static inline void store(bfloat16* p, vf x) {
+#if PAIRS
+  *(vh_loose*)p = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  vu b = (vu)x;
+  vu rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  vu nan = (vu)(x != x);
+  *(vh_loose*)p = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
+#endif
+}
+
+// the smaller and the larger of both; b where it is NaN
+#if defined(__AVX512F__)
+static inline vf least(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vf most(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+static inline vf least(vf a, vf b) { return a < b ? a : b; }
+static inline vf most(vf a, vf b) { return a > b ? a : b; }
+#endif
+static inline vf magnitude(vf x) { return as_float((vu)x & 0x7fffffff); }
+
+// exp(x) for -87 <= x <= 0, relative error 2e-7
+static inline vf exponential(vf x) {
+  const vf shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+  vf n = (x * 1.44269504f + shift) - shift;
+  vf r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  vf p = ((((all(1.3888889e-3f) * r + 8.3333333e-3f) * r + 4.1666667e-2f) * r + 0.16666667f) * r + 0.5f) * r * r + r + 1.f;
+  return as_float((vu)(__builtin_convertvector(n, vi) << 23) + (vu)p);
+}
+
+// The normal distribution at z, 0 <= z <= FAR: the tail beyond z and exp(-z^2 / 2). The tail is that exponential times a
+// polynomial in 1 / (1 + 0.275 z), fitted by weighted least squares: z times its error is below 1e-8.
+constexpr float FAR = 13.f;
+static inline void normal(vf z, vf& tail, vf& bell) {
+  bell = exponential(z * z * -0.5f);
+  vf t = 1.f / (1.f + 0.275f * z);
+  tail = bell * t *
+         (((((-0.11362737f * t + 0.44706225f) * t - 0.32313257f) * t + 0.32772043f) * t + 0.044547006f) * t + 0.1174303f);
+}
+
+static inline vf gelu(vf x, const float*) {
+  vf tail, bell, z = least(all(FAR), magnitude(x));
+  normal(z, tail, bell);
+  return most(all(0.f), x) - z * tail;
+}
+
+// For bfloat16: an odd polynomial for the distribution minus one half, fitted by least squares under the condition that it
+// is one half at 4, where x is cut (and a rounding error more, so that the distribution is 0 below -4). Absolute error 3e-5;
+// half a unit of bfloat16's last place is 2e-3 at 1.
+static inline vf gelu(vf x, const bfloat16*) {
+  vf z = least(all(4.f), most(all(-4.f), x)), s = z * z;
+  vf p = ((((((-1.2950092e-9f * s + 1.0545058e-7f) * s - 3.7333477e-6f) * s + 7.6472686e-5f) * s - 1.0228294e-3f) * s +
+           9.5870988e-3f) * s - 6.6072024e-2f) * s + 0.3988088f;
+  return x * most(all(0.f), z * p + 0.5f);
+}
+
+static inline vf gelu_slope(vf x) {
+  vf tail, bell, z = least(all(FAR), magnitude(x));
+  normal(z, tail, bell);
+  vf slope = tail - z * bell * 0.39894228f;  // at -z; it is one minus this at z
+  return x < 0.f ? slope : 1.f - slope;
+}
+
+// ---- rows in scratch memory: one vector of 4 V bytes a position, `Plain` floats or `Paired` bfloat16 neighbours
+
+struct Plain {
+  static constexpr int STEP = 1;
+  static inline void put(vf* row, long i, vf, vf now) { row[i] = now; }
+  static inline vf first(vf x) { return x; }
+  static inline vf tap(vf sum, vf x, vf w) { return sum + x * w; }
+  static inline vf pack(vf x, vf) { return x; }
+};
+
+#if PAIRS
+struct Paired {
+  static constexpr int STEP = 2;
+  static inline vf pack(vf low, vf high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (vf)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+  static inline void put(vf* row, long i, vf before, vf now) {
+    if (i > 0) row[i - 1] = pack(before, now);
+    row[i] = pack(now, vf{});
+  }
+  static inline vf first(vf x) { return as_float((vu)x << 16); }
+  static inline vf tap(vf sum, vf x, vf w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+};
+#endif
+
+// sums[t] += sum over i of x[i + t] * w[i], i < n. Both the convolution (t: columns, i: taps) and the gradient of its
+// weights (t: taps, i: columns) are this.
+template <class Kind, int T>
+static inline void slide(vf* sums, const vf* x, const vf* w, long n) {
+  vf s[T];
+  for (int t = 0; t < T; t++) s[t] = sums[t];
+  for (long i = 0; i < n; i += Kind::STEP) {
+    vf factor = w[i];
+    for (int t = 0; t < T; t++) s[t] = Kind::tap(s[t], x[i + t], factor);
+  }
+  for (int t = 0; t < T; t++) sums[t] = s[t];
+}
+
+// The rows of `filter` (`ky` of them, each of k taps) over one strip
+template <class Kind, int T>
+static void convolve(vf* sums, const vf* const* rows, const vf* filter, long k, long column) {
+  vf s[T];
+  for (int t = 0; t < T; t++) s[t] = sums[t];
+  for (long ky = 0; ky < k; ky++) {
+    const vf *x = rows[ky] + column, *w = filter + ky * k;
+    for (long i = 0; i < k; i += Kind::STEP)
+      for (int t = 0; t < T; t++) s[t] = Kind::tap(s[t], x[i + t], w[i]);
+  }
+  for (int t = 0; t < T; t++) sums[t] = s[t];
+}
+
+// A switch from a number of accumulators to code that keeps them in registers
+template <class Kind, int T = STRIP>
+static inline void convolve_any(int width, vf* sums, const vf* const* rows, const vf* filter, long k, long column) {
+  if constexpr (T > 0) {
+    if (width == T) return convolve<Kind, T>(sums, rows, filter, k, column);
+    convolve_any<Kind, T - 1>(width, sums, rows, filter, k, column);
+  }
+}
+template <class Kind, int T = STRIP>
+static inline void slide_any(int width, vf* sums, const vf* x, const vf* w, long n) {
+  if constexpr (T > 0) {
+    if (width == T) return slide<Kind, T>(sums, x, w, n);
+    slide_any<Kind, T - 1>(width, sums, x, w, n);
+  }
+}
+
+struct Shape {
+  long images, height, width, channels, kernel;
+  long pad() const { return kernel / 2; }
+  long row() const { return width + 2 * pad() + STRIP + 2; }  // positions of a row in scratch, what strips read beyond it too
+  long blocks() const { return (channels + V - 1) / V; }
+  // the last block overlaps the one before where V does not divide the channels: both write the same numbers there
+  long block(long i) const { return std::min(i * V, channels - V); }
+};
+
+// Rows of one map, in turn; outside of the map they are zero.
+class Ring {
+ public:
+  Ring() = default;
+  Ring(vf* memory, const Shape& shape, long rows) : base(memory), shape(&shape), rows(rows) {
+    std::memset((void*)base, 0, size(shape, rows) * sizeof(vf));  // the columns beside the map stay so
+  }
+  static long size(const Shape& shape, long rows) { return (rows + 1) * shape.row(); }
+  vf* slot(long y) { return base + (y % rows) * shape->row(); }
+  const vf* get(long y) { return y < 0 || y >= shape->height ? base + rows * shape->row() : slot(y); }
+  void window(const vf** out, long y) {
+    for (long i = 0; i < shape->kernel; i++) out[i] = get(y - shape->pad() + i);
+  }
+
+ private:
+  vf* base;
+  const Shape* shape;
+  long rows;
+};
+
+// Memory of a thread that stays for its next task
+static vf* scratch(long vectors) {
+  struct Memory {
+    void* start = nullptr;
+    long size = 0;
+    ~Memory() { std::free(start); }
+  };
+  static thread_local Memory memory;
+  if (memory.size < vectors) {
+    std::free(memory.start);
+    memory.start = std::aligned_alloc(64, (vectors * sizeof(vf) + 63) / 64 * 64);
+    memory.size = memory.start ? vectors : 0;
+    if (!memory.start) throw std::bad_alloc();
+  }
+  return (vf*)memory.start;
+}
+
+static constexpr int MOST = 21;  // the largest kernel
+
+// Weights (C, 1, k, k) of a block of channels as vectors [ky][kx], turned by 180 degrees for the transposed convolution
+template <class Kind>
+static void gather(vf* filter, const float* weight, const Shape& s, long c, bool turned) {
+  long taps = s.kernel * s.kernel;
+  auto at = [&](long i) {
+    vf w;
+    long from = turned ? taps - 1 - i : i;
+    for (int lane = 0; lane < V; lane++) w[lane] = weight[(c + lane) * taps + from];
+    return w;
+  };
+  for (long ky = 0; ky < s.kernel; ky++)
+    for (long kx = 0; kx < s.kernel; kx++) {
+      long i = ky * s.kernel + kx;
+      filter[i] = Kind::pack(at(i), kx + 1 < s.kernel ? at(i + 1) : vf{});
+    }
+}
+
+template <class Act>
+static inline void for_strips(const Shape& s, long from, long to, Act act) {
+  long strips = (s.width + STRIP - 1) / STRIP, step = (s.width + strips - 1) / strips;
+  for (long x = 0; x < s.width; x += step)
+    for (long y = from; y < to; y++) act(y, x, (int)std::min(step, s.width - x));
+}
+
+// Images dealt to tasks: fixed by the shape alone, so that sums do not depend on the number of threads
+static long groups(const Shape& s) { return std::min(s.images, std::max<long>(1, 64 / s.blocks())); }
+
+// Runs an operation over all channels and images. Neighbouring blocks of channels, a team, are one task and take turns
+// band by band: they share cache lines and pages of memory, and looking up a page costs more than the work on a line of
+// it. A team is as large as the second cache level and an even share of the work for each thread allow. An operation has
+// for each block a `State` and says how to `begin` it, what to do at each new `image`, for each `band` of rows, and at the
+// `end` of its images.
+template <class T, class Operation>
+static int run(const Operation& op, int threads) {
+  constexpr long MOST_MATES = 4, CACHE = 512 * 1024, LINE = std::max<long>(1, 64 / (V * sizeof(T)));
+  const Shape& s = op.s;
+  long blocks = s.blocks(), parts = groups(s), failed = 0;
+  long share = std::min<long>(CACHE / (op.memory() * sizeof(vf)), blocks * parts / (4 * threads));
+  long most = std::clamp(share, std::min(LINE, MOST_MATES), MOST_MATES), teams = (blocks + most - 1) / most;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(2) reduction(+ : failed)
+  for (long part = 0; part < parts; part++)
+    for (long team = 0; team < teams; team++) try {
+        typename Operation::State states[MOST_MATES];
+        long first = blocks * team / teams, mates = blocks * (team + 1) / teams - first;
+        vf* memory = scratch(mates * op.memory());
+        for (long i = 0; i < mates; i++) op.begin(states[i], memory + i * op.memory(), s.block(first + i));
+        for (long b = s.images * part / parts; b < s.images * (part + 1) / parts; b++) {
+          for (long i = 0; i < mates; i++) op.image(states[i], b * s.height * s.width);
+          for (long y = 0; y < s.height; y += BAND)
+            for (long i = 0; i < mates; i++) op.band(states[i], y, std::min(y + BAND, s.height));
+        }
+        for (long i = 0; i < mates; i++) op.end(states[i], part);
+      } catch (const std::bad_alloc&) {
+        failed++;
+      }
+  return failed > 0;
+}
+
+// A tensor of (images * height * width, channels) positions that are `stride` elements apart
+template <class T>
+struct Map {
+  T* data;
+  long stride;
+  vf operator()(long position, long c) const { return load(data + position * stride + c); }
+  void set(long position, long c, vf x) const { store(data + position * stride + c, x); }
+  // Asks for what the next band needs. Positions are a line or two at a distance, which hardware does not foresee.
+  void expect(long position, long c) const { __builtin_prefetch(data + position * stride + c, !std::is_const_v<T>, 2); }
+};
+
+// Appends GELU(u) of the rows up to `end` to a ring
+template <class Kind, class T>
+static inline void fill(Ring& ring, long& filled, long end, const Shape& s, Map<const T> u, long base, long c) {
+  for (; filled < std::min(end, s.height); filled++) {
+    vf *row = ring.slot(filled), before{};
+    for (long x = 0; x < s.width; x++) {
+      vf now = gelu(u(base + filled * s.width + x, c), u.data);
+      Kind::put(row, x + s.pad(), before, now);
+      before = now;
+    }
+  }
+}
+
+// ---- the operations
+
+template <class Kind, class T>
+struct Modulation {
+  Shape s;
+  Map<const T> u, v;
+  const float *weight, *bias;
+  Map<T> z, a;  // a.data may be null
+
+  struct State {
+    long c, base, filled;
+    vf *filter, start;
+    Ring h;
+  };
+  long rows() const { return BAND + 2 * s.pad(); }
+  long memory() const { return Ring::size(s, rows()) + s.kernel * s.kernel; }
+  void begin(State& t, vf* memory, long c) const {
+    t.c = c, t.h = Ring(memory, s, rows()), t.filter = memory + Ring::size(s, rows()), t.start = load(bias + c);
+    gather<Kind>(t.filter, weight, s, c, false);
+  }
+  void image(State& t, long base) const { t.base = base, t.filled = 0; }
+  void band(State& t, long from, long to) const {
+    fill<Kind>(t.h, t.filled, to + s.pad(), s, u, t.base, t.c);
+    for_strips(s, from, to, [&](long y, long x, int width) {
+      const vf* window[MOST];
+      vf sums[STRIP];
+      t.h.window(window, y);
+      for (int i = 0; i < width; i++) sums[i] = t.start;
+      convolve_any<Kind>(width, sums, window, t.filter, s.kernel, x);
+      for (int i = 0; i < width; i++) {
+        long at = t.base + y * s.width + x + i, next = at + BAND * s.width;
+        u.expect(next + s.pad() * s.width, t.c), v.expect(next, t.c), z.expect(next, t.c);
+        if (a.data) a.set(at, t.c, sums[i]);
+        z.set(at, t.c, sums[i] * v(at, t.c));
+      }
+    });
+  }
+  void end(State&, long) const {}
+};
+
+// Sums over images of the gradients of the depthwise weights and of the bias: one row of `partial` (groups, k * k + 1, C),
+// the bias last
+struct Sums {
+  vf *taps, bias;
+  void clear(vf* memory, const Shape& s) {
+    taps = memory, bias = vf{};
+    std::memset((void*)taps, 0, s.kernel * s.kernel * sizeof(vf));
+  }
+  // h[y + ky - p][x + kx - p] * d[y][x] over a band, for every tap; first by themselves, which loses fewer digits than
+  // adding one product after the other to the sum of the whole map
+  template <class Kind>
+  void add(Ring& h, Ring& d, const Shape& s, long from, long to) {
+    long p = s.pad();
+    for (long ky = 0; ky < s.kernel; ky++)
+      for (long kx = 0; kx < s.kernel; kx += STRIP) {
+        int width = (int)std::min<long>(STRIP, s.kernel - kx);
+        vf band[STRIP] = {};
+        for (long y = from; y < to; y++) slide_any<Kind>(width, band, h.get(y + ky - p) + kx, d.get(y) + p, s.width);
+        for (int i = 0; i < width; i++) taps[ky * s.kernel + kx + i] += band[i];
+      }
+  }
+  void write(float* partial, const Shape& s, long part, long c) const {
+    long count = s.kernel * s.kernel;
+    float* out = partial + part * (count + 1) * s.channels + c;
+    for (long i = 0; i < count; i++) store(out + i * s.channels, taps[i]);
+    store(out + count * s.channels, bias);
+  }
+};
+
+template <class Kind, class T>
+struct ModulationBackward {
+  Shape s;
+  Map<const T> g, u, v, a;
+  const float* weight;
+  Map<T> du, dv;
+  float* partial;
+
+  struct State {
+    long c, base, filled;
+    vf* filter;
+    Ring h, d;  // GELU(u); the gradient of A
+    Sums sums;
+  };
+  long rows() const { return BAND + 2 * s.pad(); }
+  long memory() const { return 2 * Ring::size(s, rows()) + 2 * s.kernel * s.kernel; }
+  void begin(State& t, vf* memory, long c) const {
+    t.c = c, t.h = Ring(memory, s, rows()), t.d = Ring(memory + Ring::size(s, rows()), s, rows());
+    t.filter = memory + 2 * Ring::size(s, rows());
+    gather<Kind>(t.filter, weight, s, c, true);
+    t.sums.clear(t.filter + s.kernel * s.kernel, s);
+  }
+  void image(State& t, long base) const { t.base = base, t.filled = 0; }
+  void band(State& t, long from, long to) const {
+    for (; t.filled < std::min(to + s.pad(), s.height); t.filled++) {
+      vf *h = t.h.slot(t.filled), *d = t.d.slot(t.filled), h_before{}, d_before{}, total{};
+      for (long x = 0; x < s.width; x++) {
+        long at = t.base + t.filled * s.width + x;
+        vf upper = g(at, t.c), h_now = gelu(u(at, t.c), u.data), d_now = upper * v(at, t.c);
+        dv.set(at, t.c, upper * a(at, t.c));
+        Kind::put(h, x + s.pad(), h_before, h_now);
+        Kind::put(d, x + s.pad(), d_before, d_now);
+        total += d_now, h_before = h_now, d_before = d_now;
+      }
+      t.sums.bias += total;
+    }
+    for_strips(s, from, to, [&](long y, long x, int width) {
+      const vf* window[MOST];
+      vf dh[STRIP] = {};
+      t.d.window(window, y);
+      convolve_any<Kind>(width, dh, window, t.filter, s.kernel, x);
+      for (int i = 0; i < width; i++) {
+        long at = t.base + y * s.width + x + i, next = at + BAND * s.width, later = next + s.pad() * s.width;
+        g.expect(later, t.c), u.expect(later, t.c), v.expect(later, t.c), a.expect(later, t.c);
+        du.expect(next, t.c), dv.expect(later, t.c);
+        du.set(at, t.c, dh[i] * gelu_slope(u(at, t.c)));
+      }
+    });
+    t.sums.template add<Kind>(t.h, t.d, s, from, to);
+  }
+  void end(State& t, long part) const { t.sums.write(partial, s, part, t.c); }
+};
+
+template <class Kind, class T>
+struct MlpMiddle {
+  Shape s;
+  Map<const T> u;
+  const float *weight, *bias;
+  Map<T> out;
+
+  struct State {
+    long c, base, filled;
+    vf *filter, start;
+    Ring h;
+  };
+  long rows() const { return BAND + 2; }
+  long memory() const { return Ring::size(s, rows()) + 9; }
+  void begin(State& t, vf* memory, long c) const {
+    t.c = c, t.h = Ring(memory, s, rows()), t.filter = memory + Ring::size(s, rows()), t.start = load(bias + c);
+    gather<Kind>(t.filter, weight, s, c, false);
+  }
+  void image(State& t, long base) const { t.base = base, t.filled = 0; }
+  void band(State& t, long from, long to) const {
+    fill<Kind>(t.h, t.filled, to + 1, s, u, t.base, t.c);
+    for_strips(s, from, to, [&](long y, long x, int width) {
+      const vf* window[3];
+      vf sums[STRIP];
+      t.h.window(window, y);
+      for (int i = 0; i < width; i++) sums[i] = t.start;
+      convolve_any<Kind>(width, sums, window, t.filter, 3, x);
+      for (int i = 0; i < width; i++) {
+        long at = t.base + y * s.width + x + i, next = at + BAND * s.width;
+        u.expect(next + s.width, t.c), out.expect(next, t.c);
+        out.set(at, t.c, Kind::first(window[1][x + i + 1]) + gelu(sums[i], u.data));
+      }
+    });
+  }
+  void end(State&, long) const {}
+};
+
+template <class Kind, class T>
+struct MlpMiddleBackward {
+  Shape s;
+  Map<const T> g, u;
+  const float *weight, *bias;
+  Map<T> du;
+  float* partial;
+
+  struct State {
+    long c, base, filled, recomputed;
+    vf *filter, *turned, start;
+    Ring h, d;  // GELU(u); the gradient of the convolution's output
+    Sums sums;
+  };
+  long rows() const { return BAND + 4; }
+  long memory() const { return 2 * Ring::size(s, rows()) + 27; }
+  void begin(State& t, vf* memory, long c) const {
+    t.c = c, t.h = Ring(memory, s, rows()), t.d = Ring(memory + Ring::size(s, rows()), s, rows());
+    t.filter = memory + 2 * Ring::size(s, rows()), t.turned = t.filter + 9, t.start = load(bias + c);
+    gather<Kind>(t.filter, weight, s, c, false);
+    gather<Kind>(t.turned, weight, s, c, true);
+    t.sums.clear(t.turned + 9, s);
+  }
+  void image(State& t, long base) const { t.base = base, t.filled = t.recomputed = 0; }
+  void band(State& t, long from, long to) const {
+    fill<Kind>(t.h, t.filled, to + 2, s, u, t.base, t.c);
+    for (; t.recomputed < std::min(to + 1, s.height); t.recomputed++) {  // one row more than the band
+      vf *row = t.d.slot(t.recomputed), before{}, total{};
+      const vf* window[3];
+      t.h.window(window, t.recomputed);
+      for_strips(s, t.recomputed, t.recomputed + 1, [&](long y, long x, int width) {
+        vf inner[STRIP];
+        for (int i = 0; i < width; i++) inner[i] = t.start;
+        convolve_any<Kind>(width, inner, window, t.filter, 3, x);
+        for (int i = 0; i < width; i++) {
+          vf now = g(t.base + y * s.width + x + i, t.c) * gelu_slope(inner[i]);
+          Kind::put(row, x + i + 1, before, now);
+          total += now, before = now;
+        }
+      });
+      t.sums.bias += total;
+    }
+    for_strips(s, from, to, [&](long y, long x, int width) {
+      const vf* window[3];
+      vf dh[STRIP] = {};
+      t.d.window(window, y);
+      convolve_any<Kind>(width, dh, window, t.turned, 3, x);
+      for (int i = 0; i < width; i++) {
+        long at = t.base + y * s.width + x + i, next = at + BAND * s.width;
+        g.expect(next + s.width, t.c), u.expect(next + 2 * s.width, t.c), du.expect(next, t.c);
+        du.set(at, t.c, (g(at, t.c) + dh[i]) * gelu_slope(u(at, t.c)));
+      }
+    });
+    t.sums.template add<Kind>(t.h, t.d, s, from, to);
+  }
+  void end(State& t, long part) const { t.sums.write(partial, s, part, t.c); }
+};
+
+#if PAIRS
+typedef Paired Half;
+#else
+typedef Plain Half;
+#endif
+
+// The kind and the element type that go with `half`; both branches of a call are the same but for these
+template <class Act>
+static int by_type(int half, Act act) {
+  return half ? act(Half{}, bfloat16{}) : act(Plain{}, float{});
+}
+template <class T>
+static Map<const T> in(T, const void* data, long stride) { return {(const T*)data, stride}; }
+template <class T>
+static Map<T> out(T, void* data, long stride) { return {(T*)data, stride}; }
+
+// ---- what Python calls. `half` chooses bfloat16, `shape` is images, height, width, channels, kernel; the strides of u and
+// v are given, everything else is contiguous. 0, or 1 where memory ran out.
+extern "C" {
+int conv2former_lanes() { return V; }
+int conv2former_largest_kernel() { return MOST; }
+long conv2former_groups(long images, long channels) { return groups({images, 1, 1, channels, 1}); }
+
+int conv2former_modulation(int half, const long* shape, const void* u, long u_stride, const void* v, long v_stride,
+                           const float* weight, const float* bias, void* z, void* a, int threads) {
+  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  return by_type(half, [&]<class Kind, class T>(Kind, T t) {
+    return run<T>(Modulation<Kind, T>{s, in(t, u, u_stride), in(t, v, v_stride), weight, bias, out(t, z, s.channels),
+                                      out(t, a, s.channels)},
+                  threads);
+  });
+}
+
+int conv2former_modulation_backward(int half, const long* shape, const void* g, const void* u, long u_stride, const void* v,
+                                    long v_stride, const void* a, const float* weight, void* du, void* dv, float* partial,
+                                    int threads) {
+  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  return by_type(half, [&]<class Kind, class T>(Kind, T t) {
+    return run<T>(ModulationBackward<Kind, T>{s, in(t, g, s.channels), in(t, u, u_stride), in(t, v, v_stride),
+                                              in(t, a, s.channels), weight, out(t, du, s.channels),
+                                              out(t, dv, s.channels), partial},
+                  threads);
+  });
+}
+
+int conv2former_mlp_middle(int half, const long* shape, const void* u, long u_stride, const float* weight, const float* bias,
+                           void* result, int threads) {
+  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  return by_type(half, [&]<class Kind, class T>(Kind, T t) {
+    return run<T>(MlpMiddle<Kind, T>{s, in(t, u, u_stride), weight, bias, out(t, result, s.channels)}, threads);
+  });
+}
+
+int conv2former_mlp_middle_backward(int half, const long* shape, const void* g, const void* u, long u_stride,
+                                    const float* weight, const float* bias, void* du, float* partial, int threads) {
+  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  return by_type(half, [&]<class Kind, class T>(Kind, T t) {
+    return run<T>(MlpMiddleBackward<Kind, T>{s, in(t, g, s.channels), in(t, u, u_stride), weight, bias,
+                                             out(t, du, s.channels), partial},
+                  threads);
+  });
+}
+}

@@ -1,0 +1,74 @@
+"""Between the two linear layers of the MLP: ``H + GELU(DWConv3x3(H))`` with ``H = GELU(U)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conv2former.ops.backend import depthwise, fused, kernels, operator, refuse_gradients
+
+__all__ = ["mlp_middle", "mlp_middle_reference"]
+
+
+def mlp_middle_reference(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``mlp_middle`` in plain PyTorch: the specification."""
+    h = F.gelu(u)
+    return h + F.gelu(depthwise(h, weight, bias))
+
+
+def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``h + GELU(DWConv(h))`` with ``h = GELU(u)`` on NHWC tensors.
+
+    The fused forms compute in float32 whatever the dtype and keep nothing but u for the backward pass. They have no
+    second derivative.
+
+    Args:
+        u: (B, H, W, C), the output of the first linear layer.
+        weight: (C, 1, 3, 3).
+        bias: (C,).
+
+    Returns:
+        (B, H, W, C) of u's dtype.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch whole, not a longer condition
+        if fused(u, weight):
+            return _FORWARD(u, weight, bias)
+    return mlp_middle_reference(u, weight, bias)
+
+
+def _mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return kernels(u.device).mlp_middle(u, weight, bias)
+
+
+def _shape(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+def _mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels(u.device).mlp_middle_backward(g, u, weight, bias)
+
+
+def _shapes_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, weight, bias = ctx.saved_tensors
+    return _BACKWARD(g.to(u.dtype), u, weight, bias)
+
+
+_FORWARD = operator("mlp_middle(Tensor u, Tensor weight, Tensor bias) -> Tensor", _mlp_middle, _shape)
+_BACKWARD = operator(
+    "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    _mlp_middle_backward,
+    _shapes_backward,
+)
+torch.library.register_autograd("conv2former::mlp_middle", _gradients, setup_context=_save)
+refuse_gradients("mlp_middle_backward")

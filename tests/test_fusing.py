@@ -1,0 +1,79 @@
+"""``fuse``: the same network in evaluation with fewer operations."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.utils.model import reparameterize_model
+from torch import nn
+
+import conv2former  # noqa: F401  registers the names
+from conv2former.fusing import FusedBlock
+
+SMALL: dict[str, dict[str, Any]] = {
+    "conv2former_t": dict(depths=(1, 1, 2, 1)),
+    "conv2former_test": dict(stem_stride=2),
+    "conv2former_t_l1": dict(dims=(16, 24, 32, 48), depths=(1, 1, 1, 1)),
+    "conv2former_is": dict(dim=32, depth=2),
+    "conv2former_is_conv3": dict(dim=32, depth=2),
+}
+
+
+def build(name: str, fill: Any, **arguments: Any) -> nn.Module:
+    return fill(timm.create_model(name, num_classes=7, **(SMALL[name] | arguments))).eval()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 98), (33, 47)], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_same_outputs(name: str, size: tuple[int, int], fill: Any) -> None:
+    """To 1e-5 in float32 of the largest value, at even and odd sizes: the borders are where a norm is hard to move."""
+    model, x = build(name, fill), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = model(x)
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        fused = copy.deepcopy(model).fuse()
+        for mine, theirs in (
+            (fused(x), expected),
+            (fused.forward_head(fused.forward_features(x), pre_logits=True), features),
+        ):
+            assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    blocks = [module for module in fused.modules() if isinstance(module, FusedBlock)]
+    assert bool(blocks) == (name != "conv2former_t_l1")
+
+
+def test_no_layer_scale(fill: Any) -> None:
+    model, x = build("conv2former_test", fill, ls_init_value=None), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timm_fuses_it_and_leaves_the_original(fill: Any) -> None:
+    """``timm.utils.reparameterize_model``, which timm's scripts call for --reparam."""
+    model, x = build("conv2former_test", fill), torch.randn(1, 3, 64, 64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fused = reparameterize_model(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype: torch.dtype, fill: Any) -> None:
+    model, x = build("conv2former_test", fill), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    mine = model.to(dtype).fuse()(x.to(dtype))
+    assert mine.dtype == dtype
+    assert (mine - expected).abs().max() <= (1e-4 if dtype == torch.float64 else 0.1) * expected.abs().max()
+
+
+def test_fewer_operations(fill: Any) -> None:
+    """W1 and W2 are one product, and neither norms' affine parts nor layer scales remain in the blocks."""
+    fused = build("conv2former_test", fill).fuse()
+    block = fused.stages[0].blocks[0]
+    kinds = sorted(type(module).__name__ for module in block.children())
+    assert kinds == ["DepthwiseConv", "DepthwiseConv", "Linear", "Linear", "Linear", "Linear"]
+    assert block.w.weight.shape == (32, 16)
