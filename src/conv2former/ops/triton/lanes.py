@@ -1,0 +1,148 @@
+"""How the kernels deal out tensors: lanes, channel groups, partial sums, configurations.
+
+All tensors are NHWC. A program works on N lanes (a power of two). A lane is one channel of a group of ``CG`` channels
+at one of R = N // CG positions, channels fastest: neighbouring lanes read neighbouring addresses, and no power of two
+has to divide the number of channels (72 = 8 * 9). Lanes behind R * CG repeat others and store nothing. The last group
+of channels overlaps the one before where ``CG`` does not divide C.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-calls
+# (in kernels only the constants have types)
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED: bool = knobs.runtime.interpret
+"""Triton's interpreter runs the kernels (TRITON_INTERPRET=1, read when Triton is imported): one configuration each."""
+
+MAX_CHANNEL_GROUP = 96
+
+
+def use(channels: int, group: int, lanes: int) -> float:
+    """The share of lanes at work, less for short runs of addresses, which waste parts of 32-byte sectors."""
+    busy = lanes // group * group / lanes
+    covered = channels / (triton.cdiv(channels, group) * group)
+    return busy * covered * group / (group + 8)
+
+
+def channel_group(channels: int, lanes: int) -> int:
+    """The number of channels CG of a group, at most 96, that makes the most use of the lanes.
+
+    Args:
+        channels: Channels C of the tensor.
+        lanes: Lanes that channels and positions share.
+    """
+    step = math.gcd(channels, 8)  # keeps vectors of up to eight channels whole
+    sizes = range(step, min(channels, MAX_CHANNEL_GROUP, lanes) + 1, step)
+    return max(sizes, key=lambda group: use(channels, group, lanes))
+
+
+@triton.jit
+def first_channel(group, C: tl.constexpr, CG: tl.constexpr):
+    """The first channel of a group."""
+    c = group * CG
+    if C % CG != 0:
+        c = tl.minimum(c, C - CG)
+        if C % 8 == 0 and CG % 8 == 0:
+            c = tl.multiple_of(c, 8)
+    return c
+
+
+COMPILED = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def widen(x):
+    """Values in float32. The assembler takes three instructions for a pair of bfloat16; two are enough."""
+    if COMPILED and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def append(values, value):
+    """The tuple with ``value`` behind it. Triton's tuples take neither assignments nor stars."""
+    return values + (value,)  # noqa: RUF005
+
+
+@triton.jit
+def replace(values, i: tl.constexpr, value):
+    """The tuple with ``value`` at place ``i``."""
+    return values[:i] + (value,) + values[i + 1 :]  # noqa: RUF005
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, N: tl.constexpr):
+    """A tuple of ``COUNT`` accumulators of N lanes."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = append(values, tl.zeros([N], tl.float32))
+    return values
+
+
+def pixels(x: Tensor) -> tuple[Tensor, int]:
+    """The tensor (B, H, W, C), copied where necessary, and the distance S of its pixels in elements.
+
+    Pixel (b, y, x) begins at element ((b * H + y) * W + x) * S. Contiguous tensors and either half of a contiguous
+    (B, H, W, 2C) are of that kind.
+    """
+    size, stride = x.shape, x.stride()
+    wanted = step = next((stride[d] for d in (2, 1, 0) if size[d] > 1), size[3])
+    dense = size[3] == 1 or stride[3] == 1
+    for d in (2, 1, 0):
+        dense &= size[d] == 1 or stride[d] == wanted
+        wanted *= size[d]
+    return (x, step) if dense and step >= size[3] else (x.contiguous(), size[3])
+
+
+def by_tap(weight: Tensor) -> Tensor:
+    """(C, 1, k, k) -> (k * k, C) in float32."""
+    return weight.detach().float().flatten(1).t().contiguous()
+
+
+def fold(partial: Tensor, channels: int, group: int, positions: int) -> Tensor:
+    """Adds up partial sums, in a fixed order.
+
+    Args:
+        partial: (programs, groups, A, N) in float32; lanes as above.
+        channels: C.
+        group: CG.
+        positions: R.
+
+    Returns:
+        (A, C).
+    """
+    sums = partial[..., : positions * group].unflatten(-1, (positions, group)).sum((0, 3))  # (groups, A, CG)
+    groups = sums.shape[0]
+    if groups * group == channels:
+        return sums.permute(1, 0, 2).flatten(1)
+    full, rest = sums[:-1].permute(1, 0, 2).flatten(1), channels - (groups - 1) * group
+    return torch.cat((full, sums[-1, :, -rest:]), 1)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton starts kernels on the current device: makes it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's device."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def shape_class(rows: int, width: int) -> int:
+    """One number for shapes that share their tuned configuration: narrow maps by width, others by its power of two."""
+    wide = width if width <= 16 else 1 << (width - 1).bit_length()
+    return wide * 64 + max(rows, 1).bit_length()

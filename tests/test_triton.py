@@ -1,0 +1,320 @@
+"""The Triton kernels against float64: under Triton's interpreter, compiled for GPUs that are not here, and on a GPU.
+
+The rule: a kernel errs at most twice as much as plain PyTorch in the same dtype. The interpreter has to be chosen
+before Triton is imported; so this file is also a program that measures cases which it reads from its standard input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conv2former.ops import triton as kernels
+
+FLOOR = 1e-6  # of the relative error: what the order of a float32 sum changes
+# The interpreter cuts bfloat16 off instead of rounding to nearest: twice the error in each rounding.
+INTERPRETED_FACTOR = {"float32": 2.0, "float16": 2.0, "bfloat16": 4.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operation on tensors of (B, H, W, C)."""
+
+    operation: str  # 'modulation', 'mlp' or 'residual'
+    shape: tuple[int, int, int, int]
+    kernel: int = 3
+    dtype: str = "float32"
+    layout: str = "plain"  # or 'halves' of one tensor (B, H, W, 2C), or 'channels_first'
+    scale: bool = True  # the residual's
+    keep: bool = True
+    branch: str = ""  # the dtype of the residual's branch, where it is another
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        options = "" if self.operation != "residual" else f"-scale{self.scale:d}-keep{self.keep:d}{self.branch}"
+        return f"{self.operation}{self.kernel}-{shape}-{self.dtype}-{self.layout}{options}"
+
+
+def depthwise(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The plain convolution on NHWC."""
+    padding = weight.shape[-1] // 2
+    return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
+
+
+def plain_modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return depthwise(F.gelu(u), weight, bias) * v
+
+
+def plain_mlp(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = F.gelu(u)
+    return h + F.gelu(depthwise(h, weight, bias))
+
+
+def plain_residual(x: Tensor, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    branch = y if scale is None else y * scale
+    return x + (branch if keep is None else branch * keep.to(y.dtype)[:, None, None, None])
+
+
+def inputs(case: Case, device: str) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+    """The output's gradient, the inputs that have gradients, and ``keep`` of the residual."""
+    torch.manual_seed(0)
+    batch, height, width, channels = case.shape
+    dtype = getattr(torch, case.dtype)
+    if case.layout == "halves":
+        both = torch.randn(batch, height, width, 2 * channels, dtype=torch.float32)
+        first, second = both.to(device, dtype).split(channels, -1)
+    elif case.layout == "channels_first":
+        first, second = (
+            torch.randn(batch, channels, height, width).to(device, dtype).permute(0, 2, 3, 1) for _ in range(2)
+        )
+    else:
+        first, second = (torch.randn(case.shape).to(device, dtype) for _ in range(2))
+    g = torch.randn(case.shape).to(device, dtype)
+    weight = (torch.randn(channels, 1, case.kernel, case.kernel) / case.kernel).to(device)
+    bias = torch.randn(channels, device="cpu").to(device)
+    if case.operation == "modulation":
+        return g, [first, second, weight, bias], None
+    if case.operation == "mlp":
+        return g, [first, weight, bias], None
+    keep = ((torch.arange(batch) % 3 > 0) / 0.75).to(device) if case.keep else None
+    second = second.to(getattr(torch, case.branch)) if case.branch else second
+    return g, [first, second, bias if case.scale else None], keep
+
+
+def fused(case: Case, g: Tensor, given: list[Any], keep: Tensor | None) -> list[Tensor | None]:
+    """The kernels' output and gradients."""
+    if case.operation == "modulation":
+        z, a = kernels.modulation(*given, keep=True)
+        alone, nothing = kernels.modulation(*given, keep=False)
+        assert torch.equal(z, alone) and nothing.shape == (0,)
+        assert z.is_contiguous() and a.is_contiguous() and z.dtype == a.dtype == given[0].dtype
+        return [z, *kernels.modulation_backward(g, given[0], given[1], a, given[2])]
+    if case.operation == "mlp":
+        return [kernels.mlp_middle(*given), *kernels.mlp_middle_backward(g, *given)]
+    dy, dscale = kernels.residual_backward(g, given[1], given[2], keep)
+    return [kernels.residual(*given, keep), None, dy, dscale]
+
+
+def plain(case: Case, g: Tensor, given: list[Tensor | None], keep: Tensor | None, dtype: Any) -> list[Tensor | None]:
+    """Plain PyTorch's output and gradients, all of it in one dtype where one is given."""
+    function = {"modulation": plain_modulation, "mlp": plain_mlp, "residual": plain_residual}[case.operation]
+    leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in given]
+    out = function(*leaves) if case.operation != "residual" else function(*leaves, keep)  # type: ignore[operator]
+    out.backward(g.to(out.dtype))
+    return [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+
+
+def measure(case: Case, device: str) -> dict[str, tuple[float, float]]:
+    """Relative errors against float64, of the kernel and of plain PyTorch, by tensor."""
+    g, given, keep = inputs(case, device)
+    ours = fused(case, g, given, keep)
+    again = fused(case, g, given, keep) if device == "cuda" else ours
+    dtype = getattr(torch, case.dtype)
+    theirs = plain(case, g, given, keep, None if case.branch else dtype)
+    exact = plain(case, g, given, keep, torch.float64)
+    names = ["output", *(["first", "second", "third", "fourth"][: len(given)])]
+    errors = {}
+    for name, our, same, their, right, source in zip(names, ours, again, theirs, exact, [g, *given], strict=True):
+        if our is None:
+            continue
+        assert same is not None and their is not None and right is not None and source is not None
+        assert torch.equal(our, same), f"{name} differs from one run to the next"
+        assert our.shape == right.shape and our.dtype == source.dtype, name
+        size = right.norm().item() or 1.0
+        errors[name] = ((our.double() - right).norm().item() / size, (their.double() - right).norm().item() / size)
+    return errors
+
+
+def check(errors: dict[str, Any], factor: float) -> None:
+    """Applies the rule."""
+    for name, (ours, theirs) in errors.items():
+        assert ours <= factor * theirs + FLOOR, f"{name}: {ours:.2e}, PyTorch {theirs:.2e}"
+
+
+SMALL = [
+    *(Case("modulation", (1, 5, 6, 19), kernel) for kernel in (3, 5, 7, 9, 15, 21)),
+    Case("modulation", (2, 5, 9, 72), 11, "bfloat16", "halves"),
+    Case("modulation", (2, 6, 5, 72), 11, "float16"),
+    Case("modulation", (1, 7, 7, 24), 11),
+    Case("modulation", (1, 7, 7, 5), 11, "bfloat16", "channels_first"),
+    Case("modulation", (3, 1, 1, 5), 11, "float16"),
+    Case("modulation", (1, 1, 9, 19), 5, "bfloat16", "halves"),
+    Case("modulation", (1, 2, 1, 136), 3),  # the groups of channels overlap
+    Case("modulation", (2, 3, 2, 5), 7, "float32", "channels_first"),
+    Case("mlp", (2, 6, 5, 72), dtype="bfloat16"),
+    Case("mlp", (1, 7, 9, 19), dtype="float16", layout="channels_first"),
+    Case("mlp", (2, 20, 3, 5)),
+    Case("mlp", (1, 1, 1, 72), layout="halves"),
+    Case("mlp", (1, 2, 1, 136)),
+    Case("residual", (3, 4, 5, 72)),
+    Case("residual", (3, 4, 5, 19), dtype="bfloat16", layout="halves", keep=False),
+    Case("residual", (3, 1, 7, 5), dtype="float16", layout="channels_first", scale=False),
+    Case("residual", (2, 2, 3, 136), scale=False, keep=False),
+    Case("residual", (4, 3, 3, 24), branch="bfloat16"),
+]
+EMPTY = [Case(operation, (0, 4, 5, 19)) for operation in ("modulation", "mlp", "residual")]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable[[Case], Any]]:
+    """A function that measures a case under Triton's interpreter, in a process that stays for this file's tests."""
+    pytest.importorskip("triton")
+    command = [sys.executable, __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(case: Case) -> Any:
+            print(json.dumps(dataclasses.asdict(case)), file=questions, flush=True)
+            line = answers.readline()
+            assert line, "the interpreting process has ended; its error is on the standard error stream"
+            return json.loads(line)
+
+        yield ask
+        questions.close()
+
+
+@pytest.mark.parametrize("case", [*SMALL, *EMPTY], ids=str)
+def test_interpreted(case: Case, interpreter: Callable[[Case], Any]) -> None:
+    check(interpreter(case), INTERPRETED_FACTOR[case.branch or case.dtype])
+
+
+def test_nothing_is_imported_before_it_is_used() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from conv2former.ops import triton
+assert not any(name.startswith("conv2former.ops.triton.") for name in sys.modules)
+assert not torch.cuda.is_initialized()
+assert triton.unusable(torch.device("cuda")) == "the package triton is not installed"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernels.unusable(torch.device("cpu")) == "the tensors are on cpu, not on an NVIDIA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert kernels.unusable(torch.device("cuda")) == "the GPU has compute capability 7.5, and 8.0 is needed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernels.unusable(torch.device("cuda")) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.unusable(torch.device("cpu")) is None
+
+
+def test_takes() -> None:
+    assert kernels.takes(torch.bfloat16, channels=5, kernel_size=21)
+    assert not kernels.takes(torch.float64, channels=72, kernel_size=11)
+    assert not kernels.takes(torch.float32, channels=72, kernel_size=23)
+    assert not kernels.takes(torch.float32, channels=72, kernel_size=4)
+
+
+def test_polynomial_for_gelu() -> None:
+    """The coefficients in the kernels' source, in float64: 2 ** P(x) is the normal distribution's upper tail."""
+    source = (Path(kernels.__file__).parent / "gelu.py").read_text()
+    lines = [
+        line.split("tl.fma(")[1].rstrip(")\n").split(", ") for line in source.splitlines() if "p = tl.fma(" in line
+    ]
+    numbers = [float(lines[0][1]), *(float(line[2]) for line in lines)]
+    x = torch.linspace(0, 5.75, 2000, dtype=torch.float64)
+    power = torch.zeros_like(x)
+    for number in numbers:
+        power = power * x + number
+    assert len(numbers) == 8
+    tail = torch.exp2(power)
+    assert (tail / torch.special.log_ndtr(-x).exp() - 1).abs().max() < 3.4e-6
+    beyond = torch.linspace(5.75, 1000, 2000, dtype=torch.float64)
+    power = torch.zeros_like(beyond)
+    for number in numbers:
+        power = power * beyond + number
+    assert (power.diff() < 0).all()
+
+
+def test_every_shape_has_a_configuration() -> None:
+    pytest.importorskip("triton")
+    from conv2former.ops.triton import lanes, large_kernel
+
+    if lanes.INTERPRETED:
+        pytest.skip("the interpreter has one configuration")
+    for kernel in range(3, 23, 2):
+        for channels in (1, 5, 19, 72, 144, 248, 320, 576, 1009, 1024):
+            count, group = large_kernel.weight_lanes(channels, kernel)
+            assert 1 <= group <= min(channels, count // kernel)
+            for dtype in (torch.float32, torch.bfloat16):
+                for width in (1, 7, 14, 57, 304):
+                    args = {"K": kernel, "W": width, "N": count, "source": torch.empty(0, dtype=dtype)}
+                    assert len(large_kernel.cheapest(large_kernel.CONFIGS, args)) == 3
+                    assert len(large_kernel.the_cheapest(large_kernel.WEIGHT_CONFIGS, args)) == 1
+
+
+@pytest.mark.parametrize("what", ["forward", "input gradient", "weight gradient", "MLP forward", "MLP inner"])
+def test_compiles_without_spills(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The favourite configuration for bfloat16 and an 11 x 11 kernel on sm_90; benchmarks/triton_build.py does all."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script: Any = importlib.import_module("triton_build")
+    row = script.build((next(p for p in script.programs((11,), (torch.bfloat16,)) if p.what == what), 90))
+    assert row["spilled"] == 0
+    assert row["registers"] <= 168
+    assert row["multiply_adds"] >= 0.55 * row["instructions"]  # the loop is what it was written to be
+
+
+LARGE = [
+    *(Case("modulation", (2, 200, 304, channels), 11, "bfloat16", "halves") for channels in (72, 96, 144)),
+    *(Case("modulation", (4, 33, 50, channels), 11, "float16") for channels in (320, 576)),
+    *(Case("modulation", (2, 56, 56, 72), kernel, "float32") for kernel in (3, 5, 7, 9, 11, 15, 21)),
+    *(Case("modulation", (8, 14, 14, 288), kernel, "bfloat16") for kernel in (3, 7, 11, 21)),
+    Case("modulation", (16, 7, 7, 576), 11, "bfloat16"),
+    Case("modulation", (4, 28, 20, 1009), 7, "float16", "channels_first"),
+    *(Case("mlp", (2, 200, 304, channels), dtype="bfloat16") for channels in (288, 384)),
+    *(Case("mlp", (8, 14, 14, channels), dtype="float16") for channels in (1280, 2304)),
+    Case("mlp", (4, 56, 56, 288)),
+    *(Case("residual", (2, 200, 304, channels), dtype="bfloat16") for channels in (72, 144, 320)),
+    Case("residual", (16, 56, 56, 96), branch="bfloat16"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SMALL, *EMPTY, *LARGE], ids=str)
+def test_on_gpu(case: Case) -> None:
+    if why := kernels.unusable(torch.device("cuda")):
+        pytest.skip(why)
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        check(measure(case, "cuda"), 2.0)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def main() -> None:
+    """Measures the cases on the standard input, one JSON object a line."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        given = json.loads(line)
+        print(json.dumps(measure(Case(**given | {"shape": tuple(given["shape"])}), "cpu")), flush=True)
+
+
+if __name__ == "__main__":
+    main()
