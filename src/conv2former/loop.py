@@ -28,6 +28,8 @@ from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError
 from conv2former.incidents import Incidents
 from conv2former.logs import RunLog, peak_memory_gb
+from conv2former.model import Block
+from conv2former.ops import backend_for
 from conv2former.processes import Processes, agreed
 from conv2former.progress import TrainingProgress
 from conv2former.recipes.batch import plan_batch
@@ -405,6 +407,13 @@ class Loop:
         loader = eval_loader(dataset, sampler, batch_size=size, workers=recipe.data.workers, place=fabric.device)
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
+    @property
+    def operations(self) -> str | None:
+        """What computes Conv2Former's operations here (``ops``); None for a network without them."""
+        if not any(isinstance(module, Block) for module in self.described.modules()):
+            return None
+        return backend_for(self.fabric.device)
+
     def _summary(self) -> str:
         recipe, fabric = self.recipe, self.fabric
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -415,5 +424,6 @@ class Loop:
             f"batch {self.batch}, learning rate {self.lr:.3g}, "
             f"{self.steps} steps ({self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}), "
             f"{recipe.engine.precision} on {fabric.device}"
+            + (f", operations by {self.operations}" if self.operations else "")
             + (f", from step {self.position.step}" if self.position.step else "")
         )

@@ -101,7 +101,8 @@ def train(
                         run = RunFolder.create(out, recipe, found, overwrite=overwrite)
                     elif own != recipe or facts != facts | found:
                         run.change(recipe, facts | found)
-                    run.add_event("resumed" if resume else "started", changes=changes, **machine_facts())
+                    facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
+                    run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
                 _fit(loop, run, resumed=resume)
         except (UserError, Interrupted) as error:
