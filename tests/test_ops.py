@@ -117,6 +117,18 @@ def test_memory_layouts(layout: str) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["modulation", "mlp_middle"])
+def test_gradients_lie_as_announced(name: str) -> None:
+    """Compiled code relies on the strides that the shape functions tell, here with weights in channels-last memory."""
+    inputs, _ = arguments((2, 5, 4, 24, 3), torch.float32, maps=2 if name == "modulation" else 1)
+    inputs[-2] = inputs[-2].to(memory_format=torch.channels_last)
+    assert inputs[-2].stride() != torch.empty(24, 1, 3, 3).stride()
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    for gradient in torch.autograd.grad(getattr(ops, name)(*inputs).sum(), inputs):
+        assert gradient.is_contiguous() and gradient.stride() == torch.empty(gradient.shape).stride()
+
+
+@needs_compiler
 def test_empty_batch() -> None:
     inputs, g = arguments((0, 7, 7, 32, 11), torch.float32, maps=2)
     out, du, dv, dweight, dbias = run(ops.modulation, inputs, g, torch.float32)
@@ -323,3 +335,22 @@ def test_the_library_is_built_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert not isinstance(build.load.__wrapped__(), str)
+
+
+@needs_compiler
+def test_compiled_code_follows_the_choice() -> None:
+    model, x = network().eval(), torch.randn(2, 3, 64, 64)
+    graphs: list[bool] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(any("conv2former" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=look)
+    with torch.no_grad():
+        for choice in ("auto", "reference", "auto"):
+            with ops.use_backend(choice):
+                compiled(x)
+    torch._dynamo.reset()
+    assert graphs == [True, False]

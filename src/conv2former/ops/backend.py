@@ -33,7 +33,7 @@ def set_backend(name: str) -> None:
 
     Args:
         name: 'auto' (the fused code of the device where it can run, else plain PyTorch), 'reference' (plain PyTorch),
-            'cpp' (CPUs) or 'triton' (NVIDIA GPUs). A model that ``torch.compile`` has compiled keeps what it had.
+            'cpp' (CPUs) or 'triton' (NVIDIA GPUs). What ``torch.compile`` has compiled is compiled anew.
 
     Raises:
         UserError: Unknown name.
@@ -95,8 +95,10 @@ def kernels(device: torch.device) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _fused(device: str, dtype: torch.dtype, channels: int, kernel_size: int, exporting: bool) -> bool:
-    choice = current()
+def _fused(
+    chosen: str | None, device: str, dtype: torch.dtype, channels: int, kernel_size: int, exporting: bool
+) -> bool:
+    choice = current()  # `chosen` is there for the compiler, which sees by it that the choice has changed
     if exporting and choice == "auto":  # another runtime would not know our operators
         return False
     name = _resolve(choice, device)
@@ -110,7 +112,7 @@ def fused(u: Tensor, weight: Tensor) -> bool:
     stay in the program.
     """
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return _fused(u.device.type, u.dtype, weight.shape[0], weight.shape[-1], exporting)
+    return _fused(_chosen[0], u.device.type, u.dtype, weight.shape[0], weight.shape[-1], exporting)
 
 
 _library = torch.library.Library("conv2former", "DEF")

@@ -130,4 +130,4 @@ def _partial_sums(u: Tensor, weight: Tensor) -> Tensor:
 def _weight_and_bias(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     taps, bias = sums[:, :-1].sum(0), sums[:, -1].sum(0)
     # a custom operator may not return two views of one tensor
-    return taps.t().reshape(weight.shape).to(weight.dtype, memory_format=torch.contiguous_format), bias.to(weight.dtype)
+    return taps.t().reshape(weight.shape).to(weight.dtype).contiguous(), bias.to(weight.dtype)
