@@ -1,0 +1,11 @@
+"""``conv2former benchmark``: how fast models of timm compute, measured fairly.
+
+    options.py    what the user asks for, checked, as groups of configurations
+    modes.py      a configuration's step: eager, compiled, exported; inference or training
+    worker.py     the process that holds one configuration
+    measure.py    workers in turn, statistics, rows
+    report.py     the rows as a table and in files; pictures.py draws them
+    profiling.py  where the time of one step goes
+
+Each worker imports this package, so nothing is imported here: the entry is ``measure.benchmark``.
+"""
