@@ -28,6 +28,7 @@ from torch import Tensor
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
 from conv2former.meta import build_on_meta
+from conv2former.ops import backend
 
 CORES_PER_SM = 128  # float32 multiply-adds a clock of one multiprocessor, compute capability 8.0 (64) apart
 
@@ -172,6 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if not backend.fused(
+        torch.empty(1, 1, 1, 32, device=device, dtype=dtype), torch.empty(32, 1, 3, 3), torch.empty(32)
+    ):
+        raise SystemExit(
+            f"error: nothing is fused for {options.dtype} on {device}: {ops.backend_for(device)} computes it"
+        )
     torch.manual_seed(0)
     bytes_rate, multiplies_rate = copy_rate(device), multiply_rate(device)
     print(

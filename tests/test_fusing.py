@@ -77,3 +77,17 @@ def test_fewer_operations(fill: Any) -> None:
     kinds = sorted(type(module).__name__ for module in block.children())
     assert kinds == ["DepthwiseConv", "DepthwiseConv", "Linear", "Linear", "Linear", "Linear"]
     assert block.w.weight.shape == (32, 16)
+
+
+def test_twice_is_once(fill: Any) -> None:
+    model, x = build("conv2former_test", fill), torch.randn(1, 3, 64, 64)
+    expected = model.fuse()(x)
+    assert torch.equal(reparameterize_model(model.fuse())(x), expected)
+    assert not expected.requires_grad
+
+
+def test_a_fused_network_can_be_scripted_and_traced(fill: Any) -> None:
+    model, x = build("conv2former_test", fill).fuse(), torch.randn(1, 3, 65, 64)
+    expected = model(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
@@ -33,6 +34,7 @@ SHAPES = [
     (1, 20, 20, 19, 15),
     (1, 30, 61, 72, 21),
 ]
+LAYOUTS = ["halves", "channels first", "cropped", "every second channel", "one column", "one position"]
 FLOOR = 2e-6  # of the largest value: where PyTorch happens to round to the exact result
 Operation = Callable[..., Tensor]
 
@@ -90,16 +92,70 @@ def test_mlp_middle(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_the_fused_code_is_what_runs() -> None:
     """Here the choice is the C++ code; else the comparisons above would compare PyTorch to itself."""
     u = torch.randn(1, 4, 4, 32)
-    assert backend.fused(u, torch.zeros(32, 1, 11, 11)) and ops.backend_for("cpu") == "cpp"
-    assert not backend.fused(u.double(), torch.zeros(32, 1, 11, 11))
-    assert not backend.fused(u[..., :3], torch.zeros(3, 1, 11, 11))
-    assert not backend.fused(u, torch.zeros(32, 1, 23, 23))
+    weight, bias = torch.zeros(32, 1, 11, 11), torch.zeros(32)
+    assert backend.fused(u, weight, bias, u) and ops.backend_for("cpu") == "cpp"
+    assert not backend.fused(u.double(), weight, bias)
+    assert not backend.fused(u[..., :3], weight[:3], bias[:3])
+    assert not backend.fused(u, torch.zeros(32, 1, 23, 23), bias)
+    assert not backend.fused(u, weight, bias, u[:, :1, :1])
+    assert not backend.fused(u, weight, bias, u.bfloat16())
+    assert not backend.fused(u, torch.zeros(32, 1, 3, 5), bias)
+    assert not backend.fused(u, torch.zeros(32, 1, 4, 4), bias)
+    assert not backend.fused(u, weight.double(), bias)
     with ops.use_backend("reference"):
-        assert not backend.fused(u, torch.zeros(32, 1, 11, 11))
+        assert not backend.fused(u, weight, bias)
 
 
 @needs_compiler
-@pytest.mark.parametrize("layout", ["halves", "channels first", "cropped", "channels reversed"])
+@pytest.mark.parametrize("leaf", range(4))
+def test_one_gradient_alone(leaf: int) -> None:
+    inputs, g = arguments((2, 6, 5, 24, 5), torch.float32, maps=2)
+    found = []
+    for operation in (ops.modulation, ops.modulation_reference):
+        given = [tensor.clone().requires_grad_(i == leaf) for i, tensor in enumerate(inputs)]
+        operation(*given).backward(g)
+        assert [tensor.grad is not None for tensor in given] == [i == leaf for i in range(4)]
+        found.append(given[leaf].grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_gradients_under_another_choice() -> None:
+    inputs, g = arguments((2, 6, 5, 24, 5), torch.float32, maps=2)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    out = ops.modulation(*inputs)
+    with ops.use_backend("reference"):
+        assert torch.autograd.grad(out, inputs, g)[0].shape == inputs[0].shape
+
+
+@needs_compiler
+def test_other_kernels_of_the_mlp_are_pytorchs() -> None:
+    inputs, _ = arguments((2, 6, 5, 24, 5), torch.float32, maps=1)
+    torch.testing.assert_close(ops.mlp_middle(*inputs), ops.mlp_middle_reference(*inputs), rtol=0, atol=0)
+
+
+@needs_compiler
+def test_forward_mode_and_functional_gradients() -> None:
+    inputs, _ = arguments((1, 4, 4, 24, 3), torch.float32, maps=2)
+    tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
+    mine, plain = (torch.func.jvp(f, tuple(inputs), tangents)[1] for f in (ops.modulation, ops.modulation_reference))
+    torch.testing.assert_close(mine, plain)
+    torch.func.grad(lambda u: ops.modulation(u, *inputs[1:]).sum())(inputs[0])
+
+
+@needs_compiler
+def test_multiply_adds_are_counted() -> None:
+    model, x = network().eval(), torch.zeros(1, 3, 64, 64)
+    counts = []
+    for choice in ("auto", "reference"):
+        with ops.use_backend(choice), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(layout: str) -> None:
     """The two halves of one product, NCHW memory, part of a map, every second channel."""
     batch, height, width, channels = 2, 6, 5, 40
@@ -107,10 +163,12 @@ def test_memory_layouts(layout: str) -> None:
         "halves": lambda: torch.randn(batch, height, width, 2 * channels).chunk(2, dim=-1),
         "channels first": lambda: torch.randn(2, batch, channels, height, width).permute(0, 1, 3, 4, 2).unbind(),
         "cropped": lambda: torch.randn(2, batch, height + 3, width + 2, channels)[:, :, 1:-2, :-2].unbind(),
-        "channels reversed": lambda: torch.randn(2, batch, height, width, 2 * channels)[..., ::2].unbind(),
+        "every second channel": lambda: torch.randn(2, batch, height, width, 2 * channels)[..., ::2].unbind(),
+        "one column": lambda: torch.randn(2, batch, 1, height, channels).transpose(2, 3).unbind(),
+        "one position": lambda: torch.randn(2, batch, channels, 1, 1).permute(0, 1, 3, 4, 2).unbind(),
     }[layout]()
     weight, bias = torch.randn(channels, 1, 5, 5), torch.randn(channels)
-    g = torch.randn(batch, channels, height, width).permute(0, 2, 3, 1)
+    g = torch.randn(batch, channels, *u.shape[1:3]).permute(0, 2, 3, 1)
     assert_as_good(ops.modulation, ops.modulation_reference, [u, v, weight, bias], g)
     mine = ops.mlp_middle(u, weight[..., :3, :3], bias)
     torch.testing.assert_close(mine, ops.mlp_middle_reference(u, weight[..., :3, :3], bias), rtol=1e-5, atol=1e-5)
@@ -124,8 +182,8 @@ def test_gradients_lie_as_announced(name: str) -> None:
     inputs[-2] = inputs[-2].to(memory_format=torch.channels_last)
     assert inputs[-2].stride() != torch.empty(24, 1, 3, 3).stride()
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    for gradient in torch.autograd.grad(getattr(ops, name)(*inputs).sum(), inputs):
-        assert gradient.is_contiguous() and gradient.stride() == torch.empty(gradient.shape).stride()
+    for leaf, gradient in zip(inputs, torch.autograd.grad(getattr(ops, name)(*inputs).sum(), inputs), strict=True):
+        assert gradient.stride() == leaf.stride()
 
 
 @needs_compiler

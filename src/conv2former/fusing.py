@@ -80,6 +80,7 @@ class FusedBlock(nn.Module):
         self.fc1 = set_linear(mlp.fc1, *linear_behind(mlp.fc1, *affine(block.norm2)))
         self.mlp_dwconv = mlp.dwconv
         self.fc2 = set_linear(mlp.fc2, *scaled(mlp.fc2, getattr(block.ls2, "gamma", None)))
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -97,7 +98,8 @@ class ConvBehindNorm(nn.Module):
     found by the convolution of a map of 8 or 9 positions a side, whose rows are the first, one of the middle, the last.
 
     Args:
-        conv: The convolution, without bias; no kernel above 3 and no padding above 1 where it is padded.
+        conv: The convolution, without bias; no kernel above 3 and no padding above 1 where it is padded. Its output is
+            to have at least two positions a side, which the networks' smallest images give.
         norm: The batch norm.
     """
 
@@ -119,8 +121,8 @@ class ConvBehindNorm(nn.Module):
         y = self.conv(x)
         if self.taps is None or self.offset is None:
             return y
-        sides = [8 + size % 2 for size in x.shape[-2:]]
-        constant = self.offset.view(1, -1, 1, 1).expand(-1, -1, *sides)
+        height, width = 8 + x.shape[-2] % 2, 8 + x.shape[-1] % 2
+        constant = self.offset.view(1, -1, 1, 1).expand(-1, -1, height, width)
         share = F.conv2d(constant, self.taps, stride=self.stride, padding=self.padding)
         for dim in (2, 3):
             position = torch.arange(y.shape[dim], device=y.device)
@@ -143,6 +145,7 @@ class FusedStem(nn.Module):
         super().__init__()
         self.conv1, self.min_size = convs[0], min_size
         self.conv2, self.conv3 = (ConvBehindNorm(conv, norm) for conv, norm in zip(convs[1:], norms, strict=True))
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride), channels last in memory."""

@@ -230,7 +230,7 @@ class Stage(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> Stage:
         """The downsampling's norm goes into its convolution; blocks are asked by themselves."""
-        if isinstance(self.downsample, nn.Sequential):
+        if isinstance(self.downsample, nn.Sequential) and self.downsample[0].weight is not None:
             self.downsample = norm_into_conv(*self.downsample)
         return self
 
@@ -506,7 +506,7 @@ class Conv2Former(nn.Module):
         (``conv2former.fusing``). Weights are loaded before; the state dict is no longer that of the trained network.
         """
         reparameterize_model(self.eval(), inplace=True)
-        return self
+        return self.requires_grad_(False)
 
 
 def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from conv2former.errors import UserError
 
@@ -90,8 +91,17 @@ def module(name: str) -> ModuleType:
 
 
 def kernels(device: torch.device) -> Any:
-    """The module that computes on a device."""
-    return module(backend_for(device))
+    """The module that computes a fused operation on a device.
+
+    That it is fused was decided when it was called. Its backward pass, or a program that was exported with it, may run
+    under another choice.
+
+    Raises:
+        UserError: It cannot run there.
+    """
+    name = "triton" if current() == "triton" else BY_DEVICE.get(device.type, "triton")
+    _resolve(name, device.type)
+    return module(name)
 
 
 @torch.compiler.assume_constant_result
@@ -105,14 +115,30 @@ def _fused(
     return name != "reference" and module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
 
 
-def fused(u: Tensor, weight: Tensor) -> bool:
-    """Whether a fused kernel is to compute an operation on ``u``, (B, H, W, C), with the taps ``weight``, (C, 1, k, k).
+def fused(u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
+    """Whether a fused kernel is to compute an operation: there is one, and the tensors are what it is written for.
+
+    That is u and the others (B, H, W, C) of one dtype, weight (C, 1, k, k) with k odd, bias (C,). Broadcasting, other
+    shapes, mixed dtypes, ``torch.func`` and forward-mode differentiation are left to PyTorch.
 
     Under ``torch.export`` and ``torch.jit.trace`` only a backend that was chosen by name is used: its custom operators
     stay in the program.
     """
+    size = weight.shape[-1]
+    whole = all(other.shape == u.shape and other.dtype == u.dtype for other in others) and weight.dtype == bias.dtype
+    if not whole or u.ndim != 4 or weight.shape != (u.shape[-1], 1, size, size) or bias.shape != u.shape[-1:]:
+        return False
+    if size % 2 == 0 or _transformed():
+        return False
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return _fused(_chosen[0], u.device.type, u.dtype, weight.shape[0], weight.shape[-1], exporting)
+    return _fused(_chosen[0], u.device.type, u.dtype, weight.shape[0], size, exporting)
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 _library = torch.library.Library("conv2former", "DEF")
@@ -140,6 +166,11 @@ def refuse_gradients(name: str) -> None:
         )
 
     torch.library.register_autograd(f"conv2former::{name}", refuse)
+
+
+def in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:
+    """A weight's gradient with the weight's strides: DDP wants that, and the shape functions announce it."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from conv2former.ops.backend import depthwise, fused, kernels, operator, refuse_gradients
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, refuse_gradients
 
 __all__ = ["mlp_middle", "mlp_middle_reference"]
 
@@ -22,7 +24,7 @@ def mlp_middle_reference(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``h + GELU(DWConv(h))`` with ``h = GELU(u)`` on NHWC tensors.
 
-    The fused forms compute in float32 whatever the dtype and keep nothing but u for the backward pass. They have no
+    The fused forms add up in float32 whatever the dtype and keep nothing but u for the backward pass. They have no
     second derivative.
 
     Args:
@@ -34,7 +36,7 @@ def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, H, W, C) of u's dtype.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch whole, not a longer condition
-        if fused(u, weight):
+        if weight.shape[-1] == 3 and fused(u, weight, bias):
             return _FORWARD(u, weight, bias)
     return mlp_middle_reference(u, weight, bias)
 
@@ -48,11 +50,12 @@ def _shape(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels(u.device).mlp_middle_backward(g, u, weight, bias)
+    du, dweight, dbias = kernels(u.device).mlp_middle_backward(g, u, weight, bias)
+    return du, in_layout_of(weight, dweight), dbias
 
 
 def _shapes_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return u.new_empty(u.shape), torch.empty_like(weight), bias.new_empty(bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -72,3 +75,13 @@ _BACKWARD = operator(
 )
 torch.library.register_autograd("conv2former::mlp_middle", _gradients, setup_context=_save)
 refuse_gradients("mlp_middle_backward")
+
+
+@register_flop_formula(torch.ops.conv2former.mlp_middle)
+def _flops(u: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(u) * 9
+
+
+@register_flop_formula(torch.ops.conv2former.mlp_middle_backward)
+def _flops_backward(g: Any, u: Any, *_: Any, **__: Any) -> int:
+    return 4 * math.prod(u) * 9

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from conv2former.ops.backend import depthwise, fused, kernels, operator, refuse_gradients
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, refuse_gradients
 
 __all__ = ["modulation", "modulation_reference"]
 
@@ -21,7 +23,7 @@ def modulation_reference(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> 
 def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``DWConv(GELU(u)) * v`` on NHWC tensors.
 
-    The fused forms compute in float32 whatever the dtype, and keep U, V and A for the backward pass, not GELU(U). They
+    The fused forms add up in float32 whatever the dtype, and keep U, V and A for the backward pass, not GELU(U). They
     have no second derivative.
 
     Args:
@@ -34,8 +36,9 @@ def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, H, W, C) of u's dtype.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch whole, not a longer condition
-        if fused(u, weight) and u.dtype == v.dtype:
-            keep = torch.is_grad_enabled() and (u.requires_grad or v.requires_grad or weight.requires_grad)
+        if fused(u, weight, bias, v):
+            leaves = u.requires_grad or v.requires_grad or weight.requires_grad or bias.requires_grad
+            keep = torch.is_grad_enabled() and leaves
             return _FORWARD(u, v, weight, bias, keep)[0]
     return modulation_reference(u, v, weight, bias)
 
@@ -51,21 +54,25 @@ def _shapes(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> t
 def _modulation_backward(
     g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kernels(u.device).modulation_backward(g, u, v, a, weight)
+    du, dv, dweight, dbias = kernels(u.device).modulation_backward(g, u, v, a, weight)
+    return du, dv, in_layout_of(weight, dweight), dbias
 
 
 def _shapes_backward(
     g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return u.new_empty(u.shape), v.new_empty(v.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return u.new_empty(u.shape), v.new_empty(v.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     u, v, weight, _, _ = inputs
+    ctx.set_materialize_grads(False)  # A has none
     ctx.save_for_backward(u, v, output[1], weight)
 
 
-def _gradients(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return None, None, None, None, None
     u, v, a, weight = ctx.saved_tensors
     return *_BACKWARD(g.to(u.dtype), u, v, a, weight), None
 
@@ -80,3 +87,13 @@ _BACKWARD = operator(
 )
 torch.library.register_autograd("conv2former::modulation", _gradients, setup_context=_save)
 refuse_gradients("modulation_backward")
+
+
+@register_flop_formula(torch.ops.conv2former.modulation)
+def _flops(u: Any, v: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(u) * weight[-1] ** 2
+
+
+@register_flop_formula(torch.ops.conv2former.modulation_backward)
+def _flops_backward(g: Any, u: Any, v: Any, a: Any, weight: Any, **_: Any) -> int:
+    return 4 * math.prod(u) * weight[-1] ** 2

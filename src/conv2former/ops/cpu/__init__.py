@@ -42,6 +42,8 @@ class OutOfMemory(MemoryError):
 
 def _call(name: str, u: Tensor, kernel_size: int, *arguments: Any) -> None:
     batch, height, width, channels = u.shape
+    if u.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"the C++ kernels compute float32 and bfloat16, not {u.dtype}")
     shape = (ctypes.c_long * 5)(batch, height, width, channels, kernel_size)
     failed = getattr(load(), f"conv2former_{name}")(
         int(u.dtype == torch.bfloat16), shape, *arguments, torch.get_num_threads()
@@ -59,12 +61,12 @@ def _strided(x: Tensor) -> tuple[Tensor, ctypes.c_void_p, ctypes.c_long]:
 
     So do contiguous tensors and slices of channels of one; anything else is copied.
     """
-    _, height, width, _ = x.shape
+    _, height, width, channels = x.shape
     step = x.stride(2)
     even = x.stride() == (height * width * step, width * step, step, 1)
-    if not even:
-        x = x.contiguous()
-    return x, _pointer(x), ctypes.c_long(x.stride(2))
+    if not even:  # also where a side of 1 has a stride of its own; that is contiguous, and its stride means nothing
+        x, step = x.contiguous(), channels
+    return x, _pointer(x), ctypes.c_long(step)
 
 
 def _floats(x: Tensor) -> Tensor:
@@ -87,6 +89,8 @@ def modulation_backward(
     g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, v, weight and bias, from that of the output."""
+    if a.shape != u.shape:
+        raise ValueError("modulation was computed without keep=True: its backward pass needs A")
     du, dv = u.new_empty(u.shape), v.new_empty(v.shape)
     sums = _partial_sums(u, weight)
     if du.numel():
@@ -129,5 +133,4 @@ def _partial_sums(u: Tensor, weight: Tensor) -> Tensor:
 
 def _weight_and_bias(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     taps, bias = sums[:, :-1].sum(0), sums[:, -1].sum(0)
-    # a custom operator may not return two views of one tensor
-    return taps.t().reshape(weight.shape).to(weight.dtype).contiguous(), bias.to(weight.dtype)
+    return taps.t().reshape(weight.shape).to(weight.dtype), bias.to(weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-# no -ffast-math: NaN and infinity have to come out of the kernels as they come out of PyTorch
+# no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("g++", "clang++", "c++")
 PATIENCE = 120.0  # seconds for the compiler
@@ -59,10 +60,13 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _folder() -> Path:
-    """The user's cache, or one of this process alone where that cannot be written."""
+    """The user's cache; a folder of this process alone where that cannot be written, or others can write to it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conv2former"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = cache.stat()
+        if facts.st_uid != os.getuid() or facts.st_mode & 0o022:  # somebody else may have put the code there
+            return _own_folder()
         with tempfile.TemporaryFile(dir=cache):
             return cache
     except (OSError, RuntimeError):
@@ -71,4 +75,6 @@ def _folder() -> Path:
 
 @functools.cache
 def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="conv2former-"))
+    folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
