@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from conv2former.ops import mlp_middle_reference, modulation_reference
 from conv2former.ops import triton as kernels
 
 FLOOR = 1e-6  # of the relative error: what the order of a float32 sum changes
@@ -45,21 +45,6 @@ class Case:
         shape = "x".join(map(str, self.shape))
         options = "" if self.operation != "residual" else f"-scale{self.scale:d}-keep{self.keep:d}{self.branch}"
         return f"{self.operation}{self.kernel}-{shape}-{self.dtype}-{self.layout}{options}"
-
-
-def depthwise(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The plain convolution on NHWC."""
-    padding = weight.shape[-1] // 2
-    return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0]).permute(0, 2, 3, 1)
-
-
-def plain_modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return depthwise(F.gelu(u), weight, bias) * v
-
-
-def plain_mlp(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    h = F.gelu(u)
-    return h + F.gelu(depthwise(h, weight, bias))
 
 
 def plain_residual(x: Tensor, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
@@ -109,7 +94,9 @@ def fused(case: Case, g: Tensor, given: list[Any], keep: Tensor | None) -> list[
 
 def plain(case: Case, g: Tensor, given: list[Tensor | None], keep: Tensor | None, dtype: Any) -> list[Tensor | None]:
     """Plain PyTorch's output and gradients, all of it in one dtype where one is given."""
-    function = {"modulation": plain_modulation, "mlp": plain_mlp, "residual": plain_residual}[case.operation]
+    function = {"modulation": modulation_reference, "mlp": mlp_middle_reference, "residual": plain_residual}[
+        case.operation
+    ]
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in given]
     out = function(*leaves) if case.operation != "residual" else function(*leaves, keep)  # type: ignore[operator]
     out.backward(g.to(out.dtype))

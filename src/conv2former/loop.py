@@ -417,6 +417,7 @@ class Loop:
     def _summary(self) -> str:
         recipe, fabric = self.recipe, self.fabric
         parameters = sum(p.numel() for p in self.model.parameters())
+        operations = self.operations
         return (
             f"{recipe.name}: {recipe.model.name}, {parameters / 1e6:.2f}M parameters, "
             f"{len(self.splits.train)} training and {len(self.splits.val)} validation images, "
@@ -424,6 +425,6 @@ class Loop:
             f"batch {self.batch}, learning rate {self.lr:.3g}, "
             f"{self.steps} steps ({self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}), "
             f"{recipe.engine.precision} on {fabric.device}"
-            + (f", operations by {self.operations}" if self.operations else "")
+            + (f", operations by {operations}" if operations else "")
             + (f", from step {self.position.step}" if self.position.step else "")
         )

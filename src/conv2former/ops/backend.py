@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from conv2former.errors import UserError
 
@@ -144,33 +145,62 @@ def _transformed() -> bool:
 _library = torch.library.Library("conv2former", "DEF")
 
 
-def operator(schema: str, compute: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes ``torch.ops.conv2former.NAME`` of a schema, what computes it on any device, and what tells its shapes.
+def operator(
+    schema: str,
+    compute: Callable[..., Any],
+    shapes: Callable[..., Any],
+    *,
+    gradients: Callable[..., Any] | None = None,
+    save: Callable[..., Any] | None = None,
+    flops: Callable[..., int],
+) -> Callable[..., Any]:
+    """Makes ``torch.ops.conv2former.NAME``.
 
-    Not ``torch.library.custom_op``, whose checks of every call take longer than a small network's kernels.
+    Not by ``torch.library.custom_op``, whose checks of every call take longer than a small network's kernels.
+
+    Args:
+        schema: Name, arguments and results.
+        compute: What computes it, on any device.
+        shapes: What tells the results' shapes.
+        gradients: The backward pass; without one, which is so for backward passes, asking for it is refused.
+        save: What it keeps of the forward pass.
+        flops: Twice the multiply-adds, from the arguments' shapes, for ``torch.utils.flop_counter``.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ("CPU", "CUDA"):
         _library.impl(name, compute, device)
     torch.library.register_fake(f"conv2former::{name}", shapes)
-    return getattr(torch.ops.conv2former, name).default
+    torch.library.register_autograd(f"conv2former::{name}", gradients or _refuse, setup_context=save)
+    made = getattr(torch.ops.conv2former, name)
+    register_flop_formula(made)(flops)
+    return made.default
 
 
-def refuse_gradients(name: str) -> None:
-    """Gives an operator a backward pass that says there is none: second derivatives."""
-
-    def refuse(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError(
-            "the fused operations have no second derivative: compute under conv2former.ops.use_backend('reference')"
-        )
-
-    torch.library.register_autograd(f"conv2former::{name}", refuse)
+def _refuse(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError(
+        "the fused operations have no second derivative: compute under conv2former.ops.use_backend('reference')"
+    )
 
 
 def in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:
     """A weight's gradient with the weight's strides: DDP wants that, and the shape functions announce it."""
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+
+
+def pixels(x: Tensor) -> tuple[Tensor, int]:
+    """The tensor (B, H, W, C), copied where necessary, and the distance S of its pixels in elements.
+
+    Pixel (b, y, x) begins at element ((b * H + y) * W + x) * S. Contiguous tensors and either half of a contiguous
+    (B, H, W, 2C) are of that kind.
+    """
+    size, stride = x.shape, x.stride()
+    wanted = step = next((stride[d] for d in (2, 1, 0) if size[d] > 1), size[3])
+    dense = size[3] == 1 or stride[3] == 1
+    for d in (2, 1, 0):
+        dense &= size[d] == 1 or stride[d] == wanted
+        wanted *= size[d]
+    return (x, step) if dense and step >= size[3] else (x.contiguous(), size[3])
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

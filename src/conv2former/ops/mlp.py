@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, refuse_gradients
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator
 
 __all__ = ["mlp_middle", "mlp_middle_reference"]
 
@@ -67,21 +66,25 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _BACKWARD(g.to(u.dtype), u, weight, bias)
 
 
-_FORWARD = operator("mlp_middle(Tensor u, Tensor weight, Tensor bias) -> Tensor", _mlp_middle, _shape)
-_BACKWARD = operator(
-    "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
-    _mlp_middle_backward,
-    _shapes_backward,
-)
-torch.library.register_autograd("conv2former::mlp_middle", _gradients, setup_context=_save)
-refuse_gradients("mlp_middle_backward")
-
-
-@register_flop_formula(torch.ops.conv2former.mlp_middle)
 def _flops(u: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(u) * 9
 
 
-@register_flop_formula(torch.ops.conv2former.mlp_middle_backward)
 def _flops_backward(g: Any, u: Any, *_: Any, **__: Any) -> int:
     return 4 * math.prod(u) * 9
+
+
+_FORWARD = operator(
+    "mlp_middle(Tensor u, Tensor weight, Tensor bias) -> Tensor",
+    _mlp_middle,
+    _shape,
+    gradients=_gradients,
+    save=_save,
+    flops=_flops,
+)
+_BACKWARD = operator(
+    "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    _mlp_middle_backward,
+    _shapes_backward,
+    flops=_flops_backward,
+)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, refuse_gradients
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator
 
 __all__ = ["modulation", "modulation_reference"]
 
@@ -77,23 +76,25 @@ def _gradients(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     return *_BACKWARD(g.to(u.dtype), u, v, a, weight), None
 
 
+def _flops(u: Any, v: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(u) * weight[-1] ** 2
+
+
+def _flops_backward(g: Any, u: Any, v: Any, a: Any, weight: Any, **_: Any) -> int:
+    return 4 * math.prod(u) * weight[-1] ** 2
+
+
 _FORWARD = operator(
-    "modulation(Tensor u, Tensor v, Tensor weight, Tensor bias, bool keep) -> (Tensor, Tensor)", _modulation, _shapes
+    "modulation(Tensor u, Tensor v, Tensor weight, Tensor bias, bool keep) -> (Tensor, Tensor)",
+    _modulation,
+    _shapes,
+    gradients=_gradients,
+    save=_save,
+    flops=_flops,
 )
 _BACKWARD = operator(
     "modulation_backward(Tensor g, Tensor u, Tensor v, Tensor a, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _modulation_backward,
     _shapes_backward,
+    flops=_flops_backward,
 )
-torch.library.register_autograd("conv2former::modulation", _gradients, setup_context=_save)
-refuse_gradients("modulation_backward")
-
-
-@register_flop_formula(torch.ops.conv2former.modulation)
-def _flops(u: Any, v: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(u) * weight[-1] ** 2
-
-
-@register_flop_formula(torch.ops.conv2former.modulation_backward)
-def _flops_backward(g: Any, u: Any, v: Any, a: Any, weight: Any, **_: Any) -> int:
-    return 4 * math.prod(u) * weight[-1] ** 2

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conv2former.ops.backend import pixels
 from conv2former.ops.cpu.build import load
 
 __all__ = ["mlp_middle", "mlp_middle_backward", "modulation", "modulation_backward", "takes", "unusable"]
@@ -57,15 +58,8 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _strided(x: Tensor) -> tuple[Tensor, ctypes.c_void_p, ctypes.c_long]:
-    """A map whose positions lie at one distance from each other, its address, and that distance.
-
-    So do contiguous tensors and slices of channels of one; anything else is copied.
-    """
-    _, height, width, channels = x.shape
-    step = x.stride(2)
-    even = x.stride() == (height * width * step, width * step, step, 1)
-    if not even:  # also where a side of 1 has a stride of its own; that is contiguous, and its stride means nothing
-        x, step = x.contiguous(), channels
+    """A map that the kernels can read, which is to be kept until they have, its address, and the distance of pixels."""
+    x, step = pixels(x)
     return x, _pointer(x), ctypes.c_long(step)
 
 

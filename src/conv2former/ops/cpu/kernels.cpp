@@ -138,45 +138,26 @@ struct Paired {
 };
 #endif
 
-// sums[t] += sum over i of x[i + t] * w[i], i < n. Both the convolution (t: columns, i: taps) and the gradient of its
-// weights (t: taps, i: columns) are this.
+// sums[t] += sum over rows r and i < n of rows[r][from + t + i] * factors[r * n + i]. The convolution is this with t for
+// columns and i for taps, over all kernel rows; the gradient of its weights with t for taps and i for columns, row by row.
 template <class Kind, int T>
-static inline void slide(vf* sums, const vf* x, const vf* w, long n) {
+static void slide(vf* sums, const vf* const* rows, long count, long from, const vf* factors, long n) {
   vf s[T];
   for (int t = 0; t < T; t++) s[t] = sums[t];
-  for (long i = 0; i < n; i += Kind::STEP) {
-    vf factor = w[i];
-    for (int t = 0; t < T; t++) s[t] = Kind::tap(s[t], x[i + t], factor);
-  }
-  for (int t = 0; t < T; t++) sums[t] = s[t];
-}
-
-// The rows of `filter` (`ky` of them, each of k taps) over one strip
-template <class Kind, int T>
-static void convolve(vf* sums, const vf* const* rows, const vf* filter, long k, long column) {
-  vf s[T];
-  for (int t = 0; t < T; t++) s[t] = sums[t];
-  for (long ky = 0; ky < k; ky++) {
-    const vf *x = rows[ky] + column, *w = filter + ky * k;
-    for (long i = 0; i < k; i += Kind::STEP)
+  for (long r = 0; r < count; r++) {
+    const vf *x = rows[r] + from, *w = factors + r * n;
+    for (long i = 0; i < n; i += Kind::STEP)
       for (int t = 0; t < T; t++) s[t] = Kind::tap(s[t], x[i + t], w[i]);
   }
   for (int t = 0; t < T; t++) sums[t] = s[t];
 }
 
-// A switch from a number of accumulators to code that keeps them in registers
+// From a number of sums to the code that keeps so many in registers
 template <class Kind, int T = STRIP>
-static inline void convolve_any(int width, vf* sums, const vf* const* rows, const vf* filter, long k, long column) {
+static inline void slide_any(int width, vf* sums, const vf* const* rows, long count, long from, const vf* factors, long n) {
   if constexpr (T > 0) {
-    if (width == T) return convolve<Kind, T>(sums, rows, filter, k, column);
-    convolve_any<Kind, T - 1>(width, sums, rows, filter, k, column);
-  }
-}
-template <class Kind, int T = STRIP>
-static inline void slide_any(int width, vf* sums, const vf* x, const vf* w, long n) {
-  if constexpr (T > 0) {
-    if (width == T) return slide<Kind, T>(sums, x, w, n);
-    slide_any<Kind, T - 1>(width, sums, x, w, n);
+    if (width == T) return slide<Kind, T>(sums, rows, count, from, factors, n);
+    slide_any<Kind, T - 1>(width, sums, rows, count, from, factors, n);
   }
 }
 
@@ -232,17 +213,16 @@ static constexpr int MOST = 21;  // the largest kernel
 template <class Kind>
 static void gather(vf* filter, const float* weight, const Shape& s, long c, bool turned) {
   long taps = s.kernel * s.kernel;
-  auto at = [&](long i) {
-    vf w;
-    long from = turned ? taps - 1 - i : i;
-    for (int lane = 0; lane < V; lane++) w[lane] = weight[(c + lane) * taps + from];
-    return w;
-  };
-  for (long ky = 0; ky < s.kernel; ky++)
-    for (long kx = 0; kx < s.kernel; kx++) {
-      long i = ky * s.kernel + kx;
-      filter[i] = Kind::pack(at(i), kx + 1 < s.kernel ? at(i + 1) : vf{});
+  for (long ky = 0; ky < s.kernel; ky++) {
+    vf right{};
+    for (long kx = s.kernel - 1; kx >= 0; kx--) {
+      long i = ky * s.kernel + kx, from = turned ? taps - 1 - i : i;
+      vf w;
+      for (int lane = 0; lane < V; lane++) w[lane] = weight[(c + lane) * taps + from];
+      filter[i] = Kind::pack(w, right);
+      right = w;
     }
+  }
 }
 
 template <class Act>
@@ -338,7 +318,7 @@ struct Modulation {
       vf sums[STRIP];
       t.h.window(window, y);
       for (int i = 0; i < width; i++) sums[i] = t.start;
-      convolve_any<Kind>(width, sums, window, t.filter, s.kernel, x);
+      slide_any<Kind>(width, sums, window, s.kernel, x, t.filter, s.kernel);
       for (int i = 0; i < width; i++) {
         long at = t.base + y * s.width + x + i, next = at + BAND * s.width;
         u.expect(next + s.pad() * s.width, t.c), v.expect(next, t.c), z.expect(next, t.c);
@@ -367,7 +347,10 @@ struct Sums {
       for (long kx = 0; kx < s.kernel; kx += STRIP) {
         int width = (int)std::min<long>(STRIP, s.kernel - kx);
         vf band[STRIP] = {};
-        for (long y = from; y < to; y++) slide_any<Kind>(width, band, h.get(y + ky - p) + kx, d.get(y) + p, s.width);
+        for (long y = from; y < to; y++) {
+          const vf* row = h.get(y + ky - p);
+          slide_any<Kind>(width, band, &row, 1, kx, d.get(y) + p, s.width);
+        }
         for (int i = 0; i < width; i++) taps[ky * s.kernel + kx + i] += band[i];
       }
   }
@@ -419,7 +402,7 @@ struct ModulationBackward {
       const vf* window[MOST];
       vf dh[STRIP] = {};
       t.d.window(window, y);
-      convolve_any<Kind>(width, dh, window, t.filter, s.kernel, x);
+      slide_any<Kind>(width, dh, window, s.kernel, x, t.filter, s.kernel);
       for (int i = 0; i < width; i++) {
         long at = t.base + y * s.width + x + i, next = at + BAND * s.width, later = next + s.pad() * s.width;
         g.expect(later, t.c), u.expect(later, t.c), v.expect(later, t.c), a.expect(later, t.c);
@@ -458,7 +441,7 @@ struct MlpMiddle {
       vf sums[STRIP];
       t.h.window(window, y);
       for (int i = 0; i < width; i++) sums[i] = t.start;
-      convolve_any<Kind>(width, sums, window, t.filter, 3, x);
+      slide_any<Kind>(width, sums, window, 3, x, t.filter, 3);
       for (int i = 0; i < width; i++) {
         long at = t.base + y * s.width + x + i, next = at + BAND * s.width;
         u.expect(next + s.width, t.c), out.expect(next, t.c);
@@ -502,7 +485,7 @@ struct MlpMiddleBackward {
       for_strips(s, t.recomputed, t.recomputed + 1, [&](long y, long x, int width) {
         vf inner[STRIP];
         for (int i = 0; i < width; i++) inner[i] = t.start;
-        convolve_any<Kind>(width, inner, window, t.filter, 3, x);
+        slide_any<Kind>(width, inner, window, 3, x, t.filter, 3);
         for (int i = 0; i < width; i++) {
           vf now = g(t.base + y * s.width + x + i, t.c) * gelu_slope(inner[i]);
           Kind::put(row, x + i + 1, before, now);
@@ -515,7 +498,7 @@ struct MlpMiddleBackward {
       const vf* window[3];
       vf dh[STRIP] = {};
       t.d.window(window, y);
-      convolve_any<Kind>(width, dh, window, t.turned, 3, x);
+      slide_any<Kind>(width, dh, window, 3, x, t.turned, 3);
       for (int i = 0; i < width; i++) {
         long at = t.base + y * s.width + x + i, next = at + BAND * s.width;
         g.expect(next + s.width, t.c), u.expect(next + 2 * s.width, t.c), du.expect(next, t.c);
@@ -543,6 +526,8 @@ static Map<const T> in(T, const void* data, long stride) { return {(const T*)dat
 template <class T>
 static Map<T> out(T, void* data, long stride) { return {(T*)data, stride}; }
 
+static Shape shape_of(const long* n) { return {n[0], n[1], n[2], n[3], n[4]}; }
+
 // ---- what Python calls. `half` chooses bfloat16, `shape` is images, height, width, channels, kernel; the strides of u and
 // v are given, everything else is contiguous. 0, or 1 where memory ran out.
 extern "C" {
@@ -552,7 +537,7 @@ long conv2former_groups(long images, long channels) { return groups({images, 1, 
 
 int conv2former_modulation(int half, const long* shape, const void* u, long u_stride, const void* v, long v_stride,
                            const float* weight, const float* bias, void* z, void* a, int threads) {
-  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  Shape s = shape_of(shape);
   return by_type(half, [&]<class Kind, class T>(Kind, T t) {
     return run<T>(Modulation<Kind, T>{s, in(t, u, u_stride), in(t, v, v_stride), weight, bias, out(t, z, s.channels),
                                       out(t, a, s.channels)},
@@ -563,7 +548,7 @@ int conv2former_modulation(int half, const long* shape, const void* u, long u_st
 int conv2former_modulation_backward(int half, const long* shape, const void* g, const void* u, long u_stride, const void* v,
                                     long v_stride, const void* a, const float* weight, void* du, void* dv, float* partial,
                                     int threads) {
-  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  Shape s = shape_of(shape);
   return by_type(half, [&]<class Kind, class T>(Kind, T t) {
     return run<T>(ModulationBackward<Kind, T>{s, in(t, g, s.channels), in(t, u, u_stride), in(t, v, v_stride),
                                               in(t, a, s.channels), weight, out(t, du, s.channels),
@@ -574,7 +559,7 @@ int conv2former_modulation_backward(int half, const long* shape, const void* g, 
 
 int conv2former_mlp_middle(int half, const long* shape, const void* u, long u_stride, const float* weight, const float* bias,
                            void* result, int threads) {
-  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  Shape s = shape_of(shape);
   return by_type(half, [&]<class Kind, class T>(Kind, T t) {
     return run<T>(MlpMiddle<Kind, T>{s, in(t, u, u_stride), weight, bias, out(t, result, s.channels)}, threads);
   });
@@ -582,7 +567,7 @@ int conv2former_mlp_middle(int half, const long* shape, const void* u, long u_st
 
 int conv2former_mlp_middle_backward(int half, const long* shape, const void* g, const void* u, long u_stride,
                                     const float* weight, const float* bias, void* du, float* partial, int threads) {
-  Shape s{shape[0], shape[1], shape[2], shape[3], shape[4]};
+  Shape s = shape_of(shape);
   return by_type(half, [&]<class Kind, class T>(Kind, T t) {
     return run<T>(MlpMiddleBackward<Kind, T>{s, in(t, g, s.channels), in(t, u, u_stride), weight, bias,
                                              out(t, du, s.channels), partial},

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conv2former.ops.triton.lanes import channel_group, first_channel, fold, on_device_of, pixels, processors
+from conv2former.ops.backend import pixels
+from conv2former.ops.triton.lanes import channel_group, first_channel, fold, on_device_of, processors
 
 LANES, WARPS = 512, 4  # four values a thread: 8 or 16 bytes in each access
 SIZES = ["count", "area"]

@@ -92,21 +92,6 @@ def zeros(COUNT: tl.constexpr, N: tl.constexpr):
     return values
 
 
-def pixels(x: Tensor) -> tuple[Tensor, int]:
-    """The tensor (B, H, W, C), copied where necessary, and the distance S of its pixels in elements.
-
-    Pixel (b, y, x) begins at element ((b * H + y) * W + x) * S. Contiguous tensors and either half of a contiguous
-    (B, H, W, 2C) are of that kind.
-    """
-    size, stride = x.shape, x.stride()
-    wanted = step = next((stride[d] for d in (2, 1, 0) if size[d] > 1), size[3])
-    dense = size[3] == 1 or stride[3] == 1
-    for d in (2, 1, 0):
-        dense &= size[d] == 1 or stride[d] == wanted
-        wanted *= size[d]
-    return (x, step) if dense and step >= size[3] else (x.contiguous(), size[3])
-
-
 def by_tap(weight: Tensor) -> Tensor:
     """(C, 1, k, k) -> (k * k, C) in float32."""
     return weight.detach().float().flatten(1).t().contiguous()

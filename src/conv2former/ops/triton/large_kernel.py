@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conv2former.ops.backend import pixels
 from conv2former.ops.triton.gelu import gelu, gelu_slope
 from conv2former.ops.triton.lanes import (
     INTERPRETED,
@@ -36,7 +37,6 @@ from conv2former.ops.triton.lanes import (
     first_channel,
     fold,
     on_device_of,
-    pixels,
     processors,
     replace,
     shape_class,
