@@ -248,7 +248,7 @@ def machine_facts() -> dict[str, Any]:
     """Command, versions, commit and machine, for whoever repeats the run."""
     packages = ("conv2former", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
     return dict(
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=[_program(Path(sys.argv[0])), *sys.argv[1:]],
         versions={name: version(name) for name in packages} | dict(python=platform.python_version()),
         commit=_commit(),
         machine=dict(
@@ -257,6 +257,10 @@ def machine_facts() -> dict[str, Any]:
             gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         ),
     )
+
+
+def _program(path: Path) -> str:
+    return path.parent.name if path.name == "__main__.py" else path.name  # python -m PACKAGE
 
 
 def _commit() -> str | None:

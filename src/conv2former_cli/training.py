@@ -1,0 +1,132 @@
+"""Commands that train and show how it went."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from conv2former_cli.common import BadImages, DataOption, app, result_line
+
+
+class XAxis(StrEnum):
+    """What learning curves are drawn over."""
+
+    epoch = "epoch"
+    step = "step"
+    minutes = "minutes"
+
+
+class Resume(StrEnum):
+    """What to do with a run that is there."""
+
+    yes = "yes"
+    auto = "auto"
+
+
+class TrainCommand(TyperCommand):
+    """Takes ``--resume`` alone for ``--resume yes``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts the value in where it was left out."""
+        pairs = zip(args, [*args[1:], ""], strict=True)
+        full = [f"{word}=yes" if word == "--resume" and value not in list(Resume) else word for word, value in pairs]
+        return super().parse_args(ctx, full)
+
+
+@app.command(cls=TrainCommand)
+def train(
+    recipe: Annotated[str | None, typer.Option(help="Recipe name, or a .yaml file of your own.")] = None,
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Another timm model under the same recipe.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
+    ] = None,
+    resume: Annotated[
+        Resume | None,
+        typer.Option(metavar="[auto]", help="Continue the run in --out; 'auto' starts it where there is none."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: go on with settings or images that differ from the run's.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    on_bad_image: Annotated[
+        BadImages | None, typer.Option(help="Same as --set data.on_bad_image=...", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done; --out is then a picture (.png) or its folder.")
+    ] = False,
+) -> None:
+    """Train a recipe on a folder of images: class folders, COCO's layout or pairs with label maps, as it says.
+
+    Exit status: 0 when done, 75 when stopped by SIGTERM or SIGUSR1 with the state saved (run again with --resume),
+    130 after Ctrl-C likewise, 1 on an error.
+
+    Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
+    """
+    from conv2former.errors import UserError
+    from conv2former.recipes.schema import load_recipe
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    # another model does not take the arguments that the recipe's own model needs; --set may give it some
+    overrides = [*([f"model.name={model}", "model.args={}"] if model else []), *(set_ or [])]
+    overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
+    own = out / "recipe.yaml" if resume and out else None
+    if overrides and recipe is None and own and own.exists():
+        recipe = str(own)
+    if overrides and recipe is None:
+        raise UserError("--set and --model change a recipe: name it with --recipe")
+    if force and not resume:
+        raise UserError("--force goes with --resume")
+    loaded = load_recipe(recipe, overrides=overrides) if recipe else None
+    if dry_run:
+        from conv2former.plan import plan
+
+        if loaded is None or resume or overwrite:
+            raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
+        print(plan(loaded, data=data, out=out))
+        return
+    if out is None:
+        raise UserError("no run folder given: name one with --out DIR")
+
+    from conv2former.train import Interrupted
+    from conv2former.train import train as run_train
+
+    try:
+        going_on: Any = "auto" if resume == Resume.auto else bool(resume)
+        evaluation = run_train(loaded, data=data, out=out, resume=going_on, overwrite=overwrite, force=force)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
+    if evaluation:
+        print(result_line(evaluation, "weights, metrics and pictures", out))
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, also of runs that still go on.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture to write, .png, .svg or .pdf (default: learning_curves.png in the run, comparison.png here "
+            "for several).",
+            show_default=False,
+        ),
+    ] = None,
+    x: Annotated[
+        XAxis, typer.Option("--x", help="What to draw over; minutes are those of training alone.")
+    ] = XAxis.epoch,
+) -> None:
+    """Draw the learning curves of a run, or of several in one picture.
+
+    Example: conv2former plot runs/cifar runs/other --out comparison.png
+    """
+    from conv2former.plots import plot_runs
+
+    print(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")
