@@ -58,15 +58,15 @@ def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Reci
     return parse_recipe(raw, str(name))
 
 
-def with_settings(recipe: Recipe, settings: list[str], *, section: str) -> Any:
-    """The recipe with settings ``SECTION.key=value`` of one section changed.
+def with_settings(recipe: Recipe, settings: list[str], *, section: str | None = None) -> Any:
+    """The recipe with settings ``SECTION.key=value`` changed, of one section alone if it is named.
 
     Raises:
         UserError: Another section, unknown key or wrong type.
     """
     raw = recipe.model_dump(mode="json")
     for setting in settings:
-        if not setting.startswith(f"{section}."):
+        if section and not setting.startswith(f"{section}."):
             raise UserError(f"--set {setting!r}: only {section}.key=value can be changed here")
         _assign(raw, setting)
     return parse_recipe(raw, recipe.name)

@@ -1,0 +1,312 @@
+"""The trainings behind a table: which there are, which have been measured, and how one is run."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import safe_open
+
+from conv2former.errors import UserError, nearest, one_line
+from conv2former.files import append_line, read_lines, replace_text
+from conv2former.recipes.schema import with_settings
+from conv2former.recipes.sections import Recipe
+from conv2former.reproduce.scales import Scale, at_scale
+from conv2former.reproduce.tables import FIGURES, PaperRow, PaperTable
+from conv2former.run import RunFolder
+from conv2former.signals import RESUME_ME
+from conv2former.workflows import workflow
+
+ROWS = "rows.jsonl"
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: no parameters
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        table: Key of ``TABLES``.
+        data: Images of the rows; None to train nothing and render what there is.
+        pretraining_data: Images of the recipes that the rows' weights come from.
+        scale: 'full' or 'small'.
+        seeds: Trainings of each row, with seeds 0, 1, ...
+        out: Folder for runs, measured rows and tables.
+        only: Names of rows; none for all.
+        settings: Changes ``section.key=value`` to the recipe of every row.
+    """
+
+    table: str
+    data: Path | None = None
+    pretraining_data: Path | None = None
+    scale: Scale = "small"
+    seeds: int = 1
+    out: Path = Path("reproduction")
+    only: Sequence[str] = ()
+    settings: Sequence[str] = ()
+
+    @property
+    def measured(self) -> Path:
+        """The file of measured rows."""
+        return self.out / ROWS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        recipe: With the seed in it.
+        data: Its images; None where they are not known.
+        run: Its folder.
+        after: The training whose weights it starts from.
+        row: Of the table; None for a pre-training.
+    """
+
+    recipe: Recipe
+    data: Path | None
+    run: Path
+    after: Job | None = None
+    row: PaperRow | None = None
+
+    @property
+    def key(self) -> str:
+        """A hash of all settings, with those of the training before; where the weights lie makes no difference."""
+        own = self.recipe.model_copy(update=dict(model=self.recipe.model.model_copy(update=dict(weights=None))))
+        return (
+            hashlib.sha256(f"{own.digest()}{self.after.key}".encode()).hexdigest()[:16] if self.after else own.digest()
+        )
+
+
+@dataclass
+class Outcome:
+    """What came of the jobs of a table.
+
+    Attributes:
+        trained: Jobs that ran.
+        skipped: Those that had been measured.
+        failed: Lines for rows that could not be trained.
+    """
+
+    trained: int = 0
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+class Stopped(Exception):
+    """A training was asked to stop; its state is saved.
+
+    Attributes:
+        code: The training's exit status.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__("stopped with the state saved: the same command goes on from there")
+        self.code = code
+
+
+def table_jobs(request: Request, table: PaperTable) -> list[Job]:
+    """The trainings of the rows that have a recipe at this scale, seed after seed.
+
+    Raises:
+        UserError: No such row or scale, or a setting that a recipe does not take.
+    """
+    if table.only_full and request.scale == "small":
+        raise UserError(f"{request.table} has no small scale: {table.only_full}; use --scale full")
+    names = [row.name for row in table.rows if row.recipe]
+    for name in request.only:
+        if name not in names:
+            raise UserError(
+                f"no row {name!r} can be trained{nearest(name, names) or '; there are: ' + ', '.join(names)}"
+            )
+    found = []
+    for seed in range(request.seeds):
+        for row in table.rows:
+            if row.recipe and (not request.only or row.name in request.only):
+                found += _job(request, row, seed)
+    return found
+
+
+def changes(request: Request, table: PaperTable) -> list[str]:
+    """The settings that make a difference to what is measured; how many processes read images does not."""
+    row = next(row for row in table.rows if row.recipe)
+    plain = at_scale(str(row.recipe), row.model, request.scale, [])
+    assert plain is not None
+    return [one for one in request.settings if with_settings(plain, [one]).digest() != plain.digest()]
+
+
+def _job(request: Request, row: PaperRow, seed: int) -> list[Job]:
+    settings = [*request.settings, f"engine.seed={seed}"]
+    recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
+    if recipe is None:
+        return []
+    after = None
+    if recipe.model.weights:  # as the recipes name them: runs/RECIPE
+        before = Path(recipe.model.weights).name
+        first = at_scale(before, row.model, request.scale, [f"engine.seed={seed}"])
+        assert first is not None
+        after = Job(first, request.pretraining_data, _folder(request, before, row.model, seed))
+        weights = recipe.model.model_copy(update=dict(weights=str(after.run)))
+        recipe = recipe.model_copy(update=dict(model=weights))
+    return [Job(recipe, request.data, _folder(request, row.name, None, seed), after, row)]
+
+
+def _folder(request: Request, name: str, model: str | None, seed: int) -> Path:
+    return request.out / "runs" / f"{name}{'-' + model if model else ''}.{request.scale}" / f"seed{seed}"
+
+
+def measured(request: Request, found: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """The measured row of each job's key; of several data sets that of the last row alone.
+
+    Numbers on different images do not belong into one table.
+    """
+    keys = {job.key for job in found}
+    try:
+        rows = [row for row in read_lines(request.measured) if row.get("key") in keys]
+    except OSError as error:
+        raise UserError(f"cannot read {request.measured}: {one_line(error)}") from None
+    return {row["key"]: row for row in rows if row["images_hash"] == rows[-1]["images_hash"]}
+
+
+def run(request: Request, found: Sequence[Job], done: dict[str, dict[str, Any]], each: Any) -> Outcome:
+    """Trains what has not been measured.
+
+    Args:
+        request: With ``data``.
+        found: The jobs.
+        done: Their measured rows, see ``measured``.
+        each: Called after each that has been measured.
+
+    Raises:
+        UserError: The data cannot be used, or the folder cannot be written.
+        Stopped: By a signal.
+    """
+    outcome, images = Outcome(), Images()
+    for job in found:
+        if job.key in done and done[job.key]["images_hash"] == images.digest(job):
+            outcome.skipped += 1
+        elif all(_trained(part, images, outcome) for part in (job.after, job) if part):
+            try:
+                append_line(request.measured, _row(request, job))
+            except OSError as error:
+                raise UserError(f"cannot write {request.measured}: {one_line(error)}") from None
+            outcome.trained += 1
+            each()
+    return outcome
+
+
+def _trained(job: Job, images: Images, outcome: Outcome) -> bool:
+    """Whether the job's run is there, or could be made."""
+    if job.data is None:
+        raise UserError(f"the rows start from {job.recipe.name}: name its images with --pretraining-data")
+    if _finished(job, images.digest(job)):
+        return True
+    code = _train(job)
+    if code in (RESUME_ME, 128 + signal.SIGINT):
+        raise Stopped(code)
+    if code:
+        outcome.failed.append(f"{job.run}: training ended with status {code}")
+    return not code
+
+
+class Images:
+    """What tells the images of a folder from others', looked up once."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path | None, str] = {}
+
+    def digest(self, job: Job) -> str:
+        """Of the job's training and validation images; raises UserError where they cannot be used."""
+        if job.data not in self.known:
+            self.known[job.data] = workflow(job.recipe).open_splits(job.data).digest()
+        return self.known[job.data]
+
+
+def _finished(job: Job, images: str) -> bool:
+    run = RunFolder(job.run)
+    if not run.exists() or not (job.run / "evaluation.json").is_file():
+        return False
+    return run.recipe().digest() == job.recipe.digest() and run.facts().get("images_hash") == images
+
+
+def _train(job: Job) -> int:
+    """``conv2former train`` as a process of its own, which gets this one's signals; returns its exit status."""
+    name = f"{job.run.parent.name}, seed {job.recipe.engine.seed}"
+    print(f"--- {name}", file=sys.stderr, flush=True)
+    recipe = job.run.with_name(f"{job.run.name}.yaml")
+    try:
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(recipe, job.recipe.to_yaml())
+    except OSError as error:
+        raise UserError(f"cannot write {recipe}: {one_line(error)}") from None
+    command = [sys.executable, "-m", "conv2former_cli", "train", f"--recipe={recipe}", f"--out={job.run}"]
+    command += [f"--data={job.data}", "--resume=auto"]
+    child = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=_stop_with_parent)
+    previous = {}
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        child.send_signal(signum)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        previous[number] = signal.signal(number, pass_on)
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the child itself
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.platform == "linux":  # a killed parent leaves no training behind that would hold the folder's lock
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _row(request: Request, job: Job) -> dict[str, Any]:
+    """What a finished run has shown."""
+    run = RunFolder(job.run)
+    facts = run.facts()
+    figures = json.loads((job.run / "evaluation.json").read_text(encoding="utf-8"))
+    key, _ = FIGURES[job.recipe.task]
+    value = figures["box"]["ap"] if key == "box_ap" else figures[key]
+    assert job.row is not None
+    return dict(
+        key=job.key,
+        row=job.row.name,
+        scale=request.scale,
+        seed=job.recipe.engine.seed,
+        value=value,
+        parameters=_parameters(job.run / "best" / "model.safetensors"),
+        data=Path(str(facts["data"])).name,
+        images=facts["images"],
+        images_hash=facts["images_hash"],
+        commit=facts["commit"],
+        versions=facts["versions"],
+        machine=facts["machine"],
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def _parameters(path: Path) -> int:
+    with safe_open(path, framework="np") as file:
+        names = [name for name in file.keys() if not name.endswith(STATISTICS)]  # noqa: SIM118, no dictionary
+        shapes = [file.get_slice(name).get_shape() for name in names]
+    total = 0
+    for shape in shapes:
+        size = 1
+        for side in shape:
+            size *= side
+        total += size
+    return total

@@ -1,0 +1,75 @@
+"""The command that repeats the paper's tables."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conv2former_cli.common import app
+
+
+class Scale(StrEnum):
+    """How large the rows are trained."""
+
+    small = "small"
+    full = "full"
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table2 to table9, fig4a, fig4b.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images; without it nothing is trained, the table is drawn.", show_default=False),
+    ] = None,
+    pretraining_data: Annotated[
+        Path | None,
+        typer.Option(help="Images that tables 4, 8 and 9 pre-train on at full scale.", show_default=False),
+    ] = None,
+    scale: Annotated[Scale, typer.Option(help="The paper's, or what one machine can train.")] = Scale.small,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for runs, rows.jsonl and tables.")] = Path("reproduction"),
+    row: Annotated[
+        list[str] | None, typer.Option(help="Train this row alone, by its recipe; repeatable.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe of every row; repeatable."),
+    ] = None,
+) -> None:
+    """Train the rows of one of the paper's tables and lay them beside the printed numbers.
+
+    Rows that were measured with the same settings on the same images are not trained again; after a stop the same
+    command goes on. Exit status: as of train; 1 also where a row could not be trained.
+
+    Example: conv2former reproduce table6 --data cifar10 --seeds 3
+    """
+    from conv2former.reproduce import Request, Stopped
+    from conv2former.reproduce import reproduce as run_reproduce
+
+    request = Request(
+        table,
+        data=data,
+        pretraining_data=pretraining_data,
+        scale=scale.value,
+        seeds=seeds,
+        out=out,
+        only=tuple(row or ()),
+        settings=tuple(set_ or ()),
+    )
+    try:
+        outcome, files = run_reproduce(request)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
+    print(files[0].read_text(encoding="utf-8"))
+    print(
+        f"{outcome.trained} trained, {outcome.skipped} measured before; {', '.join(f.name for f in files)} are in {out}"
+    )
+    for line in outcome.failed:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(1 if outcome.failed else 0)
