@@ -6,6 +6,7 @@ import re
 import shlex
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -78,6 +79,14 @@ def own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             (tmp_path / f"{recipe_schema.parse_yaml(block)['name']}.yaml").write_text(block)
 
 
+def programs(group: Any, *above: str) -> dict[tuple[str, ...], Any]:
+    """All commands by their words, those of groups included."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, command in group.commands.items():
+        found |= programs(command, *above, name) if hasattr(command, "commands") else {(*above, name): command}
+    return found
+
+
 def commands() -> list[list[str]]:
     """What stands behind ``conv2former`` in the code blocks, also where torchrun or srun start it."""
     group = typer.main.get_command(conv2former_cli.app)
@@ -94,16 +103,19 @@ def commands() -> list[list[str]]:
 
 def test_commands_parse(own_recipes: None) -> None:
     """They name real commands with real options, and recipes that take the settings."""
-    group = typer.main.get_command(conv2former_cli.app)
+    known = programs(typer.main.get_command(conv2former_cli.app))
     found = commands()
-    assert len(found) >= 30 and {words[0] for words in found} == set(group.commands)
+    shown = set()
     for words in found:
-        context = group.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=False)
-        given = context.params
+        name = next((name for name in known if tuple(words[: len(name)]) == name), None)
+        assert name, words
+        shown.add(name)
+        given = known[name].make_context(" ".join(name), words[len(name) :], resilient_parsing=False).params
         assert given.get("model") in (None, *timm.list_models()), words
         if words[0] == "train":
             # a run that goes on has a recipe of its own
             load_recipe(given["recipe"] or "imagenet1k_t", overrides=given["set_"] or [])
+    assert len(found) >= 30 and shown == set(known)
 
 
 def test_settings_in_the_text_exist() -> None:
