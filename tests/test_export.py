@@ -1,0 +1,213 @@
+"""Exported files: they compute what PyTorch does, carry what a user needs, and are not kept where they do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import torch
+from PIL import Image
+
+import conv2former_cli
+from conv2former.data.images import decode
+from conv2former.errors import UserError
+from conv2former.export import FORMATS, Exported, ExportOptions, export
+from conv2former.export.check import compare
+from conv2former.export.formats import Format
+from conv2former.export.subjects import DETECTOR_NOTE, open_subject
+from conv2former.prediction import predict
+from conv2former.train import train
+from scenes import small_detector, small_segmenter, write_pairs, write_coco
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_classify.py"
+
+
+def run(source: object, out: Path, *formats: str, **options: Any) -> dict[str, Exported]:
+    found = export(str(source), out, ExportOptions(formats=formats, **options), say=lambda line: None)
+    return {exported.format: exported for exported in found}
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("segmenter")
+    train(small_segmenter("schedule.epochs=1"), data=write_pairs(root / "data"), out=root / "run")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("detector")
+    train(small_detector("schedule.epochs=1"), data=write_coco(root / "data"), out=root / "run")
+    return root / "run"
+
+
+def test_a_classifier_in_every_runtime(finished: Path, data: Path, tmp_path: Path) -> None:
+    names = [name for name in FORMATS if name != "aotinductor"]  # compiled for a minute: among the slow tests
+    found = run(finished, tmp_path / "out", *names, data=data, calibration=data / "train")
+    for name, exported in found.items():
+        assert exported.ok and exported.comparison.pictures == 16, name
+        assert exported.top1 is not None and exported.top1[2] == 16
+        assert exported.comparison.agreement is not None and exported.comparison.agreement >= 0.9
+    for name in ("onnx", "openvino", "torch"):
+        assert found[name].comparison.difference < 1e-5
+        assert found[name].top1 is not None and found[name].top1[0] == found[name].top1[1]
+    weights = {name: found[name].files[1].stat().st_size for name in ("openvino", "openvino-int8")}
+    assert weights["openvino-int8"] < 0.5 * weights["openvino"]
+
+
+@pytest.mark.slow
+def test_a_compiled_classifier(finished: Path, tmp_path: Path) -> None:
+    assert run(finished, tmp_path, "aotinductor")["aotinductor"].comparison.difference < 1e-5
+
+
+def test_the_file_says_how_to_use_it(finished: Path, tmp_path: Path) -> None:
+    run(finished, tmp_path, "onnx", "openvino", "torch")
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model)
+    entries = [json.loads({e.key: e.value for e in model.metadata_props}["conv2former"])]
+    entries.append(
+        json.loads(openvino.Core().read_model(tmp_path / "model.xml").get_rt_info(["conv2former"]).astype(str))
+    )
+    extra = {"conv2former.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    entries.append(json.loads(extra["conv2former.json"]))
+    config = json.loads((finished / "best" / "config.json").read_text())
+    for entry in entries:
+        assert entry["labels"] == config["label_names"]
+        assert entry["input_size"] == [3, 16, 16] and entry["task"] == "classification"
+        assert entry["mean"] == pytest.approx(config["pretrained_cfg"]["mean"])
+        assert {"std", "interpolation", "crop_pct", "crop_mode"} <= set(entry)
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    assert shape[0].dim_param and [dim.dim_value for dim in shape][1:] == [3, 16, 16]
+
+
+def test_the_example_needs_neither_torch_nor_us(finished: Path, data: Path, tmp_path: Path) -> None:
+    run(finished, tmp_path, "onnx")
+    files = sorted((data / "val").rglob("*.png"))[:5]
+    wide = tmp_path / "wide.png"  # what is cropped, and turned
+    Image.open(files[0]).convert("RGB").resize((90, 40)).save(wide)
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'timm', 'torchvision', 'conv2former'): sys.modules[name] = None\n"
+        f"sys.argv = ['x', {str(tmp_path / 'model.onnx')!r}, *{[str(f) for f in (*files, wide)]!r}]\n"
+        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = answer.stdout.splitlines()
+    assert len(lines) == 6, answer.stderr
+    for line, ours in zip(lines, predict(finished, [*files, wide], top_k=1), strict=True):
+        label, share = line.rpartition(": ")[2].rsplit(" ", 1)
+        assert label == ours["top"][0]["label"] and float(share) == pytest.approx(
+            ours["top"][0]["probability"], abs=2e-3
+        )
+    assert len(EXAMPLE.read_text().split('"""')[2].strip().splitlines()) <= 32
+
+
+def test_other_sizes_and_batches(tmp_path: Path, data: Path) -> None:
+    """A network with trained-like borders: fused stems know the size of the map, so this one stays as it is."""
+    run("conv2former_test", tmp_path, "onnx", "openvino", dynamic_size=True, pictures=[data / "val"])
+    subject = open_subject("conv2former_test", size=None, fuse=True, dynamic_size=True)
+    for name in ("onnx", "openvino"):
+        runtime = FORMATS[name].load(FORMATS[name].files(tmp_path)[0])
+        for shape in ((1, 3, 64, 96), (3, 3, 100, 72)):
+            batch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+            assert np.abs(runtime(batch)[0] - subject.reference(batch)[0]).max() < 1e-5
+
+
+def test_another_fixed_size(tmp_path: Path, data: Path) -> None:
+    run("test_convnext", tmp_path, "onnx", size=(96, 96), pictures=[data / "val"])
+    dims = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims][1:] == [3, 96, 96]
+
+
+def test_a_segmenter(segmenter: Path, tmp_path: Path) -> None:
+    found = run(segmenter, tmp_path, "onnx", "openvino", "torch")
+    assert all(exported.comparison.difference < 1e-5 for exported in found.values())
+    assert found["onnx"].comparison.agreement == 1.0
+    runtime = FORMATS["onnx"].load(tmp_path / "model.onnx")
+    entry = {e.key: e.value for e in onnx.load(tmp_path / "model.onnx").metadata_props}["conv2former"]
+    size = json.loads(entry)["input_size"][1:]
+    assert runtime(np.zeros((1, 3, *size), np.float32))[0].shape == (1, len(json.loads(entry)["labels"]), *size)
+
+
+def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    (found,) = export(str(detector), tmp_path, ExportOptions(size=(64, 96)), say=said.append)
+    assert said == [f"note: {DETECTOR_NOTE}"] and found.ok and found.comparison.agreement is None
+    names = [output.name for output in onnx.load(tmp_path / "model.onnx").graph.output]
+    assert names == ["p2", "p3", "p4", "p5", "p6"]
+
+
+def test_a_file_that_differs_is_not_kept(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(finished, tmp_path, "onnx", limit=0.0)["onnx"]
+    assert not found.ok and not list(tmp_path.iterdir())
+
+    def wrong(path: Path) -> Any:
+        runtime = onnx_format.load(path)
+        return lambda batch: [1.01 * part for part in runtime(batch)]
+
+    onnx_format = FORMATS["onnx"]
+    monkeypatch.setitem(FORMATS, "onnx", Format(**vars(onnx_format) | dict(load=wrong)))
+    found = run(finished, tmp_path, "onnx")["onnx"]
+    assert not found.ok and found.comparison.difference == pytest.approx(0.01, rel=0.01)
+
+
+def test_differences_are_found(finished: Path, data: Path) -> None:
+    """By hand: the largest error as a share of the largest value, the share of equal classes."""
+    subject = open_subject(str(finished), size=None, fuse=False, dynamic_size=False)
+    pictures = [subject.prepare(decode(path)) for path in sorted((data / "val").rglob("*.png"))[:5]]
+    ours = subject.reference(np.stack(pictures))[0]
+    shifted = compare(lambda batch: [subject.reference(batch)[0] + 0.5], subject, pictures)
+    assert shifted.difference == pytest.approx(0.5 / np.abs(ours).max(), rel=1e-4) and shifted.agreement == 1.0
+    turned = compare(lambda batch: [-subject.reference(batch)[0]], subject, pictures)
+    assert turned.difference == pytest.approx(2.0, rel=1e-4) and turned.agreement == 0.0
+    broken = compare(lambda batch: [np.full_like(subject.reference(batch)[0], np.nan)], subject, pictures)
+    assert broken.difference == float("inf")
+
+
+BAD = [
+    (["{run}", "--format", "onx"], "did you mean 'onnx'"),
+    (["nowhere"], "nowhere"),
+    (["conv2former_test"], "--pictures"),
+    (["{run}", "--pictures", "{empty}"], "no images in"),
+    (["{run}", "--pictures", "{broken}"], "broken.png"),
+    (["{run}", "--size", "16", "32"], "makes squares"),
+    (["{run}", "--data", "{empty}"], "no images"),
+    (["{segmenter}", "--dynamic-size"], "--dynamic-size is for classification"),
+    (["{segmenter}", "--data", "{empty}"], "counts top-1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message for _, message in BAD])
+def test_mistakes_end_in_one_line(
+    arguments: list[str],
+    message: str,
+    finished: Path,
+    segmenter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    places = dict(run=finished, segmenter=segmenter, empty=tmp_path / "empty", broken=tmp_path / "broken.png")
+    words = [word.format(**places) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["conv2former", "export", *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        conv2former_cli.main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ") and message in error[-1]
+
+
+def test_a_missing_package_is_named(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs onnx, onnxscript, onnxruntime: pip install"):
+        run(finished, tmp_path, "onnx")
