@@ -14,7 +14,20 @@ import conv2former_cli
 from conv2former import zoo
 from digits import TINY, one_picture
 
-COMMANDS = ["train", "evaluate", "predict", "explain", "convert", "plot", "models", "recipes", "benchmark"]
+COMMANDS = [
+    "train",
+    "evaluate",
+    "predict",
+    "explain",
+    "convert",
+    "plot",
+    "models",
+    "recipes",
+    "benchmark",
+    "reproduce",
+    "export",
+    "push",
+]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -24,7 +24,7 @@ from conv2former.export.formats import Format
 from conv2former.export.subjects import DETECTOR_NOTE, open_subject
 from conv2former.prediction import predict
 from conv2former.train import train
-from scenes import small_detector, small_segmenter, write_pairs, write_coco
+from scenes import small_detector, small_segmenter, write_coco, write_pairs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_classify.py"
 

@@ -1,10 +1,11 @@
-"""What a run leaves at its end: the best weights evaluated as they lie on the disk, learning curves."""
+"""What a run leaves at its end: the best weights evaluated as they lie on the disk, learning curves, the model card."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from conv2former import plots
+from conv2former.cards import write_card
 from conv2former.errors import UserError
 from conv2former.run import RunFolder
 from conv2former.workflows import AnyEvaluation, Workflow
@@ -22,4 +23,5 @@ def write_final_report(
         raise UserError(f"no evaluation of {run.path} had a finite loss: there are no best weights to report on")
     evaluation = workflow.report(run, source, batch_size=batch_size, device=device)
     plots.learning_curves(run.rows(), run.path / "learning_curves.png")
+    write_card(run.best, run.best, run)
     return evaluation

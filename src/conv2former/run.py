@@ -10,7 +10,7 @@ history.jsonl          when the run was started, resumed, stopped: command, vers
 bad_images.jsonl       images that were skipped because they cannot be read
 skipped_steps.jsonl    steps that were skipped because their loss was not finite, with their images
 checkpoints/           the last two of weights, optimizer and step, to resume from
-best/ last/            model.safetensors and config.json, for timm's local-dir:
+best/ last/            model.safetensors and config.json, for timm's local-dir:; in best/ the model card, README.md
 evaluation.json        the best weights' counts, also per class
 evaluations/           the same on other data, by ``conv2former evaluate``
 samples/ predictions/  pictures to try, and what was made of them (quick start)

@@ -23,6 +23,7 @@ from conv2former.files import flush
 from conv2former.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
 RUN_FOLDERS = ("best", "last")
 
@@ -122,7 +123,7 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
         files = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({reason(error)}): give another folder") from error
-    foreign = [name for name in files if name not in (CONFIG_FILE, WEIGHT_FILES[0])]
+    foreign = [name for name in files if name not in (CONFIG_FILE, WEIGHT_FILES[0], CARD_FILE)]
     if foreign:
         raise UserError(f"{folder} holds {some(foreign, 3)} and is not replaced: give a new folder")
     if files and not overwrite:

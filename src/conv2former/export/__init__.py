@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from conv2former import ops
+from conv2former.cards import write_card
 from conv2former.errors import UserError, nearest, one_line
 from conv2former.export.check import Comparison, compare, pictures_in, read, top1, validated_on
 from conv2former.export.formats import FORMATS, trace
@@ -84,7 +85,7 @@ class Exported:
 def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str], None] = print) -> list[Exported]:
     """Writes a checkpoint in one or more formats and holds each against PyTorch.
 
-    A file whose difference is above its limit is removed.
+    A file whose difference is above its limit is removed. A model card is written beside the others.
 
     Args:
         source: Run folder, saved model, or a timm model's name for one with random weights.
@@ -143,6 +144,10 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     good = {file for exported in found if exported.ok for file in exported.files}
     for file in {file for exported in found for file in exported.files} - good:
         file.unlink(missing_ok=True)
+    if good and Path(source).exists():
+        run = RunFolder(Path(source))
+        rows = [exported.to_json() for exported in found if exported.ok]
+        write_card(out, Path(source), run if run.exists() else None, exported=rows)
     return found
 
 

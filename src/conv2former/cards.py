@@ -1,0 +1,204 @@
+"""Model cards in the Hugging Face layout: what a model is for, what it was made of, what it reaches, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conv2former.checkpoints.hub import CARD_FILE, find_model, read_json
+from conv2former.errors import UserError, one_line, some
+from conv2former.files import replace_text
+from conv2former.run import RunFolder
+
+TAGS = dict(
+    classification=["image-classification", "timm"], detection=["object-detection"], segmentation=["image-segmentation"]
+)
+# the hub's name of the metric, its title, where it stands in evaluation.json
+METRICS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = dict(
+    classification=[("accuracy", "top-1, %", ("top1",)), ("accuracy", "top-5, %", ("top5",))],
+    detection=[
+        ("mean_average_precision", "box AP, %", ("box", "ap")),
+        ("mean_average_precision", "mask AP, %", ("mask", "ap")),
+    ],
+    segmentation=[("mean_iou", "mIoU, %", ("miou",)), ("accuracy", "pixel accuracy, %", ("pixel_accuracy",))],
+)
+PURPOSE = dict(
+    classification="to say which one of its classes a picture shows",
+    detection="to find objects of its classes on a picture, with a box and a mask for each",
+    segmentation="to give each pixel of a picture one of its classes",
+)
+UNKNOWN = dict(
+    classification="every picture gets a class",
+    detection="it may be taken for something else, or be passed over",
+    segmentation="every pixel gets a class",
+)
+PAPER = """```bibtex
+@article{hou2022conv2former,
+  title   = {Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition},
+  author  = {Hou, Qibin and Lu, Cheng-Ze and Cheng, Ming-Ming and Feng, Jiashi},
+  journal = {arXiv preprint arXiv:2211.11943},
+  year    = {2022}
+}
+```"""
+MAX_CLASSES = 50  # named in a card
+
+
+def write_card(
+    folder: Path, checkpoint: Path, run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Writes the card of a saved model, or of files made from it.
+
+    Args:
+        folder: Where to.
+        checkpoint: The model.
+        run: Where it was trained; None where that is not known.
+        exported: Rows of exported files, as ``Exported.to_json`` gives them; the card is then about them.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    path = folder / CARD_FILE
+    try:
+        replace_text(path, card(read_json(find_model(checkpoint)[0]), run, exported=exported))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+
+
+def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()) -> str:
+    """The text; see ``write_card``. ``config`` is the model's ``config.json``."""
+    task = config.get("task", "classification")
+    facts, figures = (run.facts(), _figures(run, task)) if run else ({}, [])
+    data = Path(str(facts["data"])).name if facts.get("data") else None
+    recipe = run.recipe() if run else None
+    name = f"{config['architecture']}{f' on {data}' if data else ''}"
+    parts = [
+        _front_matter(config, task, name, data, figures),
+        f"# {name}",
+        _intended(config, task),
+        _use(task, exported),
+        "## Training",
+        _training(recipe, facts) if run and recipe else "Not recorded.",
+        "## Figures",
+        _results(figures, facts) if figures else "None recorded.",
+        *([_files(exported)] if exported else []),
+        "## Limits",
+        _limits(task, facts),
+        "## Licence",
+        "The code is under Apache-2.0. The weights carry what the terms of the images and weights that they were made "
+        "from allow; whoever publishes them says so here.",
+        "## How to cite",
+        PAPER,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: dict[str, Any], task: str, name: str, data: str | None, figures: list[Any]) -> str:
+    head: dict[str, Any] = dict(
+        tags=[*TAGS[task], "conv2former"],
+        library_name="timm" if task == "classification" else "conv2former",
+        pipeline_tag=TAGS[task][0],
+    )
+    if figures and data:
+        metrics = [dict(type=kind, name=title, value=round(value, 2)) for kind, title, value in figures]
+        result = dict(task=dict(type=TAGS[task][0]), dataset=dict(name=data, type=data), metrics=metrics)
+        head["model-index"] = [dict(name=name, results=[result])]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _intended(config: dict[str, Any], task: str) -> str:
+    classes = [str(label) for label in config.get("label_names") or []]
+    known = f" There are {len(classes)}: {some(classes, MAX_CLASSES)}." if classes else ""
+    return (
+        f"## Intended use\n\nA {config['architecture']}, trained with the package conv2former {PURPOSE[task]}.{known} "
+        "For pictures like those that it was trained on; not for decisions about people, and not where a mistake does "
+        "harm."
+    )
+
+
+def _use(task: str, exported: Sequence[dict[str, Any]]) -> str:
+    if exported:
+        return (
+            "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
+            "the metadata key `conv2former`; `examples/onnx_classify.py` of the project shows the whole way with "
+            "numpy, Pillow and onnxruntime alone."
+        )
+    if task == "classification":
+        code = (
+            "import conv2former  # registers the architecture\nimport timm\n\n"
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"\n'
+            "config = timm.data.resolve_model_data_config(model)\n"
+            "transform = timm.data.create_transform(**config, is_training=False)"
+        )
+        return f"## How to use\n\n```python\n{code}\n```"
+    return "## How to use\n\n```sh\nconv2former predict FOLDER photo.jpg --out annotated\n```"
+
+
+def _training(recipe: Any, facts: dict[str, Any]) -> str:
+    images = facts.get("images", {})
+    count = " and ".join(
+        f"{number:,} {'training' if key == 'train' else 'validation'}" for key, number in images.items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    machine = facts.get("machine", {})
+    place = ", ".join(machine.get("gpus", [])) or f"{machine.get('cpus', '?')} CPU cores"
+    start = f"; started from {Path(recipe.model.weights).name}" if recipe.model.weights else "; from random weights"
+    rows = [
+        ("data", f"{Path(str(facts.get('data') or 'built in')).name}: {count} images"),
+        ("recipe", f"`{recipe.name}` (settings {facts.get('recipe_hash')}, seed {recipe.engine.seed}){start}"),
+        ("length", recipe.schedule.length()),
+        (
+            "optimizer",
+            f"{recipe.optim.name}, base rate {recipe.optim.base_lr:g}, weight decay {recipe.optim.weight_decay:g}",
+        ),
+        ("precision", recipe.engine.precision),
+        ("machine", place),
+        ("software", versions + (f"; commit {facts['commit']}" if facts.get("commit") else "")),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _figures(run: RunFolder, task: str) -> list[tuple[str, str, float]]:
+    path = run.path / "evaluation.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for kind, title, keys in METRICS[task]:
+        value = found
+        for key in keys:
+            value = value.get(key, {}) if isinstance(value, dict) else None
+        if isinstance(value, (int, float)):
+            rows.append((kind, title, float(value)))
+    return rows
+
+
+def _results(figures: list[tuple[str, str, float]], facts: dict[str, Any]) -> str:
+    lines = ["| figure | value |", "|---|---:|", *(f"| {title} | {value:.2f} |" for _, title, value in figures)]
+    count = facts.get("images", {}).get("val")
+    on = f"on the {count:,} validation images" if count else "on the validation images"
+    return "\n".join([*lines, "", f"By `conv2former evaluate RUN`, {on}, whose results also chose the weights."])
+
+
+def _files(exported: Sequence[dict[str, Any]]) -> str:
+    lines = ["| file | format | MB | largest difference to PyTorch |", "|---|---|---:|---:|"]
+    for row in exported:
+        size = f"{row['bytes'] / 1e6:.1f}"
+        lines.append(f"| {Path(row['file']).name} | {row['format']} | {size} | {row['difference']:.1e} |")
+    note = f"As a share of the largest output, on {exported[0]['pictures']} pictures, by `conv2former export`."
+    return "\n".join(["## Files", "", *lines, "", note])
+
+
+def _limits(task: str, facts: dict[str, Any]) -> str:
+    lines = [
+        f"- What is on no training picture is unknown to it, and nothing says so: {UNKNOWN[task]}.",
+        "- Other cameras, sizes, light and scenes than in training lower the figures; by how much nobody has measured.",
+        "- Balance over groups of people, and resistance to pictures made to mislead, were not examined.",
+    ]
+    train = facts.get("images", {}).get("train")
+    if train and train < 10_000:
+        lines.append(f"- It has seen {train:,} training images, which is few.")
+    return "\n".join(lines)
