@@ -15,7 +15,7 @@ from conv2former_cli.common import CheckpointArgument, JsonOption, app, print_ta
 @app.command()
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Run folder, saved model, or a timm model's name for one with random weights.")
+        str, typer.Argument(help="Run folder, saved model, or timm model (NAME:key=value,...).")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
     format_: Annotated[

@@ -9,18 +9,17 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from conv2former import checkpoints
 from conv2former.benchmark.options import model_args
 from conv2former.checkpoints.hub import saved_config
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError
 from conv2former.heads.backbone import STRIDES
 from conv2former.meta import build_on_meta
+from conv2former.naming import built, read_name
 from conv2former.prediction import open_predictor
-from conv2former.recipes.schema import parse_yaml
 
 STAGES = 4
 SMALL_SCALE = 1e-3  # of a layer scale: below, blocks change next to nothing
@@ -54,14 +53,14 @@ class Subject:
 
 def check_name(name: str, *, size: int) -> None:
     """Raises what ``open_subject`` would say of a name, without weights and memory for them."""
-    named = _read_name(name)
+    named = read_name(name)
     if isinstance(named, Path):
         checkpoints.saved_task(named)
         return
     model_name, args = named
     args = model_args(model_name, size) | args
     args.pop("pretrained", None)
-    stage_indices(name, _built(name, build_on_meta, model_name, args))
+    stage_indices(name, built(name, build_on_meta, model_name, args))
 
 
 def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
@@ -76,13 +75,13 @@ def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
     Raises:
         UserError: Unknown model, wrong argument, weights that cannot be had, a checkpoint that cannot be used.
     """
-    named = _read_name(name)
+    named = read_name(name)
     if not isinstance(named, Path):
         model_name, args = named
         weights = "pretrained" if args.get("pretrained") else "untrained"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model = _built(name, timm.create_model, model_name, model_args(model_name, size) | args).eval().to(place)
+            model = built(name, timm.create_model, model_name, model_args(model_name, size) | args).eval().to(place)
         config = resolve_model_data_config(model)
         notes = _notes(model) if weights == "untrained" else ()
         return _subject(name, weights, model, dict(mean=config["mean"], std=config["std"]), place, notes)
@@ -92,39 +91,6 @@ def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
         return Subject(name, "trained", backbone, list(STRIDES), **normalisation, place=place)
     model = checkpoints.load_pretrained(named, **model_args(saved_config(named)["architecture"], size)).to(place)
     return _subject(name, "trained", model, normalisation, place, ())
-
-
-def _read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
-    """timm's name with arguments, or the path of a checkpoint."""
-    model_name, _, arguments = name.partition(":")
-    if timm.is_model(model_name):
-        return model_name, _arguments(name, arguments)
-    path = Path(name.removeprefix("local-dir:"))
-    if not path.exists():
-        raise UserError(
-            f"{name} is neither a model of timm's nor a checkpoint{nearest(model_name, timm.list_models())}"
-        )
-    return path
-
-
-def _arguments(name: str, text: str) -> dict[str, Any]:
-    """``key=value,key=value``, the values in YAML."""
-    try:
-        found = parse_yaml("{" + text.replace("=", ": ") + "}")
-    except yaml.YAMLError:
-        found = {"": None}
-    if any(not isinstance(key, str) or not key.isidentifier() for key in found) or None in found.values():
-        raise UserError(
-            f"{name!r} is not of the form MODEL:key=value,key=value, conv2former_t:kernel_size=21 for example"
-        )
-    return found
-
-
-def _built(name: str, make: Callable[..., Any], model_name: str, args: dict[str, Any]) -> Any:
-    try:
-        return make(model_name, **args)
-    except Exception as error:  # timm's models raise anything for a wrong argument, and a download may fail in any way
-        raise UserError(f"{name} cannot be built: {one_line(error)}") from None
 
 
 def _subject(

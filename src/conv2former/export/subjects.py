@@ -22,6 +22,7 @@ from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError
 from conv2former.heads.upernet import resize
 from conv2former.labels import class_names
+from conv2former.naming import built, read_name
 from conv2former.version import __version__
 
 DETECTOR_NOTE = (
@@ -92,10 +93,10 @@ class _Maps(nn.Module):
 
 
 def open_subject(source: str, *, size: tuple[int, int] | None, fuse: bool, dynamic_size: bool) -> Subject:
-    """The network of a run folder or saved model, or a timm model of that name with random weights.
+    """The network of a run folder or saved model, or a timm model.
 
     Args:
-        source: Path or name.
+        source: Path, or timm's name, with arguments behind a colon (``conv2former_t:kernel_size=7``).
         size: (H, W); None for the network's own.
         fuse: Re-parameterize it.
         dynamic_size: Whether the file is to take other sizes; the stem then stays as it was trained, because what
@@ -104,16 +105,18 @@ def open_subject(source: str, *, size: tuple[int, int] | None, fuse: bool, dynam
     Raises:
         UserError: No such checkpoint or model, or one that cannot be exported.
     """
-    if not Path(source).exists() and timm.is_model(source):
-        torch.manual_seed(0)
-        subject = _classifier(timm.create_model(source), size)
-        subject.note = "random weights"
+    named = read_name(source)
+    if not isinstance(named, Path):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            subject = _classifier(built(source, timm.create_model, *named), size)
+        subject.note = "" if named[1].get("pretrained") else "random weights"
     else:
-        task = checkpoints.saved_task(source)
+        task = checkpoints.saved_task(named)
         if dynamic_size and task != "classification":
             raise UserError(f"--dynamic-size is for classification, {source} holds a {task} model: leave it out")
         opened = dict(classification=_saved_classifier, segmentation=_segmenter, detection=_detector)[task]
-        subject = opened(Path(source), size)
+        subject = opened(named, size)
     network: Any = subject.network.eval().requires_grad_(False)
     if fuse:
         holder, name = (subject, "network") if subject.task == "classification" else (network, "backbone")
