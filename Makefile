@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := -m pip install --quiet --no-compile --constraint constraints.txt
 INSTALL := $(BIN)/python $(PIP)
 
-.PHONY: quickstart test soak parity parity-data lint format docs-tables constraints clean help
+.PHONY: quickstart test soak parity parity-data lint format docs docs-tables constraints clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ lint: $(VENV)/.installed-dev ## style and types
 format: $(VENV)/.installed-dev ## put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev ## build the site into build/site, warnings being errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-tables: $(VENV)/.installed ## write the tables that commands make
 	$(BIN)/python docs/tables.py
