@@ -55,6 +55,11 @@ def test_refusals_end_in_one_line(finished: Path, tmp_path: Path) -> None:
     answer = push(hub, tmp_path / "home", finished, "somebody/digits", token="hf_wrong")
     assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1
     assert "the hub does not let you write to somebody/digits" in answer.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_not_there(finished: Path, tmp_path: Path) -> None:
+    hub = Hub(tmp_path / "hub")
     hub.shutdown()
     hub.server_close()
     answer = push(hub, tmp_path / "home", finished, "somebody/digits")

@@ -133,7 +133,12 @@ def test_a_killed_process_continues_bit_for_bit(data: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, RESUME_ME), (signal.SIGUSR1, RESUME_ME)]
+    ("signum", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, RESUME_ME),
+        pytest.param(signal.SIGUSR1, RESUME_ME, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum: signal.Signals, code: int) -> None:
     run = start(command(data, tmp_path / "run", "schedule.epochs=2000", "data.workers=2"))

@@ -19,7 +19,6 @@ from safetensors import safe_open
 
 from conv2former.errors import UserError, nearest, one_line
 from conv2former.files import append_line, read_lines, replace_text
-from conv2former.recipes.schema import with_settings
 from conv2former.recipes.sections import Recipe
 from conv2former.reproduce.scales import Scale, at_scale
 from conv2former.reproduce.tables import FIGURES, PaperRow, PaperTable
@@ -141,9 +140,16 @@ def table_jobs(request: Request, table: PaperTable) -> list[Job]:
 def changes(request: Request, table: PaperTable) -> list[str]:
     """The settings that make a difference to what is measured; how many processes read images does not."""
     row = next(row for row in table.rows if row.recipe)
-    plain = at_scale(str(row.recipe), row.model, request.scale, [])
-    assert plain is not None
-    return [one for one in request.settings if with_settings(plain, [one]).digest() != plain.digest()]
+
+    def digest(settings: list[str]) -> str | None:
+        try:
+            recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
+        except UserError:  # some go together only
+            return None
+        return recipe.digest() if recipe else None
+
+    settings = list(request.settings)
+    return [one for one in settings if digest([other for other in settings if other != one]) != digest(settings)]
 
 
 def _job(request: Request, row: PaperRow, seed: int) -> list[Job]:
