@@ -16,7 +16,9 @@ def benchmark(
     models: Annotated[list[str], typer.Argument(help="Any timm models; they are compared with the first.")],
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="eager, compile, onnxruntime, openvino; repeatable (default: eager and compile)."),
+        typer.Option(
+            help="eager, compile, onnxruntime, openvino, openvino-int8, aotinductor; repeatable (default: first two)."
+        ),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Training steps instead of inference.")] = False,
     dtype: Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,8 +26,10 @@ MODES: dict[str, tuple[str, ...]] = {
     "compile": (),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
+    "openvino-int8": ("nncf", "openvino"),
+    "aotinductor": (),
 }
-EXPORTED = ("onnxruntime", "openvino")  # inference on the CPU alone
+EXPORTED = ("onnxruntime", "openvino", "openvino-int8", "aotinductor")  # inference on the CPU alone
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Step = Callable[[], Any]
@@ -94,11 +98,10 @@ def prepare(c: Configuration) -> Step:
     model = model.eval().requires_grad_(False)
     if c.fuse:
         model = reparameterize_model(model, inplace=True)
-    runtimes: dict[str, Callable[..., Step]] = dict(openvino=_openvino_step, onnxruntime=_onnxruntime_step)
-    if c.mode in runtimes:
+    if c.mode in EXPORTED:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing's, about sizes that are constants here
-            return runtimes[c.mode](model, images, c)
+            return _RUNTIMES[c.mode](model, images, c)
     model = model.to(DTYPES[c.dtype]).to(memory_format=torch.channels_last)
     images = images.to(DTYPES[c.dtype], memory_format=torch.channels_last)
     network = _network(model, c)
@@ -143,7 +146,24 @@ def _openvino_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
     import openvino
 
     program = openvino.convert_model(model, example_input=images, input=list(images.shape))
-    hint = {"float32": "f32", "bfloat16": "bf16"}[c.dtype]
+    return _openvino_program(program, images, c, {"float32": "f32", "bfloat16": "bf16"}[c.dtype])
+
+
+def _openvino_int8_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
+    if c.dtype != "float32":
+        raise CannotRun("it has a precision of its own: it is measured beside float32 alone")
+    import nncf
+    import openvino
+
+    program = openvino.convert_model(model, example_input=images, input=list(images.shape))
+    with contextlib.redirect_stdout(sys.stderr):  # its progress
+        program = nncf.quantize(program, nncf.Dataset([images.numpy()]), subset_size=1)
+    return _openvino_program(program, images, c, "f32")
+
+
+def _openvino_program(program: Any, images: Tensor, c: Configuration, hint: str) -> Step:
+    import openvino
+
     settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": c.threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(program, "CPU", settings)
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
@@ -151,6 +171,17 @@ def _openvino_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
         raise CannotRun(f"OpenVINO computes in {taken} on this processor, not in {hint}")
     request, array = compiled.create_infer_request(), images.numpy()
     return lambda: request.infer([array], share_inputs=True, share_outputs=True)[0]
+
+
+def _aotinductor_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    model, images = model.to(DTYPES[c.dtype]), images.to(DTYPES[c.dtype])
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.pt2")
+        aoti_compile_and_package(torch.export.export(model, (images,), strict=False), package_path=path)
+        program = aoti_load_package(path)
+    return lambda: program(images)
 
 
 def _onnxruntime_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
@@ -168,3 +199,11 @@ def _onnxruntime_step(model: nn.Module, images: Tensor, c: Configuration) -> Ste
         session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: session.run(None, feed)[0]
+
+
+_RUNTIMES: dict[str, Callable[..., Step]] = {
+    "onnxruntime": _onnxruntime_step,
+    "openvino": _openvino_step,
+    "openvino-int8": _openvino_int8_step,
+    "aotinductor": _aotinductor_step,
+}

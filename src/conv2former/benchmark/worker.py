@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from conv2former.benchmark.modes import DTYPES, EXPORTED, Configuration, prepare
+from conv2former.benchmark.modes import DTYPES, MODES, Configuration, prepare
 from conv2former.benchmark.profiling import Operation, profile_step
 from conv2former.errors import one_line
 
@@ -153,7 +153,7 @@ class Holder:
 
     def versions(self) -> dict[str, str]:
         """Python's, PyTorch's, timm's and the runtime's."""
-        names = ["torch", "timm", *([self._c.mode] if self._c.mode in EXPORTED else [])]
+        names = ["torch", "timm", *MODES[self._c.mode][-1:]]
         return {name: version(name) for name in names} | dict(python=platform.python_version())
 
     def peak(self, dtype: str) -> float:
