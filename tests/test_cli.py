@@ -19,6 +19,7 @@ COMMANDS = [
     "evaluate",
     "predict",
     "explain",
+    "demo",
     "convert",
     "plot",
     "models",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import yaml
 
 from conv2former.errors import UserError, nearest, one_line
 from conv2former.recipes.schema import parse_yaml
+
+SEED = 0  # of untrained weights
 
 
 def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
@@ -20,10 +24,13 @@ def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
         UserError: Neither, or arguments of another form.
     """
     model_name, _, arguments = name.partition(":")
-    if timm.is_model(model_name):
-        return model_name, _arguments(name, arguments)
     path = Path(name.removeprefix("local-dir:"))
-    if not path.exists():
+    exists = os.path.exists(path)  # False also for what is no path at all
+    if timm.is_model(model_name):
+        if exists:
+            raise UserError(f"{name} is a model of timm's and a path here: write ./{name} for the path")
+        return model_name, _arguments(name, arguments)
+    if not exists:
         raise UserError(
             f"{name} is neither a model of timm's nor a checkpoint{nearest(model_name, timm.list_models())}"
         )
@@ -49,3 +56,10 @@ def built(name: str, make: Callable[..., Any], model_name: str, args: dict[str, 
         return make(model_name, **args)
     except Exception as error:  # timm's models raise anything for a wrong argument, and a download may fail in any way
         raise UserError(f"{name} cannot be built: {one_line(error)}") from None
+
+
+def built_untrained(name: str, model_name: str, args: dict[str, Any]) -> Any:
+    """A timm model whose random weights, where it has no others, are the same for every call; raises UserError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return built(name, timm.create_model, model_name, args)

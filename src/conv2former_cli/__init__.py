@@ -11,12 +11,12 @@ import sys
 
 # isort: off
 # each adds its commands to the program; --help lists them in this order
-from conv2former_cli import training, trained, looking, experiments, shipping, catalogue, speed
+from conv2former_cli import training, trained, looking, page, experiments, shipping, catalogue, speed
 
 # isort: on
 from conv2former_cli.common import app
 
-__all__ = ["app", "catalogue", "experiments", "looking", "main", "shipping", "speed", "trained", "training"]
+__all__ = ["app", "catalogue", "experiments", "looking", "main", "page", "shipping", "speed", "trained", "training"]
 
 
 def main() -> None:

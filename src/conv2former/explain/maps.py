@@ -89,8 +89,13 @@ def enlarged(values: Tensor, padded: Sequence[int], view: Sequence[int]) -> np.n
     return large[: view[0], : view[1]].cpu().numpy()
 
 
-def map_sheet(model: Explained, picture: Image.Image, places: Sequence[Place], *, channels: int) -> Figure:
-    """A row for each block: the picture, all of A, single channels of A, all of A * V."""
+def map_panels(
+    model: Explained, picture: Image.Image, places: Sequence[Place], *, channels: int
+) -> list[tuple[str, list[tuple[str, np.ndarray]]]]:
+    """A row for each block, with its name: the picture, all of A, single channels of A, all of A * V.
+
+    A panel is a title and (h, w, 3) of uint8.
+    """
     view = model.view(picture)
     image = model.tensor(view)
 
@@ -107,7 +112,12 @@ def map_sheet(model: Explained, picture: Image.Image, places: Sequence[Place], *
         panels.append(("A and V combined" if summing else "A * V, all channels", drawn(energy(found.z))))
         height, width = found.a.shape[1:]
         rows.append((f"{found.place}\n{height} x {width}", panels))
-    return sheet(rows)
+    return rows
+
+
+def map_sheet(model: Explained, picture: Image.Image, places: Sequence[Place], *, channels: int) -> Figure:
+    """``map_panels`` on one sheet."""
+    return sheet(map_panels(model, picture, places, channels=channels))
 
 
 def run_maps(

@@ -17,7 +17,6 @@ from conv2former import checkpoints
 from conv2former.data.detection import eval_view
 from conv2former.data.loading import Normalizer
 from conv2former.data.segmentation import views
-from conv2former.devices import pick_device
 from conv2former.errors import UserError, nearest, some
 from conv2former.model import Conv2Former
 from conv2former.prediction import open_predictor
@@ -78,19 +77,28 @@ def open_explained(checkpoint: Path, *, device: str = "auto") -> Explained:
     Raises:
         UserError: The checkpoint cannot be used.
     """
-    task = checkpoints.saved_task(checkpoint)
-    found = open_predictor(checkpoint, device=device)
+    return as_explained(checkpoint, checkpoints.saved_task(checkpoint), open_predictor(checkpoint, device=device))
+
+
+def as_explained(checkpoint: Path, task: str, predictor: Any) -> Explained:
+    """A model that is open already.
+
+    Args:
+        checkpoint: What messages call it.
+        task: Of the model.
+        predictor: ``open_predictor``'s.
+    """
     if task == "classification":
-        network = backbone = found.model
-        classes, view, normalizer = found.labels, found.prepare, found.normalizer
+        network = backbone = predictor.model
+        classes, view, normalizer = predictor.labels, predictor.prepare, predictor.normalizer
     else:
-        network, data, classes = found.model, found.saved.recipe.data, found.saved.classes
+        network, data, classes = predictor.model, predictor.saved.recipe.data, predictor.saved.classes
         backbone, normalizer = network.backbone.model, Normalizer(data.mean, data.std)
 
         def view(image: Image.Image) -> np.ndarray:
             return eval_view(image, data).picture(image) if task == "detection" else views(image, data, (1.0,))[0]
 
-    place = pick_device(device)
+    place = next(network.parameters()).device
     return Explained(checkpoint, task, network, backbone, classes, view, normalizer.to(place), place)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from conv2former.checkpoints.hub import saved_config
 from conv2former.errors import UserError
 from conv2former.heads.backbone import STRIDES
 from conv2former.meta import build_on_meta
-from conv2former.naming import built, read_name
+from conv2former.naming import built, built_untrained, read_name
 from conv2former.prediction import open_predictor
 
 STAGES = 4
 SMALL_SCALE = 1e-3  # of a layer scale: below, blocks change next to nothing
-SEED = 0  # of untrained weights
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
     if not isinstance(named, Path):
         model_name, args = named
         weights = "pretrained" if args.get("pretrained") else "untrained"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            model = built(name, timm.create_model, model_name, model_args(model_name, size) | args).eval().to(place)
+        model = built_untrained(name, model_name, model_args(model_name, size) | args).eval().to(place)
         config = resolve_model_data_config(model)
         notes = _notes(model) if weights == "untrained" else ()
         return _subject(name, weights, model, dict(mean=config["mean"], std=config["std"]), place, notes)
