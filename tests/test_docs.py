@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
+import shutil
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from conv2former import zoo
 from conv2former.errors import UserError
 from conv2former.recipes import load_recipe, recipe_names
 from conv2former.recipes import schema as recipe_schema
+from conv2former.reproduce import Request, reproduce
 from conv2former.train import train
 from digits import tiny_recipe, write_digits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+REPRODUCED: tuple[str, ...] = runpy.run_path(str(ROOT / "docs/tables.py"))["REPRODUCED"]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -37,6 +41,15 @@ def test_the_table_of_models_is_what_the_command_prints(table: str) -> None:
 def test_the_table_of_recipes_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     conv2former_cli.catalogue.recipes(markdown=True, json_=False)
     assert (ROOT / "docs/results/recipes.md").read_text() == capsys.readouterr().out, "run `make docs-tables`"
+
+
+@pytest.mark.parametrize("name", REPRODUCED)
+def test_the_tables_of_rows_are_what_the_command_writes(name: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs/results/rows.jsonl", tmp_path)
+    _, files = reproduce(Request(name, out=tmp_path))
+    for made in files:
+        kept = ROOT / "docs/results" / made.name
+        assert kept.exists() and (made.suffix == ".png" or kept.read_text() == made.read_text()), "`make docs-tables`"
 
 
 def test_the_readmes_table_is_a_part_of_it(table: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_the_example_needs_neither_torch_nor_us(finished: Path, data: Path, tmp_
 def test_other_sizes_and_batches(tmp_path: Path, data: Path) -> None:
     """A network with trained-like borders: fused stems know the size of the map, so this one stays as it is."""
     run("conv2former_test", tmp_path, "onnx", dynamic_size=True, pictures=[data / "val"])
-    subject = open_subject("conv2former_test", size=None, fuse=True, dynamic_size=True)
+    subject = open_subject(("conv2former_test", {}), "", size=None, fuse=True, dynamic_size=True)
     runtime = FORMATS["onnx"].load(tmp_path / "model.onnx")
     for shape in ((1, 3, 64, 96), (3, 3, 100, 72)):
         batch = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -161,7 +162,7 @@ def test_a_file_that_differs_is_not_kept(finished: Path, tmp_path: Path, monkeyp
 
 def test_differences_are_found(finished: Path, data: Path) -> None:
     """By hand: the largest error as a share of the largest value, the share of equal classes."""
-    subject = open_subject(str(finished), size=None, fuse=False, dynamic_size=False)
+    subject = open_subject(finished, "", size=None, fuse=False, dynamic_size=False)
     pictures = [subject.prepare(decode(path)) for path in sorted((data / "val").rglob("*.png"))[:5]]
     ours = subject.reference(np.stack(pictures))[0]
     shifted = compare(lambda batch: [subject.reference(batch)[0] + 0.5], subject, pictures)
@@ -170,6 +171,54 @@ def test_differences_are_found(finished: Path, data: Path) -> None:
     assert turned.difference == pytest.approx(2.0, rel=1e-4) and turned.agreement == 0.0
     broken = compare(lambda batch: [np.full_like(subject.reference(batch)[0], np.nan)], subject, pictures)
     assert broken.difference == float("inf")
+
+    def one_differs(batch: np.ndarray) -> list[np.ndarray]:
+        mark = np.array([np.array_equal(picture, pictures[0]) for picture in batch])
+        return [np.where(mark[:, None], -1, 1) * subject.reference(batch)[0]]
+
+    assert compare(one_differs, subject, pictures).agreement == 0.8
+
+
+def test_each_output_is_held_to_its_own_size(detector: Path) -> None:
+    subject = open_subject(detector, "", size=(64, 96), fuse=False, dynamic_size=False)
+    pictures = [np.random.default_rng(0).normal(size=(3, 64, 96)).astype(np.float32)]
+
+    def without_the_last(batch: np.ndarray) -> list[np.ndarray]:
+        *maps, last = subject.reference(batch)
+        return [*maps, 0 * last]
+
+    assert compare(without_the_last, subject, pictures).difference == 1.0
+    nothing = [np.full((1, 2), np.nan, np.float32)] * 5
+    subject.reference = lambda batch: nothing  # type: ignore[method-assign]
+    assert compare(lambda batch: [np.zeros((1, 2), np.float32)] * 5, subject, pictures).difference == float("inf")
+
+
+def test_an_error_leaves_nothing_and_harms_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
+    run(finished, tmp_path / "out", "torch")
+    before = (tmp_path / "out" / "model.pt2").read_bytes()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    (tmp_path / "classless").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "classless" / "a.png")
+    with pytest.raises(UserError):
+        run(finished, tmp_path / "out", "torch", pictures=[data / "val"], data=tmp_path / "classless")
+    assert not run(finished, tmp_path / "out", "torch", limit=-1.0)["torch"].ok
+    assert (tmp_path / "out" / "model.pt2").read_bytes() == before
+    run(finished, tmp_path / "out", "torch")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model.pt2"]
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    with pytest.raises(UserError, match="holds a saved model"):
+        run(finished, finished / "best", "torch")
+
+
+def test_a_name_that_is_both_is_refused(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "best", tmp_path / "conv2former_test")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"write \./conv2former_test for the path"):
+        run("conv2former_test", tmp_path / "out", "torch", pictures=[data / "val"])
+    assert run("./conv2former_test", tmp_path / "out", "torch", pictures=[data / "val"])["torch"].ok
+    assert "digit-3" in (tmp_path / "out" / "README.md").read_text()
 
 
 BAD = [

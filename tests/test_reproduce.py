@@ -21,7 +21,7 @@ from conv2former.files import append_line, read_lines
 from conv2former.meta import build_on_meta
 from conv2former.recipes import load_recipe
 from conv2former.reproduce import TABLES, Request, reproduce
-from conv2former.reproduce.jobs import Job, table_jobs
+from conv2former.reproduce.jobs import Images, Job, table_jobs
 from conv2former.reproduce.scales import at_scale
 from conv2former.reproduce.tables import paper_table
 from conv2former.train import train
@@ -124,15 +124,21 @@ def test_rows_are_trained_once(tmp_path: Path, quick: list[Job]) -> None:
         assert len(list(csv.reader(file))) == 6
 
 
-def test_other_images_are_measured_anew(tmp_path: Path, quick: list[Job]) -> None:
-    request = dict(table="table6", out=tmp_path / "out", only=ROWS[1:], settings=TINY)
-    reproduce(Request(data=write_digits(tmp_path / "one"), **request))
-    with pytest.raises(UserError, match="images"):
-        reproduce(Request(data=write_digits(tmp_path / "two", train=20), **request))
+def test_other_images_and_settings_are_measured_anew(tmp_path: Path, quick: list[Job]) -> None:
+    request = dict(table="table6", out=tmp_path / "out", only=ROWS[1:])
+    one = Request(data=write_digits(tmp_path / "one"), settings=TINY, **request)
+    two = Request(data=write_digits(tmp_path / "two", train=20), settings=TINY, **request)
+    other = Request(data=tmp_path / "two", settings=(*TINY, "optim.base_lr=1e-3"), **request)
+    for count, asked in enumerate((one, two, other, other), 1):
+        outcome, _ = reproduce(asked)
+        assert (outcome.trained, outcome.skipped) == ((1, 0) if count < 4 else (0, 1))
+    assert len({job.run for job in quick}) == 3
+    # the first data set's row is known although the table shows the last one's
+    assert reproduce(one)[0].skipped == 1
 
 
 def write_rows(request: Request, values: dict[str, list[float]]) -> None:
-    found = table_jobs(request, paper_table(request.table))
+    found = table_jobs(request, paper_table(request.table), Images())
     request.out.mkdir(parents=True, exist_ok=True)
     for job in found:
         assert job.row is not None
@@ -172,14 +178,45 @@ def test_numbers_on_other_images_are_left_out(tmp_path: Path) -> None:
     assert "50.00" in markdown.read_text() and "70.00" not in markdown.read_text()
 
 
-def test_pretraining_comes_first(tmp_path: Path, quick: list[Job]) -> None:
-    request = Request("table9", scale="full", data=tmp_path, out=tmp_path / "out", only=("ade20k_upernet_t",))
-    (job,) = table_jobs(request, paper_table("table9"))
+def test_pretraining_comes_first(tmp_path: Path) -> None:
+    request = Request("table9", scale="full", out=tmp_path / "out", only=("ade20k_upernet_t",))
+    (job,) = table_jobs(request, paper_table("table9"), Images())
     assert job.after is not None and job.after.recipe.digest() == load_recipe("imagenet1k_t").digest()
     assert job.recipe.model.weights == str(job.after.run)
-    elsewhere = table_jobs(Request(**vars(request) | dict(out=tmp_path / "elsewhere")), paper_table("table9"))[0]
+    elsewhere = table_jobs(Request(**vars(request) | dict(out=tmp_path / "x")), paper_table("table9"), Images())[0]
     assert job.key == elsewhere.key and job.recipe.digest() != elsewhere.recipe.digest()
     assert job.key != job.recipe.digest()
+
+
+def test_rows_start_from_the_pretraining(tmp_path: Path, quick: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both recipes shrunk to seconds; other images of the pre-training are another row."""
+
+    def shrunk(name: str, model: str | None, scale: str, settings: list[str]) -> Any:
+        recipe = at_scale("imagenet1k_t", None, "small", [*TINY, *settings])
+        weights = "runs/imagenet1k_t" if name == "imagenet1k_ft224_s" else None
+        return recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(weights=weights))))  # type: ignore
+
+    monkeypatch.setattr("conv2former.reproduce.jobs.at_scale", shrunk)
+    data, first, second = (write_digits(tmp_path / name, train=n) for name, n in (("a", 16), ("b", 17), ("c", 18)))
+    asked = dict(table="table4", scale="full", data=data, out=tmp_path / "out", only=("imagenet1k_ft224_s",))
+    with pytest.raises(UserError, match="--pretraining-data"):
+        reproduce(Request(**asked))
+    for images in (first, second):
+        assert reproduce(Request(**asked, pretraining_data=images))[0].trained == 1
+    assert [job.data for job in quick] == [first, data, second, data]
+    assert str(quick[0].run) == quick[1].recipe.model.weights and quick[1].run != quick[3].run
+    assert reproduce(Request(**asked, pretraining_data=first))[0].skipped == 1
+
+
+def test_a_pretraining_that_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Job] = []
+    monkeypatch.setattr("conv2former.reproduce.jobs._train", lambda job: tried.append(job) or 1)
+    data = write_digits(tmp_path / "data")
+    rows = ("imagenet1k_ft224_s", "imagenet1k_ft224_b", "imagenet1k_ft384_b")  # the last two start from one
+    request = Request("table4", scale="full", data=data, pretraining_data=data, out=tmp_path / "out", only=rows)
+    monkeypatch.setattr(Images, "digest", lambda self, job: "0" * 16)
+    outcome, _ = reproduce(request)
+    assert len(tried) == 2 and len(outcome.failed) == 2 and not outcome.trained
 
 
 @pytest.mark.parametrize(
@@ -190,6 +227,7 @@ def test_pretraining_comes_first(tmp_path: Path, quick: list[Job]) -> None:
         (["table6", "--row", "imagenet1k_t_sun"], "did you mean 'imagenet1k_t_sum'"),
         (["table6", "--set", "optim.lr=1"], "unknown key 'optim.lr'"),
         (["table6", "--data", "nowhere"], "no such folder"),
+        (["table6", "--set", "model.weights=runs/x"], "leave it out"),
         (["table9", "--scale", "full", "--data", "data", "--row", "ade20k_upernet_t"], "--pretraining-data"),
         (["table6", "--out", "file"], "cannot"),
     ],
@@ -213,13 +251,13 @@ def test_a_stopped_table_goes_on(tmp_path: Path) -> None:
     settings = [f"--set={one}" for one in (*TINY, "schedule.epochs=30", "schedule.eval_every=30")]
     command = [sys.executable, "-m", "conv2former_cli", "reproduce", "table6", f"--data={data}", "--row=imagenet1k_t"]
     command += [f"--out={tmp_path / 'out'}", *settings]
-    run = tmp_path / "out" / "runs" / "imagenet1k_t.small" / "seed0"
     process = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1"))
     deadline = time.monotonic() + 120
-    while not read_lines(run / "metrics.jsonl") and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out/runs/imagenet1k_t.small/seed0-*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
+    (run,) = tmp_path.glob("out/runs/imagenet1k_t.small/seed0-*/")
     history = read_lines(run / "history.jsonl")
     assert history[-1]["event"] == "stopped" and not (tmp_path / "out" / "rows.jsonl").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)

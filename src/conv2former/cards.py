@@ -45,12 +45,13 @@ PAPER = """```bibtex
 }
 ```"""
 MAX_CLASSES = 50  # named in a card
+MARK = "<!-- Written by conv2former. A card without this line is somebody's own and is left alone. -->"
 
 
 def write_card(
     folder: Path, checkpoint: Path, run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Writes the card of a saved model, or of files made from it.
+    """Writes the card of a saved model, or of files made from it; one that is there is replaced if it has ``MARK``.
 
     Args:
         folder: Where to.
@@ -63,6 +64,8 @@ def write_card(
     """
     path = folder / CARD_FILE
     try:
+        if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            return
         replace_text(path, card(read_json(find_model(checkpoint)[0]), run, exported=exported))
     except OSError as error:
         raise UserError(f"cannot write {path}: {one_line(error)}") from None
@@ -76,14 +79,14 @@ def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[di
     recipe = run.recipe() if run else None
     name = f"{config['architecture']}{f' on {data}' if data else ''}"
     parts = [
-        _front_matter(config, task, name, data, figures),
+        _front_matter(task, name, data, figures, exported),
         f"# {name}",
         _intended(config, task),
         _use(task, exported),
         "## Training",
         _training(recipe, facts) if run and recipe else "Not recorded.",
         "## Figures",
-        _results(figures, facts) if figures else "None recorded.",
+        _results(figures, facts, exported) if figures else "None recorded.",
         *([_files(exported)] if exported else []),
         "## Limits",
         _limits(task, facts),
@@ -92,17 +95,19 @@ def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[di
         "from allow; whoever publishes them says so here.",
         "## How to cite",
         PAPER,
+        MARK,
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(config: dict[str, Any], task: str, name: str, data: str | None, figures: list[Any]) -> str:
-    head: dict[str, Any] = dict(
-        tags=[*TAGS[task], "conv2former"],
-        library_name="timm" if task == "classification" else "conv2former",
-        pipeline_tag=TAGS[task][0],
-    )
-    if figures and data:
+def _front_matter(
+    task: str, name: str, data: str | None, figures: list[Any], exported: Sequence[dict[str, Any]]
+) -> str:
+    tags = [tag for tag in TAGS[task] if not (exported and tag == "timm")]
+    head: dict[str, Any] = dict(tags=[*tags, "conv2former"], pipeline_tag=TAGS[task][0])
+    if not exported:
+        head["library_name"] = "timm" if task == "classification" else "conv2former"
+    if figures and data and not exported:  # what the figures were measured with is the trained model, not its files
         metrics = [dict(type=kind, name=title, value=round(value, 2)) for kind, title, value in figures]
         result = dict(task=dict(type=TAGS[task][0]), dataset=dict(name=data, type=data), metrics=metrics)
         head["model-index"] = [dict(name=name, results=[result])]
@@ -121,11 +126,16 @@ def _intended(config: dict[str, Any], task: str) -> str:
 
 def _use(task: str, exported: Sequence[dict[str, Any]]) -> str:
     if exported:
-        return (
+        text = (
             "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
-            "the metadata key `conv2former`; `examples/onnx_classify.py` of the project shows the whole way with "
-            "numpy, Pillow and onnxruntime alone."
+            "the metadata key `conv2former`."
         )
+        if task == "classification" and any(row["format"] == "onnx" for row in exported):
+            text += (
+                " For `model.onnx` the project's `examples/onnx_classify.py` shows the whole way with numpy, Pillow "
+                "and onnxruntime alone."
+            )
+        return text
     if task == "classification":
         code = (
             "import conv2former  # registers the architecture\nimport timm\n\n"
@@ -176,20 +186,25 @@ def _figures(run: RunFolder, task: str) -> list[tuple[str, str, float]]:
     return rows
 
 
-def _results(figures: list[tuple[str, str, float]], facts: dict[str, Any]) -> str:
+def _results(figures: list[tuple[str, str, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
     lines = ["| figure | value |", "|---|---:|", *(f"| {title} | {value:.2f} |" for _, title, value in figures)]
     count = facts.get("images", {}).get("val")
     on = f"on the {count:,} validation images" if count else "on the validation images"
-    return "\n".join([*lines, "", f"By `conv2former evaluate RUN`, {on}, whose results also chose the weights."])
+    what = " Of the trained model in PyTorch, not of the files." if exported else ""
+    return "\n".join([*lines, "", f"By `conv2former evaluate RUN`, {on}, whose results also chose the weights.{what}"])
 
 
 def _files(exported: Sequence[dict[str, Any]]) -> str:
-    lines = ["| file | format | MB | largest difference to PyTorch |", "|---|---|---:|---:|"]
+    counted = "top1" in exported[0]
+    head = ["file", "format", "MB", "largest difference to PyTorch", *(["top-1, %", "in PyTorch"] if counted else [])]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for row in exported:
-        size = f"{row['bytes'] / 1e6:.1f}"
-        lines.append(f"| {Path(row['file']).name} | {row['format']} | {size} | {row['difference']:.1e} |")
-    note = f"As a share of the largest output, on {exported[0]['pictures']} pictures, by `conv2former export`."
-    return "\n".join(["## Files", "", *lines, "", note])
+        line = [Path(row["file"]).name, row["format"], f"{row['bytes'] / 1e6:.1f}", f"{row['difference']:.1e}"]
+        lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
+    note = (
+        f"Differences as a share of the largest output, on {exported[0]['pictures']} pictures; by `conv2former export`."
+    )
+    return "\n".join(["## Files", "", *(f"| {' | '.join(line)} |" for line in lines), "", note])
 
 
 def _limits(task: str, facts: dict[str, Any]) -> str:

@@ -70,6 +70,6 @@ def reproduce(
     print(
         f"{outcome.trained} trained, {outcome.skipped} measured before; {', '.join(f.name for f in files)} are in {out}"
     )
-    for line in outcome.failed:
+    for line in outcome.failed.values():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(1 if outcome.failed else 0)

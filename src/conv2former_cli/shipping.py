@@ -14,9 +14,7 @@ from conv2former_cli.common import CheckpointArgument, JsonOption, app, print_ta
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Run folder, saved model, or timm model (NAME:key=value,...).")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="Run folder, saved model, or timm model (NAME:key=value,...).")],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
     format_: Annotated[
         list[str] | None,
@@ -82,20 +80,20 @@ def export(
                 row["format"],
                 Path(row["file"]).name,
                 f"{row['bytes'] / 1e6:.1f}",
-                f"{row['difference']:.1e}",
-                f"{row['limit']:.0e}",
+                f"{one.comparison.difference:.1e}",
+                f"{row['limit']:g}",
                 "" if row["agreement"] is None else f"{100 * row['agreement']:.2f}%",
                 f"{row['top1_pytorch']:.2f}%" if "top1" in row else "",
                 f"{row['top1']:.2f}%" if "top1" in row else "",
             ]
-            for row in rows
+            for one, row in zip(found, rows, strict=True)
         ]
         print_table(columns, cells, right=range(2, 8))
     failed = [one for one in found if not one.ok]
     for one in failed:
         print(
             f"error: {one.format} differs by {one.comparison.difference:.1e} of the largest output, the limit is "
-            f"{one.limit:.0e}: the file is not kept; raise --limit where that is good enough",
+            f"{one.limit:g}: the file is not kept; raise --limit where that is good enough",
             file=sys.stderr,
         )
     sys.exit(1 if failed else 0)

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
+from conv2former.errors import UserError
+from conv2former.runtimes import compiled_for_openvino
 
 # mode -> what must be installed for it
 MODES: dict[str, tuple[str, ...]] = {
@@ -162,13 +164,10 @@ def _openvino_int8_step(model: nn.Module, images: Tensor, c: Configuration) -> S
 
 
 def _openvino_program(program: Any, images: Tensor, c: Configuration, hint: str) -> Step:
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": c.threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(program, "CPU", settings)
-    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    if taken != hint:
-        raise CannotRun(f"OpenVINO computes in {taken} on this processor, not in {hint}")
+    try:
+        compiled = compiled_for_openvino(program, hint, INFERENCE_NUM_THREADS=c.threads, PERFORMANCE_HINT="LATENCY")
+    except UserError as error:
+        raise CannotRun(str(error)) from None
     request, array = compiled.create_infer_request(), images.numpy()
     return lambda: request.infer([array], share_inputs=True, share_outputs=True)[0]
 

@@ -60,11 +60,12 @@ def speed(rows: Sequence[Row], folder: Path) -> Path | None:
     panels = _panels(known)
     figure = Figure(figsize=(1 + 5.5 * len(panels), 5), layout="constrained")
     for axes, (title, group) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for row in group:
+        for number, row in enumerate(sorted(group, key=lambda row: (top1(row), row.images_per_second))):
             colour = next((c for start, c in FAMILIES.items() if row.model.startswith(start)), OTHERS)
             axes.plot(row.images_per_second, top1(row), marker="o", color=colour)
             name = f"{row.model.partition('_patch')[0]} ({row.mode})"
-            axes.annotate(name, (row.images_per_second, top1(row)), (5, 5), textcoords="offset points", fontsize=8)
+            place = (5, -12 if number % 2 else 5)  # below and above in turn, so that names do not meet
+            axes.annotate(name, (row.images_per_second, top1(row)), place, textcoords="offset points", fontsize=8)
         axes.margins(x=0.35, y=0.2)  # room for the names
         axes.set(xlabel=f"{group[0].task}, images/s, best mode", ylabel="paper's ImageNet top-1, %", title=title)
         axes.grid(alpha=0.3)

@@ -180,7 +180,7 @@ class ActivationMaps:
             return None, None
         if self.model.task != "segmentation":
             return (int(scores[0].argmax()) if self.target is None else self.target), None
-        labels = network.labels.cpu().numpy().astype(np.uint8)
+        labels = network.labels.cpu().numpy()
         counts = np.bincount(labels.ravel(), minlength=len(self.model.classes))
         index = int(counts.argmax()) if self.target is None else self.target
         if not counts[index]:
@@ -196,7 +196,7 @@ class ActivationMaps:
         name = None if index is None else self.model.classes[index]
         panels = [("picture", view)]
         if labels is not None and index is not None:
-            marked = np.where(labels == index, np.uint8(index), np.uint8(255))
+            marked = np.where(labels == index, np.uint8(index % 255), np.uint8(255))  # 255: in no colour
             panels.append((f"found to be {name}", np.asarray(label_overlay(Image.fromarray(view), marked))))
         empty = not values.any()
         title = (self.method if name is None else f"{self.method}: {name}") + (" (nothing)" if empty else "")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from conv2former import ops
 from conv2former.cards import write_card
+from conv2former.checkpoints.hub import CONFIG_FILE
+from conv2former.data.splits import open_eval_source
 from conv2former.errors import UserError, nearest, one_line
 from conv2former.export.check import Comparison, compare, pictures_in, read, top1, validated_on
 from conv2former.export.formats import FORMATS, trace
 from conv2former.export.subjects import Subject, open_subject
+from conv2former.naming import read_name
 from conv2former.run import RunFolder
 
 __all__ = ["FORMATS", "ExportOptions", "Exported", "export"]
+
+CALIBRATION_PICTURES = 300  # of a folder
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,6 @@ class ExportOptions:
         count: How many of them.
         data: Folder of classes on which top-1 is counted in PyTorch and in every runtime.
         calibration: Folder of pictures for int8; None for those that are compared on.
-        calibration_count: How many of them.
         size: (H, W) of the images; None for the network's own.
         dynamic_size: Whether the file takes any size.
         fuse: Whether the network is re-parameterized before.
@@ -44,7 +49,6 @@ class ExportOptions:
     count: int = 16
     data: Path | None = None
     calibration: Path | None = None
-    calibration_count: int = 300
     size: tuple[int, int] | None = None
     dynamic_size: bool = False
     fuse: bool = True
@@ -58,6 +62,7 @@ class Exported:
     Attributes:
         format: Key of ``FORMATS``.
         files: The file, and what belongs to it.
+        size: Bytes of all.
         comparison: With PyTorch.
         limit: For its difference.
         top1: Percent in PyTorch and in the file's runtime, and images; None where no folder was given.
@@ -65,6 +70,7 @@ class Exported:
 
     format: str
     files: list[Path]
+    size: int
     comparison: Comparison
     limit: float
     top1: tuple[float, float, int] | None = None
@@ -77,15 +83,18 @@ class Exported:
     def to_json(self) -> dict[str, Any]:
         """All figures."""
         top = dict(zip(("top1_pytorch", "top1", "images"), self.top1, strict=True)) if self.top1 else {}
-        size = sum(file.stat().st_size for file in self.files if file.exists())
-        own = dict(format=self.format, file=str(self.files[0]), bytes=size, limit=self.limit, ok=self.ok)
-        return own | vars(self.comparison) | top
+        own = dict(format=self.format, file=str(self.files[0]), bytes=self.size, limit=self.limit, ok=self.ok)
+        compared = vars(self.comparison)
+        if not np.isfinite(self.comparison.difference):  # which JSON has no word for
+            compared = compared | dict(difference=None)
+        return own | compared | top
 
 
 def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str], None] = print) -> list[Exported]:
     """Writes a checkpoint in one or more formats and holds each against PyTorch.
 
-    A file whose difference is above its limit is removed. A model card is written beside the others.
+    Only files whose difference is within the limit come into ``out``, and none where anything fails. A model card is
+    written beside them.
 
     Args:
         source: Run folder, saved model, or a timm model's name for one with random weights.
@@ -104,59 +113,77 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     for format in formats:
         format.check()
     with ops.use_backend("reference"):  # our own operators are known to no other runtime
-        subject = open_subject(source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
+        named = read_name(source)
+        subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
         if subject.note:
             say(f"note: {subject.note}")
         if options.data and subject.task != "classification":
             raise UserError(f"--data counts top-1, {source} holds a {subject.task} model: leave it out")
-        pictures = _pictures(source, options, subject)
+        pictures = _pictures(named, options, subject)
         calibration: list[np.ndarray] = []
         if any(format.name.endswith("int8") for format in formats):
             folder = options.calibration
-            files = pictures_in([folder], options.calibration_count) if folder else []
+            files = pictures_in([folder], CALIBRATION_PICTURES) if folder else []
             calibration = [picture[None] for picture in (read(files, subject) if files else pictures)]
+        images = open_eval_source(options.data, subject.labels) if options.data else None
         traced = trace(subject, dynamic_size=options.dynamic_size, calibration=calibration)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write the output folder {out}: {error.strerror}") from None
-        found, runtimes = [], []
-        for format in formats:
-            files = format.files(out)
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # some report their progress
-                    format.write(traced, files[0])
-                runtime = format.load(files[0])
-                comparison = compare(runtime, subject, pictures)
-            except UserError:
-                raise
-            except Exception as error:  # each exporter has its own
-                raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
-            limit = format.limit if options.limit is None else options.limit
-            found.append(Exported(format.name, files, comparison, limit))
-            runtimes.append(runtime)
-        if options.data:
-            images, (own, *others) = top1([subject.reference, *runtimes], subject, options.data)
-            found = [
-                replace(exported, top1=(100 * own / images, 100 * other / images, images))
-                for exported, other in zip(found, others, strict=True)
-            ]
-    good = {file for exported in found if exported.ok for file in exported.files}
-    for file in {file for exported in found for file in exported.files} - good:
-        file.unlink(missing_ok=True)
-    if good and Path(source).exists():
-        run = RunFolder(Path(source))
-        rows = [exported.to_json() for exported in found if exported.ok]
-        write_card(out, Path(source), run if run.exists() else None, exported=rows)
+        with _workshop(out) as folder:
+            found, runtimes = [], []
+            for format in formats:
+                files = format.files(folder)
+                try:
+                    with contextlib.redirect_stdout(sys.stderr):  # some report their progress
+                        format.write(traced, files[0])
+                    runtime = format.load(files[0])
+                    comparison = compare(runtime, subject, pictures, dynamic_size=options.dynamic_size)
+                except UserError:
+                    raise
+                except Exception as error:  # each exporter has its own
+                    raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
+                limit = format.limit if options.limit is None else options.limit
+                size = sum(file.stat().st_size for file in files)
+                found.append(Exported(format.name, format.files(out), size, comparison, limit))
+                runtimes.append(runtime)
+            if images is not None:
+                own, *others = top1([subject.reference, *runtimes], subject, images)
+                share = 100 / len(images)
+                found = [
+                    replace(exported, top1=(share * own, share * other, len(images)))
+                    for exported, other in zip(found, others, strict=True)
+                ]
+            for exported in found:
+                for file in exported.files if exported.ok else []:
+                    (folder / file.name).replace(file)
+    rows = [exported.to_json() for exported in found if exported.ok]
+    if rows and isinstance(named, Path):
+        run = RunFolder(named)
+        write_card(out, named, run if run.exists() else None, exported=rows)
     return found
 
 
-def _pictures(source: str, options: ExportOptions, subject: Subject) -> list[np.ndarray]:
+@contextlib.contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """A folder inside ``out`` for what has not been compared yet; nothing of it stays.
+
+    Raises:
+        UserError: It cannot be written, or ``out`` holds a saved model.
+    """
+    if (out / CONFIG_FILE).exists():
+        raise UserError(f"{out} holds a saved model: give a folder of its own to the exported files")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".export-", dir=out) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the output folder {out}: {error.strerror or one_line(error)}") from None
+
+
+def _pictures(named: Any, options: ExportOptions, subject: Subject) -> list[np.ndarray]:
     """What to compare on: the files given, else those of the labelled folder, else what the run was validated on."""
     chosen = options.pictures or ([options.data] if options.data else [])
     if chosen:
         return read(pictures_in(chosen, options.count), subject)
-    run = RunFolder(Path(source))
-    if not run.exists():
+    run = RunFolder(named) if isinstance(named, Path) else None
+    if run is None or not run.exists():
         raise UserError("name pictures to compare the exported file on with --pictures (files or folders)")
     return validated_on(run, options.count, subject)

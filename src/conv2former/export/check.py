@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from conv2former.data.images import BadImage, decode, find_images
-from conv2former.data.splits import open_eval_source
+from conv2former.data.sources import ImageSource
 from conv2former.errors import UserError
 from conv2former.evaluation.common import validation_set
 from conv2former.export.formats import Runtime
@@ -26,7 +26,8 @@ class Comparison:
 
     Attributes:
         pictures: How many.
-        difference: The largest, as a share of the largest value that PyTorch gives.
+        difference: The largest of any output, as a share of that output's largest value in PyTorch; infinite where
+            shapes differ or one of the two gives no finite number.
         agreement: Share of pictures (of pixels, for a segmenter) whose top class is the same; None for features.
     """
 
@@ -80,21 +81,30 @@ def validated_on(run: RunFolder, count: int, subject: Subject) -> list[np.ndarra
     return [subject.prepare(item[0] if isinstance(item, tuple) else item) for item in found]
 
 
-def compare(runtime: Runtime, subject: Subject, pictures: Sequence[np.ndarray]) -> Comparison:
-    """Runs both over the pictures, in batches and the first of them alone."""
-    largest = scale = 0.0
+def compare(
+    runtime: Runtime, subject: Subject, pictures: Sequence[np.ndarray], *, dynamic_size: bool = False
+) -> Comparison:
+    """Runs both over the pictures, in batches and the first of them alone, and at another size where that is free."""
+    count = len(subject.outputs)
+    largest, scale = np.zeros(count), np.zeros(count)
     same = total = 0
-    for batch in [np.stack(pictures[:1]), *_batches(pictures)]:
+    first = np.stack(pictures[:1])
+    extra = [first, np.concatenate([first, first])]
+    if dynamic_size:
+        extra.append(np.pad(first, [(0, 0), (0, 0), (0, 32), (0, 64)], mode="reflect"))
+    batches = list(_batches(pictures))
+    for number, batch in enumerate([*batches, *extra]):
         ours, theirs = subject.reference(batch), runtime(batch)
-        for one, other in zip(ours, theirs, strict=True):
-            if one.shape != other.shape or not np.isfinite(other).all():
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
                 return Comparison(len(pictures), float("inf"), None)
-            largest = max(largest, float(np.abs(one - other).max()))
-            scale = max(scale, float(np.abs(one).max()))
-        if subject.outputs == ["logits"]:
+            largest[i] = max(largest[i], np.abs(one - other).max())
+            scale[i] = max(scale[i], np.abs(one).max())
+        if subject.outputs == ["logits"] and number < len(batches):
             equal = ours[0].argmax(axis=1) == theirs[0].argmax(axis=1)
             same, total = same + int(equal.sum()), total + equal.size
-    return Comparison(len(pictures), largest / scale if scale else largest, same / total if total else None)
+    share = np.where(scale > 0, largest / np.where(scale > 0, scale, 1), largest)
+    return Comparison(len(pictures), float(share.max()), same / total if total else None)
 
 
 def _batches(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -102,13 +112,8 @@ def _batches(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.stack(pictures[start : start + BATCH])
 
 
-def top1(runtimes: Sequence[Runtime], subject: Subject, root: Path) -> tuple[int, list[int]]:
-    """Images in a folder of classes, and how many of them each runtime gets right.
-
-    Raises:
-        UserError: Not such a folder, or an image that cannot be read.
-    """
-    source = open_eval_source(root, subject.labels)
+def top1(runtimes: Sequence[Runtime], subject: Subject, source: ImageSource) -> list[int]:
+    """How many images each runtime gets right; raises UserError where one cannot be read."""
     correct = [0] * len(runtimes)
     for start in range(0, len(source), BATCH):
         indices = range(start, min(start + BATCH, len(source)))
@@ -119,4 +124,4 @@ def top1(runtimes: Sequence[Runtime], subject: Subject, root: Path) -> tuple[int
         targets = np.array([source.targets[index] for index in indices])
         for number, runtime in enumerate(runtimes):
             correct[number] += int((runtime(batch)[0].argmax(axis=1) == targets).sum())
-    return len(source), correct
+    return correct

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, one_line
 from conv2former.export.subjects import Subject
+from conv2former.runtimes import compiled_for_openvino
 
 KEY = "conv2former"  # of the metadata in a file
 MAX_BATCH = 1024  # of a compiled program
@@ -86,8 +87,8 @@ def trace(subject: Subject, *, dynamic_size: bool, calibration: Sequence[np.ndar
     try:
         program = torch.export.export(subject.network, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # PyTorch names dozens of kinds
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"torch.export cannot follow {subject.metadata['architecture']}: {first}") from error
+        name = subject.metadata["architecture"]
+        raise UserError(f"torch.export cannot follow {name}: {one_line(error)[:300]}") from error
     return Traced(subject, program, dynamic_size, calibration)
 
 
@@ -138,7 +139,7 @@ def _write_openvino_int8(traced: Traced, path: Path) -> None:
 
     if not traced.calibration:
         raise UserError("int8 needs pictures to calibrate on: name a folder with --calibration DIR")
-    # not as ModelType.TRANSFORMER: its smooth quantization multiplied the error by six on a trained network
+    # not as ModelType.TRANSFORMER: its smooth quantization made the error several times larger on a trained network
     dataset = nncf.Dataset(traced.calibration)
     model = nncf.quantize(_openvino_model(traced), dataset, subset_size=len(traced.calibration))
     model.set_rt_info(traced.metadata, [KEY])
@@ -147,9 +148,7 @@ def _write_openvino_int8(traced: Traced, path: Path) -> None:
 
 def _load_openvino(precision: str) -> Callable[[Path], Runtime]:
     def load(path: Path) -> Runtime:
-        import openvino
-
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        compiled = compiled_for_openvino(path, precision)
         return lambda batch: [np.array(part) for part in compiled(batch).values()]
 
     return load
@@ -191,7 +190,7 @@ FORMATS = {
     for format in (
         Format("onnx", "model.onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx, 1e-4),
         Format("openvino", "model.xml", OPENVINO, _write_openvino, _load_openvino("f32"), 1e-4),
-        Format("openvino-bf16", "model.xml", OPENVINO, _write_openvino, _load_openvino("bf16"), 0.1),
+        Format("openvino-bf16", "model.bf16.xml", OPENVINO, _write_openvino, _load_openvino("bf16"), 0.1),
         Format(
             "openvino-int8", "model.int8.xml", (*OPENVINO, "nncf"), _write_openvino_int8, _load_openvino("f32"), 0.3
         ),

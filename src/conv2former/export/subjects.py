@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -22,7 +21,7 @@ from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError
 from conv2former.heads.upernet import resize
 from conv2former.labels import class_names
-from conv2former.naming import built, read_name
+from conv2former.naming import built_untrained
 from conv2former.version import __version__
 
 DETECTOR_NOTE = (
@@ -92,11 +91,19 @@ class _Maps(nn.Module):
         return tuple(self.pyramid(self.backbone(images)))
 
 
-def open_subject(source: str, *, size: tuple[int, int] | None, fuse: bool, dynamic_size: bool) -> Subject:
+def open_subject(
+    named: tuple[str, dict[str, Any]] | Path,
+    source: str,
+    *,
+    size: tuple[int, int] | None,
+    fuse: bool,
+    dynamic_size: bool,
+) -> Subject:
     """The network of a run folder or saved model, or a timm model.
 
     Args:
-        source: Path, or timm's name, with arguments behind a colon (``conv2former_t:kernel_size=7``).
+        named: As ``read_name`` has it.
+        source: As the user named it.
         size: (H, W); None for the network's own.
         fuse: Re-parameterize it.
         dynamic_size: Whether the file is to take other sizes; the stem then stays as it was trained, because what
@@ -105,11 +112,8 @@ def open_subject(source: str, *, size: tuple[int, int] | None, fuse: bool, dynam
     Raises:
         UserError: No such checkpoint or model, or one that cannot be exported.
     """
-    named = read_name(source)
     if not isinstance(named, Path):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            subject = _classifier(built(source, timm.create_model, *named), size)
+        subject = _classifier(built_untrained(source, *named), size)
         subject.note = "" if named[1].get("pretrained") else "random weights"
     else:
         task = checkpoints.saved_task(named)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from conv2former.errors import UserError
 from conv2former.reproduce import report
-from conv2former.reproduce.jobs import Outcome, Request, Stopped, measured, run, table_jobs
+from conv2former.reproduce.jobs import Images, Outcome, Request, Stopped, measured, measured_seeds, run, table_jobs
 from conv2former.reproduce.tables import TABLES, paper_table
 
 __all__ = ["TABLES", "Outcome", "Request", "Stopped", "reproduce"]
@@ -24,16 +25,20 @@ def reproduce(request: Request) -> tuple[Outcome, list[Path]]:
         UserError: Anything wrong with what was given.
         Stopped: By a signal.
     """
-    table = paper_table(request.table)
-    found = table_jobs(request, table)
+    table, images = paper_table(request.table), Images()
+    found = table_jobs(request, table, images)
     if not found:
         raise UserError(f"{request.table} has no row that can be trained at scale {request.scale}")
 
     def render() -> list[Path]:
-        return report.write(request, table, found, measured(request, found))
+        # all that is known, not only what this call trains
+        seeds = max(request.seeds, measured_seeds(request))
+        known = replace(request, data=None, pretraining_data=None, only=(), seeds=seeds)
+        shown = table_jobs(known, table, images)
+        return report.write(request, table, shown, measured(request, shown))
 
     files = render()
     if request.data is None:
         return Outcome(), files
-    outcome = run(request, found, measured(request, found), render)
+    outcome = run(request, found, images, render)
     return outcome, render()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -93,14 +94,14 @@ class Outcome:
     """What came of the jobs of a table.
 
     Attributes:
-        trained: Jobs that ran.
+        trained: Jobs that were measured now.
         skipped: Those that had been measured.
-        failed: Lines for rows that could not be trained.
+        failed: A line for each run that could not be trained.
     """
 
     trained: int = 0
     skipped: int = 0
-    failed: list[str] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
 
 
 class Stopped(Exception):
@@ -115,61 +116,74 @@ class Stopped(Exception):
         self.code = code
 
 
-def table_jobs(request: Request, table: PaperTable) -> list[Job]:
+def table_jobs(request: Request, table: PaperTable, images: Images) -> list[Job]:
     """The trainings of the rows that have a recipe at this scale, seed after seed.
 
     Raises:
-        UserError: No such row or scale, or a setting that a recipe does not take.
+        UserError: No such row or scale, a setting that a recipe does not take, images that cannot be used.
     """
     if table.only_full and request.scale == "small":
         raise UserError(f"{request.table} has no small scale: {table.only_full}; use --scale full")
+    for setting in request.settings:
+        if setting.partition("=")[0].strip() in ("model.weights", "engine.seed"):
+            raise UserError(f"--set {setting}: rows have weights and seeds of their own, leave it out")
     names = [row.name for row in table.rows if row.recipe]
     for name in request.only:
         if name not in names:
-            raise UserError(
-                f"no row {name!r} can be trained{nearest(name, names) or '; there are: ' + ', '.join(names)}"
-            )
-    found = []
-    for seed in range(request.seeds):
-        for row in table.rows:
-            if row.recipe and (not request.only or row.name in request.only):
-                found += _job(request, row, seed)
-    return found
+            hint = nearest(name, names) or f"; there are: {', '.join(names)}"
+            raise UserError(f"no row {name!r} can be trained{hint}")
+    rows = [row for row in table.rows if row.recipe and (not request.only or row.name in request.only)]
+    return [job for seed in range(request.seeds) for row in rows for job in _job(request, row, seed, images)]
 
 
 def changes(request: Request, table: PaperTable) -> list[str]:
-    """The settings that make a difference to what is measured; how many processes read images does not."""
-    row = next(row for row in table.rows if row.recipe)
+    """The settings that make a difference to any row; how many processes read images does not."""
+    settings = list(request.settings)
 
-    def digest(settings: list[str]) -> str | None:
+    def digest(row: PaperRow, settings: list[str]) -> str | None:
         try:
             recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
         except UserError:  # some go together only
             return None
         return recipe.digest() if recipe else None
 
-    settings = list(request.settings)
-    return [one for one in settings if digest([other for other in settings if other != one]) != digest(settings)]
+    rows = [row for row in table.rows if row.recipe]
+    whole = [digest(row, settings) for row in rows]
+    return [
+        one for one in settings if whole != [digest(row, [other for other in settings if other != one]) for row in rows]
+    ]
 
 
-def _job(request: Request, row: PaperRow, seed: int) -> list[Job]:
-    settings = [*request.settings, f"engine.seed={seed}"]
-    recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
+def _job(request: Request, row: PaperRow, seed: int, images: Images) -> list[Job]:
+    recipe = at_scale(str(row.recipe), row.model, request.scale, [*request.settings, f"engine.seed={seed}"])
     if recipe is None:
         return []
     after = None
     if recipe.model.weights:  # as the recipes name them: runs/RECIPE
         before = Path(recipe.model.weights).name
+        if request.data is not None and request.pretraining_data is None:
+            raise UserError(f"{row.name} starts from {before}: name the images of that with --pretraining-data")
         first = at_scale(before, row.model, request.scale, [f"engine.seed={seed}"])
         assert first is not None
-        after = Job(first, request.pretraining_data, _folder(request, before, row.model, seed))
+        name = f"{before}-{row.model}" if row.model else before
+        after = _placed(request, Job(first, request.pretraining_data, Path(name)), images)
         weights = recipe.model.model_copy(update=dict(weights=str(after.run)))
         recipe = recipe.model_copy(update=dict(model=weights))
-    return [Job(recipe, request.data, _folder(request, row.name, None, seed), after, row)]
+    return [_placed(request, Job(recipe, request.data, Path(row.name), after, row), images)]
 
 
-def _folder(request: Request, name: str, model: str | None, seed: int) -> Path:
-    return request.out / "runs" / f"{name}{'-' + model if model else ''}.{request.scale}" / f"seed{seed}"
+def _placed(request: Request, job: Job, images: Images) -> Job:
+    """The job in a folder of its own: other settings and other images, also of the pre-training, are other runs."""
+    folder = request.out / "runs" / f"{job.run}.{request.scale}"
+    seen = images.digest(job) if job.data is not None else ""
+    if job.after:
+        seen = hashlib.sha256(f"{seen}{job.after.run.name}".encode()).hexdigest()
+    return replace(job, run=folder / f"seed{job.recipe.engine.seed}-{job.key[:6]}-{seen[:6]}")
+
+
+def measured_seeds(request: Request) -> int:
+    """How many seeds the file of measured rows knows, 0 where there is none."""
+    return max((int(row.get("seed", 0)) + 1 for row in _rows(request)), default=0)
 
 
 def measured(request: Request, found: Sequence[Job]) -> dict[str, dict[str, Any]]:
@@ -178,33 +192,43 @@ def measured(request: Request, found: Sequence[Job]) -> dict[str, dict[str, Any]
     Numbers on different images do not belong into one table.
     """
     keys = {job.key for job in found}
+    rows = [row for row in _rows(request) if row.get("key") in keys]
+    return {row["key"]: row for row in rows if _images_of(row) == _images_of(rows[-1])}
+
+
+def _rows(request: Request) -> list[dict[str, Any]]:
     try:
-        rows = [row for row in read_lines(request.measured) if row.get("key") in keys]
+        return read_lines(request.measured)
     except OSError as error:
         raise UserError(f"cannot read {request.measured}: {one_line(error)}") from None
-    return {row["key"]: row for row in rows if row["images_hash"] == rows[-1]["images_hash"]}
 
 
-def run(request: Request, found: Sequence[Job], done: dict[str, dict[str, Any]], each: Any) -> Outcome:
+def _images_of(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row["images_hash"], row.get("pretraining_images_hash")
+
+
+def run(request: Request, found: Sequence[Job], images: Images, each: Callable[[], Any]) -> Outcome:
     """Trains what has not been measured.
 
     Args:
         request: With ``data``.
         found: The jobs.
-        done: Their measured rows, see ``measured``.
+        images: Looked up for them.
         each: Called after each that has been measured.
 
     Raises:
         UserError: The data cannot be used, or the folder cannot be written.
         Stopped: By a signal.
     """
-    outcome, images = Outcome(), Images()
+    outcome = Outcome()
+    done = {(row["key"], *_images_of(row)) for row in _rows(request)}
     for job in found:
-        if job.key in done and done[job.key]["images_hash"] == images.digest(job):
+        before = images.digest(job.after) if job.after else None
+        if (job.key, images.digest(job), before) in done:
             outcome.skipped += 1
         elif all(_trained(part, images, outcome) for part in (job.after, job) if part):
             try:
-                append_line(request.measured, _row(request, job))
+                append_line(request.measured, _row(request, job, before))
             except OSError as error:
                 raise UserError(f"cannot write {request.measured}: {one_line(error)}") from None
             outcome.trained += 1
@@ -214,15 +238,15 @@ def run(request: Request, found: Sequence[Job], done: dict[str, dict[str, Any]],
 
 def _trained(job: Job, images: Images, outcome: Outcome) -> bool:
     """Whether the job's run is there, or could be made."""
-    if job.data is None:
-        raise UserError(f"the rows start from {job.recipe.name}: name its images with --pretraining-data")
+    if job.run in outcome.failed:
+        return False
     if _finished(job, images.digest(job)):
         return True
     code = _train(job)
     if code in (RESUME_ME, 128 + signal.SIGINT):
         raise Stopped(code)
     if code:
-        outcome.failed.append(f"{job.run}: training ended with status {code}")
+        outcome.failed[job.run] = f"{job.run}: training ended with status {code}"
     return not code
 
 
@@ -280,7 +304,7 @@ def _stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _row(request: Request, job: Job) -> dict[str, Any]:
+def _row(request: Request, job: Job, pretrained_on: str | None) -> dict[str, Any]:
     """What a finished run has shown."""
     run = RunFolder(job.run)
     facts = run.facts()
@@ -298,6 +322,7 @@ def _row(request: Request, job: Job) -> dict[str, Any]:
         data=Path(str(facts["data"])).name,
         images=facts["images"],
         images_hash=facts["images_hash"],
+        pretraining_images_hash=pretrained_on,
         commit=facts["commit"],
         versions=facts["versions"],
         machine=facts["machine"],
@@ -309,10 +334,4 @@ def _parameters(path: Path) -> int:
     with safe_open(path, framework="np") as file:
         names = [name for name in file.keys() if not name.endswith(STATISTICS)]  # noqa: SIM118, no dictionary
         shapes = [file.get_slice(name).get_shape() for name in names]
-    total = 0
-    for shape in shapes:
-        size = 1
-        for side in shape:
-            size *= side
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in shapes)

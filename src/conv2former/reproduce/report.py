@@ -46,7 +46,7 @@ class Line:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
-def lines(request: Request, table: PaperTable, found: Sequence[Job], done: dict[str, dict[str, Any]]) -> list[Line]:
+def lines(table: PaperTable, found: Sequence[Job], done: dict[str, dict[str, Any]]) -> list[Line]:
     """A line for each row of the table."""
     result = []
     for row in table.rows:
@@ -54,8 +54,8 @@ def lines(request: Request, table: PaperTable, found: Sequence[Job], done: dict[
         rows = [done[job.key] for job in own if job.key in done]
         note = "not run"
         if row.recipe is None:
-            note = "not in timm"
-        elif not own and (not request.only or row.name in request.only):
+            note = "no recipe"
+        elif not own:
             note = "no small form"
         if rows:
             result.append(Line(row, tuple(r["value"] for r in rows), rows[0]["parameters"]))
@@ -136,13 +136,14 @@ def write(request: Request, table: PaperTable, found: Sequence[Job], done: dict[
     """
     from conv2former.reproduce.picture import draw  # matplotlib is needed here alone
 
-    shown = lines(request, table, found, done)
+    shown = lines(table, found, done)
     files = [request.out / f"{request.table}.{request.scale}{suffix}" for suffix in (".md", ".csv", ".png")]
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         replace_text(files[0], to_markdown(request, table, shown, done))
         replace_text(files[1], to_csv(shown))
         if not done:
+            files[2].unlink(missing_ok=True)  # of other settings
             return files[:2]
         draw(table, shown, files[2])
     except OSError as error:
