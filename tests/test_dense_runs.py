@@ -236,6 +236,7 @@ def test_evaluation_is_told_how_data_lies(runs: dict[str, Path], scenes: dict[st
         evaluate(runs["detection"], settings=train_set)
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
     """Three images on two processes: one share is filled up, and what fills it does not count.
 

@@ -111,6 +111,7 @@ def test_the_example_needs_neither_torch_nor_us(finished: Path, data: Path, tmp_
     assert len(EXAMPLE.read_text().split('"""')[2].strip().splitlines()) <= 32
 
 
+@pytest.mark.slow
 def test_other_sizes_and_batches(tmp_path: Path, data: Path) -> None:
     """A network with trained-like borders: fused stems know the size of the map, so this one stays as it is."""
     run("conv2former_test", tmp_path, "onnx", dynamic_size=True, pictures=[data / "val"])

@@ -65,6 +65,7 @@ def test_two_processes_are_one(one: Path, uneven: Path, tmp_path: Path) -> None:
     assert "of 19)" in errors and json.loads((tmp_path / "two" / "evaluation.json").read_text())["images"] == 19
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_the_same_weights(one: Path, uneven: Path, tmp_path: Path) -> None:
     run(command(uneven, tmp_path / "sharded", *TWO, "engine.strategy=fsdp"))
     assert_same_figures(one, tmp_path / "sharded")
@@ -81,6 +82,7 @@ def test_accumulation_is_the_large_batch(uneven: Path, tmp_path: Path, settings:
     assert losses[0] != losses[1] or settings
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_torchrun_continues_them(data: Path, tmp_path: Path) -> None:
     settings = [*TWO, *EVERYTHING, "model.drop_path_rate=0.3", "schedule.epochs=8", "data.workers=1"]
     run(command(data, tmp_path / "whole", *settings))
