@@ -134,7 +134,9 @@ class Normalizer(nn.Module):
 def checked(batch: Any) -> Any:
     """The batch; raises its ``BadImage`` in the process that asked for it."""
     if isinstance(batch, BadImage):
-        raise batch
+        # a new one: raised, the value itself would hold on to the frames that hold the loader, whose workers then end
+        # by the garbage collector alone, which takes PyTorch ten seconds for each
+        raise BadImage(batch.file, batch.reason)
     return batch
 
 
