@@ -15,6 +15,7 @@ from PIL import Image
 
 from conv2former.data.images import BadImage, decode, find_images
 from conv2former.errors import UserError, one_line
+from conv2former.prediction.common import free_name
 
 STRENGTH = 0.6  # of a map's colours over the picture
 PANEL = 1.9  # width of a panel, inches
@@ -93,7 +94,7 @@ def each_picture(
     files = find_images(inputs)
     if not files:
         raise UserError(f"no images in {', '.join(map(str, inputs))}")
-    taken: set[Path] = set()
+    taken: set[str] = set()
     failed = 0
     for file in files:
         row: dict[str, Any]
@@ -103,10 +104,7 @@ def each_picture(
             failed += 1
             row = dict(file=str(file), ok=False, error=error.reason if isinstance(error, BadImage) else str(error))
         else:
-            path, number = out / f"{file.stem}.{ending}.png", 2
-            while path in taken:
-                path, number = out / f"{file.stem}-{number}.{ending}.png", number + 1
-            taken.add(path)
+            path = out / free_name(file.stem, f".{ending}.png", taken)
             save(figure, path)
             row = dict(file=str(file), ok=True, sheet=str(path)) | fields
         print(json.dumps(row), flush=True)  # ASCII: file names may hold bytes that no terminal has

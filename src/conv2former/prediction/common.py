@@ -104,7 +104,7 @@ def write_findings(pairs: Iterator[tuple[Path, Finding | BadImage]], *, out: Pat
         failed += isinstance(found, BadImage)
         print(json.dumps(row(file, found)), flush=True)  # ASCII: file names may hold bytes that no terminal has
         if out and isinstance(found, Finding):
-            _write(found.draw(decode(file)), _make(out) / _free_name(file.stem, taken))
+            _write(found.draw(decode(file)), _make(out) / free_name(file.stem, ANNOTATED, taken))
     if failed:
         print(f"{failed} of {total} files could not be read", file=sys.stderr)
     return 1 if failed else 0
@@ -125,11 +125,14 @@ def _write(picture: Image.Image, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
-    # a suffix of its own, because ``out`` may be the folder of the inputs; a number, because two folders may hold files
-    # of one name
-    name, number = f"{stem}{ANNOTATED}", 2
+def free_name(stem: str, ending: str, taken: set[str]) -> str:
+    """A name for what is made of a picture file, which is ``taken`` from then on.
+
+    It has an ending of its own, because it may go to the folder of the inputs, and a number where two folders hold
+    files of one name.
+    """
+    name, number = f"{stem}{ending}", 2
     while name in taken:
-        name, number = f"{stem}-{number}{ANNOTATED}", number + 1
+        name, number = f"{stem}-{number}{ending}", number + 1
     taken.add(name)
     return name
