@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import conv2former_cli
+from command import run_command
 from conv2former.errors import UserError
 from conv2former.files import append_line, read_lines
 from conv2former.meta import build_on_meta
@@ -24,6 +25,7 @@ from conv2former.reproduce import TABLES, Request, reproduce
 from conv2former.reproduce.jobs import Images, Job, table_jobs
 from conv2former.reproduce.scales import at_scale
 from conv2former.reproduce.tables import paper_table
+from conv2former.run import RunFolder
 from conv2former.train import train
 from digits import write_digits
 
@@ -137,6 +139,20 @@ def test_other_images_and_settings_are_measured_anew(tmp_path: Path, quick: list
     assert reproduce(one)[0].skipped == 1
 
 
+def test_seeds_that_hold_other_images_out_are_one_table(tmp_path: Path, quick: list[Job]) -> None:
+    shutil.move(write_digits(tmp_path / "data") / "train", tmp_path / "classes")
+    settings = (*TINY, "data.val_fraction=0.25")
+    request = Request(
+        "table6", data=tmp_path / "classes", out=tmp_path / "out", only=ROWS[1:], settings=settings, seeds=2
+    )
+    outcome, (_, table, _) = reproduce(request)
+    hashes = {RunFolder(job.run).facts()["images_hash"] for job in quick}
+    assert outcome.trained == 2 and len(hashes) == 2, "the seeds split differently"
+    with table.open() as file:
+        assert [row["seeds"] for row in csv.DictReader(file)][-1] == "2"
+    assert reproduce(request)[0].skipped == 2
+
+
 def write_rows(request: Request, values: dict[str, list[float]]) -> None:
     found = table_jobs(request, paper_table(request.table), Images())
     request.out.mkdir(parents=True, exist_ok=True)
@@ -238,10 +254,7 @@ def test_mistakes_end_in_one_line(
     (tmp_path / "file").touch()
     write_digits(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["conv2former", "reproduce", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    assert stop.value.code == 1
+    assert run_command(monkeypatch, "reproduce", *arguments) == 1
     assert re.search(message, capsys.readouterr().err.splitlines()[-1].lower()), message
 
 

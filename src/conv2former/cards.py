@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,12 @@ import yaml
 
 from conv2former.checkpoints.hub import CARD_FILE, find_model, read_json
 from conv2former.errors import UserError, one_line, some
+from conv2former.figures import Figure, recorded_figures
 from conv2former.files import replace_text
 from conv2former.run import RunFolder
 
 TAGS = dict(
     classification=["image-classification", "timm"], detection=["object-detection"], segmentation=["image-segmentation"]
-)
-# the hub's name of the metric, its title, where it stands in evaluation.json
-METRICS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = dict(
-    classification=[("accuracy", "top-1, %", ("top1",)), ("accuracy", "top-5, %", ("top5",))],
-    detection=[
-        ("mean_average_precision", "box AP, %", ("box", "ap")),
-        ("mean_average_precision", "mask AP, %", ("mask", "ap")),
-    ],
-    segmentation=[("mean_iou", "mIoU, %", ("miou",)), ("accuracy", "pixel accuracy, %", ("pixel_accuracy",))],
 )
 PURPOSE = dict(
     classification="to say which one of its classes a picture shows",
@@ -74,7 +65,7 @@ def write_card(
 def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()) -> str:
     """The text; see ``write_card``. ``config`` is the model's ``config.json``."""
     task = config.get("task", "classification")
-    facts, figures = (run.facts(), _figures(run, task)) if run else ({}, [])
+    facts, figures = (run.facts(), recorded_figures(run.path, task)) if run else ({}, [])
     data = Path(str(facts["data"])).name if facts.get("data") else None
     recipe = run.recipe() if run else None
     name = f"{config['architecture']}{f' on {data}' if data else ''}"
@@ -101,14 +92,18 @@ def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[di
 
 
 def _front_matter(
-    task: str, name: str, data: str | None, figures: list[Any], exported: Sequence[dict[str, Any]]
+    task: str,
+    name: str,
+    data: str | None,
+    figures: list[tuple[Figure, float]],
+    exported: Sequence[dict[str, Any]],
 ) -> str:
     tags = [tag for tag in TAGS[task] if not (exported and tag == "timm")]
     head: dict[str, Any] = dict(tags=[*tags, "conv2former"], pipeline_tag=TAGS[task][0])
     if not exported:
         head["library_name"] = "timm" if task == "classification" else "conv2former"
     if figures and data and not exported:  # what the figures were measured with is the trained model, not its files
-        metrics = [dict(type=kind, name=title, value=round(value, 2)) for kind, title, value in figures]
+        metrics = [dict(type=f.metric, name=f.title, value=round(value, 2)) for f, value in figures]
         result = dict(task=dict(type=TAGS[task][0]), dataset=dict(name=data, type=data), metrics=metrics)
         head["model-index"] = [dict(name=name, results=[result])]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
@@ -171,23 +166,8 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
-def _figures(run: RunFolder, task: str) -> list[tuple[str, str, float]]:
-    path = run.path / "evaluation.json"
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = []
-    for kind, title, keys in METRICS[task]:
-        value = found
-        for key in keys:
-            value = value.get(key, {}) if isinstance(value, dict) else None
-        if isinstance(value, (int, float)):
-            rows.append((kind, title, float(value)))
-    return rows
-
-
-def _results(figures: list[tuple[str, str, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
-    lines = ["| figure | value |", "|---|---:|", *(f"| {title} | {value:.2f} |" for _, title, value in figures)]
+def _results(figures: list[tuple[Figure, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
+    lines = ["| figure | value |", "|---|---:|", *(f"| {f.title} | {value:.2f} |" for f, value in figures)]
     count = facts.get("images", {}).get("val")
     on = f"on the {count:,} validation images" if count else "on the validation images"
     what = " Of the trained model in PyTorch, not of the files." if exported else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import math
 import signal
 import subprocess
@@ -19,10 +18,11 @@ from typing import Any
 from safetensors import safe_open
 
 from conv2former.errors import UserError, nearest, one_line
+from conv2former.figures import recorded_figures
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.recipes.sections import Recipe
 from conv2former.reproduce.scales import Scale, at_scale
-from conv2former.reproduce.tables import FIGURES, PaperRow, PaperTable
+from conv2former.reproduce.tables import PaperRow, PaperTable
 from conv2former.run import RunFolder
 from conv2former.signals import RESUME_ME
 from conv2former.workflows import workflow
@@ -165,7 +165,7 @@ def _job(request: Request, row: PaperRow, seed: int, images: Images) -> list[Job
             raise UserError(f"{row.name} starts from {before}: name the images of that with --pretraining-data")
         first = at_scale(before, row.model, request.scale, [f"engine.seed={seed}"])
         assert first is not None
-        name = f"{before}-{row.model}" if row.model else before
+        name = replace(row, recipe=before).name
         after = _placed(request, Job(first, request.pretraining_data, Path(name)), images)
         weights = recipe.model.model_copy(update=dict(weights=str(after.run)))
         recipe = recipe.model_copy(update=dict(model=weights))
@@ -223,12 +223,12 @@ def run(request: Request, found: Sequence[Job], images: Images, each: Callable[[
     outcome = Outcome()
     done = {(row["key"], *_images_of(row)) for row in _rows(request)}
     for job in found:
-        before = images.digest(job.after) if job.after else None
-        if (job.key, images.digest(job), before) in done:
+        own, before = images.digest(job), images.digest(job.after) if job.after else None
+        if (job.key, own, before) in done:
             outcome.skipped += 1
-        elif all(_trained(part, images, outcome) for part in (job.after, job) if part):
+        elif all(_trained(part, outcome) for part in (job.after, job) if part):
             try:
-                append_line(request.measured, _row(request, job, before))
+                append_line(request.measured, _row(request, job, own, before))
             except OSError as error:
                 raise UserError(f"cannot write {request.measured}: {one_line(error)}") from None
             outcome.trained += 1
@@ -236,11 +236,11 @@ def run(request: Request, found: Sequence[Job], images: Images, each: Callable[[
     return outcome
 
 
-def _trained(job: Job, images: Images, outcome: Outcome) -> bool:
+def _trained(job: Job, outcome: Outcome) -> bool:
     """Whether the job's run is there, or could be made."""
     if job.run in outcome.failed:
         return False
-    if _finished(job, images.digest(job)):
+    if _finished(job):
         return True
     code = _train(job)
     if code in (RESUME_ME, 128 + signal.SIGINT):
@@ -254,20 +254,26 @@ class Images:
     """What tells the images of a folder from others', looked up once."""
 
     def __init__(self) -> None:
-        self.known: dict[Path | None, str] = {}
+        self.known: dict[tuple[Path | None, str], str] = {}
 
     def digest(self, job: Job) -> str:
-        """Of the job's training and validation images; raises UserError where they cannot be used."""
-        if job.data not in self.known:
-            self.known[job.data] = workflow(job.recipe).open_splits(job.data).digest()
-        return self.known[job.data]
+        """Of the job's images, the same for all seeds even where a seed decides which are held out.
+
+        Raises:
+            UserError: They cannot be used.
+        """
+        key = job.data, job.recipe.data.model_dump_json()
+        if key not in self.known:
+            engine = job.recipe.engine.model_copy(update=dict(seed=0))
+            recipe = job.recipe.model_copy(update=dict(engine=engine))
+            self.known[key] = workflow(recipe).open_splits(job.data).digest()
+        return self.known[key]
 
 
-def _finished(job: Job, images: str) -> bool:
+def _finished(job: Job) -> bool:
+    """Whether the run has its report; its folder's name stands for its images."""
     run = RunFolder(job.run)
-    if not run.exists() or not (job.run / "evaluation.json").is_file():
-        return False
-    return run.recipe().digest() == job.recipe.digest() and run.facts().get("images_hash") == images
+    return run.exists() and (job.run / "evaluation.json").is_file() and run.recipe().digest() == job.recipe.digest()
 
 
 def _train(job: Job) -> int:
@@ -304,13 +310,11 @@ def _stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _row(request: Request, job: Job, pretrained_on: str | None) -> dict[str, Any]:
+def _row(request: Request, job: Job, trained_on: str, pretrained_on: str | None) -> dict[str, Any]:
     """What a finished run has shown."""
     run = RunFolder(job.run)
     facts = run.facts()
-    figures = json.loads((job.run / "evaluation.json").read_text(encoding="utf-8"))
-    key, _ = FIGURES[job.recipe.task]
-    value = figures["box"]["ap"] if key == "box_ap" else figures[key]
+    (_, value), *_ = recorded_figures(job.run, job.recipe.task)
     assert job.row is not None
     return dict(
         key=job.key,
@@ -321,7 +325,7 @@ def _row(request: Request, job: Job, pretrained_on: str | None) -> dict[str, Any
         parameters=_parameters(job.run / "best" / "model.safetensors"),
         data=Path(str(facts["data"])).name,
         images=facts["images"],
-        images_hash=facts["images_hash"],
+        images_hash=trained_on,
         pretraining_images_hash=pretrained_on,
         commit=facts["commit"],
         versions=facts["versions"],

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.errors import UserError, one_line
+from conv2former.figures import FIGURES
 from conv2former.files import replace_text
 from conv2former.reproduce.jobs import Job, Request, changes
 from conv2former.reproduce.scales import in_words
-from conv2former.reproduce.tables import FIGURES, PaperRow, PaperTable
+from conv2former.reproduce.tables import PaperRow, PaperTable
 
 COLUMNS = ["row", "parameters", "paper", "ours", "std", "seeds", "ours - paper", "paper, to last", "ours, to last"]
 
@@ -92,7 +93,7 @@ def all_cells(found: Sequence[Line]) -> list[list[str]]:
 
 def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -> str:
     """What all numbers of a table share, in one paragraph."""
-    figure = FIGURES[table.task][1]
+    figure = FIGURES[table.task][0].title
     parts = [f"**{table.title}**, {figure}. Scale {request.scale}: {in_words(table.task, request.scale)}."]
     if changed := changes(request, table):
         parts.append(f"Changed in all rows: `{' '.join(changed)}`.")

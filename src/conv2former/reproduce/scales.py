@@ -47,9 +47,9 @@ def at_scale(name: str, model: str | None, scale: Scale, settings: Sequence[str]
         The recipe; None where there is no small form of the model.
     """
     swap = [f"model.name={model}", "model.args={}"] if model else []
-    full = load_recipe(name, overrides=swap)
     if scale == "full":
         return load_recipe(name, overrides=[*swap, *settings])
+    full = load_recipe(name, overrides=swap)
     base, changes = SMALL[full.task]
     args, own_changes = _small_args(full.model.name, dense=full.task != "classification")
     if args is None:

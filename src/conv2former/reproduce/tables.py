@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from conv2former.errors import UserError, nearest
 from conv2former.recipes.schema import load_recipe
 
-FIGURES = dict(classification=("top1", "top-1, %"), detection=("box_ap", "box AP, %"), segmentation=("miou", "mIoU, %"))
-
 
 @dataclass(frozen=True)
 class PaperRow:
