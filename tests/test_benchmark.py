@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-import conv2former_cli
+from command import run_command
 from conv2former import ops
 from conv2former.benchmark import pictures, report
 from conv2former.benchmark import worker as worker_module
@@ -195,10 +194,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit status of ``conv2former benchmark ARGUMENTS``, in this process."""
-    monkeypatch.setattr(sys, "argv", ["conv2former", "benchmark", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    return stop.value.code or 0  # type: ignore[return-value]
+    return run_command(monkeypatch, "benchmark", *arguments)
 
 
 # what is computed

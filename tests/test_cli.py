@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import conv2former_cli
+from command import run_command as run
 from conv2former import zoo
 from digits import TINY, one_picture
 
@@ -29,14 +29,6 @@ COMMANDS = [
     "export",
     "push",
 ]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit status of ``conv2former ARGUMENTS``, in this process."""
-    monkeypatch.setattr(sys, "argv", ["conv2former", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    return stop.value.code or 0  # type: ignore[return-value]
 
 
 def test_help_does_not_import_torch() -> None:

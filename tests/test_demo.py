@@ -20,6 +20,7 @@ from PIL import Image
 
 import conv2former_cli
 from browser import demo
+from command import run_command
 from conv2former.data.images import decode
 from conv2former.demo.models import KEPT, Models
 from conv2former.demo.server import listen
@@ -323,10 +324,8 @@ def test_the_page_names_no_address_elsewhere(client: TestClient) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["conv2former", "demo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    return stop.value.code or 0  # type: ignore[return-value]
+    """The exit status of ``conv2former demo ARGUMENTS``, in this process."""
+    return run_command(monkeypatch, "demo", *arguments)
 
 
 def test_mistakes_are_one_line(

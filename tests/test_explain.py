@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-import conv2former_cli
+from command import run_command
 from conv2former import checkpoints
 from conv2former.ablations import WEIGHTINGS
 from conv2former.checkpoints.dense import save_dense
@@ -63,10 +62,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit status of ``conv2former explain ARGUMENTS``, in this process."""
-    monkeypatch.setattr(sys, "argv", ["conv2former", "explain", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    return stop.value.code or 0  # type: ignore[return-value]
+    return run_command(monkeypatch, "explain", *arguments)
 
 
 def open_network(network: nn.Module) -> Explained:

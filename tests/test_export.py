@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-import conv2former_cli
+from command import run_command
 from conv2former.data.images import decode
 from conv2former.errors import UserError
 from conv2former.export import FORMATS, Exported, ExportOptions, export
@@ -249,10 +249,7 @@ def test_mistakes_end_in_one_line(
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     places = dict(run=finished, segmenter=segmenter, empty=tmp_path / "empty", broken=tmp_path / "broken.png")
     words = [word.format(**places) for word in arguments]
-    monkeypatch.setattr(sys, "argv", ["conv2former", "export", *words, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    assert stop.value.code == 1
+    assert run_command(monkeypatch, "export", *words, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ") and message in error[-1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-import conv2former_cli
+from command import run_command
 from conv2former.errors import UserError
 from conv2former.plan import activation_bytes, build_without_memory, plan, saved_bytes, state_bytes
 from conv2former.recipes import Recipe, load_recipe
@@ -176,11 +175,9 @@ def test_the_picture_goes_where_it_is_told_and_no_folder_is_in_a_trainings_way(
     assert not (tmp_path / "runs" / "new").exists()
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["conv2former", "train", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    return stop.value.code or 0  # type: ignore[return-value]
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit status of ``conv2former train ARGUMENTS``, in this process."""
+    return run_command(monkeypatch, "train", *arguments)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

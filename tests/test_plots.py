@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-import conv2former_cli
+from command import run_command
 from conv2former import plots
 from conv2former.errors import UserError
 
@@ -134,9 +133,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "curves.png"
-    monkeypatch.setattr(sys, "argv", ["conv2former", "plot", str(run), "--out", str(out), "--x", "minutes"])
-    with pytest.raises(SystemExit) as stop:
-        conv2former_cli.main()
-    assert not stop.value.code
+    assert run_command(monkeypatch, "plot", run, "--out", out, "--x", "minutes") == 0
     assert capsys.readouterr().out == f"learning curves are in {out}\n"
     assert out.is_file()
