@@ -15,10 +15,10 @@ from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conv2former.ops import mlp_middle, modulation
+from conv2former.ops import mlp_branch, modulation_branch
 
-torch.fx.wrap("mlp_middle")
-torch.fx.wrap("modulation")
+torch.fx.wrap("mlp_branch")
+torch.fx.wrap("modulation_branch")
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -84,11 +84,11 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        u, v = self.w(F.layer_norm(x, x.shape[-1:], eps=self.eps)).chunk(2, dim=-1)
-        weight, bias = self.mod_dwconv.taps()
-        x = x + self.proj(modulation(u, v, weight, bias))
-        weight, bias = self.mlp_dwconv.taps()
-        return x + self.fc2(mlp_middle(self.fc1(F.layer_norm(x, x.shape[-1:], eps=self.eps)), weight, bias))
+        w, proj, fc1, fc2 = self.w, self.proj, self.fc1, self.fc2
+        taps, offsets = self.mod_dwconv.taps()
+        x = modulation_branch(x, w.weight, w.bias, taps, offsets, proj.weight, proj.bias, self.eps)
+        taps, offsets = self.mlp_dwconv.taps()
+        return mlp_branch(x, fc1.weight, fc1.bias, taps, offsets, fc2.weight, fc2.bias, self.eps)
 
 
 class ConvBehindNorm(nn.Module):

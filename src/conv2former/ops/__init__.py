@@ -5,15 +5,18 @@ Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are
 """
 
 from conv2former.ops.backend import BACKENDS, backend_for, set_backend, use_backend
+from conv2former.ops.branches import mlp_branch, modulation_branch
 from conv2former.ops.mlp import mlp_middle, mlp_middle_reference
 from conv2former.ops.modulation import modulation, modulation_reference
 
 __all__ = [
     "BACKENDS",
     "backend_for",
+    "mlp_branch",
     "mlp_middle",
     "mlp_middle_reference",
     "modulation",
+    "modulation_branch",
     "modulation_reference",
     "set_backend",
     "use_backend",

@@ -107,13 +107,21 @@ def kernels(device: torch.device) -> Any:
 
 @torch.compiler.assume_constant_result
 def _fused(
-    chosen: str | None, device: str, dtype: torch.dtype, channels: int, kernel_size: int, exporting: bool
+    chosen: str | None,
+    device: str,
+    dtype: torch.dtype,
+    channels: int,
+    kernel_size: int,
+    exporting: bool,
+    operation: str = "",
 ) -> bool:
     choice = current()  # `chosen` is there for the compiler, which sees by it that the choice has changed
     if exporting and choice == "auto":  # another runtime would not know our operators
         return False
     name = _resolve(choice, device)
-    return name != "reference" and module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
+    if name == "reference" or (operation and not hasattr(module(name), operation)):
+        return False
+    return module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
 
 
 def fused(u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
@@ -133,6 +141,37 @@ def fused(u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
         return False
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return _fused(_chosen[0], u.device.type, u.dtype, weight.shape[0], size, exporting)
+
+
+def whole(
+    operation: str,
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    taps: Tensor,
+    taps_bias: Tensor,
+    last: Tensor,
+    last_bias: Tensor,
+    *,
+    parts: int,
+) -> bool:
+    """Whether a fused kernel is to compute a whole branch: there is one, it fits the tensors, no gradient is wanted.
+
+    That is all of one dtype, x (B, H, W, C), first (parts * D, C), taps (D, 1, k, k), last (C, D), each with its bias.
+    Autocast is left to PyTorch.
+    """
+    weights = first, first_bias, taps, taps_bias, last, last_bias
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
+        return False
+    channels, inner, size = x.shape[-1], taps.shape[0], taps.shape[-1]
+    outs = parts * inner
+    shapes = (outs, channels), (outs,), (inner, 1, size, size), (inner,), (channels, inner), (channels,)
+    if x.ndim != 4 or any(weight.shape != shape for weight, shape in zip(weights, shapes, strict=True)):
+        return False
+    if any(weight.dtype != x.dtype for weight in weights) or torch.is_autocast_enabled(x.device.type) or _transformed():
+        return False
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return size % 2 == 1 and _fused(_chosen[0], x.device.type, x.dtype, channels, size, exporting, operation)
 
 
 def _transformed() -> bool:
@@ -162,7 +201,7 @@ def operator(
         schema: Name, arguments and results.
         compute: What computes it, on any device.
         shapes: What tells the results' shapes.
-        gradients: The backward pass; without one, which is so for backward passes, asking for it is refused.
+        gradients: The backward pass; without one, as backward passes and whole branches have it, asking is refused.
         save: What it keeps of the forward pass.
         flops: Twice the multiply-adds, from the arguments' shapes, for ``torch.utils.flop_counter``.
     """
@@ -179,7 +218,8 @@ def operator(
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
     raise NotImplementedError(
-        "the fused operations have no second derivative: compute under conv2former.ops.use_backend('reference')"
+        "fused branches have no derivative, the other fused operations no second derivative: compute under "
+        "conv2former.ops.use_backend('reference')"
     )
 
 

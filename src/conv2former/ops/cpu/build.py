@@ -1,4 +1,4 @@
-"""Compiles ``kernels.cpp`` and loads it."""
+"""Compiles the C++ files of this folder and loads them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("depthwise.cpp", "branches.cpp")
 # no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("g++", "clang++", "c++")
@@ -30,7 +32,8 @@ def load() -> ctypes.CDLL | str:
     try:
         # what the compiler predefines names its version and what the processor can do
         macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        name = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), macros, " ".join(flags).encode()])).hexdigest()[:24]
+        texts = [(FOLDER / name).read_bytes() for name in (*SOURCES, "vectors.h")]
+        name = hashlib.sha256(b"\0".join([*texts, macros, " ".join(flags).encode()])).hexdigest()[:24]
         path = _folder() / f"kernels-{name}.so"
         if not path.exists():
             _compile([compiler, *flags], path)
@@ -53,10 +56,13 @@ def _run(command: list[str]) -> bytes:
 def _compile(command: list[str], path: Path) -> None:
     """Whole or not there, whoever else builds. OpenMP is not linked: PyTorch has loaded its symbols."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-        made = Path(scratch) / "kernels.o"
-        _run([*command, "-c", str(SOURCE), "-o", str(made)])
-        _run([command[0], "-shared", str(made), "-o", str(made.with_suffix(".so"))])
-        made.with_suffix(".so").replace(path)
+        made = Path(scratch) / "kernels.so"
+        objects = [str(made.with_name(source).with_suffix(".o")) for source in SOURCES]
+        with ThreadPoolExecutor() as pool:
+            commands = ([*command, "-c", str(FOLDER / s), "-o", o] for s, o in zip(SOURCES, objects, strict=True))
+            list(pool.map(_run, commands))
+        _run([command[0], "-shared", *objects, "-o", str(made)])
+        made.replace(path)
 
 
 def _folder() -> Path:

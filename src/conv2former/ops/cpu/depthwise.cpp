@@ -6,137 +6,7 @@
 // position together with its right neighbour, and one instruction does two taps.
 //
 // Written with the compiler's vector extensions: the same source serves AVX-512, AVX2 and NEON.
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <type_traits>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define PAIRS 1
-#else
-#define PAIRS 0
-#endif
-
-#if defined(__AVX512F__)
-constexpr int V = 16, STRIP = 14;  // lanes; accumulators that fit the registers beside a weight
-#elif defined(__AVX2__)
-constexpr int V = 8, STRIP = 12;
-#else
-constexpr int V = 4, STRIP = 14;
-#endif
-constexpr int BAND = 8;  // rows of the map that are worked on together, so that a strip of them stays in the first cache
-
-typedef float vf __attribute__((vector_size(V * 4)));
-typedef int32_t vi __attribute__((vector_size(V * 4)));
-typedef uint32_t vu __attribute__((vector_size(V * 4)));
-typedef uint16_t vh __attribute__((vector_size(V * 2)));
-typedef vf vf_loose __attribute__((aligned(4), may_alias));
-typedef vh vh_loose __attribute__((aligned(2), may_alias));
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-static inline vf all(float x) { return vf{} + x; }
-static inline vf as_float(vu x) { return (vf)x; }
-
-static inline vf load(const float* p) { return *(const vf_loose*)p; }
-static inline vf load(const bfloat16* p) { return as_float(__builtin_convertvector(*(const vh_loose*)p, vu) << 16); }
-
-static inline void store(float* p, vf x) { *(vf_loose*)p = x; }
-static inline void store(bfloat16* p, vf x) {
-#if PAIRS
-  *(vh_loose*)p = (vh)_mm512_cvtneps_pbh((__m512)x);
-#else
-  vu b = (vu)x;
-  vu rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  vu nan = (vu)(x != x);
-  *(vh_loose*)p = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
-#endif
-}
-
-// the smaller and the larger of both; b where it is NaN
-#if defined(__AVX512F__)
-static inline vf least(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
-static inline vf most(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
-#else
-static inline vf least(vf a, vf b) { return a < b ? a : b; }
-static inline vf most(vf a, vf b) { return a > b ? a : b; }
-#endif
-static inline vf magnitude(vf x) { return as_float((vu)x & 0x7fffffff); }
-
-// exp(x) for -87 <= x <= 0, relative error 2e-7
-static inline vf exponential(vf x) {
-  const vf shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-  vf n = (x * 1.44269504f + shift) - shift;
-  vf r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  vf p = ((((all(1.3888889e-3f) * r + 8.3333333e-3f) * r + 4.1666667e-2f) * r + 0.16666667f) * r + 0.5f) * r * r + r + 1.f;
-  return as_float((vu)(__builtin_convertvector(n, vi) << 23) + (vu)p);
-}
-
-// The normal distribution at z, 0 <= z <= FAR: the tail beyond z and exp(-z^2 / 2). The tail is that exponential times a
-// polynomial in 1 / (1 + 0.275 z), fitted by weighted least squares: z times its error is below 1e-8.
-constexpr float FAR = 13.f;
-static inline void normal(vf z, vf& tail, vf& bell) {
-  bell = exponential(z * z * -0.5f);
-  vf t = 1.f / (1.f + 0.275f * z);
-  tail = bell * t *
-         (((((-0.11362737f * t + 0.44706225f) * t - 0.32313257f) * t + 0.32772043f) * t + 0.044547006f) * t + 0.1174303f);
-}
-
-static inline vf gelu(vf x, const float*) {
-  vf tail, bell, z = least(all(FAR), magnitude(x));
-  normal(z, tail, bell);
-  return most(all(0.f), x) - z * tail;
-}
-
-// For bfloat16: an odd polynomial for the distribution minus one half, fitted by least squares under the condition that it
-// is one half at 4, where x is cut (and a rounding error more, so that the distribution is 0 below -4). Absolute error 3e-5;
-// half a unit of bfloat16's last place is 2e-3 at 1.
-static inline vf gelu(vf x, const bfloat16*) {
-  vf z = least(all(4.f), most(all(-4.f), x)), s = z * z;
-  vf p = ((((((-1.2950092e-9f * s + 1.0545058e-7f) * s - 3.7333477e-6f) * s + 7.6472686e-5f) * s - 1.0228294e-3f) * s +
-           9.5870988e-3f) * s - 6.6072024e-2f) * s + 0.3988088f;
-  return x * most(all(0.f), z * p + 0.5f);
-}
-
-static inline vf gelu_slope(vf x) {
-  vf tail, bell, z = least(all(FAR), magnitude(x));
-  normal(z, tail, bell);
-  vf slope = tail - z * bell * 0.39894228f;  // at -z; it is one minus this at z
-  return x < 0.f ? slope : 1.f - slope;
-}
-
-// ---- rows in scratch memory: one vector of 4 V bytes a position, `Plain` floats or `Paired` bfloat16 neighbours
-
-struct Plain {
-  static constexpr int STEP = 1;
-  static inline void put(vf* row, long i, vf, vf now) { row[i] = now; }
-  static inline vf first(vf x) { return x; }
-  static inline vf tap(vf sum, vf x, vf w) { return sum + x * w; }
-  static inline vf pack(vf x, vf) { return x; }
-};
-
-#if PAIRS
-struct Paired {
-  static constexpr int STEP = 2;
-  static inline vf pack(vf low, vf high) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return (vf)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-  }
-  static inline void put(vf* row, long i, vf before, vf now) {
-    if (i > 0) row[i - 1] = pack(before, now);
-    row[i] = pack(now, vf{});
-  }
-  static inline vf first(vf x) { return as_float((vu)x << 16); }
-  static inline vf tap(vf sum, vf x, vf w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
-};
-#endif
+#include "vectors.h"
 
 // sums[t] += sum over rows r and i < n of rows[r][from + t + i] * factors[r * n + i]. The convolution is this with t for
 // columns and i for taps, over all kernel rows; the gradient of its weights with t for taps and i for columns, row by row.
@@ -189,23 +59,6 @@ class Ring {
   const Shape* shape;
   long rows;
 };
-
-// Memory of a thread that stays for its next task
-static vf* scratch(long vectors) {
-  struct Memory {
-    void* start = nullptr;
-    long size = 0;
-    ~Memory() { std::free(start); }
-  };
-  static thread_local Memory memory;
-  if (memory.size < vectors) {
-    std::free(memory.start);
-    memory.start = std::aligned_alloc(64, (vectors * sizeof(vf) + 63) / 64 * 64);
-    memory.size = memory.start ? vectors : 0;
-    if (!memory.start) throw std::bad_alloc();
-  }
-  return (vf*)memory.start;
-}
 
 static constexpr int MOST = 21;  // the largest kernel
 
@@ -510,17 +363,6 @@ struct MlpMiddleBackward {
   void end(State& t, long part) const { t.sums.write(partial, s, part, t.c); }
 };
 
-#if PAIRS
-typedef Paired Half;
-#else
-typedef Plain Half;
-#endif
-
-// The kind and the element type that go with `half`; both branches of a call are the same but for these
-template <class Act>
-static int by_type(int half, Act act) {
-  return half ? act(Half{}, bfloat16{}) : act(Plain{}, float{});
-}
 template <class T>
 static Map<const T> in(T, const void* data, long stride) { return {(const T*)data, stride}; }
 template <class T>

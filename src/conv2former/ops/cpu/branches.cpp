@@ -1,0 +1,368 @@
+// The two branches of a block in evaluation, on CPUs, for NHWC tensors: products with the normalisation before them and
+// the sum behind them inside, and an MLP whose hidden layer never leaves the second cache level.
+//
+// A product's weights come packed: panels of two vectors of outputs (the last may have one), in each panel one input, or a
+// pair of bfloat16 inputs, after the other. A tile of TILE positions times a panel stays in registers.
+#include "vectors.h"
+
+#if defined(__AVX512F__)
+constexpr int TILE = 14;  // times two vectors: with a panel's row and one input, 31 of 32 registers
+#elif defined(__AVX2__)
+constexpr int TILE = 6;
+#else
+constexpr int TILE = 12;
+#endif
+constexpr int PANEL = 2;
+
+// ---- less than a vector, at the end of the channels
+
+static const vi LANES = [] {
+  vi lanes;
+  for (int i = 0; i < V; i++) lanes[i] = i;
+  return lanes;
+}();
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline vf load(const float* p, long n) { return (vf)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+static inline vf load(const bfloat16* p, long n) {
+  vh bits = (vh)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
+  return as_float(__builtin_convertvector(bits, vu) << 16);
+}
+static inline void store(float* p, vf x, long n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
+static inline void store(bfloat16* p, vf x, long n) {
+  bfloat16 whole[V];
+  store(whole, x);
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, _mm256_loadu_si256((const __m256i*)whole));
+}
+#else
+template <class T>
+static inline vf load(const T* p, long n) {
+  T whole[V] = {};
+  std::memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <class T>
+static inline void store(T* p, vf x, long n) {
+  T whole[V];
+  store(whole, x);
+  std::memcpy(p, whole, n * sizeof(T));
+}
+#endif
+
+static inline float sum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float total = 0;
+  for (int i = 0; i < V; i++) total += x[i];
+  return total;
+#endif
+}
+
+static constexpr long divided(long n, long by) { return (n + by - 1) / by; }
+
+// ---- products
+
+// M positions times N vectors of outputs. `a` holds words, each a float or a pair of bfloat16.
+template <class Kind, int M, int N>
+static void tile(long steps, const uint32_t* a, long a_row, const vf* b, vf* c, long c_row, long c_vector, bool add) {
+  vf s[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) s[i][j] = add ? c[i * c_row + j * c_vector] : vf{};
+  for (long k = 0; k < steps; k++, b += N)
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) {
+      vf word = as_float(vu{} + a[i * a_row + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) s[i][j] = Kind::tap(s[i][j], word, b[j]);
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) c[i * c_row + j * c_vector] = s[i][j];
+}
+
+template <class Kind, int N, int M = TILE>
+static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row, const vf* b, vf* c, long c_row,
+                            long c_vector, bool add) {
+  if constexpr (M > 0) {
+    if (rows == M) return tile<Kind, M, N>(steps, a, a_row, b, c, c_row, c_vector, add);
+    tile_any<Kind, N, M - 1>(rows, steps, a, a_row, b, c, c_row, c_vector, add);
+  }
+}
+
+// c (rows, vectors) = or += a (rows, steps) times the inputs from `skip` on of a packed matrix that has `depth` of them
+template <class Kind>
+static void product(long rows, long steps, const uint32_t* a, long a_row, const vf* b, long skip, long depth, long vectors,
+                    vf* c, long c_row, long c_vector, bool add) {
+  long tiles = divided(rows, TILE);
+  for (long v = 0; v < vectors; v += PANEL, b += PANEL * depth, c += PANEL * c_vector)
+    for (long t = 0; t < tiles; t++) {
+      long from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
+      if (vectors - v >= PANEL)
+        tile_any<Kind, PANEL>(count, steps, a + from * a_row, a_row, b + skip * PANEL, c + from * c_row, c_row, c_vector, add);
+      else
+        tile_any<Kind, 1>(count, steps, a + from * a_row, a_row, b + skip, c + from * c_row, c_row, c_vector, add);
+    }
+}
+
+// A row of the left matrix, with a vector of what follows behind it: floats, or bfloat16 of which a product takes pairs
+static inline void put(Plain, uint32_t* row, long c, vf x) { store((float*)row + c, x); }
+#if PAIRS
+static inline void put(Paired, uint32_t* row, long c, vf x) { store((bfloat16*)row + c, x); }
+#endif
+static constexpr long words(Plain, long channels) { return channels; }
+#if PAIRS
+static constexpr long words(Paired, long channels) { return divided(channels, 2); }
+#endif
+
+// One position's channels into a row of a left matrix, normalised where eps is not negative
+template <class Kind, class T>
+static inline void take(uint32_t* row, const T* x, long channels, float eps) {
+  long whole = channels / V * V, rest = channels - whole;
+  vf mean{}, scale = all(1.f);
+  if (eps >= 0) {
+    vf total = rest ? load(x + whole, rest) : vf{}, squares{};
+    for (long c = 0; c < whole; c += V) total += load(x + c);
+    mean = all(sum(total) / channels);
+    for (long c = 0; c < whole; c += V) {
+      vf d = load(x + c) - mean;
+      squares += d * d;
+    }
+    if (rest) {
+      vf d = LANES < (int)rest ? load(x + whole, rest) - mean : vf{};
+      squares += d * d;
+    }
+    scale = all(1.f / __builtin_sqrtf(sum(squares) / channels + eps));
+  }
+  for (long c = 0; c < whole; c += V) put(Kind{}, row, c, (load(x + c) - mean) * scale);
+  if (rest) put(Kind{}, row, whole, LANES < (int)rest ? (load(x + whole, rest) - mean) * scale : vf{});
+}
+
+template <class T>
+static inline vf load_up_to(const T* p, long n) {
+  return n >= V ? load(p) : load(p, n);
+}
+
+// out = sums + bias (+ residual), for the channels from c on
+template <class T>
+static inline void finish(T* out, const T* residual, const vf* sums, const vf* bias, long vectors, long channels) {
+  for (long v = 0; v < vectors; v++) {
+    long n = channels - v * V;
+    vf y = sums[v] + bias[v];
+    if (residual) y += load_up_to(residual + v * V, n);
+    n >= V ? store(out + v * V, y) : store(out + v * V, y, n);
+  }
+}
+
+// out (rows, outs) = [residual +] norm(x) W + bias
+template <class Kind, class T>
+static void linear(const T* x, long x_row, long ins, long outs, float eps, const vf* weight, const vf* bias,
+                   const T* residual, T* out, long from, long to, long first, long last) {
+  long depth = words(Kind{}, ins), count = to - from;
+  vf* memory = scratch(divided(count * depth, V) + 1 + count * PANEL);
+  uint32_t* left = (uint32_t*)(memory + count * PANEL);
+  for (long i = 0; i < count; i++) take<Kind>(left + i * depth, x + (from + i) * x_row, ins, eps);
+  for (long v = first; v < last; v += PANEL) {
+    long n = std::min<long>(PANEL, last - v);
+    product<Kind>(count, depth, left, depth, weight + v * depth, 0, depth, n, memory, n, 1, false);
+    for (long i = 0; i < count; i++) {
+      long at = (from + i) * outs + v * V;
+      finish(out + at, residual ? residual + at : nullptr, memory + i * n, bias + v, n, outs - v * V);
+    }
+  }
+}
+
+template <class Kind, class T>
+static int linear_all(const T* x, long x_row, long rows, long ins, long outs, float eps, const vf* weight, const vf* bias,
+                      const T* residual, T* out, int threads) {
+  constexpr long MOST = 12 * TILE;
+  long vectors = divided(outs, V), panels = divided(vectors, PANEL);
+  long blocks = divided(rows, MOST);
+  blocks = std::min(divided(blocks, threads) * threads, divided(rows, TILE));
+  long groups = std::clamp<long>(threads / blocks, 1, panels), failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(2) reduction(+ : failed)
+  for (long block = 0; block < blocks; block++)
+    for (long group = 0; group < groups; group++) try {
+        linear<Kind, T>(x, x_row, ins, outs, eps, weight, bias, residual, out, rows * block / blocks,
+                        rows * (block + 1) / blocks, panels * group / groups * PANEL,
+                        std::min(vectors, panels * (group + 1) / groups * PANEL));
+      } catch (const std::bad_alloc&) {
+        failed++;
+      }
+  return failed > 0;
+}
+
+// ---- the MLP
+
+// x + W2 (h + GELU(DWConv3x3(h))), h = GELU(W1 norm(x)). Bands of rows, and in each band a block of hidden channels after
+// the other, whose share of the output is added up: of the hidden layer there is never more than a block of a band. The
+// last two rows of a band stay for the next.
+template <class Kind, class T>
+struct Mlp {
+  long images, height, width, channels, hidden;
+  const T* x;
+  float eps;
+  const vf *w1, *b1, *taps, *b_taps, *w2, *b2;  // packed; taps as [vector][ky][kx]
+  T* out;
+
+  static constexpr long BLOCK = 4 * Kind::STEP;  // vectors of hidden channels: as many words of the second product's depth
+  long outs() const { return divided(channels, V); }
+  long inner() const { return divided(hidden, V); }
+  long band() const {  // rows, a few hundred positions
+    long bands = std::max<long>(1, (height * width + 112) / 224);
+    return divided(height, std::min(bands, height));
+  }
+  long slots() const { return band() + 2; }
+  long line() const { return width + 2 + STRIP; }
+
+  // Rows [from, to) of an image, with the hidden vectors [first, last): the output, or their share of it where a map for
+  // the shares is given.
+  void segment(long image, long from, long to, long first, long last, vf* share) const {
+    long depth = words(Kind{}, channels), depth2 = words(Kind{}, inner() * V), rows = band();
+    long step = words(Kind{}, BLOCK * V), count = last - first;
+    long sizes[] = {rows * width * outs(), BLOCK * slots() * line(), count * 2 * line(),
+                    divided(slots() * width * depth, V) + 1, divided(rows * width * step, V) + 1};
+    vf* memory = scratch(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4]);
+    vf *own = memory, *h = own + sizes[0], *kept = h + sizes[1];
+    uint32_t *left = (uint32_t*)(kept + sizes[2]), *middle = (uint32_t*)(kept + sizes[2] + sizes[3]);
+    std::memset((void*)h, 0, sizes[1] * sizeof(vf));  // the columns beside the map stay zero
+    const T* map = x + image * height * width * channels;
+    long filled = std::max<long>(from - 1, 0);
+    for (long y = from; y < to; y += rows) {
+      long end = std::min(y + rows, to), fresh = std::min(end + 1, height);
+      vf* sums = share ? share + (image * height + y) * width * outs() : own;
+      for (long i = filled * width; i < fresh * width; i++)
+        take<Kind>(left + (i - filled * width) * depth, map + i * channels, channels, eps);
+      for (long v = first; v < last; v += BLOCK) {
+        long n = std::min(BLOCK, last - v);
+        hidden_block(h, left, kept + (v - first) * 2 * line(), v, n, y, filled, fresh, end, y == from);
+        if (end < to) {
+          for (long i = 0; i < n; i++)
+            std::memcpy((void*)(kept + (v - first + i) * 2 * line()), h + (i * slots() + end - y) * line(),
+                        2 * line() * sizeof(vf));
+        }
+        for (long i = 0; i < n; i++) convolve(h + i * slots() * line(), middle, step, v + i, i, end - y);
+        product<Kind>((end - y) * width, words(Kind{}, n * V), middle, step, w2, words(Kind{}, v * V), depth2, outs(), sums,
+                      outs(), 1, v > first);
+      }
+      for (long i = 0; i < (end - y) * width && !share; i++) put_out((image * height + y) * width + i, sums + i * outs());
+      filled = fresh;
+    }
+  }
+  void put_out(long position, const vf* sums) const {
+    finish(out + position * channels, x + position * channels, sums, b2, outs(), channels);
+  }
+
+  // rows y - 1 to end of n vectors of h, the first two of which are kept from the band before
+  void hidden_block(vf* h, const uint32_t* left, const vf* kept, long v, long n, long y, long filled, long fresh, long end,
+                    bool starts) const {
+    long depth = words(Kind{}, channels);
+    for (long i = 0; i < n; i++) {
+      vf* slice = h + i * slots() * line();
+      if (!starts) std::memcpy((void*)slice, kept + i * 2 * line(), 2 * line() * sizeof(vf));
+      if (y == 0) std::memset((void*)slice, 0, line() * sizeof(vf));
+      if (end == height) std::memset((void*)(slice + (end - y + 1) * line()), 0, line() * sizeof(vf));
+    }
+    for (long row = filled; row < fresh; row++) {
+      vf* at = h + (row - y + 1) * line() + 1;
+      product<Kind>(width, depth, left + (row - filled) * width * depth, depth, w1 + v * depth, 0, depth, n, at, 1,
+                    slots() * line(), false);
+      for (long i = 0; i < n; i++)
+        for (long p = 0; p < width; p++) {
+          vf& value = at[i * slots() * line() + p];
+          value = gelu(value + b1[v + i], x);
+        }
+    }
+  }
+
+  // h + GELU(DWConv(h)) of one vector of channels into the left matrix of the second product
+  void convolve(const vf* h, uint32_t* middle, long step, long v, long i, long rows) const {
+    const vf* w = taps + v * 9;
+    long strips = divided(width, STRIP);
+    for (long y = 0; y < rows; y++)
+      for (long s = 0; s < strips; s++) {
+        long from = width * s / strips, count = width * (s + 1) / strips - from;
+        vf total[STRIP];
+        const vf* above = h + y * line() + from;
+        nine_any(count, total, above, line(), w, b_taps[v]);
+        for (long p = 0; p < count; p++)
+          put(Kind{}, middle + (y * width + from + p) * step, i * V, above[line() + p + 1] + gelu(total[p], x));
+      }
+  }
+  template <int N = STRIP>
+  static inline void nine_any(long count, vf* total, const vf* h, long line, const vf* w, vf start) {
+    if constexpr (N > 0) {
+      if (count == N) return nine<N>(total, h, line, w, start);
+      nine_any<N - 1>(count, total, h, line, w, start);
+    }
+  }
+  template <int N>
+  static void nine(vf* total, const vf* h, long line, const vf* w, vf start) {
+    vf s[N];
+    for (int i = 0; i < N; i++) s[i] = start;
+    for (long ky = 0; ky < 3; ky++, h += line)
+      for (long kx = 0; kx < 3; kx++)
+        for (int i = 0; i < N; i++) s[i] += h[kx + i] * w[ky * 3 + kx];
+    for (int i = 0; i < N; i++) total[i] = s[i];
+  }
+
+  // Images are dealt to threads. Where that leaves some idle, an image is cut into segments of rows if it has many of them
+  // (their neighbours' rows are computed twice), and the hidden layer into parts, whose shares are added up at the end.
+  int run(int threads) const {
+    long positions = images * height * width, blocks = divided(inner(), BLOCK);
+    bool uneven = images % threads && images < 4 * threads;
+    long segments = uneven ? std::clamp<long>(height / 14, 1, threads) : 1;
+    long parts = uneven ? std::clamp<long>(divided(threads, images * segments), 1, blocks) : 1, failed = 0;
+    vf* shares = nullptr;
+    if (parts > 1) {
+      shares = (vf*)std::aligned_alloc(64, divided(parts * positions * outs() * sizeof(vf), 64) * 64);
+      if (!shares) return 1;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(3) reduction(+ : failed)
+    for (long image = 0; image < images; image++)
+      for (long s = 0; s < segments; s++)
+        for (long part = 0; part < parts; part++) try {
+            segment(image, height * s / segments, height * (s + 1) / segments, blocks * part / parts * BLOCK,
+                    std::min(blocks * (part + 1) / parts * BLOCK, inner()),
+                    shares ? shares + part * positions * outs() : nullptr);
+          } catch (const std::bad_alloc&) {
+            failed++;
+          }
+    if (shares) {
+#pragma omp parallel for num_threads(threads)
+      for (long i = 0; i < positions; i++) {
+        vf* total = shares + i * outs();
+        for (long part = 1; part < parts; part++)
+          for (long v = 0; v < outs(); v++) total[v] += total[part * positions * outs() + v];
+        put_out(i, total);
+      }
+      std::free(shares);
+    }
+    return failed > 0;
+  }
+};
+
+extern "C" {
+int conv2former_pairs() { return PAIRS; }
+int conv2former_panel() { return PANEL * V; }
+
+int conv2former_linear(int half, const long* shape, const void* x, long x_row, float eps, const void* weight, const void* bias,
+                       const void* residual, void* out, int threads) {
+  return by_type(half, [&]<class Kind, class T>(Kind, T) {
+    return linear_all<Kind, T>((const T*)x, x_row, shape[0], shape[1], shape[2], eps, (const vf*)weight, (const vf*)bias,
+                               (const T*)residual, (T*)out, threads);
+  });
+}
+
+int conv2former_mlp_branch(int half, const long* shape, const void* x, float eps, const void* w1, const void* b1, const void* taps,
+                    const void* b_taps, const void* w2, const void* b2, void* out, int threads) {
+  return by_type(half, [&]<class Kind, class T>(Kind, T) {
+    Mlp<Kind, T> op{shape[0], shape[1], shape[2], shape[3], shape[4], (const T*)x, eps, (const vf*)w1, (const vf*)b1,
+                    (const vf*)taps, (const vf*)b_taps, (const vf*)w2, (const vf*)b2, (T*)out};
+    return op.run(threads);
+  });
+}
+}

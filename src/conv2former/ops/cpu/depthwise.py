@@ -1,0 +1,79 @@
+"""Modulation and the MLP's middle, forward and backward: ``depthwise.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conv2former.ops.cpu.build import load
+from conv2former.ops.cpu.calls import call, pointer, strided
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32).contiguous()
+
+
+def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """``modulation`` and, with ``keep``, the weights A that its backward pass needs (else an empty tensor)."""
+    z = u.new_empty(u.shape)
+    a = u.new_empty(u.shape if keep else (0,))
+    if z.numel():
+        (u, *at_u), (v, *at_v) = strided(u), strided(v)
+        weight, bias = _floats(weight), _floats(bias)
+        arguments = (*at_u, *at_v, pointer(weight), pointer(bias), pointer(z), pointer(a if keep else None))
+        call("modulation", u.dtype, (*u.shape, weight.shape[-1]), *arguments)
+    return z, a
+
+
+def modulation_backward(
+    g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, v, weight and bias, from that of the output."""
+    if a.shape != u.shape:
+        raise ValueError("modulation was computed without keep=True: its backward pass needs A")
+    du, dv = u.new_empty(u.shape), v.new_empty(v.shape)
+    sums = _partial_sums(u, weight)
+    if du.numel():
+        (u, *at_u), (v, *at_v) = strided(u), strided(v)
+        g, a, taps = g.contiguous(), a.contiguous(), _floats(weight)
+        arguments = (pointer(g), *at_u, *at_v, pointer(a), pointer(taps), pointer(du), pointer(dv), pointer(sums))
+        call("modulation_backward", u.dtype, (*u.shape, weight.shape[-1]), *arguments)
+    return du, dv, *_weight_and_bias(sums, weight)
+
+
+def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``mlp_middle``."""
+    out = u.new_empty(u.shape)
+    if out.numel():
+        u, *at_u = strided(u)
+        weight, bias = _floats(weight), _floats(bias)
+        call("mlp_middle", u.dtype, (*u.shape, 3), *at_u, pointer(weight), pointer(bias), pointer(out))
+    return out
+
+
+def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, weight and bias, from that of the output."""
+    du = u.new_empty(u.shape)
+    sums = _partial_sums(u, weight)
+    if du.numel():
+        u, *at_u = strided(u)
+        g, taps, offsets = g.contiguous(), _floats(weight), _floats(bias)
+        arguments = (pointer(g), *at_u, pointer(taps), pointer(offsets), pointer(du), pointer(sums))
+        call("mlp_middle_backward", u.dtype, (*u.shape, 3), *arguments)
+    return du, *_weight_and_bias(sums, weight)
+
+
+def _partial_sums(u: Tensor, weight: Tensor) -> Tensor:
+    """(parts, k * k + 1, C): a part of the images each, the bias last."""
+    library: Any = load()
+    batch, _, _, channels = u.shape
+    parts = library.conv2former_groups(ctypes.c_long(batch), ctypes.c_long(channels)) if u.numel() else 0
+    return torch.empty(parts, weight.shape[-1] ** 2 + 1, channels)
+
+
+def _weight_and_bias(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    taps, bias = sums[:, :-1].sum(0), sums[:, -1].sum(0)
+    return taps.t().reshape(weight.shape).to(weight.dtype), bias.to(weight.dtype)
