@@ -1,24 +1,25 @@
 """Inference with fewer operations: what ``Conv2Former.fuse`` puts in the place of the network's parts.
 
 Constant factors and offsets go into the linear layer or convolution beside them: batch norm and the affine part of
-LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The parts are for
-evaluation alone: no dropout, no stochastic depth, no gradients needed.
+LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem and each
+branch of a block are then one operation (``ops.stem``, ``ops.modulation_branch``, ``ops.mlp_branch``). The parts are
+for evaluation alone: no dropout, no stochastic depth, no gradients needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from conv2former.ops import mlp_branch, modulation_branch
+from conv2former.ops import mlp_branch, modulation_branch, stem
 
 torch.fx.wrap("mlp_branch")
 torch.fx.wrap("modulation_branch")
+torch.fx.wrap("stem")
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -91,67 +92,34 @@ class FusedBlock(nn.Module):
         return mlp_branch(x, fc1.weight, fc1.bias, taps, offsets, fc2.weight, fc2.bias, self.eps)
 
 
-class ConvBehindNorm(nn.Module):
-    """A convolution with what a batch norm before it adds and multiplies.
-
-    Zero padding comes behind the norm, so the offset's share of the output is smaller at the borders of the map: it is
-    found by the convolution of a map of 8 or 9 positions a side, whose rows are the first, one of the middle, the last.
-
-    Args:
-        conv: The convolution, without bias; no kernel above 3 and no padding above 1 where it is padded. Its output is
-            to have at least two positions a side, which the networks' smallest images give.
-        norm: The batch norm.
-    """
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
-        super().__init__()
-        scale, offset = affine(norm)
-        weight, bias = linear_behind(conv, scale, offset)
-        padded = any(conv.padding)
-        self.taps, self.offset = None, None
-        if padded:
-            self.taps = nn.Parameter(conv.weight.detach().clone(), requires_grad=False)
-            self.offset = nn.Parameter(offset.to(conv.weight), requires_grad=False)
-        self.stride, self.padding = cast(tuple[int, int], conv.stride), cast(tuple[int, int], conv.padding)
-        set_conv(conv, weight, None if padded else bias)
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        y = self.conv(x)
-        if self.taps is None or self.offset is None:
-            return y
-        height, width = 8 + x.shape[-2] % 2, 8 + x.shape[-1] % 2
-        constant = self.offset.view(1, -1, 1, 1).expand(-1, -1, height, width)
-        share = F.conv2d(constant, self.taps, stride=self.stride, padding=self.padding)
-        for dim in (2, 3):
-            position = torch.arange(y.shape[dim], device=y.device)
-            last = share.shape[dim] - 1
-            row = (position > 0).long() + (position == y.shape[dim] - 1) * (last - 1)
-            share = share.index_select(dim, row)
-        return y + share
-
-
 class FusedStem(nn.Module):
-    """The three-convolution stem or embedding without batch norms: convolution, GELU, twice, convolution.
+    """The three-convolution stem or embedding without batch norms.
+
+    The second norm goes into the last convolution. The first stays a factor and an offset, since the zeros around the
+    map come behind it.
 
     Args:
-        convs: The three convolutions.
+        convs: The three convolutions, 3x3, 3x3 and 2x2 with stride 2, without bias.
         norms: The batch norms behind the first two.
         min_size: Smaller images are refused.
     """
 
     def __init__(self, convs: Sequence[Any], norms: Sequence[Any], *, min_size: int) -> None:
         super().__init__()
-        self.conv1, self.min_size = convs[0], min_size
-        self.conv2, self.conv3 = (ConvBehindNorm(conv, norm) for conv, norm in zip(convs[1:], norms, strict=True))
+        self.conv1, self.conv2, self.conv3 = convs
+        self.min_size = min_size
+        self.strides = self.conv1.stride[0], self.conv2.stride[0]
+        self.scale, self.offset = (nn.Parameter(part.to(self.conv2.weight)) for part in affine(norms[0]))
+        set_conv(self.conv3, *linear_behind(self.conv3, *affine(norms[1])))
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride), channels last in memory."""
         check_image_size(x, self.min_size)
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+        last, strides = self.conv3, self.strides
+        weights = self.conv1.weight, self.scale, self.offset, self.conv2.weight, last.weight
+        return stem(x, weights[0], weights[1], weights[2], weights[3], weights[4], last.bias, strides[0], strides[1])
 
 
 def norm_into_conv(norm: Any, conv: nn.Conv2d) -> nn.Sequential:

@@ -8,6 +8,7 @@ from conv2former.ops.backend import BACKENDS, backend_for, set_backend, use_back
 from conv2former.ops.branches import mlp_branch, modulation_branch
 from conv2former.ops.mlp import mlp_middle, mlp_middle_reference
 from conv2former.ops.modulation import modulation, modulation_reference
+from conv2former.ops.stem import stem, stem_reference
 
 __all__ = [
     "BACKENDS",
@@ -19,5 +20,7 @@ __all__ = [
     "modulation_branch",
     "modulation_reference",
     "set_backend",
+    "stem",
+    "stem_reference",
     "use_backend",
 ]

@@ -7,7 +7,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -143,35 +143,17 @@ def fused(u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
     return _fused(_chosen[0], u.device.type, u.dtype, weight.shape[0], size, exporting)
 
 
-def whole(
-    operation: str,
-    x: Tensor,
-    first: Tensor,
-    first_bias: Tensor,
-    taps: Tensor,
-    taps_bias: Tensor,
-    last: Tensor,
-    last_bias: Tensor,
-    *,
-    parts: int,
-) -> bool:
-    """Whether a fused kernel is to compute a whole branch: there is one, it fits the tensors, no gradient is wanted.
+def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, channels: int, kernel_size: int) -> bool:
+    """Whether a fused kernel without a backward pass is to compute an operation.
 
-    That is all of one dtype, x (B, H, W, C), first (parts * D, C), taps (D, 1, k, k), last (C, D), each with its bias.
-    Autocast is left to PyTorch.
+    There is one on the device, all tensors are of one dtype, and no gradient is wanted. Autocast is left to PyTorch.
     """
-    weights = first, first_bias, taps, taps_bias, last, last_bias
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
-        return False
-    channels, inner, size = x.shape[-1], taps.shape[0], taps.shape[-1]
-    outs = parts * inner
-    shapes = (outs, channels), (outs,), (inner, 1, size, size), (inner,), (channels, inner), (channels,)
-    if x.ndim != 4 or any(weight.shape != shape for weight, shape in zip(weights, shapes, strict=True)):
         return False
     if any(weight.dtype != x.dtype for weight in weights) or torch.is_autocast_enabled(x.device.type) or _transformed():
         return False
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return size % 2 == 1 and _fused(_chosen[0], x.device.type, x.dtype, channels, size, exporting, operation)
+    return _fused(_chosen[0], x.device.type, x.dtype, channels, kernel_size, exporting, operation)
 
 
 def _transformed() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import kernels, operator, whole
+from conv2former.ops.backend import in_evaluation, kernels, operator
 from conv2former.ops.mlp import mlp_middle
 from conv2former.ops.modulation import modulation
 
@@ -35,7 +35,7 @@ def modulation_branch(
         (B, H, W, C).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
-        if whole("modulation_branch", x, w, w_bias, taps, taps_bias, proj, proj_bias, parts=2):
+        if _fits("modulation_branch", x, w, w_bias, taps, taps_bias, proj, proj_bias, parts=2):
             return _MODULATION(x, w, w_bias, taps, taps_bias, proj, proj_bias, eps)
     u, v = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w, w_bias).chunk(2, dim=-1)
     return x + F.linear(modulation(u, v, taps, taps_bias), proj, proj_bias)
@@ -60,10 +60,20 @@ def mlp_branch(
         (B, H, W, C).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
-        if whole("mlp_branch", x, fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias, parts=1):
+        if _fits("mlp_branch", x, fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias, parts=1):
             return _MLP(x, fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias, eps)
     h = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), fc1, fc1_bias)
     return x + F.linear(mlp_middle(h, taps, taps_bias), fc2, fc2_bias)
+
+
+def _fits(operation: str, x: Tensor, *weights: Tensor, parts: int) -> bool:
+    """Whether the fused form is to compute a branch; its first product has ``parts`` outputs a depthwise channel."""
+    channels, inner, size = x.shape[-1], weights[2].shape[0], weights[2].shape[-1]
+    outs = parts * inner
+    shapes = (outs, channels), (outs,), (inner, 1, size, size), (inner,), (channels, inner), (channels,)
+    if x.ndim != 4 or any(weight.shape != shape for weight, shape in zip(weights, shapes, strict=True)):
+        return False
+    return size % 2 == 1 and in_evaluation(operation, x, weights, channels=channels, kernel_size=size)
 
 
 def _modulation_branch(x: Tensor, *arguments: Any) -> Tensor:

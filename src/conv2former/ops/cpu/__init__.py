@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from conv2former.ops.cpu.branches import mlp_branch, modulation_branch
+from conv2former.ops.cpu.branches import mlp_branch, modulation_branch, stem
 from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.depthwise import mlp_middle, mlp_middle_backward, modulation, modulation_backward
 
@@ -22,6 +22,7 @@ __all__ = [
     "modulation",
     "modulation_backward",
     "modulation_branch",
+    "stem",
     "takes",
     "unusable",
 ]

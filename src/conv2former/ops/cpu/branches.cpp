@@ -1,122 +1,8 @@
 // The two branches of a block in evaluation, on CPUs, for NHWC tensors: products with the normalisation before them and
 // the sum behind them inside, and an MLP whose hidden layer never leaves the second cache level.
-//
-// A product's weights come packed: panels of two vectors of outputs (the last may have one), in each panel one input, or a
-// pair of bfloat16 inputs, after the other. A tile of TILE positions times a panel stays in registers.
-#include "vectors.h"
+#include "products.h"
 
-#if defined(__AVX512F__)
-constexpr int TILE = 14;  // times two vectors: with a panel's row and one input, 31 of 32 registers
-#elif defined(__AVX2__)
-constexpr int TILE = 6;
-#else
-constexpr int TILE = 12;
-#endif
-constexpr int PANEL = 2;
-
-// ---- less than a vector, at the end of the channels
-
-static const vi LANES = [] {
-  vi lanes;
-  for (int i = 0; i < V; i++) lanes[i] = i;
-  return lanes;
-}();
-
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-static inline vf load(const float* p, long n) { return (vf)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
-static inline vf load(const bfloat16* p, long n) {
-  vh bits = (vh)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
-  return as_float(__builtin_convertvector(bits, vu) << 16);
-}
-static inline void store(float* p, vf x, long n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
-static inline void store(bfloat16* p, vf x, long n) {
-  bfloat16 whole[V];
-  store(whole, x);
-  _mm256_mask_storeu_epi16(p, (1u << n) - 1, _mm256_loadu_si256((const __m256i*)whole));
-}
-#else
-template <class T>
-static inline vf load(const T* p, long n) {
-  T whole[V] = {};
-  std::memcpy(whole, p, n * sizeof(T));
-  return load(whole);
-}
-template <class T>
-static inline void store(T* p, vf x, long n) {
-  T whole[V];
-  store(whole, x);
-  std::memcpy(p, whole, n * sizeof(T));
-}
-#endif
-
-static inline float sum(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float total = 0;
-  for (int i = 0; i < V; i++) total += x[i];
-  return total;
-#endif
-}
-
-static constexpr long divided(long n, long by) { return (n + by - 1) / by; }
-
-// ---- products
-
-// M positions times N vectors of outputs. `a` holds words, each a float or a pair of bfloat16.
-template <class Kind, int M, int N>
-static void tile(long steps, const uint32_t* a, long a_row, const vf* b, vf* c, long c_row, long c_vector, bool add) {
-  vf s[M][N];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < N; j++) s[i][j] = add ? c[i * c_row + j * c_vector] : vf{};
-  for (long k = 0; k < steps; k++, b += N)
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++) {
-      vf word = as_float(vu{} + a[i * a_row + k]);
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) s[i][j] = Kind::tap(s[i][j], word, b[j]);
-    }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < N; j++) c[i * c_row + j * c_vector] = s[i][j];
-}
-
-template <class Kind, int N, int M = TILE>
-static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row, const vf* b, vf* c, long c_row,
-                            long c_vector, bool add) {
-  if constexpr (M > 0) {
-    if (rows == M) return tile<Kind, M, N>(steps, a, a_row, b, c, c_row, c_vector, add);
-    tile_any<Kind, N, M - 1>(rows, steps, a, a_row, b, c, c_row, c_vector, add);
-  }
-}
-
-// c (rows, vectors) = or += a (rows, steps) times the inputs from `skip` on of a packed matrix that has `depth` of them
-template <class Kind>
-static void product(long rows, long steps, const uint32_t* a, long a_row, const vf* b, long skip, long depth, long vectors,
-                    vf* c, long c_row, long c_vector, bool add) {
-  long tiles = divided(rows, TILE);
-  for (long v = 0; v < vectors; v += PANEL, b += PANEL * depth, c += PANEL * c_vector)
-    for (long t = 0; t < tiles; t++) {
-      long from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
-      if (vectors - v >= PANEL)
-        tile_any<Kind, PANEL>(count, steps, a + from * a_row, a_row, b + skip * PANEL, c + from * c_row, c_row, c_vector, add);
-      else
-        tile_any<Kind, 1>(count, steps, a + from * a_row, a_row, b + skip, c + from * c_row, c_row, c_vector, add);
-    }
-}
-
-// A row of the left matrix, with a vector of what follows behind it: floats, or bfloat16 of which a product takes pairs
-static inline void put(Plain, uint32_t* row, long c, vf x) { store((float*)row + c, x); }
-#if PAIRS
-static inline void put(Paired, uint32_t* row, long c, vf x) { store((bfloat16*)row + c, x); }
-#endif
-static constexpr long words(Plain, long channels) { return channels; }
-#if PAIRS
-static constexpr long words(Paired, long channels) { return divided(channels, 2); }
-#endif
+// ---- the linear layers of the modulation
 
 // One position's channels into a row of a left matrix, normalised where eps is not negative
 template <class Kind, class T>
@@ -139,22 +25,6 @@ static inline void take(uint32_t* row, const T* x, long channels, float eps) {
   }
   for (long c = 0; c < whole; c += V) put(Kind{}, row, c, (load(x + c) - mean) * scale);
   if (rest) put(Kind{}, row, whole, LANES < (int)rest ? (load(x + whole, rest) - mean) * scale : vf{});
-}
-
-template <class T>
-static inline vf load_up_to(const T* p, long n) {
-  return n >= V ? load(p) : load(p, n);
-}
-
-// out = sums + bias (+ residual), for the channels from c on
-template <class T>
-static inline void finish(T* out, const T* residual, const vf* sums, const vf* bias, long vectors, long channels) {
-  for (long v = 0; v < vectors; v++) {
-    long n = channels - v * V;
-    vf y = sums[v] + bias[v];
-    if (residual) y += load_up_to(residual + v * V, n);
-    n >= V ? store(out + v * V, y) : store(out + v * V, y, n);
-  }
 }
 
 // out (rows, outs) = [residual +] norm(x) W + bias
@@ -194,6 +64,50 @@ static int linear_all(const T* x, long x_row, long rows, long ins, long outs, fl
       }
   return failed > 0;
 }
+
+// ---- the modulation between its products
+
+extern "C" int conv2former_modulation(int half, const long* shape, const void* u, long u_stride, const void* v, long v_stride,
+                                      const float* weight, const float* bias, void* z, void* a, int threads);
+
+// x + proj (DWConv(GELU(U)) * V), U and V the halves of W norm(x)
+template <class Kind, class T>
+struct ModulationBranch {
+  long images, height, width, channels, kernel;
+  const T* x;
+  float eps;
+  const vf *w, *w_bias;
+  const float *taps, *taps_bias;
+  const vf *proj, *proj_bias;
+  T* out;
+
+  int images_at(long first, long count, int threads) const {
+    long rows = count * height * width, c = channels, shape[] = {count, height, width, c, kernel};
+    T* between = (T*)scratch<1>(divided(rows * 3 * c * sizeof(T), sizeof(vf)));
+    T *uv = between, *z = between + rows * 2 * c;
+    const T* in = x + first * height * width * c;
+    T* to = out + (in - x);
+    constexpr int half = std::is_same_v<T, bfloat16>;
+    return linear_all<Kind, T>(in, c, rows, c, 2 * c, eps, w, w_bias, nullptr, uv, threads) ||
+           conv2former_modulation(half, shape, uv, 2 * c, uv + c, 2 * c, taps, taps_bias, z, nullptr, threads) ||
+           linear_all<Kind, T>(z, c, rows, c, c, -1.f, proj, proj_bias, in, to, threads);
+  }
+
+  // Some images at a time for each thread, so that what lies between the products stays in a cache; all threads on all
+  // images where there are too few of them.
+  int run(int threads) const {
+    long most = std::max<long>(1, 224 / (height * width)), groups = divided(images, most), failed = 0;
+    if (groups % threads && groups < 4 * threads) return images_at(0, images, threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : failed)
+    for (long g = 0; g < groups; g++) try {
+        long from = images * g / groups;
+        failed += images_at(from, images * (g + 1) / groups - from, 1);
+      } catch (const std::bad_alloc&) {
+        failed++;
+      }
+    return failed > 0;
+  }
+};
 
 // ---- the MLP
 
@@ -349,11 +263,14 @@ extern "C" {
 int conv2former_pairs() { return PAIRS; }
 int conv2former_panel() { return PANEL * V; }
 
-int conv2former_linear(int half, const long* shape, const void* x, long x_row, float eps, const void* weight, const void* bias,
-                       const void* residual, void* out, int threads) {
+int conv2former_modulation_branch(int half, const long* shape, const void* x, float eps, const void* w, const void* w_bias,
+                                  const float* taps, const float* taps_bias, const void* proj, const void* proj_bias, void* out,
+                                  int threads) {
   return by_type(half, [&]<class Kind, class T>(Kind, T) {
-    return linear_all<Kind, T>((const T*)x, x_row, shape[0], shape[1], shape[2], eps, (const vf*)weight, (const vf*)bias,
-                               (const T*)residual, (T*)out, threads);
+    ModulationBranch<Kind, T> op{shape[0],       shape[1],        shape[2], shape[3],         shape[4],
+                                 (const T*)x,    eps,             (const vf*)w, (const vf*)w_bias, taps,
+                                 taps_bias,      (const vf*)proj, (const vf*)proj_bias, (T*)out};
+    return op.run(threads);
   });
 }
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("depthwise.cpp", "branches.cpp")
+SOURCES = ("depthwise.cpp", "branches.cpp", "stem.cpp")
 # no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("g++", "clang++", "c++")
@@ -32,7 +32,7 @@ def load() -> ctypes.CDLL | str:
     try:
         # what the compiler predefines names its version and what the processor can do
         macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        texts = [(FOLDER / name).read_bytes() for name in (*SOURCES, "vectors.h")]
+        texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
         name = hashlib.sha256(b"\0".join([*texts, macros, " ".join(flags).encode()])).hexdigest()[:24]
         path = _folder() / f"kernels-{name}.so"
         if not path.exists():

@@ -133,7 +133,8 @@ struct Paired {
 };
 #endif
 
-// Memory of a thread that stays for its next task
+// Memory of a thread that stays for its next task; others hold it at the same time under another number
+template <int Number = 0>
 static vf* scratch(long vectors) {
   struct Memory {
     void* start = nullptr;

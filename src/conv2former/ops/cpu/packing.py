@@ -1,0 +1,82 @@
+"""Weights in the order that ``branches.cpp`` and ``stem.cpp`` want, made once and kept for as long as they live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from conv2former.ops.cpu.build import load
+
+Packing = Callable[[Tensor], Tensor]
+_kept: Any = WeakTensorKeyDictionary()  # weight: what it was made of, and the packed weight, for each packing
+
+
+def packed(weight: Tensor, packing: Packing) -> Tensor:
+    """A weight in another order, made anew if it has changed since it was last made."""
+    if weight.is_inference():  # such tensors do not tell whether they have changed
+        return packing(weight.detach())
+    facts = weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride()
+    known = _kept.setdefault(weight, {})
+    if known.get(packing, (None,))[0] != facts:
+        with torch.inference_mode(False), torch.no_grad():
+            known[packing] = facts, packing(weight.detach())
+    return known[packing][1]
+
+
+def floats(x: Tensor) -> Tensor:
+    """As float32."""
+    return x.to(torch.float32, copy=True).contiguous()
+
+
+def vectors(x: Tensor) -> Tensor:
+    """(C,) as float32, zeros up to whole vectors."""
+    return F.pad(x.to(torch.float32, copy=True), (0, -len(x) % lanes())).contiguous()
+
+
+def taps(weight: Tensor) -> Tensor:
+    """(C, 1, 3, 3) -> (C / lanes, 9, lanes), float32, zeros up to whole vectors."""
+    flat = F.pad(weight.float().flatten(1), (0, 0, 0, -len(weight) % lanes()))
+    return flat.view(-1, lanes(), flat.shape[1]).transpose(1, 2).contiguous()
+
+
+def panels(weight: Tensor) -> Tensor:
+    """(out, in) in panels of outputs, flat: in each, one input (or a pair of bfloat16 inputs) after the other.
+
+    Outputs are filled up with zeros to whole vectors, inputs to whole pairs.
+    """
+    library: Any = load()
+    panel, together = library.conv2former_panel(), _together(weight.dtype)
+    dtype = torch.bfloat16 if together == 2 else torch.float32
+    weight = F.pad(weight.to(dtype), (0, -weight.shape[1] % together, 0, -weight.shape[0] % lanes()))
+    words = weight.unflatten(1, (-1, together))
+    whole = len(words) // panel * panel
+    parts = words[:whole].unflatten(0, (-1, panel)).transpose(1, 2), words[whole:].transpose(0, 1)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def panels_of_whole_vectors(weight: Tensor) -> Tensor:
+    """``panels`` for inputs that come in whole vectors."""
+    return panels(F.pad(weight, (0, -weight.shape[1] % lanes())))
+
+
+def rows_of_panels(weight: Tensor) -> Tensor:
+    """(out, in, k, k): ``panels`` for each row of the kernel, the inputs of each position in whole pairs."""
+    weight = F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % _together(weight.dtype)))
+    return torch.cat([panels(row.transpose(1, 2).flatten(1)) for row in weight.unbind(2)])
+
+
+def lanes() -> int:
+    """Floats in a vector."""
+    library: Any = load()
+    return library.conv2former_lanes()
+
+
+def _together(dtype: torch.dtype) -> int:
+    """Inputs that one instruction multiplies with their weights and adds up."""
+    library: Any = load()
+    return 2 if dtype == torch.bfloat16 and library.conv2former_pairs() else 1
