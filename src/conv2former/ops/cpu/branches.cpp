@@ -180,16 +180,18 @@ struct Mlp {
       if (y == 0) std::memset((void*)slice, 0, line() * sizeof(vf));
       if (end == height) std::memset((void*)(slice + (end - y + 1) * line()), 0, line() * sizeof(vf));
     }
-    for (long row = filled; row < fresh; row++) {
-      vf* at = h + (row - y + 1) * line() + 1;
-      product<Kind>(width, depth, left + (row - filled) * width * depth, depth, w1 + v * depth, 0, depth, n, at, 1,
-                    slots() * line(), false);
-      for (long i = 0; i < n; i++)
-        for (long p = 0; p < width; p++) {
-          vf& value = at[i * slots() * line() + p];
-          value = gelu(value + b1[v + i], x);
-        }
-    }
+    for (long i = 0; i < n; i += PANEL)
+      for (long row = filled; row < fresh; row++) {
+        vf* at = h + (i * slots() + row - y + 1) * line() + 1;
+        long some = std::min<long>(PANEL, n - i);
+        product<Kind>(width, depth, left + (row - filled) * width * depth, depth, w1 + (v + i) * depth, 0, depth, some, at, 1,
+                      slots() * line(), false);
+        for (long j = 0; j < some; j++)
+          for (long p = 0; p < width; p++) {
+            vf& value = at[j * slots() * line() + p];
+            value = gelu(value + b1[v + i + j], x);
+          }
+      }
   }
 
   // h + GELU(DWConv(h)) of one vector of channels into the left matrix of the second product

@@ -62,21 +62,26 @@ static constexpr long divided(long n, long by) { return (n + by - 1) / by; }
 
 // ---- products
 
-// M positions times N vectors of outputs. `a` holds words, each a float or a pair of bfloat16.
+// M positions times N vectors of outputs. `a` holds words, each a float or a pair of bfloat16. What lies `ahead` is asked
+// for meanwhile: the next panel, which otherwise comes from memory no faster than the processor foresees.
 template <class Kind, int M, int N>
-static void tile(long steps, const uint32_t* a, long a_row, const vf* b, vf* c, long c_row, long c_vector, bool add) {
+static void tile(long steps, const uint32_t* a, long a_row, const vf* b, const vf* ahead, vf* c, long c_row, long c_vector,
+                 bool add) {
   vf s[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) s[i][j] = add ? c[i * c_row + j * c_vector] : vf{};
-  for (long k = 0; k < steps; k++, b += N)
+  for (long k = 0; k < steps; k++, b += N, ahead += N) {
+    __builtin_prefetch(ahead, 0, 2);
+    if (N > 1 && V * sizeof(float) == 64) __builtin_prefetch(ahead + 1, 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
       vf word = as_float(vu{} + a[i * a_row + k]);
 #pragma GCC unroll 2
       for (int j = 0; j < N; j++) s[i][j] = Kind::tap(s[i][j], word, b[j]);
     }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
@@ -84,11 +89,11 @@ static void tile(long steps, const uint32_t* a, long a_row, const vf* b, vf* c, 
 }
 
 template <class Kind, int N, int M = TILE>
-static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row, const vf* b, vf* c, long c_row,
-                            long c_vector, bool add) {
+static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row, const vf* b, const vf* ahead, vf* c,
+                            long c_row, long c_vector, bool add) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<Kind, M, N>(steps, a, a_row, b, c, c_row, c_vector, add);
-    tile_any<Kind, N, M - 1>(rows, steps, a, a_row, b, c, c_row, c_vector, add);
+    if (rows == M) return tile<Kind, M, N>(steps, a, a_row, b, ahead, c, c_row, c_vector, add);
+    tile_any<Kind, N, M - 1>(rows, steps, a, a_row, b, ahead, c, c_row, c_vector, add);
   }
 }
 
@@ -97,14 +102,19 @@ template <class Kind>
 static void product(long rows, long steps, const uint32_t* a, long a_row, const vf* b, long skip, long depth, long vectors,
                     vf* c, long c_row, long c_vector, bool add) {
   long tiles = divided(rows, TILE);
-  for (long v = 0; v < vectors; v += PANEL, b += PANEL * depth, c += PANEL * c_vector)
+  const vf* after = b + (skip + steps) * std::min<long>(PANEL, vectors);
+  for (long v = 0; v < vectors; v += PANEL, b += PANEL * depth, c += PANEL * c_vector) {
+    long n = std::min<long>(PANEL, vectors - v);
+    const vf *here = b + skip * n, *ahead = v + n < vectors ? here + PANEL * depth : after;
     for (long t = 0; t < tiles; t++) {
       long from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
-      if (vectors - v >= PANEL)
-        tile_any<Kind, PANEL>(count, steps, a + from * a_row, a_row, b + skip * PANEL, c + from * c_row, c_row, c_vector, add);
+      const uint32_t* left = a + from * a_row;
+      if (n == PANEL)
+        tile_any<Kind, PANEL>(count, steps, left, a_row, here, t ? here : ahead, c + from * c_row, c_row, c_vector, add);
       else
-        tile_any<Kind, 1>(count, steps, a + from * a_row, a_row, b + skip, c + from * c_row, c_row, c_vector, add);
+        tile_any<Kind, 1>(count, steps, left, a_row, here, t ? here : ahead, c + from * c_row, c_row, c_vector, add);
     }
+  }
 }
 
 // A row of the left matrix, with a vector of what follows behind it: floats, or bfloat16 of which a product takes pairs
