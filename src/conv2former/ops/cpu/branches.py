@@ -16,28 +16,30 @@ def modulation_branch(
     x: Tensor, w: Tensor, w_bias: Tensor, taps: Tensor, taps_bias: Tensor, proj: Tensor, proj_bias: Tensor, eps: float
 ) -> Tensor:
     """``modulation_branch``."""
-    ways = packing.panels, packing.vectors, packing.floats, packing.floats, packing.panels, packing.vectors
-    weights = w, w_bias, taps, taps_bias, proj, proj_bias
-    return _branch("modulation_branch", x, eps, taps.shape[-1], weights, ways)
+    u, v = (packing.panels_of_first_half, packing.first_half), (packing.panels_of_second_half, packing.second_half)
+    parts = [(w, u[0]), (w_bias, u[1]), (w, v[0]), (w_bias, v[1])]
+    return _branch(x, eps, parts, (taps, taps_bias, proj, proj_bias))
 
 
 def mlp_branch(
     x: Tensor, fc1: Tensor, fc1_bias: Tensor, taps: Tensor, taps_bias: Tensor, fc2: Tensor, fc2_bias: Tensor, eps: float
 ) -> Tensor:
     """``mlp_branch``."""
-    first, last = (packing.panels, packing.vectors), (packing.panels_of_whole_vectors, packing.vectors)
-    weights = fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias
-    return _branch("mlp_branch", x, eps, len(fc1), weights, (*first, packing.taps, packing.vectors, *last))
+    parts = [(fc1, packing.panels), (fc1_bias, packing.vectors), None, None]
+    return _branch(x, eps, parts, (taps, taps_bias, fc2, fc2_bias))
 
 
 def _branch(
-    name: str, x: Tensor, eps: float, number: int, weights: Sequence[Tensor], ways: Sequence[packing.Packing]
+    x: Tensor, eps: float, first: Sequence[tuple[Tensor, packing.Packing] | None], others: tuple[Tensor, ...]
 ) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     if out.numel():
-        packed = [packing.packed(weight, way) for weight, way in zip(weights, ways, strict=True)]
-        call(name, x.dtype, (*x.shape, number), pointer(x), ctypes.c_float(eps), *map(pointer, packed), pointer(out))
+        ways = packing.taps, packing.vectors, packing.panels_of_whole_vectors, packing.vectors
+        wanted = [*first, *zip(others, ways, strict=True)]
+        parts = [part and packing.packed(*part) for part in wanted]
+        shape = *x.shape, len(others[0]), others[0].shape[-1]
+        call("branch", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
     return out
 
 

@@ -8,29 +8,6 @@
 // Written with the compiler's vector extensions: the same source serves AVX-512, AVX2 and NEON.
 #include "vectors.h"
 
-// sums[t] += sum over rows r and i < n of rows[r][from + t + i] * factors[r * n + i]. The convolution is this with t for
-// columns and i for taps, over all kernel rows; the gradient of its weights with t for taps and i for columns, row by row.
-template <class Kind, int T>
-static void slide(vf* sums, const vf* const* rows, long count, long from, const vf* factors, long n) {
-  vf s[T];
-  for (int t = 0; t < T; t++) s[t] = sums[t];
-  for (long r = 0; r < count; r++) {
-    const vf *x = rows[r] + from, *w = factors + r * n;
-    for (long i = 0; i < n; i += Kind::STEP)
-      for (int t = 0; t < T; t++) s[t] = Kind::tap(s[t], x[i + t], w[i]);
-  }
-  for (int t = 0; t < T; t++) sums[t] = s[t];
-}
-
-// From a number of sums to the code that keeps so many in registers
-template <class Kind, int T = STRIP>
-static inline void slide_any(int width, vf* sums, const vf* const* rows, long count, long from, const vf* factors, long n) {
-  if constexpr (T > 0) {
-    if (width == T) return slide<Kind, T>(sums, rows, count, from, factors, n);
-    slide_any<Kind, T - 1>(width, sums, rows, count, from, factors, n);
-  }
-}
-
 struct Shape {
   long images, height, width, channels, kernel;
   long pad() const { return kernel / 2; }
@@ -59,8 +36,6 @@ class Ring {
   const Shape* shape;
   long rows;
 };
-
-static constexpr int MOST = 21;  // the largest kernel
 
 // Weights (C, 1, k, k) of a block of channels as vectors [ky][kx], turned by 180 degrees for the transposed convolution
 template <class Kind>

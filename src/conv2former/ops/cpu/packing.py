@@ -28,18 +28,13 @@ def packed(weight: Tensor, packing: Packing) -> Tensor:
     return known[packing][1]
 
 
-def floats(x: Tensor) -> Tensor:
-    """As float32."""
-    return x.to(torch.float32, copy=True).contiguous()
-
-
 def vectors(x: Tensor) -> Tensor:
     """(C,) as float32, zeros up to whole vectors."""
     return F.pad(x.to(torch.float32, copy=True), (0, -len(x) % lanes())).contiguous()
 
 
 def taps(weight: Tensor) -> Tensor:
-    """(C, 1, 3, 3) -> (C / lanes, 9, lanes), float32, zeros up to whole vectors."""
+    """(C, 1, k, k) -> (C / lanes, k * k, lanes), float32, zeros up to whole vectors."""
     flat = F.pad(weight.float().flatten(1), (0, 0, 0, -len(weight) % lanes()))
     return flat.view(-1, lanes(), flat.shape[1]).transpose(1, 2).contiguous()
 
@@ -62,6 +57,26 @@ def panels(weight: Tensor) -> Tensor:
 def panels_of_whole_vectors(weight: Tensor) -> Tensor:
     """``panels`` for inputs that come in whole vectors."""
     return panels(F.pad(weight, (0, -weight.shape[1] % lanes())))
+
+
+def panels_of_first_half(weight: Tensor) -> Tensor:
+    """``panels`` of the first half of the outputs."""
+    return panels(weight.chunk(2)[0])
+
+
+def panels_of_second_half(weight: Tensor) -> Tensor:
+    """``panels`` of the second half of the outputs."""
+    return panels(weight.chunk(2)[1])
+
+
+def first_half(x: Tensor) -> Tensor:
+    """``vectors`` of the first half."""
+    return vectors(x.chunk(2)[0])
+
+
+def second_half(x: Tensor) -> Tensor:
+    """``vectors`` of the second half."""
+    return vectors(x.chunk(2)[1])
 
 
 def rows_of_panels(weight: Tensor) -> Tensor:

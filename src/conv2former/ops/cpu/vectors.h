@@ -23,6 +23,7 @@ constexpr int V = 8, STRIP = 12;
 #else
 constexpr int V = 4, STRIP = 14;
 #endif
+constexpr int MOST = 21;  // the largest kernel
 constexpr int BAND = 8;  // rows of the map that are worked on together, so that a strip of them stays in the first cache
 
 typedef float vf __attribute__((vector_size(V * 4)));
@@ -133,8 +134,30 @@ struct Paired {
 };
 #endif
 
-// Memory of a thread that stays for its next task; others hold it at the same time under another number
-template <int Number = 0>
+// sums[t] += sum over rows r and i < n of rows[r][from + t + i] * factors[r * n + i]. The convolution is this with t for
+// columns and i for taps, over all kernel rows; the gradient of its weights with t for taps and i for columns, row by row.
+template <class Kind, int T>
+static void slide(vf* sums, const vf* const* rows, long count, long from, const vf* factors, long n) {
+  vf s[T];
+  for (int t = 0; t < T; t++) s[t] = sums[t];
+  for (long r = 0; r < count; r++) {
+    const vf *x = rows[r] + from, *w = factors + r * n;
+    for (long i = 0; i < n; i += Kind::STEP)
+      for (int t = 0; t < T; t++) s[t] = Kind::tap(s[t], x[i + t], w[i]);
+  }
+  for (int t = 0; t < T; t++) sums[t] = s[t];
+}
+
+// From a number of sums to the code that keeps so many in registers
+template <class Kind, int T = STRIP>
+static inline void slide_any(int width, vf* sums, const vf* const* rows, long count, long from, const vf* factors, long n) {
+  if constexpr (T > 0) {
+    if (width == T) return slide<Kind, T>(sums, rows, count, from, factors, n);
+    slide_any<Kind, T - 1>(width, sums, rows, count, from, factors, n);
+  }
+}
+
+// Memory of a thread that stays for its next task
 static vf* scratch(long vectors) {
   struct Memory {
     void* start = nullptr;
