@@ -119,7 +119,12 @@ def _fused(
     if exporting and choice == "auto":  # another runtime would not know our operators
         return False
     name = _resolve(choice, device)
-    if name == "reference" or (operation and not hasattr(module(name), operation)):
+    return name != "reference" and _has_code(name, operation, dtype, channels, kernel_size)
+
+
+@functools.cache
+def _has_code(name: str, operation: str, dtype: torch.dtype, channels: int, kernel_size: int) -> bool:
+    if operation and not hasattr(module(name), operation):
         return False
     return module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
 
@@ -183,26 +188,32 @@ def operator(
         schema: Name, arguments and results.
         compute: What computes it, on any device.
         shapes: What tells the results' shapes.
-        gradients: The backward pass; without one, as backward passes and whole branches have it, asking is refused.
+        gradients: The backward pass; without one, inputs that want gradients are refused.
         save: What it keeps of the forward pass.
         flops: Twice the multiply-adds, from the arguments' shapes, for ``torch.utils.flop_counter``.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ("CPU", "CUDA"):
-        _library.impl(name, compute, device)
+        _library.impl(name, compute if gradients else _without_gradients(compute), device)
     torch.library.register_fake(f"conv2former::{name}", shapes)
-    torch.library.register_autograd(f"conv2former::{name}", gradients or _refuse, setup_context=save)
+    if gradients:
+        torch.library.register_autograd(f"conv2former::{name}", gradients, setup_context=save)
     made = getattr(torch.ops.conv2former, name)
     register_flop_formula(made)(flops)
     return made.default
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-    raise NotImplementedError(
-        "fused branches have no derivative, the other fused operations no second derivative: compute under "
-        "conv2former.ops.use_backend('reference')"
-    )
+def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            raise NotImplementedError(
+                "operations in evaluation have no derivative, the other fused ones no second derivative: compute under "
+                "conv2former.ops.use_backend('reference')"
+            )
+        return compute(*arguments)
+
+    return checked
 
 
 def in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +14,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from conv2former.ops.cpu.build import load
 
 Packing = Callable[[Tensor], Tensor]
-_kept: Any = WeakTensorKeyDictionary()  # weight: what it was made of, and the packed weight, for each packing
+Wanted = tuple[Tensor, Packing] | None
+_kept: Any = (
+    WeakTensorKeyDictionary()
+)  # the first weight of a call: what all were when they were packed, and the results
 
 
-def packed(weight: Tensor, packing: Packing) -> Tensor:
-    """A weight in another order, made anew if it has changed since it was last made."""
-    if weight.is_inference():  # such tensors do not tell whether they have changed
-        return packing(weight.detach())
-    facts = weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride()
-    known = _kept.setdefault(weight, {})
-    if known.get(packing, (None,))[0] != facts:
+def packed(wanted: Sequence[Wanted]) -> list[Tensor | None]:
+    """The weights of a call, each in the order that is wanted of it, made anew if one of them has changed since."""
+    weights = [part[0] for part in wanted if part]
+    if any(weight.is_inference() for weight in weights):  # such tensors do not tell whether they have changed
+        return [part and part[1](part[0].detach()) for part in wanted]
+    facts = [(weight.data_ptr(), weight._version, weight.dtype, weight.stride()) for weight in weights]
+    known = _kept.get(weights[0])
+    if (
+        known is None
+        or known[0] != facts
+        or any(ref() is not weight for ref, weight in zip(known[1], weights, strict=True))
+    ):
         with torch.inference_mode(False), torch.no_grad():
-            known[packing] = facts, packing(weight.detach())
-    return known[packing][1]
+            made = [part and part[1](part[0].detach()) for part in wanted]
+        known = _kept[weights[0]] = facts, [weakref.ref(weight) for weight in weights], made
+    return known[2]
 
 
 def vectors(x: Tensor) -> Tensor:

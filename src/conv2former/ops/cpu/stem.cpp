@@ -7,8 +7,8 @@
 
 struct Convolution {
   long ins, outs, kernel, stride, pad;
-  const vf *weight, *bias;  // packed for each row of the kernel; bias, scale and offset behind GELU in whole vectors
-  const vf *scale, *offset;
+  const vf* weight;                 // packed for each row of the kernel
+  const vf *scale, *offset, *bias;  // in whole vectors: behind GELU, null for none; of the last convolution
   long vectors() const { return divided(outs, V); }
   long size(long n) const { return (n + 2 * pad - kernel) / stride + 1; }
 };
@@ -85,8 +85,8 @@ struct Stem {
     std::memset(target, 0, left * sizeof(uint32_t));
     for (long p = 0; p < widths[i + 1]; p++)
       for (long v = 0; v < n; v++) {
-        vf y = gelu(sums[p * n + v] + layer.bias[v], x);
-        put(Kind{}, target + left + p * each, v * V, y * layer.scale[v] + layer.offset[v]);
+        vf y = gelu(sums[p * n + v], x);
+        put(Kind{}, target + left + p * each, v * V, layer.scale ? y * layer.scale[v] + layer.offset[v] : y);
       }
     std::memset(target + right, 0, (row(i + 1) - right) * sizeof(uint32_t));
   }
@@ -112,15 +112,14 @@ struct Stem {
 };
 
 // Shape: images, height, width, channels of the image, between, of the output, strides of the first two convolutions
-extern "C" int conv2former_stem(int half, const long* shape, const void* x, const void* weight1, const void* none,
-                                const void* scale1, const void* offset1, const void* weight2, const void* one,
-                                const void* weight3, const void* bias3, void* out, int threads) {
+extern "C" int conv2former_stem(int half, const long* shape, const void* x, const void* weight1, const void* scale,
+                                const void* offset, const void* weight2, const void* weight3, const void* bias3, void* out,
+                                int threads) {
   return by_type(half, [&]<class Kind, class T>(Kind, T) {
     Stem<Kind, T> op{shape[0],
-                     {{shape[3], shape[4], 3, shape[6], 1, (const vf*)weight1, (const vf*)none, (const vf*)scale1,
-                       (const vf*)offset1},
-                      {shape[4], shape[4], 3, shape[7], 1, (const vf*)weight2, (const vf*)none, (const vf*)one, (const vf*)none},
-                      {shape[4], shape[5], 2, 2, 0, (const vf*)weight3, (const vf*)bias3, nullptr, nullptr}},
+                     {{shape[3], shape[4], 3, shape[6], 1, (const vf*)weight1, (const vf*)scale, (const vf*)offset, nullptr},
+                      {shape[4], shape[4], 3, shape[7], 1, (const vf*)weight2, nullptr, nullptr, nullptr},
+                      {shape[4], shape[5], 2, 2, 0, (const vf*)weight3, nullptr, nullptr, (const vf*)bias3}},
                      {shape[1]},
                      {shape[2]},
                      (const T*)x,

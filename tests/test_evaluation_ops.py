@@ -1,0 +1,523 @@
+"""The operations of evaluation, which have no backward pass: values, packed weights, and how PyTorch may call them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from conv2former import ops
+from conv2former.ops.cpu import packing
+from test_fusing import build
+from test_ops import FLOOR, automatic, needs_compiler  # noqa: F401  `automatic` is a fixture for all tests here
+
+pytestmark = needs_compiler
+DTYPES = [torch.float32, torch.bfloat16]
+EPS = 0.05  # large enough to be seen
+# One position, maps below the kernel, odd widths, hidden layers of no whole vectors, several bands, wide maps
+SIZES: dict[str, list[tuple[int, ...]]] = {
+    "modulation_branch": [  # B, H, W, C, k
+        (1, 1, 1, 16, 11),
+        (3, 7, 7, 50, 11),
+        (9, 7, 7, 33, 3),
+        (1, 3, 70, 33, 21),
+        (1, 30, 61, 40, 11),
+        (3, 12, 5, 72, 3),
+    ],
+    "mlp_branch": [  # B, H, W, C, D
+        (1, 1, 1, 16, 16),
+        (3, 7, 7, 33, 50),
+        (9, 2, 3, 50, 7),
+        (1, 3, 70, 20, 70),
+        (1, 30, 61, 40, 150),
+        (3, 12, 5, 72, 288),
+    ],
+    "stem": [  # B, H, W, I, M, C, strides
+        (1, 4, 4, 3, 8, 16, 2, 1),
+        (3, 33, 47, 1, 9, 33, 1, 1),
+        (1, 65, 34, 4, 17, 40, 4, 2),
+        (2, 31, 140, 3, 33, 50, 2, 1),
+        (1, 7, 8, 3, 1, 16, 1, 1),
+        (3, 64, 38, 4, 24, 48, 2, 1),
+    ],
+}
+SMALL = {"modulation_branch": (2, 6, 5, 33, 5), "mlp_branch": (2, 6, 5, 33, 70), "stem": (2, 17, 14, 3, 9, 24, 2, 1)}
+LEAVES = [(name, i) for name in SMALL for i in range(7)]  # each operation's seven tensors
+each = pytest.mark.parametrize("name", SMALL)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def make(name: str, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Arguments of an operation: all its products are about as large as what they are made of."""
+    first, *rest = shapes(name, *sizes)
+    weights = (torch.randn(shape) / math.sqrt(math.prod(shape[1:])) for shape in rest)
+    numbers = sizes[-2:] if name == "stem" else (EPS,)
+    return [1.5 * torch.randn(first).to(dtype) + 1, *(weight.to(dtype) for weight in weights), *numbers]
+
+
+def shapes(name: str, batch: int, height: int, width: int, *sizes: int) -> list[tuple[int, ...]]:
+    """The shapes of an operation's seven tensors."""
+    if name == "stem":
+        ins, mid, outs, *_ = sizes
+        vector = (mid,)
+        convs = (mid, ins, 3, 3), vector, vector, (mid, mid, 3, 3), (outs, mid, 2, 2), (outs,)
+        return [(batch, ins, height, width), *convs]
+    channels, inner, k = (*sizes, 3) if name == "mlp_branch" else (sizes[0], *sizes)
+    wide = inner if name == "mlp_branch" else 2 * inner
+    weights = (wide, channels), (wide,), (inner, 1, k, k), (inner,), (channels, inner), (channels,)
+    return [(batch, height, width, channels), *weights]
+
+
+def compute(name: str, arguments: list[Any]) -> Tensor:
+    return getattr(ops, name)(*arguments)
+
+
+def reference(name: str, arguments: list[Any], change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """In plain PyTorch, of changed tensors."""
+    with ops.use_backend("reference"):
+        return compute(name, [change(x) if isinstance(x, Tensor) else x for x in arguments])
+
+
+def fresh(name: str, arguments: list[Any]) -> Tensor:
+    """By the operator, of tensors that it has never seen."""
+    return compute(name, copy.deepcopy(arguments))
+
+
+def assert_as_good(name: str, arguments: list[Any], *results: Tensor) -> None:
+    """At most twice PyTorch's error in the same dtype, both against float64."""
+    exact, plain = reference(name, arguments, Tensor.double), reference(name, arguments)
+    largest, floor = exact.abs().max(), FLOOR if plain.dtype == torch.float32 else 2**-8
+    allowed = 2 * (plain.double() - exact).abs().max() + floor * largest
+    for mine in results:
+        assert mine.shape == plain.shape and mine.dtype == plain.dtype
+        error = (mine.double() - exact).abs().max()
+        assert error <= allowed, (float(error / largest), float(allowed / largest))
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the names of our operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "conv2former":
+            self.names.add(func.name().partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def operators(act: Callable[[], Any]) -> set[str]:
+    with Operators() as seen:
+        act()
+    return seen.names
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@each_dtype
+@pytest.mark.parametrize(("name", "sizes"), [(name, s) for name in SIZES for s in SIZES[name]], ids=str)
+def test_values(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also behind a call that leaves scratch memory full of what is not a number."""
+    arguments = make(name, sizes, dtype)
+    assert compute(name, [torch.full_like(arguments[0], math.nan), *arguments[1:]]).isnan().all()
+    assert operators(lambda: compute(name, arguments)) == {name}
+    assert_as_good(name, arguments, compute(name, arguments))
+
+
+@each_dtype
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("modulation_branch", (43, 9, 72, 5)),
+        ("modulation_branch", (7, 7, 72, 11)),
+        ("mlp_branch", (43, 9, 40, 330)),
+        ("mlp_branch", (7, 7, 40, 330)),
+        ("stem", (45, 40, 3, 9, 40, 2, 1)),
+    ],
+)
+def test_numbers_of_threads(name: str, sizes: tuple[int, ...], batch: int, dtype: torch.dtype, threads: Any) -> None:
+    """Where there are too few images, rows and the hidden layer are dealt out; twice the same numbers."""
+    arguments = make(name, (batch, *sizes), dtype)
+    results = []
+    for number in (1, 2, 3, 5):
+        threads(number)
+        results.append(compute(name, arguments))
+        assert torch.equal(results[-1], compute(name, arguments))
+    threads(1)
+    assert_as_good(name, arguments, *results)
+
+
+@each
+def test_far_from_zero(name: str) -> None:
+    """What is normalised has a mean much larger than its deviation."""
+    x, *rest = make(name, SMALL[name])
+    assert_as_good(name, [x + 300, *rest], compute(name, [x + 300, *rest]))
+
+
+@each
+def test_what_is_not_a_number_stays_where_it_is(name: str) -> None:
+    arguments = make(name, SMALL[name])
+    x = arguments[0].select(-1 if name != "stem" else 1, 2)  # one channel
+    x[0, 3, 4], x[1, 0, 0] = math.nan, math.inf
+    mine, plain = compute(name, arguments), reference(name, arguments)
+    assert torch.equal(mine.isfinite(), plain.isfinite()) and not mine.isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["cropped", "turned", "every second channel"])
+@each
+def test_memory_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
+    """Maps and weights that do not lie one number after the other; `turned` is the other one of NCHW and NHWC."""
+    arguments = make(name, SMALL[name], dtype)
+
+    def laid(x: Tensor) -> Tensor:
+        if layout == "every second channel":
+            return torch.stack([x, torch.full_like(x, math.nan)], dim=-1)[..., 0]
+        if layout == "turned":
+            return x.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
+        return F.pad(x, (2, 1) * x.ndim, value=math.nan)[(slice(2, -1),) * x.ndim]
+
+    given = [laid(x) if isinstance(x, Tensor) else x for x in arguments]
+    assert not given[0].is_contiguous() and not given[1].is_contiguous()
+    assert operators(lambda: compute(name, given)) == {name}
+    assert torch.equal(compute(name, given), compute(name, arguments))
+
+
+@each
+def test_empty_batch(name: str) -> None:
+    arguments = make(name, (0, *SMALL[name][1:]))
+    assert compute(name, arguments).shape == reference(name, arguments).shape
+
+
+@each
+def test_python_threads(name: str) -> None:
+    """Calls at the same time, the first of which pack the same weights."""
+    arguments = make(name, SMALL[name])
+    expected = fresh(name, arguments)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(mine, expected) for mine in pool.map(lambda _: compute(name, arguments), range(16)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights are packed once, and again when they change
+
+
+def replaced_twice(weight: Tensor) -> None:
+    """The second replacement may lie where the weight lay at first."""
+    weight.data = weight.data * 1.5
+    weight.data = weight.data * 1.5
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda weight: weight.mul_(2),
+    "a part": lambda weight: weight[-1:].neg_(),
+    "replaced": lambda weight: setattr(weight, "data", weight.data * 2),
+    "replaced twice": replaced_twice,
+    "in inference mode": torch.inference_mode()(lambda weight: weight.mul_(2)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("name", "i"), [leaf for leaf in LEAVES if leaf[1]])
+def test_changed_weights(name: str, i: int, change: str) -> None:
+    arguments = make(name, SMALL[name])
+    arguments[i] = nn.Parameter(arguments[i])
+    for _ in range(3):
+        before = compute(name, arguments)
+        CHANGES[change](arguments[i])
+        after = compute(name, arguments)
+        assert torch.equal(after, fresh(name, arguments)) and not torch.equal(after, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("there", [torch.bfloat16, torch.float64], ids=str)
+def test_changed_networks(there: torch.dtype, fill: Any) -> None:
+    """Other weights loaded, another dtype, and back to the first, which bfloat16 leaves rounded."""
+    model, x = build("conv2former_test", fill).fuse(), torch.randn(1, 3, 64, 64)
+    steps: list[Callable[[], Any]] = [
+        lambda: model.load_state_dict({key: 0.9 * value for key, value in model.state_dict().items()}),
+        lambda: model.load_state_dict({key: 0.9 * value for key, value in model.state_dict().items()}, assign=True),
+        lambda: model.to(there),
+        lambda: model.to(torch.float32),
+        lambda: model.to(there).to(torch.float32),
+        lambda: model.to(memory_format=torch.channels_last),
+    ]
+    model(x)
+    for step in steps:
+        step()
+        given = x.to(next(model.parameters()).dtype)
+        assert torch.equal(model(given), copy.deepcopy(model)(given))
+
+
+def test_packed_weights_go_with_their_weights() -> None:
+    """By counting references: no circle keeps them until the garbage is collected."""
+    gc.collect()
+    before = len(packing._kept)
+    for name in SMALL:
+        arguments = make(name, SMALL[name])
+        compute(name, arguments)
+        assert len(packing._kept) > before
+        del arguments
+        assert len(packing._kept) == before
+
+
+@each
+def test_inference_mode(name: str) -> None:
+    """Of weights made outside and inside, the latter of which do not tell that they have changed."""
+    outside = make(name, SMALL[name])
+    expected = compute(name, outside)
+    with torch.inference_mode():
+        assert torch.equal(compute(name, outside), expected)
+        inside = copy.deepcopy(outside)
+        assert inside[1].is_inference() and torch.equal(compute(name, inside), expected)
+        inside[1].mul_(2)
+        outside[1].mul_(2)
+        assert torch.equal(compute(name, inside), compute(name, outside))
+    assert torch.equal(compute(name, inside), compute(name, outside))
+    assert not torch.equal(compute(name, outside), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left to PyTorch
+
+
+@pytest.mark.parametrize(("name", "i"), LEAVES)
+def test_gradients_are_the_compositions(name: str, i: int) -> None:
+    arguments = make(name, SMALL[name])
+    leaf = arguments[i].requires_grad_()
+    mine, plain = (torch.autograd.grad(f(name, arguments).sum(), leaf)[0] for f in (compute, reference))
+    torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4)
+    assert name not in operators(lambda: compute(name, arguments))
+    with torch.no_grad():
+        assert operators(lambda: compute(name, arguments)) == {name}
+
+
+@each
+def test_the_operators_have_no_derivative(name: str) -> None:
+    arguments = make(name, SMALL[name])
+    arguments[0].requires_grad_()
+    out = getattr(torch.ops.conv2former, name)(*arguments)
+    with pytest.raises(NotImplementedError, match=r"fused branches have no derivative.*use_backend\('reference'\)"):
+        out.sum().backward()
+
+
+@each
+def test_autocast_is_pytorchs(name: str) -> None:
+    arguments = make(name, SMALL[name])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert name not in operators(lambda: compute(name, arguments))
+        mine, plain = compute(name, arguments), reference(name, arguments)
+    assert mine.dtype == plain.dtype
+    torch.testing.assert_close(mine.float(), plain.float(), rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", enabled=False):
+        assert operators(lambda: compute(name, arguments)) == {name}
+
+
+@each
+def test_functional_transforms(name: str) -> None:
+    x, *rest = make(name, SMALL[name])
+
+    def mine(x: Tensor) -> Tensor:
+        return compute(name, [x, *rest])
+
+    def plain(x: Tensor) -> Tensor:
+        return reference(name, [x, *rest])
+
+    both = torch.stack([x, x.flip(0)])
+    torch.testing.assert_close(torch.func.vmap(mine)(both), torch.stack([plain(x), plain(x.flip(0))]))
+    torch.testing.assert_close(torch.func.jvp(mine, (x,), (x.sin(),)), torch.func.jvp(plain, (x,), (x.sin(),)))
+
+
+@each
+def test_float64_is_pytorchs(name: str) -> None:
+    arguments = [x.double() if isinstance(x, Tensor) else x for x in make(name, SMALL[name])]
+    assert not operators(lambda: compute(name, arguments))
+    torch.testing.assert_close(compute(name, arguments), reference(name, arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "i"), LEAVES)
+@pytest.mark.parametrize("mistake", ["longer", "another dtype", "another rank"])
+def test_mistakes_are_pytorchs(name: str, i: int, mistake: str) -> None:
+    """Of what PyTorch refuses nothing is computed; what it takes has its values."""
+    arguments = make(name, SMALL[name])
+    x = arguments[i]
+    arguments[i] = {
+        "longer": lambda: x.repeat_interleave(2, dim=1 if i == 0 and name == "stem" else -1 if i == 0 else 0),
+        "another dtype": lambda: x.bfloat16(),
+        "another rank": lambda: x[0] if i == 0 else x[None],
+    }[mistake]()
+    assert_same_outcome(name, arguments)
+
+
+def assert_same_outcome(name: str, arguments: list[Any]) -> None:
+    try:
+        expected = reference(name, arguments)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            compute(name, arguments)
+    else:
+        torch.testing.assert_close(compute(name, arguments), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [16, 33, 64])
+def test_modulations_of_another_width(inner: int) -> None:
+    """Narrower or wider than the branch: plain PyTorch computes it, and so the operation has to."""
+    assert_same_outcome(
+        "modulation_branch", [make("modulation_branch", (2, 6, 5, 33, 5))[0], *modulation(33, inner, 5)]
+    )
+
+
+def modulation(channels: int, inner: int, k: int) -> list[Any]:
+    wide = make("modulation_branch", (1, 1, 1, inner, k))
+    return [
+        torch.randn(2 * inner, channels) / 6,
+        *wide[2:5],
+        torch.randn(channels, inner) / 6,
+        torch.randn(channels),
+        EPS,
+    ]
+
+
+@pytest.mark.parametrize("k", [2, 4, 23])
+@pytest.mark.parametrize("name", ["modulation_branch", "mlp_branch"])
+def test_other_kernels(name: str, k: int) -> None:
+    arguments = make(name, SMALL[name])
+    arguments[3] = torch.randn(len(arguments[3]), 1, k, k) / k
+    assert_same_outcome(name, arguments)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (0, 8)], ids=str)
+def test_images_that_leave_nothing(size: tuple[int, int]) -> None:
+    assert_same_outcome("stem", make("stem", (1, *size, 3, 8, 16, 1, 1)))
+
+
+@each
+def test_fewer_channels_than_a_vector(name: str) -> None:
+    sizes = {"modulation_branch": (2, 6, 5, 3, 5), "mlp_branch": (2, 6, 5, 3, 12), "stem": (2, 9, 8, 3, 2, 3, 2, 1)}
+    assert_same_outcome(name, make(name, sizes[name]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every way that PyTorch may call them
+
+
+@each_dtype
+@each
+def test_operator_contract(name: str, dtype: torch.dtype) -> None:
+    """PyTorch's own check of custom operators: schema, shape functions, autograd registration, compiling."""
+    operator, arguments = getattr(torch.ops.conv2former, name).default, make(name, SMALL[name], dtype)
+    torch.library.opcheck(operator, tuple(arguments))
+    arguments[0].requires_grad_()
+    torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_autograd_registration"))
+
+
+@pytest.fixture
+def fused(fill: Any) -> nn.Module:
+    return build("conv2former_test", fill).fuse()
+
+
+ALL = {"stem", "modulation_branch", "mlp_branch"}
+
+
+@torch.no_grad()
+def test_networks_run_them(fused: nn.Module) -> None:
+    x = torch.randn(2, 3, 65, 50)
+    assert operators(lambda: fused(x)) == ALL
+    with ops.use_backend("reference"):
+        assert not operators(lambda: fused(x))
+
+
+@torch.no_grad()
+def test_compile_keeps_the_operators_and_the_values(fused: nn.Module) -> None:
+    found: set[str] = set()
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x = torch.randn(2, 3, 64, 96)
+    torch._dynamo.reset()
+    mine = torch.compile(fused, backend=look, fullgraph=True)(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(mine, fused(x))
+    assert {name for name in found if "conv2former" in name} == {f"conv2former.{name}.default" for name in ALL}
+
+
+@torch.no_grad()
+def test_export_takes_the_reference_unless_told(fused: nn.Module) -> None:
+    x = torch.randn(2, 3, 64, 96)
+    program = torch.export.export(fused, (x,))
+    assert not any("conv2former" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), fused(x), rtol=1e-4, atol=1e-5)
+    with ops.use_backend("cpp"):
+        program = torch.export.export(fused, (x,))
+        assert operators(lambda: program.module()(x)) == ALL
+        torch.testing.assert_close(program.module()(x), fused(x))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_torchscript_is_plain(fused: nn.Module, way: str) -> None:
+    x = torch.randn(2, 3, 64, 96)
+    script = torch.jit.script(fused) if way == "script" else torch.jit.trace(fused, x)
+    assert not operators(lambda: script(x))
+    torch.testing.assert_close(script(x), fused(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_symbolic_tracing_leaves_them_whole(fused: nn.Module) -> None:
+    x, traced = torch.randn(2, 3, 65, 50), torch.fx.symbolic_trace(fused)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert all(getattr(ops, name) in called for name in ALL)
+    assert torch.equal(traced(x), fused(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (65, 50)], ids=str)
+def test_multiply_adds_are_counted(size: tuple[int, int], fill: Any) -> None:
+    """Fused or not, by whatever code: nothing that is counted goes, since norms and scales never were."""
+    model, counts = build("conv2former_test", fill), set()
+    for network in (model, copy.deepcopy(model).fuse()):
+        for choice in ("auto", "reference"):
+            with ops.use_backend(choice), FlopCounterMode(display=False) as counter:
+                network(torch.zeros(2, 3, *size))
+            counts.add(counter.get_total_flops())
+    assert len(counts) == 1 and counts != {0}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (65, 98)], ids=str)
+@pytest.mark.parametrize("name", ["conv2former_is_conv3", "conv2former_test"])
+def test_networks_compute_the_same(name: str, size: tuple[int, int], fill: Any) -> None:
+    """Float32, to 1e-5 of the largest value; with strides 4 and 2 in the embedding of the isotropic one."""
+    model, x = build(name, fill).fuse(), torch.randn(2, 3, *size)
+    with ops.use_backend("cpp"):
+        assert operators(lambda: model(x)) == ALL
+        mine = model(x)
+    with ops.use_backend("reference"):
+        plain = model(x)
+    assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()
