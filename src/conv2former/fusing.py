@@ -1,9 +1,9 @@
 """Inference with fewer operations: what ``Conv2Former.fuse`` puts in the place of the network's parts.
 
 Constant factors and offsets go into the linear layer or convolution beside them: batch norm and the affine part of
-LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem and each
-branch of a block are then one operation (``ops.stem``, ``ops.modulation_branch``, ``ops.mlp_branch``). The parts are
-for evaluation alone: no dropout, no stochastic depth, no gradients needed.
+LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem and the
+blocks of a stage are then one operation each (``ops.stem``, ``ops.blocks``). The parts are for evaluation alone: no
+dropout, no stochastic depth, no gradients needed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
 
-from conv2former.ops import mlp_branch, modulation_branch, stem
+from conv2former.ops import blocks, stem
 
-torch.fx.wrap("mlp_branch")
-torch.fx.wrap("modulation_branch")
+torch.fx.wrap("blocks")
 torch.fx.wrap("stem")
 
 
@@ -85,11 +84,31 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        return blocks(x, self.weights(), self.eps)
+
+    def weights(self) -> list[Tensor]:
+        """In the order of ``ops.blocks``."""
         w, proj, fc1, fc2 = self.w, self.proj, self.fc1, self.fc2
-        taps, offsets = self.mod_dwconv.taps()
-        x = modulation_branch(x, w.weight, w.bias, taps, offsets, proj.weight, proj.bias, self.eps)
-        taps, offsets = self.mlp_dwconv.taps()
-        return mlp_branch(x, fc1.weight, fc1.bias, taps, offsets, fc2.weight, fc2.bias, self.eps)
+        mod_taps, mod_bias = self.mod_dwconv.taps()
+        mlp_taps, mlp_bias = self.mlp_dwconv.taps()
+        mod = [w.weight, w.bias, mod_taps, mod_bias, proj.weight, proj.bias]
+        return [*mod, fc1.weight, fc1.bias, mlp_taps, mlp_bias, fc2.weight, fc2.bias]
+
+
+class FusedBlocks(nn.Sequential):
+    """The ``FusedBlock``s of a stage as one operation. Hooks of single blocks are not called."""
+
+    def __init__(self, *blocks: Any) -> None:
+        super().__init__(*blocks)
+        first: Any = self[0]
+        self.eps = first.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        weights: list[Tensor] = []
+        for block in self:
+            weights += block.weights()  # type: ignore[operator]
+        return blocks(x, weights, self.eps)
 
 
 class FusedStem(nn.Module):
@@ -117,9 +136,10 @@ class FusedStem(nn.Module):
         """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride), channels last in memory."""
         check_image_size(x, self.min_size)
         x = x.contiguous(memory_format=torch.channels_last)
-        last, strides = self.conv3, self.strides
-        weights = self.conv1.weight, self.scale, self.offset, self.conv2.weight, last.weight
-        return stem(x, weights[0], weights[1], weights[2], weights[3], weights[4], last.bias, strides[0], strides[1])
+        first, second, third = self.conv1.weight, self.conv2.weight, self.conv3.weight
+        bias = self.conv3.bias
+        assert bias is not None  # TorchScript does not know
+        return stem(x, first, self.scale, self.offset, second, third, bias, self.strides[0], self.strides[1])
 
 
 def norm_into_conv(norm: Any, conv: nn.Conv2d) -> nn.Sequential:

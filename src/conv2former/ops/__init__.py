@@ -5,7 +5,7 @@ Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are
 """
 
 from conv2former.ops.backend import BACKENDS, backend_for, set_backend, use_backend
-from conv2former.ops.branches import mlp_branch, modulation_branch
+from conv2former.ops.blocks import blocks
 from conv2former.ops.mlp import mlp_middle, mlp_middle_reference
 from conv2former.ops.modulation import modulation, modulation_reference
 from conv2former.ops.stem import stem, stem_reference
@@ -13,11 +13,10 @@ from conv2former.ops.stem import stem, stem_reference
 __all__ = [
     "BACKENDS",
     "backend_for",
-    "mlp_branch",
+    "blocks",
     "mlp_middle",
     "mlp_middle_reference",
     "modulation",
-    "modulation_branch",
     "modulation_reference",
     "set_backend",
     "stem",

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from conv2former.ops.cpu.branches import mlp_branch, modulation_branch, stem
 from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.depthwise import mlp_middle, mlp_middle_backward, modulation, modulation_backward
+from conv2former.ops.cpu.evaluation import blocks, stem
 
 __all__ = [
-    "mlp_branch",
+    "blocks",
     "mlp_middle",
     "mlp_middle_backward",
     "modulation",
     "modulation_backward",
-    "modulation_branch",
     "stem",
     "takes",
     "unusable",

@@ -1,4 +1,4 @@
-"""Weights in the order that ``branches.cpp`` and ``stem.cpp`` want, made once and kept for as long as they live."""
+"""Weights in the order that ``blocks.cpp`` and ``stem.cpp`` want, made once and kept for as long as they live."""
 
 from __future__ import annotations
 
@@ -13,27 +13,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from conv2former.ops.cpu.build import load
 
-Packing = Callable[[Tensor], Tensor]
-Wanted = tuple[Tensor, Packing] | None
 _kept: Any = (
     WeakTensorKeyDictionary()
 )  # the first weight of a call: what all were when they were packed, and the results
 
 
-def packed(wanted: Sequence[Wanted]) -> list[Tensor | None]:
-    """The weights of a call, each in the order that is wanted of it, made anew if one of them has changed since."""
-    weights = [part[0] for part in wanted if part]
+def packed(weights: Sequence[Tensor], pack: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """What ``pack`` makes of the weights of a call, made anew if one of them has changed since."""
     if any(weight.is_inference() for weight in weights):  # such tensors do not tell whether they have changed
-        return [part and part[1](part[0].detach()) for part in wanted]
+        return pack([weight.detach() for weight in weights])
     facts = [(weight.data_ptr(), weight._version, weight.dtype, weight.stride()) for weight in weights]
     known = _kept.get(weights[0])
-    if (
-        known is None
-        or known[0] != facts
-        or any(ref() is not weight for ref, weight in zip(known[1], weights, strict=True))
-    ):
+    same = known is not None and known[0] == facts
+    if not same or any(ref() is not weight for ref, weight in zip(known[1], weights, strict=True)):
         with torch.inference_mode(False), torch.no_grad():
-            made = [part and part[1](part[0].detach()) for part in wanted]
+            made = pack([weight.detach() for weight in weights])
         known = _kept[weights[0]] = facts, [weakref.ref(weight) for weight in weights], made
     return known[2]
 
@@ -67,26 +61,6 @@ def panels(weight: Tensor) -> Tensor:
 def panels_of_whole_vectors(weight: Tensor) -> Tensor:
     """``panels`` for inputs that come in whole vectors."""
     return panels(F.pad(weight, (0, -weight.shape[1] % lanes())))
-
-
-def panels_of_first_half(weight: Tensor) -> Tensor:
-    """``panels`` of the first half of the outputs."""
-    return panels(weight.chunk(2)[0])
-
-
-def panels_of_second_half(weight: Tensor) -> Tensor:
-    """``panels`` of the second half of the outputs."""
-    return panels(weight.chunk(2)[1])
-
-
-def first_half(x: Tensor) -> Tensor:
-    """``vectors`` of the first half."""
-    return vectors(x.chunk(2)[0])
-
-
-def second_half(x: Tensor) -> Tensor:
-    """``vectors`` of the second half."""
-    return vectors(x.chunk(2)[1])
 
 
 def rows_of_panels(weight: Tensor) -> Tensor:

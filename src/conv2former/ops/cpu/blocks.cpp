@@ -4,6 +4,7 @@
 //
 // Of h there is never more than some channels of a band of rows, which stays in the second cache level.
 #include "products.h"
+#include <utility>
 
 // One position's channels, normalised, into a row of a left matrix
 template <class Kind, class T>
@@ -31,10 +32,19 @@ struct Branch {
   long images, height, width, channels, hidden, kernel;
   const T* x;
   float eps;
-  const vf *w1, *b1, *wv, *bv;  // packed; wv and bv only where DWConv(h) is multiplied
-  const vf *taps, *b_taps;      // [vector][ky][kx]
-  const vf *w2, *b2;
   T* out;
+  const vf *w1 = nullptr, *b1 = nullptr, *wv = nullptr, *bv = nullptr;  // packed; wv and bv where DWConv(h) is multiplied
+  const vf *taps = nullptr, *b_taps = nullptr;                          // [vector][ky][kx]
+  const vf *w2 = nullptr, *b2 = nullptr;
+
+  // All weights lie in a row
+  void set(const vf* weights) {
+    auto next = [&](long vectors) { return std::exchange(weights, weights + vectors); };
+    w1 = next(inner() * depth()), b1 = next(inner());
+    if (multiplied) wv = next(inner() * depth()), bv = next(inner());
+    taps = next(inner() * kernel * kernel), b_taps = next(inner());
+    w2 = next(outs() * words(Kind{}, inner() * V)), b2 = next(outs());
+  }
 
   long pad() const { return kernel / 2; }
   long outs() const { return divided(channels, V); }
@@ -229,19 +239,18 @@ struct Branch {
   }
 };
 
-// Shape: images, height, width, channels, hidden channels, kernel. `wv` and `bv` are null in the MLP.
-extern "C" int conv2former_branch(int half, const long* shape, const void* x, float eps, const void* w1, const void* b1,
-                                  const void* wv, const void* bv, const void* taps, const void* b_taps, const void* w2,
-                                  const void* b2, void* out, int threads) {
+// Shape: images, height, width, channels, hidden channels of the MLP, kernel of the modulation, blocks. Of each block the
+// packed weights of the one branch and of the other. `between` is as large as `out`.
+extern "C" int conv2former_blocks(int half, const long* n, const void* x, float eps, const vf* const* weights, void* between,
+                                  void* out, int threads) {
   return by_type(half, [&]<class Kind, class T>(Kind, T) {
-    auto run = [&]<bool multiplied>() {
-      Branch<Kind, T, multiplied> op{
-          shape[0],       shape[1],      shape[2],      shape[3],         shape[4],           shape[5],       (const T*)x,    eps,
-          (const vf*)w1,  (const vf*)b1, (const vf*)wv, (const vf*)bv,    (const vf*)taps,    (const vf*)b_taps, (const vf*)w2,
-          (const vf*)b2,  (T*)out};
-      return op.run(threads);
-    };
-    return wv ? run.template operator()<true>() : run.template operator()<false>();
+    for (long i = 0; i < n[6]; i++) {
+      Branch<Kind, T, true> mod{n[0], n[1], n[2], n[3], n[3], n[5], (const T*)(i ? out : x), eps, (T*)between};
+      Branch<Kind, T, false> mlp{n[0], n[1], n[2], n[3], n[4], 3, (const T*)between, eps, (T*)out};
+      mod.set(weights[2 * i]), mlp.set(weights[2 * i + 1]);
+      if (mod.run(threads) || mlp.run(threads)) return 1;
+    }
+    return 0;
   });
 }
 

@@ -1,0 +1,68 @@
+"""The stem and the blocks in evaluation: ``stem.cpp`` and ``blocks.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from conv2former.ops.cpu import packing
+from conv2former.ops.cpu.calls import call, pointer
+
+
+def blocks(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
+    """``blocks``."""
+    x = x.contiguous()
+    out, between = torch.empty_like(x), torch.empty_like(x)
+    if out.numel():
+        packed = packing.packed(weights, _packed_branches)
+        shape = *x.shape, len(weights[6]), weights[2].shape[-1], len(packed) // 2
+        places = (ctypes.c_void_p * len(packed))(*(branch.data_ptr() for branch in packed))
+        call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), places, pointer(between), pointer(out))
+    return out
+
+
+def _packed_branches(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of each branch all weights in a row, as bytes."""
+    branches = []
+    for i in range(0, len(weights), 6):
+        first, first_bias, taps, taps_bias, last, last_bias = weights[i : i + 6]
+        halves = 2 if len(first) == 2 * len(taps) else 1
+        parts = [
+            pack(half)
+            for each in zip(first.chunk(halves), first_bias.chunk(halves), strict=True)
+            for pack, half in zip((packing.panels, packing.vectors), each, strict=True)
+        ]
+        parts += [packing.taps(taps), packing.vectors(taps_bias)]
+        parts += [packing.panels_of_whole_vectors(last), packing.vectors(last_bias)]
+        branches.append(torch.cat([part.flatten().view(torch.uint8) for part in parts]))
+    return branches
+
+
+def stem(
+    x: Tensor,
+    weight1: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    stride1: int,
+    stride2: int,
+) -> Tensor:
+    """``stem``."""
+    x = x.permute(0, 2, 3, 1).contiguous()
+    height, width = ((side - 1) // stride1 + 1 for side in x.shape[1:3])
+    height, width = (((side - 1) // stride2 + 1) // 2 for side in (height, width))
+    out = x.new_empty(len(x), height, width, len(weight3))
+    if out.numel():
+        parts = packing.packed((weight1, scale, offset, weight2, weight3, bias3), _packed_stem)
+        shape = *x.shape, len(weight1), len(weight3), stride1, stride2
+        call("stem", x.dtype, shape, pointer(x), *map(pointer, parts), pointer(out))
+    return out.permute(0, 3, 1, 2)
+
+
+def _packed_stem(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [packing.rows_of_panels(weight) if weight.ndim > 1 else packing.vectors(weight) for weight in weights]
