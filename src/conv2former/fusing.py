@@ -91,8 +91,9 @@ class FusedBlock(nn.Module):
         w, proj, fc1, fc2 = self.w, self.proj, self.fc1, self.fc2
         mod_taps, mod_bias = self.mod_dwconv.taps()
         mlp_taps, mlp_bias = self.mlp_dwconv.taps()
-        mod = [w.weight, w.bias, mod_taps, mod_bias, proj.weight, proj.bias]
-        return [*mod, fc1.weight, fc1.bias, mlp_taps, mlp_bias, fc2.weight, fc2.bias]
+        weights = [w.weight, w.bias, mod_taps, mod_bias, proj.weight, proj.bias]
+        weights += [fc1.weight, fc1.bias, mlp_taps, mlp_bias, fc2.weight, fc2.bias]
+        return weights
 
 
 class FusedBlocks(nn.Sequential):

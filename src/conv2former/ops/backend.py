@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from conv2former.errors import UserError
@@ -188,7 +189,7 @@ def operator(
         schema: Name, arguments and results.
         compute: What computes it, on any device.
         shapes: What tells the results' shapes.
-        gradients: The backward pass; without one, inputs that want gradients are refused.
+        gradients: The backward pass; without one, which is for evaluation, inputs that want gradients are refused.
         save: What it keeps of the forward pass.
         flops: Twice the multiply-adds, from the arguments' shapes, for ``torch.utils.flop_counter``.
     """
@@ -204,12 +205,21 @@ def operator(
     return made.default
 
 
+_TAKE_REFERENCE = "compute under conv2former.ops.use_backend('reference')"
+
+
+def no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+    """The ``gradients`` of a backward pass: refused."""
+    raise NotImplementedError(f"the fused operations have no second derivative: {_TAKE_REFERENCE}")
+
+
 def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        if torch.is_grad_enabled() and any(
+            leaf.requires_grad for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)
+        ):
             raise NotImplementedError(
-                "operations in evaluation have no derivative, the other fused ones no second derivative: compute under "
-                "conv2former.ops.use_backend('reference')"
+                f"this fused operation is for evaluation and has no derivative: {_TAKE_REFERENCE}"
             )
         return compute(*arguments)
 

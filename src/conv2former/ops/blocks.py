@@ -19,7 +19,7 @@ from conv2former.ops.modulation import modulation
 
 __all__ = ["blocks"]
 
-EACH = 12  # tensors of a block
+EACH = 12  # tensors of a block; `blocks` has the number itself, since TorchScript sees no constants
 
 
 def blocks(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
@@ -42,7 +42,7 @@ def blocks(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
         if _fits(x, weights):
             return _BLOCKS(x, weights, eps)
-    for i in range(0, len(weights), EACH):
+    for i in range(0, len(weights), 12):
         w, w_bias, taps, taps_bias, proj, proj_bias = weights[i : i + 6]
         u, v = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w, w_bias).chunk(2, dim=-1)
         x = x + F.linear(modulation(u, v, taps, taps_bias), proj, proj_bias)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, no_second_derivative, operator
 
 __all__ = ["mlp_middle", "mlp_middle_reference"]
 
@@ -86,5 +86,6 @@ _BACKWARD = operator(
     "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     _mlp_middle_backward,
     _shapes_backward,
+    gradients=no_second_derivative,
     flops=_flops_backward,
 )

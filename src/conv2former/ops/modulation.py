@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, no_second_derivative, operator
 
 __all__ = ["modulation", "modulation_reference"]
 
@@ -96,5 +96,6 @@ _BACKWARD = operator(
     "modulation_backward(Tensor g, Tensor u, Tensor v, Tensor a, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _modulation_backward,
     _shapes_backward,
+    gradients=no_second_derivative,
     flops=_flops_backward,
 )
