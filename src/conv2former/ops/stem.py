@@ -59,15 +59,17 @@ def stem(
         (B, C, H / (2 * stride1 * stride2), W / ...), channels last in memory.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
-        if _fits(x, weight1, scale, offset, weight2, weight3, bias3):
+        if _fits(x, stride1, stride2, weight1, scale, offset, weight2, weight3, bias3):
             return _STEM(x, weight1, scale, offset, weight2, weight3, bias3, stride1, stride2)
     return stem_reference(x, weight1, scale, offset, weight2, weight3, bias3, stride1, stride2)
 
 
-def _fits(x: Tensor, *weights: Tensor) -> bool:
+def _fits(x: Tensor, stride1: int, stride2: int, *weights: Tensor) -> bool:
     outs, between, ins = weights[4].shape[0], weights[0].shape[0], x.shape[1]
     shapes = (between, ins, 3, 3), (between,), (between,), (between, between, 3, 3), (outs, between, 2, 2), (outs,)
     if x.ndim != 4 or any(weight.shape != shape for weight, shape in zip(weights, shapes, strict=True)):
+        return False
+    if min(x.shape[2:]) < 1 or min(_sides(x.shape[2], x.shape[3], stride1, stride2)[-1]) < 1:
         return False
     return in_evaluation("stem", x, weights, channels=outs, kernel_size=3)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -22,14 +23,19 @@ def packed(weights: Sequence[Tensor], pack: Callable[[Sequence[Tensor]], list[Te
     """What ``pack`` makes of the weights of a call, made anew if one of them has changed since."""
     if any(weight.is_inference() for weight in weights):  # such tensors do not tell whether they have changed
         return pack([weight.detach() for weight in weights])
-    facts = [(weight.data_ptr(), weight._version, weight.dtype, weight.stride()) for weight in weights]
+    facts = [(w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights]
     known = _kept.get(weights[0])
-    same = known is not None and known[0] == facts
-    if not same or any(ref() is not weight for ref, weight in zip(known[1], weights, strict=True)):
+    if known is None or known[0] != facts or not all(map(_as_before, known[1], weights)):
         with torch.inference_mode(False), torch.no_grad():
             made = pack([weight.detach() for weight in weights])
-        known = _kept[weights[0]] = facts, [weakref.ref(weight) for weight in weights], made
+        refs = [(weakref.ref(weight), StorageWeakRef(weight.untyped_storage())) for weight in weights]
+        known = _kept[weights[0]] = facts, refs, made
     return known[2]
+
+
+def _as_before(known: tuple[Any, StorageWeakRef], weight: Tensor) -> bool:
+    """Whether a weight is the same object, and its memory has been its own all the time."""
+    return known[0]() is weight and not known[1].expired()
 
 
 def vectors(x: Tensor) -> Tensor:
