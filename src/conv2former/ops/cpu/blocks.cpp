@@ -206,10 +206,10 @@ struct Branch {
   // Images are dealt to threads. Where that leaves some idle, an image is cut into segments of rows if it has many of them
   // (the rows around are computed twice), and the hidden layer into parts, whose shares are added up at the end.
   int run(int threads) const {
-    long positions = images * height * width, blocks = divided(inner(), block());
+    long positions = images * height * width, panels = divided(inner(), PANEL);
     bool uneven = images % threads && images < 4 * threads;
     long segments = uneven ? std::clamp<long>(height / (8 + 4 * pad()), 1, threads) : 1;
-    long parts = uneven ? std::clamp<long>(divided(threads, images * segments), 1, blocks) : 1, failed = 0;
+    long parts = uneven ? std::clamp<long>(divided(threads, images * segments), 1, panels) : 1, failed = 0;
     vf* shares = nullptr;
     if (parts > 1) {
       shares = (vf*)std::aligned_alloc(64, divided(parts * positions * outs() * sizeof(vf), 64) * 64);
@@ -219,8 +219,8 @@ struct Branch {
     for (long image = 0; image < images; image++)
       for (long s = 0; s < segments; s++)
         for (long part = 0; part < parts; part++) try {
-            segment(image, height * s / segments, height * (s + 1) / segments, blocks * part / parts * block(),
-                    std::min(blocks * (part + 1) / parts * block(), inner()),
+            segment(image, height * s / segments, height * (s + 1) / segments, panels * part / parts * PANEL,
+                    std::min(panels * (part + 1) / parts * PANEL, inner()),
                     shares ? shares + part * positions * outs() : nullptr);
           } catch (const std::bad_alloc&) {
             failed++;
