@@ -64,8 +64,9 @@ def speed(rows: Sequence[Row], folder: Path) -> Path | None:
             colour = next((c for start, c in FAMILIES.items() if row.model.startswith(start)), OTHERS)
             axes.plot(row.images_per_second, top1(row), marker="o", color=colour)
             name = f"{row.model.partition('_patch')[0]} ({row.mode})"
-            place = (5, -12 if number % 2 else 5)  # below and above in turn, so that names do not meet
-            axes.annotate(name, (row.images_per_second, top1(row)), place, textcoords="offset points", fontsize=8)
+            place = (0, -14 if number % 2 else 7)  # below and above in turn, so that names do not meet
+            point = row.images_per_second, top1(row)
+            axes.annotate(name, point, place, textcoords="offset points", fontsize=8, ha="center")
         axes.margins(x=0.35, y=0.2)  # room for the names
         axes.set(xlabel=f"{group[0].task}, images/s, best mode", ylabel="paper's ImageNet top-1, %", title=title)
         axes.grid(alpha=0.3)
