@@ -161,8 +161,9 @@ class Blocks(nn.Sequential):
     def fuse(self) -> nn.Sequential:
         """What computes the same in evaluation, faster; itself with another modulation layer."""
         blocks: Any = list(self)
-        alike = all(type(block.mod) is ConvMod for block in blocks)
-        return FusedBlocks(*(block.fuse() for block in blocks)) if alike else self
+        if not blocks or any(type(block.mod) is not ConvMod for block in blocks):
+            return self
+        return FusedBlocks(*(block.fuse() for block in blocks))
 
 
 class Stem(nn.Module):
