@@ -21,7 +21,7 @@ from conv2former.errors import UserError
 from conv2former.files import append_line, read_lines
 from conv2former.meta import build_on_meta
 from conv2former.recipes import load_recipe
-from conv2former.reproduce import TABLES, Request, reproduce
+from conv2former.reproduce import TABLES, Request, Stopped, reproduce
 from conv2former.reproduce.jobs import Images, Job, table_jobs
 from conv2former.reproduce.scales import at_scale
 from conv2former.reproduce.tables import paper_table
@@ -256,6 +256,21 @@ def test_mistakes_end_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert run_command(monkeypatch, "reproduce", *arguments) == 1
     assert re.search(message, capsys.readouterr().err.splitlines()[-1].lower()), message
+
+
+def test_a_training_that_the_signal_kills_stops_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a scheduler asks both processes and the training has saved its state between the two signals."""
+    data = write_digits(tmp_path / "data")
+    start, children = subprocess.Popen, []
+
+    def killed(*_: Any, **__: Any) -> subprocess.Popen[bytes]:
+        children.append(start(["sh", "-c", f"sleep 1; kill -TERM {os.getpid()}; exec sleep 60"]))
+        return children[-1]
+
+    monkeypatch.setattr("conv2former.reproduce.jobs.subprocess.Popen", killed)
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        reproduce(Request("table6", data=data, out=tmp_path / "out", settings=TINY))
+    assert stopped.value.code == 75 and [child.returncode for child in children] == [-signal.SIGTERM]
 
 
 def test_a_stopped_table_goes_on(tmp_path: Path) -> None:

@@ -277,7 +277,12 @@ def _finished(job: Job) -> bool:
 
 
 def _train(job: Job) -> int:
-    """``conv2former train`` as a process of its own, which gets this one's signals; returns its exit status."""
+    """``conv2former train`` as a process of its own, which gets this one's signals; returns its exit status.
+
+    Raises:
+        Stopped: This process was asked to stop, however the training took it: a scheduler asks both, and the second
+            signal may kill what has just saved its state.
+    """
     name = f"{job.run.parent.name}, seed {job.recipe.engine.seed}"
     print(f"--- {name}", file=sys.stderr, flush=True)
     recipe = job.run.with_name(f"{job.run.name}.yaml")
@@ -290,18 +295,24 @@ def _train(job: Job) -> int:
     command += [f"--data={job.data}", "--resume=auto"]
     child = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=_stop_with_parent)
     previous = {}
+    asked = False
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         child.send_signal(signum)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         previous[number] = signal.signal(number, pass_on)
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the child itself
     try:
-        return child.wait()
+        code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if asked:
+        raise Stopped(RESUME_ME)
+    return code
 
 
 def _stop_with_parent() -> None:
