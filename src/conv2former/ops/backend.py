@@ -156,10 +156,12 @@ def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, chann
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return False
-    if any(weight.dtype != x.dtype for weight in weights) or torch.is_autocast_enabled(x.device.type) or _transformed():
+    if any(weight.dtype != x.dtype for weight in weights) or _transformed():
         return False
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return _fused(_chosen[0], x.device.type, x.dtype, channels, kernel_size, exporting, operation)
+    if not _fused(_chosen[0], x.device.type, x.dtype, channels, kernel_size, exporting, operation):
+        return False
+    return not torch.is_autocast_enabled(x.device.type)  # asked last: it knows no device "meta"
 
 
 def _transformed() -> bool:
