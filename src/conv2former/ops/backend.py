@@ -156,7 +156,7 @@ def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, chann
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return False
-    if any(weight.dtype != x.dtype for weight in weights) or _transformed():
+    if any(w.dtype != x.dtype or w.device != x.device for w in weights) or _transformed():
         return False
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if not _fused(_chosen[0], x.device.type, x.dtype, channels, kernel_size, exporting, operation):
