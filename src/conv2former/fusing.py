@@ -1,8 +1,8 @@
 """Inference with fewer operations: what ``Conv2Former.fuse`` puts in the place of the network's parts.
 
 Constant factors and offsets go into the linear layer or convolution beside them: batch norm and the affine part of
-LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem and the
-blocks of a stage are then one operation each (``ops.stem``, ``ops.blocks``). The parts are for evaluation alone: no
+LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem, the blocks
+of a stage, what stands between stages and the head are then one operation each (``ops``). The parts are for evaluation alone: no
 dropout, no stochastic depth, no gradients needed.
 """
 
@@ -15,9 +15,10 @@ import torch
 from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
 
-from conv2former.ops import blocks, stem
+from conv2former.ops import blocks, downsample, stem
 
 torch.fx.wrap("blocks")
+torch.fx.wrap("downsample")
 torch.fx.wrap("stem")
 
 
@@ -143,10 +144,24 @@ class FusedStem(nn.Module):
         return stem(x, first, self.scale, self.offset, second, third, bias, self.strides[0], self.strides[1])
 
 
-def norm_into_conv(norm: Any, conv: nn.Conv2d) -> nn.Sequential:
-    """A LayerNorm over channels and an unpadded convolution, with the norm's factor and offset in the convolution."""
-    set_conv(conv, *linear_behind(conv, *affine(norm)))
-    return nn.Sequential(type(norm)(norm.normalized_shape, eps=norm.eps, elementwise_affine=False), conv)
+class FusedDownsample(nn.Module):
+    """Normalisation and 2x2 convolution with stride 2, the norm's factor and offset in the convolution.
+
+    Args:
+        norm: Over channels, with factor and offset.
+        conv: Unpadded, with bias.
+    """
+
+    def __init__(self, norm: Any, conv: Any) -> None:
+        super().__init__()
+        self.eps, self.conv = norm.eps, conv
+        set_conv(conv, *linear_behind(conv, *affine(norm)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H / 2, W / 2), channels last in memory."""
+        bias = self.conv.bias
+        assert bias is not None  # TorchScript does not know
+        return downsample(x.permute(0, 2, 3, 1), self.conv.weight, bias, self.eps).permute(0, 3, 1, 2)
 
 
 def check_image_size(x: Tensor, min_size: int) -> None:

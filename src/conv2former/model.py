@@ -29,12 +29,13 @@ from timm.models._features import feature_take_indices
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from conv2former.fusing import FusedBlock, FusedBlocks, FusedStem, check_image_size, norm_into_conv
-from conv2former.ops import mlp_middle, modulation
+from conv2former.fusing import FusedBlock, FusedBlocks, FusedDownsample, FusedStem, check_image_size
+from conv2former.ops import head, mlp_middle, modulation
 
 __all__ = ["Conv2Former"]
 
-torch.fx.wrap("mlp_middle")  # which code computes them depends on the tensor, so a symbolic trace keeps them whole
+torch.fx.wrap("head")  # which code computes them depends on the tensor, so a symbolic trace keeps them whole
+torch.fx.wrap("mlp_middle")
 torch.fx.wrap("modulation")
 
 LAYER_NORM_EPS = 1e-6
@@ -244,8 +245,8 @@ class Stage(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> Stage:
         """The downsampling's norm goes into its convolution; the blocks are asked by themselves."""
-        if isinstance(self.downsample, nn.Sequential) and self.downsample[0].weight is not None:
-            self.downsample = norm_into_conv(*self.downsample)
+        if isinstance(self.downsample, nn.Sequential):
+            self.downsample = FusedDownsample(*self.downsample)
         return self
 
 
@@ -270,15 +271,17 @@ class Head(nn.Module):
         drop_rate: Dropout before the linear layer.
     """
 
+    __constants__ = ("fused",)
+
     def __init__(
         self, in_features: int, num_classes: int, *, hidden_size: int, pool_type: str = "avg", drop_rate: float = 0.0
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.hidden_size = hidden_size
-        self.conv: nn.Module = nn.Linear(in_features, hidden_size)
+        self.conv: Any = nn.Linear(in_features, hidden_size)
         self.act: nn.Module = nn.GELU()
-        self.norm: nn.Module = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.norm: Any = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type)
 
@@ -293,10 +296,11 @@ class Head(nn.Module):
             )
         if reset_other:
             self.conv, self.act, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
+        self.fused = False
         width = self.hidden_size if isinstance(self.conv, nn.Linear) else self.in_features
         self.num_features = width * self.global_pool.feat_mult()
         if num_classes > 0:
-            self.fc: nn.Module = nn.Linear(self.num_features, num_classes)
+            self.fc: Any = nn.Linear(self.num_features, num_classes)
             init_weights(self.fc)
         else:
             self.fc = nn.Identity()
@@ -305,11 +309,22 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C4, H, W) -> (B, num_classes); with ``pre_logits`` (B, hidden_size); unpooled (B, ..., H, W)."""
         x = x.permute(0, 2, 3, 1)
+        if self.fused:  # noqa: SIM102  a constant by itself, or TorchScript would look for the layers that are not there
+            if not pre_logits:
+                conv, norm, fc = self.conv, self.norm, self.fc
+                return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
         x = self.norm(self.act(self.conv(x)))
         x = self.drop(self.global_pool(x))
         if not pre_logits:
             x = self.fc(x)
         return x.permute(0, 3, 1, 2) if self.global_pool.is_identity() else x
+
+    @torch.jit.ignore
+    def fuse(self) -> Head:
+        """In evaluation one operation, where there are both layers and the pooling is the paper's."""
+        layers = [type(layer) for layer in (self.conv, self.norm, self.fc)]
+        self.fused = layers == [nn.Linear, nn.LayerNorm, nn.Linear] and self.global_pool.pool_type == "avg"
+        return self
 
 
 def init_weights(module: nn.Module) -> None:

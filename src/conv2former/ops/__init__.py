@@ -1,11 +1,14 @@
 """The operations that take Conv2Former's time, each as plain PyTorch and as fused kernels with the same values.
 
 ``modulation`` and ``mlp_middle`` choose what computes them (``backend``): plain PyTorch, which is the specification,
-Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are the same.
+Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are the same. ``stem``, ``blocks``,
+``downsample`` and ``head`` are all of a network that was fused for inference (``fusing``), in C++ on CPUs.
 """
 
 from conv2former.ops.backend import BACKENDS, backend_for, set_backend, use_backend
 from conv2former.ops.blocks import blocks
+from conv2former.ops.downsample import downsample, downsample_reference
+from conv2former.ops.head import head, head_reference
 from conv2former.ops.mlp import mlp_middle, mlp_middle_reference
 from conv2former.ops.modulation import modulation, modulation_reference
 from conv2former.ops.stem import stem, stem_reference
@@ -14,6 +17,10 @@ __all__ = [
     "BACKENDS",
     "backend_for",
     "blocks",
+    "downsample",
+    "downsample_reference",
+    "head",
+    "head_reference",
     "mlp_middle",
     "mlp_middle_reference",
     "modulation",

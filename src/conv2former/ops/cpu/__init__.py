@@ -13,10 +13,12 @@ import torch
 
 from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.depthwise import mlp_middle, mlp_middle_backward, modulation, modulation_backward
-from conv2former.ops.cpu.evaluation import blocks, stem
+from conv2former.ops.cpu.evaluation import blocks, downsample, head, stem
 
 __all__ = [
     "blocks",
+    "downsample",
+    "head",
     "mlp_middle",
     "mlp_middle_backward",
     "modulation",

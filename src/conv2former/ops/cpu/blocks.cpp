@@ -4,27 +4,10 @@
 //
 // Of h there is never more than some channels of a band of rows, which stays in the second cache level.
 #include "products.h"
+#include <array>
+#include <numeric>
+#include <omp.h>
 #include <utility>
-
-// One position's channels, normalised, into a row of a left matrix
-template <class Kind, class T>
-static inline void normalise(uint32_t* row, const T* x, long channels, float eps) {
-  long whole = channels / V * V, rest = channels - whole;
-  vf total = rest ? load(x + whole, rest) : vf{}, squares{};
-  for (long c = 0; c < whole; c += V) total += load(x + c);
-  vf mean = all(sum(total) / channels);
-  for (long c = 0; c < whole; c += V) {
-    vf d = load(x + c) - mean;
-    squares += d * d;
-  }
-  if (rest) {
-    vf d = LANES < (int)rest ? load(x + whole, rest) - mean : vf{};
-    squares += d * d;
-  }
-  vf scale = all(1.f / __builtin_sqrtf(sum(squares) / channels + eps));
-  for (long c = 0; c < whole; c += V) put(Kind{}, row, c, (load(x + c) - mean) * scale);
-  if (rest) put(Kind{}, row, whole, LANES < (int)rest ? (load(x + whole, rest) - mean) * scale : vf{});
-}
 
 template <class Kind, class T, bool multiplied>
 struct Branch {
@@ -49,75 +32,114 @@ struct Branch {
   long pad() const { return kernel / 2; }
   long outs() const { return divided(channels, V); }
   long inner() const { return divided(hidden, V); }
-  // Vectors of h at a time. Their share of the output is added up block by block, except behind the multiplication, where
-  // the layer is as narrow as the output.
-  long block() const { return multiplied ? PANEL : 4 * Kind::STEP; }
-  long band() const {  // rows: a few hundred positions, more where a large kernel needs many rows around
-    long bands = std::max<long>(1, height * width / (multiplied ? 448 : 224));
-    return divided(height, std::min(bands, height));
-  }
-  long slots() const { return band() + 2 * pad(); }
-  long line() const { return width + 2 * pad() + STRIP + 2; }
   long depth() const { return words(Kind{}, channels); }
+  long left_row() const { return words(Kind{}, outs() * V); }  // whole vectors, since several threads write them
+  long slots() const { return rows + 2 * pad(); }
+  long line() const { return width + 2 * pad() + STRIP + 2; }
+
+  // How it is worked on, see `run`: rows in a band, vectors of h at a time
+  long rows = 0, block = 0;
 
   // What a task works on: rows [y, end) of an image, of which h is there up to `filled` and shall be up to `fresh`
   struct Band {
     long y, end, filled, fresh, first;  // `first`: the row at which the normalised rows begin
-    bool starts;
+    bool starts, ends;
   };
   struct Memory {
     vf *sums, *h, *kept, *row, *values, *filter;
     uint32_t *left, *middle;
   };
 
-  Memory memory(long count) const {
-    long positions = band() * width, wide = multiplied ? count : block();
-    long sizes[] = {positions * outs(),         block() * slots() * line(), count * 2 * pad() * line(),
-                    PANEL * width,              PANEL * positions,          kernel * kernel,
-                    divided((slots() + pad()) * width * depth(), V) + 1,    divided(positions * words(Kind{}, wide * V), V) + 1};
-    long total = 0;
-    for (long size : sizes) total += size;
-    vf *next = scratch(total), *at[8];
-    for (int i = 0; i < 8; next += sizes[i++]) at[i] = next;
+  // A thread's own, for so many vectors of sums at each position of a band and so many of h whose last rows are kept
+  static constexpr int OWN = 6;
+  std::array<long, OWN> own(long sums, long kept) const {
+    return {sums * rows * width, block * slots() * line(), kept * 2 * pad() * line(), PANEL * width, PANEL * rows * width,
+            kernel * kernel};
+  }
+  long left_size() const { return divided((slots() + pad()) * width * left_row(), V); }
+  long middle_size(long vectors) const { return divided(rows * width * words(Kind{}, vectors * V), V); }
+  static long total(const std::array<long, OWN>& sizes) { return std::accumulate(sizes.begin(), sizes.end(), 0L); }
+  static Memory place(vf* next, const std::array<long, OWN>& sizes, vf* left, vf* middle) {
+    vf* at[OWN];
+    for (int i = 0; i < OWN; next += sizes[i++]) at[i] = next;
     std::memset((void*)at[1], 0, sizes[1] * sizeof(vf));  // the columns beside the map stay zero
-    return {at[0], at[1], at[2], at[3], at[4], at[5], (uint32_t*)at[6], (uint32_t*)at[7]};
+    return {at[0], at[1], at[2], at[3], at[4], at[5], (uint32_t*)left, (uint32_t*)middle};
   }
 
-  // Rows [from, to) of an image, with the hidden vectors [first, last): the output, or their share of it where a map for
-  // the shares is given.
-  void segment(long image, long from, long to, long first, long last, vf* share) const {
-    Memory m = memory(last - first);
-    const T* map = x + image * height * width * channels;
+  // Rows [from, to) of an image, by one thread, band by band. The output is added up block by block of h, except behind the
+  // multiplication, where the hidden layer is as narrow as the output.
+  void segment(long image, long from, long to) const {
+    long most = multiplied ? inner() : block, step = words(Kind{}, most * V), again = 2 * pad() * line();
+    auto sizes = own(outs(), inner());
+    vf* memory = scratch(total(sizes) + left_size() + middle_size(most));
+    Memory m = place(memory + left_size() + middle_size(most), sizes, memory, memory + left_size());
     Band b{};
     b.filled = std::max<long>(from - pad(), 0);
-    long most = multiplied ? last - first : block(), step = words(Kind{}, most * V);
     for (b.y = from; b.y < to; b.y = b.end, b.filled = b.fresh) {
-      b.end = std::min(b.y + band(), to), b.fresh = std::min(b.end + pad(), height), b.starts = b.y == from;
+      b.end = std::min(b.y + rows, to), b.fresh = std::min(b.end + pad(), height), b.starts = b.y == from, b.ends = b.end == to;
       b.first = multiplied ? std::min(b.y, b.filled) : b.filled;
       long positions = (b.end - b.y) * width, start = (image * height + b.y) * width;
-      for (long i = b.first * width; i < b.fresh * width; i++) {
-        __builtin_prefetch(map + (i + 16) * channels, 0, 2);
-        normalise<Kind>(m.left + (i - b.first * width) * depth(), map + i * channels, channels, eps);
-      }
-      vf* sums = share ? share + start * outs() : m.sums;
-      for (long v = first, done = 0; v < last; v += block()) {
-        long n = std::min(block(), last - v);
-        fill(b, m, v, n, m.kept + (v - first) * 2 * pad() * line());
-        for (long i = 0; i < n; i += PANEL) {
-          long some = std::min<long>(PANEL, n - i);
-          if (multiplied)
-            product<Kind>(positions, depth(), m.left + (b.y - b.first) * width * depth(), depth(), wv + (v + i) * depth(), 0,
-                          depth(), some, m.values, 1, positions, false);
-          for (long j = i; j < i + some; j++)
-            convolve(b, m, v + j, m.h + j * slots() * line(), m.values + (j - i) * positions, step, done + j);
-        }
+      normalise_rows(image, b, m, b.first, b.fresh);
+      for (long v = 0, done = 0; v < inner(); v += block) {
+        long n = std::min(block, inner() - v);
+        columns(b, m, v, n, m.kept + v * again, step, done);
         done += n;
-        if (done < most && v + n < last) continue;
+        if (done < most && v + n < inner()) continue;
         product<Kind>(positions, words(Kind{}, done * V), m.middle, step, w2, words(Kind{}, (v + n - done) * V),
-                      words(Kind{}, inner() * V), outs(), sums, outs(), 1, v + n - done > first);
+                      words(Kind{}, inner() * V), outs(), m.sums, outs(), 1, v + n - done > 0);
         done = 0;
       }
-      for (long i = 0; i < positions && !share; i++) put_out(start + i, sums + i * outs());
+      for (long i = 0; i < positions; i++) put_out(start + i, m.sums + i * outs(), 0, outs());
+    }
+  }
+
+  // A whole image by all threads of a team: each normalises some rows, then computes some vectors of h and what follows
+  // them, then some of the output.
+  void share(long image, const Memory& m, long member, long members) const {
+    Band b{0, height, 0, height, 0, true, true};
+    long positions = height * width, step = words(Kind{}, inner() * V);
+    normalise_rows(image, b, m, height * member / members, height * (member + 1) / members);
+#pragma omp barrier
+    long last = inner() * (member + 1) / members;
+    for (long v = inner() * member / members, n; v < last; v += n) {
+      n = together(v, last);
+      columns(b, m, v, n, nullptr, step, v);
+    }
+#pragma omp barrier
+    for (long v = 0; v < outs(); v += PANEL) {
+      long n = together(v, outs());
+      auto limit = [&](long i) {  // of all pairs of a vector and a position everybody has as many
+        return std::clamp<long>((outs() * positions * i / members - v * positions) / n, 0, positions);
+      };
+      long from = limit(member), to = limit(member + 1);
+      if (from == to) continue;
+      Panel weights = panel(w2, v, outs(), step);
+      product<Kind>(to - from, step, m.middle + from * step, step, weights, n, weights.weights + PANEL * step, m.sums, n, 1, false);
+      for (long i = from; i < to; i++) put_out(image * positions + i, m.sums + (i - from) * n, v, n);
+    }
+  }
+
+  void normalise_rows(long image, const Band& b, const Memory& m, long from, long to) const {
+    const T* map = x + image * height * width * channels;
+    for (long i = from * width; i < to * width; i++) {
+      __builtin_prefetch(map + (i + 16) * channels, 0, 2);
+      normalise<Kind>(m.left + (i - b.first * width) * left_row(), map + i * channels, channels, eps);
+    }
+  }
+
+  // n vectors of h from the one at v on, and what follows them up to the last product, into its left matrix
+  void columns(const Band& b, const Memory& m, long v, long n, vf* kept, long step, long column) const {
+    fill(b, m, v, n, kept);
+    long positions = (b.end - b.y) * width;
+    for (long i = 0, some; i < n; i += some) {
+      some = together(v + i, v + n);
+      if (multiplied) {
+        Panel weights = panel(wv, v + i, inner(), depth());
+        product<Kind>(positions, depth(), m.left + (b.y - b.first) * width * left_row(), left_row(), weights, some,
+                      weights.weights + PANEL * depth(), m.values, 1, positions, false);
+      }
+      for (long j = i; j < i + some; j++)
+        convolve(b, m, v + j, m.h + j * slots() * line(), m.values + (j - i) * positions, step, column + j);
     }
   }
 
@@ -130,11 +152,13 @@ struct Branch {
       for (long y = b.y - pad(); y < b.end + pad(); y++)
         if (y < 0 || y >= height) std::memset((void*)(h + (y - b.y + pad()) * line()), 0, line() * sizeof(vf));
     }
-    for (long i = 0; i < n; i += PANEL) {
-      long some = std::min<long>(PANEL, n - i);
-      for (long y = b.filled; y < b.fresh; y++) {
-        product<Kind>(width, depth(), m.left + (y - b.first) * width * depth(), depth(), w1 + (v + i) * depth(), 0, depth(),
-                      some, m.row, 1, width, false);
+    for (long i = 0, some; i < n; i += some) {
+      some = together(v + i, v + n);
+      Panel weights = panel(w1, v + i, inner(), depth());
+      const vf* ahead = weights.weights + PANEL * depth();
+      for (long y = b.filled; y < b.fresh; y++, ahead = weights.weights) {
+        product<Kind>(width, depth(), m.left + (y - b.first) * width * left_row(), left_row(), weights, some, ahead, m.row, 1, width,
+                      false);
         for (long j = 0; j < some; j++) {
           vf *row = m.h + (i + j) * slice + (y - b.y + pad()) * line(), before{};
           for (long p = 0; p < width; p++) {
@@ -145,7 +169,7 @@ struct Branch {
         }
       }
     }
-    for (long i = 0; i < n; i++)
+    for (long i = 0; i < n && !b.ends; i++)
       std::memcpy((void*)(kept + i * again), m.h + i * slice + (b.end - b.y) * line(), again * sizeof(vf));
   }
 
@@ -165,7 +189,8 @@ struct Branch {
         for (long i = 0; i < kernel; i++) window[i] = h + (y + i) * line();
         if constexpr (multiplied) {
           for (long i = 0; i < count; i++) sums[i] = start;
-          slide_any<Row>((int)count, sums, window, kernel, from, filter, kernel);
+          long first = std::max<long>(pad() - b.y - y, 0), last = std::min(kernel, height + pad() - b.y - y);  // on the map
+          slide_any<Row>((int)count, sums, window + first, last - first, from, filter + first * kernel, kernel);
         } else {
           nine_any((int)count, sums, window[0] + from, line(), filter, start);
         }
@@ -199,43 +224,54 @@ struct Branch {
     }
   }
 
-  void put_out(long position, const vf* sums) const {
-    finish(out + position * channels, x + position * channels, sums, b2, outs(), channels);
+  // n vectors of the output from the one at v on
+  void put_out(long position, const vf* sums, long v, long n) const {
+    long at = position * channels + v * V;
+    finish(out + at, x + at, sums, b2 + v, n, channels - v * V);
   }
 
-  // Images are dealt to threads. Where that leaves some idle, an image is cut into segments of rows if it has many of them
-  // (the rows around are computed twice), and the hidden layer into parts, whose shares are added up at the end.
-  int run(int threads) const {
-    long positions = images * height * width, panels = divided(inner(), PANEL);
-    bool uneven = images % threads && images < 4 * threads;
-    long segments = uneven ? std::clamp<long>(height / (8 + 4 * pad()), 1, threads) : 1;
-    long parts = uneven ? std::clamp<long>(divided(threads, images * segments), 1, panels) : 1, failed = 0;
-    vf* shares = nullptr;
-    if (parts > 1) {
-      shares = (vf*)std::aligned_alloc(64, divided(parts * positions * outs() * sizeof(vf), 64) * 64);
-      if (!shares) return 1;
-    }
-#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(3) reduction(+ : failed)
-    for (long image = 0; image < images; image++)
-      for (long s = 0; s < segments; s++)
-        for (long part = 0; part < parts; part++) try {
-            segment(image, height * s / segments, height * (s + 1) / segments, panels * part / parts * PANEL,
-                    std::min(panels * (part + 1) / parts * PANEL, inner()),
-                    shares ? shares + part * positions * outs() : nullptr);
-          } catch (const std::bad_alloc&) {
-            failed++;
-          }
-    if (shares) {
-#pragma omp parallel for num_threads(threads)
-      for (long i = 0; i < positions; i++) {
-        vf* total = shares + i * outs();
-        for (long part = 1; part < parts; part++)
-          for (long v = 0; v < outs(); v++) total[v] += total[part * positions * outs() + v];
-        put_out(i, total);
-      }
-      std::free(shares);
-    }
+  // Images are dealt to threads. Those that are left over, fewer than threads, are cut into segments of rows if they have
+  // enough of them (the rows around are computed twice), or else worked on by all threads together.
+  int run(long threads) {
+    long dealt = images / threads * threads, left = images - dealt;
+    long segments = std::clamp<long>(height / (8 + 4 * pad()), 1, threads);
+    // a few hundred positions, more where a large kernel needs many rows around
+    long bands = std::max<long>(1, height * width / (multiplied ? 448 : 224));
+    rows = divided(height, std::min(bands, height)), block = multiplied ? PANEL : 4 * Kind::STEP;
+    if (deal(0, dealt, 1, threads)) return 1;
+    if (left * segments >= threads || !left) return deal(dealt, images, segments, threads);
+    rows = height, block = PANEL;
+    return gather(dealt, threads);
+  }
+
+  int deal(long first, long last, long segments, long threads) const {
+    long failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(2) reduction(+ : failed)
+    for (long image = first; image < last; image++)
+      for (long s = 0; s < segments; s++) try {
+          segment(image, height * s / segments, height * (s + 1) / segments);
+        } catch (const std::bad_alloc&) {
+          failed++;
+        }
     return failed > 0;
+  }
+
+  int gather(long first, long threads) const {
+    auto sizes = own(PANEL, 0);
+    vf* memory;
+    try {  // here, since a thread that fails would be waited for at the barriers
+      memory = scratch(threads * total(sizes) + left_size() + middle_size(inner()));
+    } catch (const std::bad_alloc&) {
+      return 1;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+      long member = omp_get_thread_num(), members = omp_get_num_threads();
+      vf* shared = memory + threads * total(sizes);
+      Memory m = place(memory + member * total(sizes), sizes, shared, shared + left_size());
+      for (long image = first; image < images; image++) share(image, m, member, members);
+    }
+    return 0;
   }
 };
 

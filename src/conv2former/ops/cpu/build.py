@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("depthwise.cpp", "blocks.cpp", "stem.cpp")
+SOURCES = ("depthwise.cpp", "blocks.cpp", "stem.cpp", "downsample.cpp", "head.cpp")
 # no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("g++", "clang++", "c++")

@@ -1,4 +1,4 @@
-"""The stem and the blocks in evaluation: ``stem.cpp`` and ``blocks.cpp``."""
+"""The operations of evaluation: ``stem.cpp``, ``blocks.cpp``, ``downsample.cpp``, ``head.cpp``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _packed_branches(weights: Sequence[Tensor]) -> list[Tensor]:
             for pack, half in zip((packing.panels, packing.vectors), each, strict=True)
         ]
         parts += [packing.taps(taps), packing.vectors(taps_bias)]
-        parts += [packing.panels_of_whole_vectors(last), packing.vectors(last_bias)]
+        parts += [packing.panels(packing.whole_vectors(last)), packing.vectors(last_bias)]
         branches.append(torch.cat([part.flatten().view(torch.uint8) for part in parts]))
     return branches
 
@@ -66,3 +66,38 @@ def stem(
 
 def _packed_stem(weights: Sequence[Tensor]) -> list[Tensor]:
     return [packing.rows_of_panels(weight) if weight.ndim > 1 else packing.vectors(weight) for weight in weights]
+
+
+def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``downsample``."""
+    x = x.contiguous()
+    out = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
+    if out.numel():
+        parts = packing.packed((weight, bias), _packed_downsample)
+        call("downsample", x.dtype, (*x.shape, len(weight)), pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
+    return out
+
+
+def _packed_downsample(weights: Sequence[Tensor]) -> list[Tensor]:
+    weight, bias = weights
+    places = packing.whole_vectors(weight.permute(0, 2, 3, 1))
+    return [packing.panels(places.flatten(1)), packing.vectors(bias)]
+
+
+def head(
+    x: Tensor, weight1: Tensor, bias1: Tensor, scale: Tensor, offset: Tensor, weight2: Tensor, bias2: Tensor, eps: float
+) -> Tensor:
+    """``head``."""
+    x = x.contiguous()
+    out = x.new_empty(len(x), len(weight2))
+    if out.numel():
+        parts = packing.packed((weight1, bias1, scale, offset, weight2, bias2), _packed_head)
+        shape = len(x), x.shape[1] * x.shape[2], x.shape[3], len(weight1), len(weight2)
+        call("head", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
+    return out
+
+
+def _packed_head(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        packing.panels(packing.whole_vectors(weight)) if weight.ndim > 1 else packing.vectors(weight) for weight in weights
+    ]

@@ -64,9 +64,9 @@ def panels(weight: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def panels_of_whole_vectors(weight: Tensor) -> Tensor:
-    """``panels`` for inputs that come in whole vectors."""
-    return panels(F.pad(weight, (0, -weight.shape[1] % lanes())))
+def whole_vectors(weight: Tensor) -> Tensor:
+    """(..., in), zeros up to whole vectors of inputs."""
+    return F.pad(weight, (0, -weight.shape[-1] % lanes()))
 
 
 def rows_of_panels(weight: Tensor) -> Tensor:

@@ -62,17 +62,30 @@ static constexpr long divided(long n, long by) { return (n + by - 1) / by; }
 
 // ---- products
 
+// Where some vectors of outputs of a packed matrix lie: they are all of a panel, or one of its two, `stride` vectors apart
+struct Panel {
+  const vf* weights;
+  long stride;
+};
+// The panel of vector v, of a packed matrix with `vectors` of them and `depth` inputs
+static inline Panel panel(const vf* packed, long v, long vectors, long depth) {
+  long begin = v / PANEL * PANEL;
+  return {packed + begin * depth + v % PANEL, std::min<long>(PANEL, vectors - begin)};
+}
+// How many vectors from v on lie in one panel and before `last`
+static inline long together(long v, long last) { return std::min(v / PANEL * PANEL + PANEL, last) - v; }
+
 // M positions times N vectors of outputs. `a` holds words, each a float or a pair of bfloat16. What lies `ahead` is asked
 // for meanwhile: the next panel, which otherwise comes from memory no faster than the processor foresees.
 template <class Kind, int M, int N>
-static void tile(long steps, const uint32_t* a, long a_row, const vf* b, const vf* ahead, vf* c, long c_row, long c_vector,
-                 bool add) {
+static void tile(long steps, const uint32_t* a, long a_row, const vf* b, long stride, const vf* ahead, vf* c, long c_row,
+                 long c_vector, bool add) {
   vf s[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
     for (int j = 0; j < N; j++) s[i][j] = add ? c[i * c_row + j * c_vector] : vf{};
-  for (long k = 0; k < steps; k++, b += N, ahead += N) {
+  for (long k = 0; k < steps; k++, b += stride, ahead += stride) {
     __builtin_prefetch(ahead, 0, 2);
     if (N > 1 && V * sizeof(float) == 64) __builtin_prefetch(ahead + 1, 0, 2);
 #pragma GCC unroll 16
@@ -89,11 +102,27 @@ static void tile(long steps, const uint32_t* a, long a_row, const vf* b, const v
 }
 
 template <class Kind, int N, int M = TILE>
-static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row, const vf* b, const vf* ahead, vf* c,
-                            long c_row, long c_vector, bool add) {
+static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row, const vf* b, long stride, const vf* ahead,
+                            vf* c, long c_row, long c_vector, bool add) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<Kind, M, N>(steps, a, a_row, b, ahead, c, c_row, c_vector, add);
-    tile_any<Kind, N, M - 1>(rows, steps, a, a_row, b, ahead, c, c_row, c_vector, add);
+    if (rows == M) return tile<Kind, M, N>(steps, a, a_row, b, stride, ahead, c, c_row, c_vector, add);
+    tile_any<Kind, N, M - 1>(rows, steps, a, a_row, b, stride, ahead, c, c_row, c_vector, add);
+  }
+}
+
+// c (rows, n vectors) = or += a (rows, steps) times inputs of a panel
+template <class Kind>
+static void product(long rows, long steps, const uint32_t* a, long a_row, Panel b, long n, const vf* ahead, vf* c, long c_row,
+                    long c_vector, bool add) {
+  long tiles = divided(rows, TILE);
+  for (long t = 0; t < tiles; t++) {
+    long from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
+    const vf* next = t ? b.weights : ahead;
+    if (n == PANEL)
+      tile_any<Kind, PANEL>(count, steps, a + from * a_row, a_row, b.weights, b.stride, next, c + from * c_row, c_row, c_vector,
+                            add);
+    else
+      tile_any<Kind, 1>(count, steps, a + from * a_row, a_row, b.weights, b.stride, next, c + from * c_row, c_row, c_vector, add);
   }
 }
 
@@ -101,19 +130,12 @@ static inline void tile_any(long rows, long steps, const uint32_t* a, long a_row
 template <class Kind>
 static void product(long rows, long steps, const uint32_t* a, long a_row, const vf* b, long skip, long depth, long vectors,
                     vf* c, long c_row, long c_vector, bool add) {
-  long tiles = divided(rows, TILE);
   const vf* after = b + (skip + steps) * std::min<long>(PANEL, vectors);
-  for (long v = 0; v < vectors; v += PANEL, b += PANEL * depth, c += PANEL * c_vector) {
-    long n = std::min<long>(PANEL, vectors - v);
-    const vf *here = b + skip * n, *ahead = v + n < vectors ? here + PANEL * depth : after;
-    for (long t = 0; t < tiles; t++) {
-      long from = rows * t / tiles, count = rows * (t + 1) / tiles - from;
-      const uint32_t* left = a + from * a_row;
-      if (n == PANEL)
-        tile_any<Kind, PANEL>(count, steps, left, a_row, here, t ? here : ahead, c + from * c_row, c_row, c_vector, add);
-      else
-        tile_any<Kind, 1>(count, steps, left, a_row, here, t ? here : ahead, c + from * c_row, c_row, c_vector, add);
-    }
+  for (long v = 0; v < vectors; v += PANEL) {
+    Panel here = panel(b, v, vectors, depth);
+    here.weights += skip * here.stride;
+    const vf* ahead = v + PANEL < vectors ? here.weights + PANEL * depth : after;
+    product<Kind>(rows, steps, a, a_row, here, together(v, vectors), ahead, c + v * c_vector, c_row, c_vector, add);
   }
 }
 
@@ -126,6 +148,26 @@ static constexpr long words(Plain, long channels) { return channels; }
 #if PAIRS
 static constexpr long words(Paired, long channels) { return divided(channels, 2); }
 #endif
+
+// One position's channels, normalised, into a row of a left matrix
+template <class Kind, class T>
+static inline void normalise(uint32_t* row, const T* x, long channels, float eps) {
+  long whole = channels / V * V, rest = channels - whole;
+  vf total = rest ? load(x + whole, rest) : vf{}, squares{};
+  for (long c = 0; c < whole; c += V) total += load(x + c);
+  vf mean = all(sum(total) / channels);
+  for (long c = 0; c < whole; c += V) {
+    vf d = load(x + c) - mean;
+    squares += d * d;
+  }
+  if (rest) {
+    vf d = LANES < (int)rest ? load(x + whole, rest) - mean : vf{};
+    squares += d * d;
+  }
+  vf scale = all(1.f / __builtin_sqrtf(sum(squares) / channels + eps));
+  for (long c = 0; c < whole; c += V) put(Kind{}, row, c, (load(x + c) - mean) * scale);
+  if (rest) put(Kind{}, row, whole, LANES < (int)rest ? (load(x + whole, rest) - mean) * scale : vf{});
+}
 
 template <class T>
 static inline vf load_up_to(const T* p, long n) {

@@ -1,0 +1,63 @@
+"""What stands between two stages, in evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conv2former.ops.backend import in_evaluation, kernels, operator
+
+__all__ = ["downsample", "downsample_reference"]
+
+
+def downsample_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``downsample`` in plain PyTorch: the specification."""
+    x = F.layer_norm(x, x.shape[-1:], eps=eps).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride=2).permute(0, 2, 3, 1)
+
+
+def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalisation over channels and 2x2 convolution with stride 2 (Sec. 3.1, "patch embedding" between stages).
+
+    The norm's factor and offset are taken to be in the weights already (``fusing``).
+
+    Args:
+        x: (B, H, W, C).
+        weight: (D, C, 2, 2).
+        bias: (D,).
+        eps: Of the normalisation.
+
+    Returns:
+        (B, H / 2, W / 2, D); a row or column left over goes.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
+        if _fits(x, weight, bias):
+            return _DOWNSAMPLE(x, weight, bias, eps)
+    return downsample_reference(x, weight, bias, eps)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    if x.ndim != 4 or weight.shape != (len(bias), x.shape[-1], 2, 2) or bias.ndim != 1 or min(x.shape[1:3]) < 2:
+        return False
+    return in_evaluation("downsample", x, (weight, bias), channels=min(weight.shape[:2]), kernel_size=3)
+
+
+def _downsample(x: Tensor, *arguments: Any) -> Tensor:
+    return kernels(x.device).downsample(x, *arguments)
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, weight.shape[0])
+
+
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * (x[1] // 2) * (x[2] // 2) * math.prod(weight)
+
+
+_DOWNSAMPLE = operator(
+    "downsample(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _downsample, _shape, flops=_flops
+)
