@@ -15,7 +15,7 @@ import torch
 from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
 
-from conv2former.ops import blocks, downsample, stem
+from conv2former.ops import blocks, downsample, join_block_weights, stem
 
 torch.fx.wrap("blocks")
 torch.fx.wrap("downsample")
@@ -48,14 +48,6 @@ def scaled(layer: Any, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return layer.weight.detach().double() * factor.double()[:, None], layer.bias.detach().double() * factor.double()
 
 
-def set_linear(like: Any, weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer of these numbers, (out, in) and (out,), with the dtype and device of ``like``."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight = nn.Parameter(weight.to(like.weight), requires_grad=False)
-    layer.bias = nn.Parameter(bias.to(like.weight), requires_grad=False)
-    return layer
-
-
 def set_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
     """Gives a convolution other numbers."""
     kept = conv.weight
@@ -72,29 +64,19 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.eps = block.norm1.eps
         mod, mlp = block.mod, block.mlp
-        parts = [linear_behind(layer, *affine(block.norm1)) for layer in (mod.w1, mod.w2)]
-        self.w = set_linear(mod.w1, *(torch.cat(both) for both in zip(*parts, strict=True)))
-        self.mod_dwconv = mod.dwconv
-        self.proj = set_linear(mod.proj, *scaled(mod.proj, getattr(block.ls1, "gamma", None)))
-        self.fc1 = set_linear(mlp.fc1, *linear_behind(mlp.fc1, *affine(block.norm2)))
-        self.mlp_dwconv = mlp.dwconv
-        self.fc2 = set_linear(mlp.fc2, *scaled(mlp.fc2, getattr(block.ls2, "gamma", None)))
-        self.requires_grad_(False)
+        self.eps, self.hidden, self.kernel_size = block.norm1.eps, len(mlp.fc1.weight), mod.dwconv.weight.shape[-1]
+        both = [linear_behind(layer, *affine(block.norm1)) for layer in (mod.w1, mod.w2)]
+        parts = [torch.cat(each) for each in zip(*both, strict=True)]
+        parts += [*mod.dwconv.taps(), *scaled(mod.proj, getattr(block.ls1, "gamma", None))]
+        parts += [*linear_behind(mlp.fc1, *affine(block.norm2)), *mlp.dwconv.taps()]
+        parts += scaled(mlp.fc2, getattr(block.ls2, "gamma", None))
+        row = join_block_weights([part.detach().double() for part in parts])
+        self.weights = nn.Parameter(row.to(mod.w1.weight), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return blocks(x, self.weights(), self.eps)
-
-    def weights(self) -> list[Tensor]:
-        """In the order of ``ops.blocks``."""
-        w, proj, fc1, fc2 = self.w, self.proj, self.fc1, self.fc2
-        mod_taps, mod_bias = self.mod_dwconv.taps()
-        mlp_taps, mlp_bias = self.mlp_dwconv.taps()
-        weights = [w.weight, w.bias, mod_taps, mod_bias, proj.weight, proj.bias]
-        weights += [fc1.weight, fc1.bias, mlp_taps, mlp_bias, fc2.weight, fc2.bias]
-        return weights
+        return blocks(x, [self.weights], self.hidden, self.kernel_size, self.eps)
 
 
 class FusedBlocks(nn.Sequential):
@@ -103,14 +85,14 @@ class FusedBlocks(nn.Sequential):
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
         first: Any = self[0]
-        self.eps = first.eps
+        self.eps, self.hidden, self.kernel_size = first.eps, first.hidden, first.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         weights: list[Tensor] = []
         for block in self:
-            weights += block.weights()  # type: ignore[operator]
-        return blocks(x, weights, self.eps)
+            weights.append(block.weights)  # type: ignore[arg-type]
+        return blocks(x, weights, self.hidden, self.kernel_size, self.eps)
 
 
 class FusedStem(nn.Module):

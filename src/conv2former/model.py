@@ -312,7 +312,7 @@ class Head(nn.Module):
         if self.fused:  # noqa: SIM102  a constant by itself, or TorchScript would look for the layers that are not there
             if not pre_logits:
                 conv, norm, fc = self.conv, self.norm, self.fc
-                return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
+                return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, self.eps)
         x = self.norm(self.act(self.conv(x)))
         x = self.drop(self.global_pool(x))
         if not pre_logits:
@@ -324,6 +324,7 @@ class Head(nn.Module):
         """In evaluation one operation, where there are both layers and the pooling is the paper's."""
         layers = [type(layer) for layer in (self.conv, self.norm, self.fc)]
         self.fused = layers == [nn.Linear, nn.LayerNorm, nn.Linear] and self.global_pool.pool_type == "avg"
+        self.eps = getattr(self.norm, "eps", 0.0)
         return self
 
 

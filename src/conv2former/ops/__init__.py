@@ -6,7 +6,7 @@ Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are
 """
 
 from conv2former.ops.backend import BACKENDS, backend_for, set_backend, use_backend
-from conv2former.ops.blocks import blocks
+from conv2former.ops.blocks import block_weights, blocks, join_block_weights
 from conv2former.ops.downsample import downsample, downsample_reference
 from conv2former.ops.head import head, head_reference
 from conv2former.ops.mlp import mlp_middle, mlp_middle_reference
@@ -16,11 +16,13 @@ from conv2former.ops.stem import stem, stem_reference
 __all__ = [
     "BACKENDS",
     "backend_for",
+    "block_weights",
     "blocks",
     "downsample",
     "downsample_reference",
     "head",
     "head_reference",
+    "join_block_weights",
     "mlp_middle",
     "mlp_middle_reference",
     "modulation",

@@ -5,7 +5,6 @@ Norms' factors and layer scales are taken to be in the weights already (``fusing
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,63 +16,98 @@ from conv2former.ops.backend import in_evaluation, kernels, operator
 from conv2former.ops.mlp import mlp_middle
 from conv2former.ops.modulation import modulation
 
-__all__ = ["blocks"]
-
-EACH = 12  # tensors of a block; `blocks` has the number itself, since TorchScript sees no constants
+__all__ = ["block_weights", "blocks", "join_block_weights"]
 
 
-def blocks(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
+def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
     """Blocks of one width, one after the other: a modulation branch and an MLP branch each.
 
     ``x = x + proj(modulation(u, v))`` with u and v the halves of ``w(norm(x))``, then ``x = x +
-    fc2(mlp_middle(fc1(norm(x))))``. The fused form never has more of the MLP's hidden layer than fits a processor's
-    cache. Where there are fewer images than threads it adds up parts of that layer in an order that depends on the
-    number of threads.
+    fc2(mlp_middle(fc1(norm(x))))``. The fused form never has more of the hidden layer than fits a processor's cache,
+    or, where there are fewer images than threads, that of one image.
 
     Args:
         x: (B, H, W, C).
-        weights: Of each block w (2C, C), that is W1 above W2, its bias, taps (C, 1, k, k) of the depthwise convolution,
-            its bias, proj (C, C), its bias; fc1 (D, C), its bias, taps (D, 1, 3, 3), their bias, fc2 (C, D), its bias.
+        weights: Those of each block in one row, see ``block_weights``: so many tensors are soon looked through.
+        hidden: Width D of the MLP's hidden layer.
+        kernel_size: Side k of the modulation's kernel.
         eps: Of the normalisations.
 
     Returns:
         (B, H, W, C).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
-        if _fits(x, weights):
-            return _BLOCKS(x, weights, eps)
-    for i in range(0, len(weights), 12):
-        w, w_bias, taps, taps_bias, proj, proj_bias = weights[i : i + 6]
+        if _fits(x, weights, hidden, kernel_size):
+            return _BLOCKS(x, weights, hidden, kernel_size, eps)
+    for row in weights:
+        parts = block_weights(row, x.shape[-1], hidden, kernel_size)
+        w, w_bias, taps, taps_bias, proj, proj_bias = parts[:6]
         u, v = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w, w_bias).chunk(2, dim=-1)
         x = x + F.linear(modulation(u, v, taps, taps_bias), proj, proj_bias)
-        fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias = weights[i + 6 : i + 12]
+        fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias = parts[6:]
         h = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), fc1, fc1_bias)
         x = x + F.linear(mlp_middle(h, taps, taps_bias), fc2, fc2_bias)
     return x
 
 
-def _fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the fused form is to compute them: it can, and the shapes are those of blocks that are all alike."""
-    if x.ndim != 4 or len(weights) < EACH or len(weights) % EACH:
+def block_weights(row: Tensor, dim: int, hidden: int, kernel_size: int) -> list[Tensor]:
+    """The weights of a block, views of the tensor (n,) that has them one after the other.
+
+    Each begins at a multiple of 64 numbers, as kernels like it.
+
+    Returns:
+        w (2C, C), that is W1 above W2, its bias, taps (C, 1, k, k) of the depthwise convolution, its bias, proj (C, C),
+        its bias; fc1 (D, C), its bias, taps (D, 1, 3, 3), their bias, fc2 (C, D), its bias.
+    """
+    shapes = [[2 * dim, dim], [2 * dim], [dim, 1, kernel_size, kernel_size], [dim], [dim, dim], [dim]]
+    shapes += [[hidden, dim], [hidden], [hidden, 1, 3, 3], [hidden], [dim, hidden], [dim]]
+    parts: list[Tensor] = []
+    start = 0
+    for shape in shapes:
+        size = 1
+        for side in shape:
+            size *= side
+        parts.append(row[start : start + size].view(shape))
+        start += (size + 63) // 64 * 64
+    return parts
+
+
+def join_block_weights(parts: Sequence[Tensor]) -> Tensor:
+    """The opposite of ``block_weights``, a copy."""
+    return torch.cat([F.pad(part.flatten(), (0, -part.numel() % 64)) for part in parts])
+
+
+def _fits(x: Tensor, weights: Sequence[Tensor], hidden: int, kernel_size: int) -> bool:
+    """Whether the fused form is to compute them: it can, and the sizes are right."""
+    if x.ndim != 4 or not weights or hidden < 1 or kernel_size < 1 or kernel_size % 2 == 0:
         return False
-    c, d, k = x.shape[-1], weights[6].shape[0], weights[2].shape[-1]
-    modulation_shapes = (2 * c, c), (2 * c,), (c, 1, k, k), (c,), (c, c), (c,)
-    shapes = *modulation_shapes, (d, c), (d,), (d, 1, 3, 3), (d,), (c, d), (c,)
-    if k % 2 == 0 or any(weight.shape != shapes[i % EACH] for i, weight in enumerate(weights)):
+    size = _size(x.shape[-1], hidden, kernel_size)
+    if any(row.ndim != 1 or len(row) != size for row in weights):
         return False
-    return in_evaluation("blocks", x, weights, channels=c, kernel_size=k)
+    return in_evaluation("blocks", x, weights, channels=x.shape[-1], kernel_size=kernel_size)
 
 
-def _blocks(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
-    return kernels(x.device).blocks(x, weights, eps)
+def _size(dim: int, hidden: int, kernel_size: int) -> int:
+    """Numbers in a row of weights."""
+    sizes = 2 * dim * dim, 2 * dim, dim * kernel_size**2, dim, dim * dim, dim
+    sizes += hidden * dim, hidden, hidden * 9, hidden, dim * hidden, dim
+    return sum((size + 63) // 64 * 64 for size in sizes)
 
 
-def _shape(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
+def _blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
+    return kernels(x.device).blocks(x, weights, hidden, kernel_size, eps)
+
+
+def _shape(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _flops(x: Any, weights: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) > 1)
+def _flops(x: Any, weights: Any, hidden: int, kernel_size: int, *_: Any, **__: Any) -> int:
+    batch, height, width, dim = x
+    each = 3 * dim**2 + 2 * dim * hidden + kernel_size**2 * dim + 9 * hidden
+    return 2 * batch * height * width * len(weights) * each
 
 
-_BLOCKS = operator("blocks(Tensor x, Tensor[] weights, float eps) -> Tensor", _blocks, _shape, flops=_flops)
+_BLOCKS = operator(
+    "blocks(Tensor x, Tensor[] weights, int hidden, int kernel_size, float eps) -> Tensor", _blocks, _shape, flops=_flops
+)

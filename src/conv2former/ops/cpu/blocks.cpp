@@ -82,7 +82,7 @@ struct Branch {
       normalise_rows(image, b, m, b.first, b.fresh);
       for (long v = 0, done = 0; v < inner(); v += block) {
         long n = std::min(block, inner() - v);
-        columns(b, m, v, n, m.kept + v * again, step, done);
+        columns(b, m, v, n, m.kept + v * again, m.middle, step, done);
         done += n;
         if (done < most && v + n < inner()) continue;
         product<Kind>(positions, words(Kind{}, done * V), m.middle, step, w2, words(Kind{}, (v + n - done) * V),
@@ -100,10 +100,13 @@ struct Branch {
     long positions = height * width, step = words(Kind{}, inner() * V);
     normalise_rows(image, b, m, height * member / members, height * (member + 1) / members);
 #pragma omp barrier
-    long last = inner() * (member + 1) / members;
-    for (long v = inner() * member / members, n; v < last; v += n) {
-      n = together(v, last);
-      columns(b, m, v, n, nullptr, step, v);
+    // of all pairs of a vector and a row everybody has as many; the first and the last vector may be there in part
+    long begin = inner() * height * member / members, end = inner() * height * (member + 1) / members;
+    for (long v = begin / height, n; v * height < end; v += n) {
+      b.y = std::max<long>(begin - v * height, 0), b.end = std::min(end - v * height, height);
+      b.filled = std::max<long>(b.y - pad(), 0), b.fresh = std::min(b.end + pad(), height);
+      n = b.y > 0 ? 1 : together(v, std::max(end / height, v + 1));
+      columns(b, m, v, n, nullptr, m.middle + b.y * width * step, step, v);
     }
 #pragma omp barrier
     for (long v = 0; v < outs(); v += PANEL) {
@@ -128,7 +131,7 @@ struct Branch {
   }
 
   // n vectors of h from the one at v on, and what follows them up to the last product, into its left matrix
-  void columns(const Band& b, const Memory& m, long v, long n, vf* kept, long step, long column) const {
+  void columns(const Band& b, const Memory& m, long v, long n, vf* kept, uint32_t* middle, long step, long column) const {
     fill(b, m, v, n, kept);
     long positions = (b.end - b.y) * width;
     for (long i = 0, some; i < n; i += some) {
@@ -139,7 +142,7 @@ struct Branch {
                       weights.weights + PANEL * depth(), m.values, 1, positions, false);
       }
       for (long j = i; j < i + some; j++)
-        convolve(b, m, v + j, m.h + j * slots() * line(), m.values + (j - i) * positions, step, column + j);
+        convolve(b, m, v + j, m.h + j * slots() * line(), m.values + (j - i) * positions, middle, step, column + j);
     }
   }
 
@@ -174,7 +177,8 @@ struct Branch {
   }
 
   // What follows the convolution of one vector of channels, into a column of the last product's left matrix
-  void convolve(const Band& b, const Memory& m, long v, const vf* h, const vf* values, long step, long column) const {
+  void convolve(const Band& b, const Memory& m, long v, const vf* h, const vf* values, uint32_t* middle, long step,
+                long column) const {
     const vf* filter = taps + v * kernel * kernel;
     if (Row::STEP > 1) {
       for (long i = 0; i < kernel * kernel; i++) m.filter[i] = Row::pack(filter[i], (i + 1) % kernel ? filter[i + 1] : vf{});
@@ -198,7 +202,7 @@ struct Branch {
           long p = y * width + from + i;
           vf result = multiplied ? sums[i] * (values[p] + bv[v])
                                    : Row::first(window[pad()][from + i + pad()]) + gelu(sums[i], x);
-          put(Kind{}, m.middle + p * step, column * V, result);
+          put(Kind{}, middle + p * step, column * V, result);
         }
       }
     }

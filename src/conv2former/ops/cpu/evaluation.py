@@ -8,37 +8,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from conv2former.ops.blocks import block_weights
 from conv2former.ops.cpu import packing
 from conv2former.ops.cpu.calls import call, pointer
 
 
-def blocks(x: Tensor, weights: list[Tensor], eps: float) -> Tensor:
+def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
     """``blocks``."""
     x = x.contiguous()
     out, between = torch.empty_like(x), torch.empty_like(x)
     if out.numel():
-        packed = packing.packed(weights, _packed_branches)
-        shape = *x.shape, len(weights[6]), weights[2].shape[-1], len(packed) // 2
+        packed = packing.packed(weights, _packed_branches, x.shape[-1], hidden, kernel_size)
+        shape = *x.shape, hidden, kernel_size, len(weights)
         places = (ctypes.c_void_p * len(packed))(*(branch.data_ptr() for branch in packed))
         call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), places, pointer(between), pointer(out))
     return out
 
 
-def _packed_branches(weights: Sequence[Tensor]) -> list[Tensor]:
+def _packed_branches(weights: Sequence[Tensor], dim: int, hidden: int, kernel_size: int) -> list[Tensor]:
     """Of each branch all weights in a row, as bytes."""
     branches = []
-    for i in range(0, len(weights), 6):
-        first, first_bias, taps, taps_bias, last, last_bias = weights[i : i + 6]
-        halves = 2 if len(first) == 2 * len(taps) else 1
-        parts = [
-            pack(half)
-            for each in zip(first.chunk(halves), first_bias.chunk(halves), strict=True)
-            for pack, half in zip((packing.panels, packing.vectors), each, strict=True)
-        ]
-        parts += [packing.taps(taps), packing.vectors(taps_bias)]
-        parts += [packing.panels(packing.whole_vectors(last)), packing.vectors(last_bias)]
-        branches.append(torch.cat([part.flatten().view(torch.uint8) for part in parts]))
+    for row in weights:
+        parts = block_weights(row, dim, hidden, kernel_size)
+        branches += [_packed_branch(2, *parts[:6]), _packed_branch(1, *parts[6:])]
     return branches
+
+
+def _packed_branch(
+    halves: int, first: Tensor, first_bias: Tensor, taps: Tensor, taps_bias: Tensor, last: Tensor, last_bias: Tensor
+) -> Tensor:
+    parts = [
+        pack(half)
+        for each in zip(first.chunk(halves), first_bias.chunk(halves), strict=True)
+        for pack, half in zip((packing.panels, packing.vectors), each, strict=True)
+    ]
+    parts += [packing.taps(taps), packing.vectors(taps_bias)]
+    parts += [packing.panels(packing.whole_vectors(last)), packing.vectors(last_bias)]
+    return torch.cat([part.flatten().view(torch.uint8) for part in parts])
 
 
 def stem(

@@ -19,15 +19,15 @@ _kept: Any = (
 )  # the first weight of a call: what all were when they were packed, and the results
 
 
-def packed(weights: Sequence[Tensor], pack: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
-    """What ``pack`` makes of the weights of a call, made anew if one of them has changed since."""
+def packed(weights: Sequence[Tensor], pack: Callable[..., list[Tensor]], *sizes: int) -> list[Tensor]:
+    """What ``pack`` makes of the weights of a call and of sizes, made anew if one of them has changed since."""
     if any(weight.is_inference() for weight in weights):  # such tensors do not tell whether they have changed
-        return pack([weight.detach() for weight in weights])
-    facts = [(w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights]
+        return pack([weight.detach() for weight in weights], *sizes)
+    facts = [sizes, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights)]
     known = _kept.get(weights[0])
     if known is None or known[0] != facts or not all(map(_as_before, known[1], weights)):
         with torch.inference_mode(False), torch.no_grad():
-            made = pack([weight.detach() for weight in weights])
+            made = pack([weight.detach() for weight in weights], *sizes)
         refs = [(weakref.ref(weight), StorageWeakRef(weight.untyped_storage())) for weight in weights]
         known = _kept[weights[0]] = facts, refs, made
     return known[2]
