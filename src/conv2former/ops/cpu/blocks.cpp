@@ -238,7 +238,7 @@ struct Branch {
   // enough of them (the rows around are computed twice), or else worked on by all threads together.
   int run(long threads) {
     long dealt = images / threads * threads, left = images - dealt;
-    long segments = std::clamp<long>(height / (8 + 4 * pad()), 1, threads);
+    long segments = std::clamp<long>(height / (16 + 2 * pad()), 1, threads);
     // a few hundred positions, more where a large kernel needs many rows around
     long bands = std::max<long>(1, height * width / (multiplied ? 448 : 224));
     rows = divided(height, std::min(bands, height)), block = multiplied ? PANEL : 4 * Kind::STEP;

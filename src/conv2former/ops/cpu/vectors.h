@@ -65,29 +65,43 @@ static inline vf most(vf a, vf b) { return a > b ? a : b; }
 #endif
 static inline vf magnitude(vf x) { return as_float((vu)x & 0x7fffffff); }
 
-// exp(x) for -87 <= x <= 0, relative error 2e-7
-static inline vf exponential(vf x) {
+// 2^x for -126 <= x <= 0: of the distance to the nearest whole number by a polynomial, fitted by weighted least squares to
+// the smallest largest relative error, 8e-8
+static inline vf power_of_two(vf x) {
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, 8);
+#else
   const vf shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-  vf n = (x * 1.44269504f + shift) - shift;
-  vf r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  vf p = ((((all(1.3888889e-3f) * r + 8.3333333e-3f) * r + 4.1666667e-2f) * r + 0.16666667f) * r + 0.5f) * r * r + r + 1.f;
+  vf n = (x + shift) - shift;
+#endif
+  vf r = x - n;
+  vf p = ((((1.32764717e-3f * r + 9.67554154e-3f) * r + 5.55071328e-2f) * r + 0.240221197f) * r + 0.693146967f) * r + 1.f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   return as_float((vu)(__builtin_convertvector(n, vi) << 23) + (vu)p);
+#endif
 }
 
 // The normal distribution at z, 0 <= z <= FAR: the tail beyond z and exp(-z^2 / 2). The tail is that exponential times a
 // polynomial in 1 / (1 + 0.275 z), fitted by weighted least squares: z times its error is below 1e-8.
 constexpr float FAR = 13.f;
 static inline void normal(vf z, vf& tail, vf& bell) {
-  bell = exponential(z * z * -0.5f);
+  bell = power_of_two(z * z * -0.72134752f);  // exp(-z^2 / 2)
   vf t = 1.f / (1.f + 0.275f * z);
   tail = bell * t *
          (((((-0.11362737f * t + 0.44706225f) * t - 0.32313257f) * t + 0.32772043f) * t + 0.044547006f) * t + 0.1174303f);
 }
 
+// x times the normal distribution, which minus one half is an odd function: z P(z^2) / Q(z^2), fitted to the smallest largest
+// error, 6e-8, under the condition that it is one half at 5.4, where x is cut (and a rounding error more, so that the
+// distribution is 0 below -5.4). Over all x it errs as much as PyTorch's GELU.
 static inline vf gelu(vf x, const float*) {
-  vf tail, bell, z = least(all(FAR), magnitude(x));
-  normal(z, tail, bell);
-  return most(all(0.f), x) - z * tail;
+  vf z = least(all(5.4f), most(all(-5.4f), x)), s = z * z;
+  vf p = ((((((-4.3335034e-12f * s + 7.47614095e-10f) * s - 5.65824165e-8f) * s + 2.424094e-6f) * s - 4.92305108e-5f) * s +
+           3.1928392e-3f) * s + 1.23522952e-2f) * s + 0.398942501f;
+  vf q = ((5.72392449e-4f * s + 1.59364317e-2f) * s + 0.197632555f) * s + 1.f;
+  return x * most(all(0.f), z * (p / q) + 0.5f);
 }
 
 // For bfloat16: an odd polynomial for the distribution minus one half, fitted by least squares under the condition that it
