@@ -13,6 +13,7 @@ from torch import nn
 
 import conv2former  # noqa: F401  registers the names
 from conv2former.fusing import FusedBlock
+from conv2former.ops import block_weights
 
 SMALL: dict[str, dict[str, Any]] = {
     "conv2former_t": dict(depths=(1, 1, 2, 1)),
@@ -71,12 +72,27 @@ def test_other_dtypes(dtype: torch.dtype, fill: Any) -> None:
 
 
 def test_fewer_operations(fill: Any) -> None:
-    """W1 and W2 are one product, and neither norms' affine parts nor layer scales remain in the blocks."""
+    """W1 and W2 are one product, norms' affine parts and layer scales are gone: blocks have one row of weights."""
     fused = build("conv2former_test", fill).fuse()
     block = fused.stages[0].blocks[0]
-    kinds = sorted(type(module).__name__ for module in block.children())
-    assert kinds == ["DepthwiseConv", "DepthwiseConv", "Linear", "Linear", "Linear", "Linear"]
-    assert block.w.weight.shape == (32, 16)
+    assert [name for name, _ in block.named_parameters()] == ["weights"] and not list(block.children())
+    w, *_ = block_weights(block.weights, 16, 64, 5)
+    assert w.shape == (32, 16)
+
+
+@pytest.mark.parametrize("pool", ["", "max", "avg"])
+def test_heads_of_other_kinds_compute_as_before(pool: str, fill: Any) -> None:
+    """No pooling, another one, no classes, a classifier that is exchanged behind fusing."""
+    x = torch.randn(2, 3, 64, 64)
+    for classes in (7, 0):
+        model = fill(timm.create_model("conv2former_test", num_classes=classes, global_pool=pool)).eval()
+        fused = copy.deepcopy(model).fuse()
+        assert fused.head.fused == (pool == "avg" and classes > 0)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+        for network in (model, fused):
+            network.reset_classifier(3, "avg")
+            network.head.fc.weight.data.fill_(0.5)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_twice_is_once(fill: Any) -> None:

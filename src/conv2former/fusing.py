@@ -2,8 +2,9 @@
 
 Constant factors and offsets go into the linear layer or convolution beside them: batch norm and the affine part of
 LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem, the blocks
-of a stage, what stands between stages and the head are then one operation each (``ops``). The parts are for evaluation alone: no
-dropout, no stochastic depth, no gradients needed.
+of a stage, what stands between stages and the head are then one operation each (``ops``). The parts are for evaluation
+alone: no dropout, no stochastic depth, no gradients needed. The layers that they are made of are gone or not called:
+hooks, quantisation and adapters belong on the network before.
 """
 
 from __future__ import annotations

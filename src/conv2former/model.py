@@ -224,7 +224,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = (
+        self.downsample: nn.Module = (
             nn.Sequential(ChannelNorm(in_dim, eps=LAYER_NORM_EPS), nn.Conv2d(in_dim, dim, 2, stride=2))
             if downsample
             else nn.Identity()

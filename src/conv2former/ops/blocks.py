@@ -40,7 +40,7 @@ def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps:
         if _fits(x, weights, hidden, kernel_size):
             return _BLOCKS(x, weights, hidden, kernel_size, eps)
     for row in weights:
-        parts = block_weights(row, x.shape[-1], hidden, kernel_size)
+        parts = block_weights(row, int(x.shape[-1]), hidden, kernel_size)  # a number, also in a trace
         w, w_bias, taps, taps_bias, proj, proj_bias = parts[:6]
         u, v = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w, w_bias).chunk(2, dim=-1)
         x = x + F.linear(modulation(u, v, taps, taps_bias), proj, proj_bias)
@@ -58,6 +58,9 @@ def block_weights(row: Tensor, dim: int, hidden: int, kernel_size: int) -> list[
     Returns:
         w (2C, C), that is W1 above W2, its bias, taps (C, 1, k, k) of the depthwise convolution, its bias, proj (C, C),
         its bias; fc1 (D, C), its bias, taps (D, 1, 3, 3), their bias, fc2 (C, D), its bias.
+
+    Raises:
+        ValueError: There are more or fewer numbers than that.
     """
     shapes = [[2 * dim, dim], [2 * dim], [dim, 1, kernel_size, kernel_size], [dim], [dim, dim], [dim]]
     shapes += [[hidden, dim], [hidden], [hidden, 1, 3, 3], [hidden], [dim, hidden], [dim]]
@@ -67,8 +70,11 @@ def block_weights(row: Tensor, dim: int, hidden: int, kernel_size: int) -> list[
         size = 1
         for side in shape:
             size *= side
-        parts.append(row[start : start + size].view(shape))
+        if start + size <= len(row):
+            parts.append(row[start : start + size].view(shape))
         start += (size + 63) // 64 * 64
+    if start != len(row):  # not its shape, which a trace would record
+        raise ValueError(f"the weights of a block are {len(row)} numbers, and {start} are needed")
     return parts
 
 
@@ -89,8 +95,8 @@ def _fits(x: Tensor, weights: Sequence[Tensor], hidden: int, kernel_size: int) -
 
 def _size(dim: int, hidden: int, kernel_size: int) -> int:
     """Numbers in a row of weights."""
-    sizes = 2 * dim * dim, 2 * dim, dim * kernel_size**2, dim, dim * dim, dim
-    sizes += hidden * dim, hidden, hidden * 9, hidden, dim * hidden, dim
+    sizes = [2 * dim * dim, 2 * dim, dim * kernel_size**2, dim, dim * dim, dim]
+    sizes += [hidden * dim, hidden, hidden * 9, hidden, dim * hidden, dim]
     return sum((size + 63) // 64 * 64 for size in sizes)
 
 
@@ -109,5 +115,8 @@ def _flops(x: Any, weights: Any, hidden: int, kernel_size: int, *_: Any, **__: A
 
 
 _BLOCKS = operator(
-    "blocks(Tensor x, Tensor[] weights, int hidden, int kernel_size, float eps) -> Tensor", _blocks, _shape, flops=_flops
+    "blocks(Tensor x, Tensor[] weights, int hidden, int kernel_size, float eps) -> Tensor",
+    _blocks,
+    _shape,
+    flops=_flops,
 )

@@ -35,7 +35,7 @@ def head(
         eps: Of the norm.
 
     Returns:
-        (B, K), in the order of any number of threads the same digits.
+        (B, K).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
         if _fits(x, weight1, bias1, scale, offset, weight2, bias2):
@@ -66,8 +66,8 @@ def _flops(x: Any, weight1: Any, bias1: Any, scale: Any, offset: Any, weight2: A
 
 
 _HEAD = operator(
-    "head(Tensor x, Tensor weight1, Tensor bias1, Tensor scale, Tensor offset, Tensor weight2, Tensor bias2, float eps) "
-    "-> Tensor",
+    "head(Tensor x, Tensor weight1, Tensor bias1, Tensor scale, Tensor offset, Tensor weight2, Tensor bias2, "
+    "float eps) -> Tensor",
     _head,
     _shape,
     flops=_flops,

@@ -80,7 +80,15 @@ def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     out = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
     if out.numel():
         parts = packing.packed((weight, bias), _packed_downsample)
-        call("downsample", x.dtype, (*x.shape, len(weight)), pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
+        call(
+            "downsample",
+            x.dtype,
+            (*x.shape, len(weight)),
+            pointer(x),
+            ctypes.c_float(eps),
+            *map(pointer, parts),
+            pointer(out),
+        )
     return out
 
 
@@ -105,5 +113,6 @@ def head(
 
 def _packed_head(weights: Sequence[Tensor]) -> list[Tensor]:
     return [
-        packing.panels(packing.whole_vectors(weight)) if weight.ndim > 1 else packing.vectors(weight) for weight in weights
+        packing.panels(packing.whole_vectors(weight)) if weight.ndim > 1 else packing.vectors(weight)
+        for weight in weights
     ]
