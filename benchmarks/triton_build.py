@@ -33,7 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conv2former.ops.triton import branch, large_kernel, three_rows
+from conv2former.ops.triton import large_kernel, three_rows
 from conv2former.ops.triton.lanes import channel_group
 
 TARGETS = (80, 90, 100)
@@ -41,7 +41,7 @@ KERNEL_SIZES = (3, 7, 11, 21)
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 SHAPES = ((72, 56), (288, 14))  # channels, width
 REGISTERS = 65536  # of a processor
-POINTERS = {"taps": "*fp32", "partial": "*fp32", "bias": "*fp32", "scale": "*fp32", "keep": "*fp32"}
+POINTERS = {"taps": "*fp32", "partial": "*fp32", "bias": "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -93,14 +93,11 @@ def programs(kernel_sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> 
             extra |= {"CG": group, "N": three_rows.LANES}
             yield from tuned(three_rows, "three_rows_kernel", f"MLP {stage}", shape | extra)
         shape["C"] = channels
-        strides = {"S": channels, "SG": channels, "SU": channels, "SV": channels, "SX": channels, "SY": channels}
+        strides = {"S": channels, "SG": channels, "SU": channels, "SV": channels}
         lanes = large_kernel.pad_lanes(dtype)
         extra = {"K": 11, "CG": channel_group(channels, lanes), "N": lanes, "EXACT": exact}
         yield plain(large_kernel, "pad_kernel", "pad", shape | strides | extra)
         yield plain(large_kernel, "pad_backward_kernel", "pad, backward", shape | strides | extra)
-        extra = {"CG": channel_group(channels, branch.LANES), "N": branch.LANES, "SCALE": True, "KEEP": True}
-        for name in ("residual_kernel", "residual_backward_kernel"):
-            yield plain(branch, name, name.removesuffix("_kernel").replace("_", " "), shape | strides | extra)
 
 
 def tuned(module: Any, name: str, what: str, args: dict[str, Any]) -> Iterator[Program]:

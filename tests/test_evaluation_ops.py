@@ -73,7 +73,7 @@ def make(name: str, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) 
     numbers: tuple[Any, ...] = sizes[-2:] if name == "stem" else (EPS,)
     if name == "blocks":
         weights = [ops.join_block_weights(weights[i : i + 12]) for i in range(0, len(weights), 12)]
-        numbers = *sizes[4:6], EPS
+        numbers = *sizes[3:6], EPS
     return [1.5 * torch.randn(first).to(dtype) + 1, *weights, *numbers]
 
 
@@ -98,7 +98,7 @@ def shapes(name: str, batch: int, height: int, width: int, *sizes: int) -> list[
 
 def given(name: str, arguments: list[Any]) -> list[Any]:
     """As the operation takes them: the weights of blocks are a list."""
-    return [arguments[0], arguments[1:-3], *arguments[-3:]] if name == "blocks" else arguments
+    return [arguments[0], arguments[1:-4], *arguments[-4:]] if name == "blocks" else arguments
 
 
 def compute(name: str, arguments: list[Any]) -> Tensor:
@@ -441,8 +441,8 @@ def test_blocks_that_differ(other: tuple[int, ...]) -> None:
 
 
 def test_no_blocks() -> None:
-    x, *_, d, k, eps = make("blocks", SMALL["blocks"])
-    assert_same_outcome("blocks", [x, d, k, eps])
+    x, *_, c, d, k, eps = make("blocks", SMALL["blocks"])
+    assert_same_outcome("blocks", [x, c, d, k, eps])
 
 
 def test_weights_of_a_block() -> None:
@@ -529,6 +529,19 @@ def test_compile_keeps_the_operators_and_the_values(fused: nn.Module) -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(mine, fused(x))
     assert [name for name in found if "conv2former" in name] == [f"conv2former.{name}.default" for name in ALL]
+
+
+@torch.no_grad()
+def test_sizes_may_be_left_open(fused: nn.Module) -> None:
+    """In a compiled graph without breaks: a network's, and its parts', whose channels the compiler leaves open too."""
+    parts = fused, fused.stem, fused.stages[1].blocks, fused.stages[1].blocks[0], fused.stages[1].downsample, fused.head
+    inputs = (3, 64, 96), (3, 64, 96), (5, 6, 24), (5, 6, 24), (16, 5, 6), (48, 2, 3)
+    for part, shape in zip(parts, inputs, strict=True):
+        torch._dynamo.reset()
+        compiled = torch.compile(part, fullgraph=True, dynamic=True, backend="aot_eager")
+        for batch in (2, 3):
+            x = torch.randn(batch, *shape)
+            assert torch.equal(compiled(x), part(x))
 
 
 @torch.no_grad()

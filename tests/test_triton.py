@@ -32,28 +32,19 @@ INTERPRETED_FACTOR = {"float32": 2.0, "float16": 2.0, "bfloat16": 4.0}
 class Case:
     """An operation on tensors of (B, H, W, C)."""
 
-    operation: str  # 'modulation', 'mlp' or 'residual'
+    operation: str  # 'modulation' or 'mlp'
     shape: tuple[int, int, int, int]
     kernel: int = 3
     dtype: str = "float32"
     layout: str = "plain"  # or 'halves' of one tensor (B, H, W, 2C), or 'channels_first'
-    scale: bool = True  # the residual's
-    keep: bool = True
-    branch: str = ""  # the dtype of the residual's branch, where it is another
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        options = "" if self.operation != "residual" else f"-scale{self.scale:d}-keep{self.keep:d}{self.branch}"
-        return f"{self.operation}{self.kernel}-{shape}-{self.dtype}-{self.layout}{options}"
+        return f"{self.operation}{self.kernel}-{shape}-{self.dtype}-{self.layout}"
 
 
-def plain_residual(x: Tensor, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
-    branch = y if scale is None else y * scale
-    return x + (branch if keep is None else branch * keep.to(y.dtype)[:, None, None, None])
-
-
-def inputs(case: Case, device: str) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-    """The output's gradient, the inputs that have gradients, and ``keep`` of the residual."""
+def inputs(case: Case, device: str) -> tuple[Tensor, list[Tensor]]:
+    """The output's gradient, and the inputs that have gradients."""
     torch.manual_seed(0)
     batch, height, width, channels = case.shape
     dtype = getattr(torch, case.dtype)
@@ -69,54 +60,38 @@ def inputs(case: Case, device: str) -> tuple[Tensor, list[Tensor | None], Tensor
     g = torch.randn(case.shape).to(device, dtype)
     weight = (torch.randn(channels, 1, case.kernel, case.kernel) / case.kernel).to(device)
     bias = torch.randn(channels, device="cpu").to(device)
-    if case.operation == "modulation":
-        return g, [first, second, weight, bias], None
-    if case.operation == "mlp":
-        return g, [first, weight, bias], None
-    keep = ((torch.arange(batch) % 3 > 0) / 0.75).to(device) if case.keep else None
-    second = second.to(getattr(torch, case.branch)) if case.branch else second
-    return g, [first, second, bias if case.scale else None], keep
+    return g, [first, second, weight, bias] if case.operation == "modulation" else [first, weight, bias]
 
 
-def fused(case: Case, g: Tensor, given: list[Any], keep: Tensor | None) -> list[Tensor | None]:
+def fused(case: Case, g: Tensor, given: list[Any]) -> list[Tensor]:
     """The kernels' output and gradients."""
-    if case.operation == "modulation":
-        z, a = kernels.modulation(*given, keep=True)
-        alone, nothing = kernels.modulation(*given, keep=False)
-        assert torch.equal(z, alone) and nothing.shape == (0,)
-        assert z.is_contiguous() and a.is_contiguous() and z.dtype == a.dtype == given[0].dtype
-        return [z, *kernels.modulation_backward(g, given[0], given[1], a, given[2])]
     if case.operation == "mlp":
         return [kernels.mlp_middle(*given), *kernels.mlp_middle_backward(g, *given)]
-    dy, dscale = kernels.residual_backward(g, given[1], given[2], keep)
-    return [kernels.residual(*given, keep), None, dy, dscale]
+    z, a = kernels.modulation(*given, keep=True)
+    alone, nothing = kernels.modulation(*given, keep=False)
+    assert torch.equal(z, alone) and nothing.shape == (0,)
+    assert z.is_contiguous() and a.is_contiguous() and z.dtype == a.dtype == given[0].dtype
+    return [z, *kernels.modulation_backward(g, given[0], given[1], a, given[2])]
 
 
-def plain(case: Case, g: Tensor, given: list[Tensor | None], keep: Tensor | None, dtype: Any) -> list[Tensor | None]:
-    """Plain PyTorch's output and gradients, all of it in one dtype where one is given."""
-    function = {"modulation": modulation_reference, "mlp": mlp_middle_reference, "residual": plain_residual}[
-        case.operation
-    ]
-    leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in given]
-    out = function(*leaves) if case.operation != "residual" else function(*leaves, keep)  # type: ignore[operator]
-    out.backward(g.to(out.dtype))
-    return [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+def plain(case: Case, g: Tensor, given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Plain PyTorch's output and gradients, all of it in one dtype."""
+    function: Any = {"modulation": modulation_reference, "mlp": mlp_middle_reference}[case.operation]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, g.to(dtype))]
 
 
 def measure(case: Case, device: str) -> dict[str, tuple[float, float]]:
     """Relative errors against float64, of the kernel and of plain PyTorch, by tensor."""
-    g, given, keep = inputs(case, device)
-    ours = fused(case, g, given, keep)
-    again = fused(case, g, given, keep) if device == "cuda" else ours
-    dtype = getattr(torch, case.dtype)
-    theirs = plain(case, g, given, keep, None if case.branch else dtype)
-    exact = plain(case, g, given, keep, torch.float64)
+    g, given = inputs(case, device)
+    ours = fused(case, g, given)
+    again = fused(case, g, given) if device == "cuda" else ours
+    theirs = plain(case, g, given, getattr(torch, case.dtype))
+    exact = plain(case, g, given, torch.float64)
     names = ["output", *(["first", "second", "third", "fourth"][: len(given)])]
     errors = {}
     for name, our, same, their, right, source in zip(names, ours, again, theirs, exact, [g, *given], strict=True):
-        if our is None:
-            continue
-        assert same is not None and their is not None and right is not None and source is not None
         assert torch.equal(our, same), f"{name} differs from one run to the next"
         assert our.shape == right.shape and our.dtype == source.dtype, name
         size = right.norm().item() or 1.0
@@ -145,14 +120,9 @@ SMALL = [
     Case("mlp", (2, 20, 3, 5)),
     Case("mlp", (1, 1, 1, 72), layout="halves"),
     Case("mlp", (1, 2, 1, 136)),
-    Case("residual", (3, 4, 5, 72)),
-    Case("residual", (3, 4, 5, 19), dtype="bfloat16", layout="halves", keep=False),
-    Case("residual", (3, 1, 7, 5), dtype="float16", layout="channels_first", scale=False),
-    Case("residual", (2, 2, 3, 136), scale=False, keep=False),
-    Case("residual", (4, 3, 3, 24), branch="bfloat16"),
 ]
 BETWEEN = [Case("modulation", (1, 5, 6, 19), kernel) for kernel in (5, 9, 15)]
-EMPTY = [Case(operation, (0, 4, 5, 19)) for operation in ("modulation", "mlp", "residual")]
+EMPTY = [Case(operation, (0, 4, 5, 19)) for operation in ("modulation", "mlp")]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +151,7 @@ def interpreter() -> Iterator[Callable[[Case], Any]]:
     "case", [*SMALL, *EMPTY, *(pytest.param(case, marks=pytest.mark.slow) for case in BETWEEN)], ids=str
 )
 def test_interpreted(case: Case, interpreter: Callable[[Case], Any]) -> None:
-    check(interpreter(case), INTERPRETED_FACTOR[case.branch or case.dtype])
+    check(interpreter(case), INTERPRETED_FACTOR[case.dtype])
 
 
 def test_nothing_is_imported_before_it_is_used() -> None:
@@ -280,8 +250,6 @@ LARGE = [
     *(Case("mlp", (2, 200, 304, channels), dtype="bfloat16") for channels in (288, 384)),
     *(Case("mlp", (8, 14, 14, channels), dtype="float16") for channels in (1280, 2304)),
     Case("mlp", (4, 56, 56, 288)),
-    *(Case("residual", (2, 200, 304, channels), dtype="bfloat16") for channels in (72, 144, 320)),
-    Case("residual", (16, 56, 56, 96), branch="bfloat16"),
 ]
 
 

@@ -66,7 +66,8 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Any) -> None:
         super().__init__()
         mod, mlp = block.mod, block.mlp
-        self.eps, self.hidden, self.kernel_size = block.norm1.eps, len(mlp.fc1.weight), mod.dwconv.weight.shape[-1]
+        self.eps, self.kernel_size = block.norm1.eps, mod.dwconv.weight.shape[-1]
+        self.hidden, self.dim = mlp.fc1.weight.shape
         both = [linear_behind(layer, *affine(block.norm1)) for layer in (mod.w1, mod.w2)]
         parts = [torch.cat(each) for each in zip(*both, strict=True)]
         parts += [*mod.dwconv.taps(), *scaled(mod.proj, getattr(block.ls1, "gamma", None))]
@@ -77,7 +78,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return blocks(x, [self.weights], self.hidden, self.kernel_size, self.eps)
+        return blocks(x, [self.weights], self.dim, self.hidden, self.kernel_size, self.eps)
 
 
 class FusedBlocks(nn.Sequential):
@@ -86,14 +87,14 @@ class FusedBlocks(nn.Sequential):
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
         first: Any = self[0]
-        self.eps, self.hidden, self.kernel_size = first.eps, first.hidden, first.kernel_size
+        self.dim, self.hidden, self.kernel_size, self.eps = first.dim, first.hidden, first.kernel_size, first.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         weights: list[Tensor] = []
         for block in self:
             weights.append(block.weights)  # type: ignore[arg-type]
-        return blocks(x, weights, self.hidden, self.kernel_size, self.eps)
+        return blocks(x, weights, self.dim, self.hidden, self.kernel_size, self.eps)
 
 
 class FusedStem(nn.Module):

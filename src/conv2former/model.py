@@ -149,11 +149,6 @@ class Block(nn.Module):
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """What computes the same in evaluation, faster; the block itself with another modulation layer."""
-        return FusedBlock(self) if type(self.mod) is ConvMod else self
-
 
 class Blocks(nn.Sequential):
     """The blocks of a stage."""
@@ -164,7 +159,7 @@ class Blocks(nn.Sequential):
         blocks: Any = list(self)
         if not blocks or any(type(block.mod) is not ConvMod for block in blocks):
             return self
-        return FusedBlocks(*(block.fuse() for block in blocks))
+        return FusedBlocks(*map(FusedBlock, blocks))
 
 
 class Stem(nn.Module):

@@ -19,7 +19,7 @@ from conv2former.ops.modulation import modulation
 __all__ = ["block_weights", "blocks", "join_block_weights"]
 
 
-def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
+def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size: int, eps: float) -> Tensor:
     """Blocks of one width, one after the other: a modulation branch and an MLP branch each.
 
     ``x = x + proj(modulation(u, v))`` with u and v the halves of ``w(norm(x))``, then ``x = x +
@@ -29,6 +29,7 @@ def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps:
     Args:
         x: (B, H, W, C).
         weights: Those of each block in one row, see ``block_weights``: so many tensors are soon looked through.
+        dim: Channels C, said once more, since a compiler may leave the sizes of x open.
         hidden: Width D of the MLP's hidden layer.
         kernel_size: Side k of the modulation's kernel.
         eps: Of the normalisations.
@@ -37,10 +38,10 @@ def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps:
         (B, H, W, C).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
-        if _fits(x, weights, hidden, kernel_size):
-            return _BLOCKS(x, weights, hidden, kernel_size, eps)
+        if _fits(x, weights, dim, hidden, kernel_size):
+            return _BLOCKS(x, weights, dim, hidden, kernel_size, eps)
     for row in weights:
-        parts = block_weights(row, int(x.shape[-1]), hidden, kernel_size)  # a number, also in a trace
+        parts = block_weights(row, dim, hidden, kernel_size)
         w, w_bias, taps, taps_bias, proj, proj_bias = parts[:6]
         u, v = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w, w_bias).chunk(2, dim=-1)
         x = x + F.linear(modulation(u, v, taps, taps_bias), proj, proj_bias)
@@ -83,14 +84,14 @@ def join_block_weights(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(part.flatten(), (0, -part.numel() % 64)) for part in parts])
 
 
-def _fits(x: Tensor, weights: Sequence[Tensor], hidden: int, kernel_size: int) -> bool:
+def _fits(x: Tensor, weights: Sequence[Tensor], dim: int, hidden: int, kernel_size: int) -> bool:
     """Whether the fused form is to compute them: it can, and the sizes are right."""
-    if x.ndim != 4 or not weights or hidden < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+    if x.ndim != 4 or x.shape[-1] != dim or not weights or hidden < 1 or kernel_size < 1 or kernel_size % 2 == 0:
         return False
-    size = _size(x.shape[-1], hidden, kernel_size)
+    size = _size(dim, hidden, kernel_size)
     if any(row.ndim != 1 or len(row) != size for row in weights):
         return False
-    return in_evaluation("blocks", x, weights, channels=x.shape[-1], kernel_size=kernel_size)
+    return in_evaluation("blocks", x, weights, channels=dim, kernel_size=kernel_size)
 
 
 def _size(dim: int, hidden: int, kernel_size: int) -> int:
@@ -100,22 +101,22 @@ def _size(dim: int, hidden: int, kernel_size: int) -> int:
     return sum((size + 63) // 64 * 64 for size in sizes)
 
 
-def _blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
-    return kernels(x.device).blocks(x, weights, hidden, kernel_size, eps)
+def _blocks(x: Tensor, weights: list[Tensor], *numbers: Any) -> Tensor:
+    return kernels(x.device).blocks(x, weights, *numbers)
 
 
-def _shape(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
+def _shape(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _flops(x: Any, weights: Any, hidden: int, kernel_size: int, *_: Any, **__: Any) -> int:
-    batch, height, width, dim = x
+def _flops(x: Any, weights: Any, dim: int, hidden: int, kernel_size: int, *_: Any, **__: Any) -> int:
+    batch, height, width, _ = x
     each = 3 * dim**2 + 2 * dim * hidden + kernel_size**2 * dim + 9 * hidden
     return 2 * batch * height * width * len(weights) * each
 
 
 _BLOCKS = operator(
-    "blocks(Tensor x, Tensor[] weights, int hidden, int kernel_size, float eps) -> Tensor",
+    "blocks(Tensor x, Tensor[] weights, int dim, int hidden, int kernel_size, float eps) -> Tensor",
     _blocks,
     _shape,
     flops=_flops,

@@ -44,9 +44,14 @@ def head(
 
 
 def _fits(x: Tensor, *weights: Tensor) -> bool:
-    c, d, k = x.shape[-1], len(weights[1]), len(weights[5])
+    c, d, k = weights[0].shape[-1], len(weights[1]), len(weights[5])
     shapes = (d, c), (d,), (d,), (d,), (k, d), (k,)
-    if x.ndim != 4 or min(x.shape[1:3]) < 1 or any(w.shape != s for w, s in zip(weights, shapes, strict=True)):
+    if (
+        x.ndim != 4
+        or x.shape[-1] != c
+        or min(x.shape[1:3]) < 1
+        or any(w.shape != s for w, s in zip(weights, shapes, strict=True))
+    ):
         return False
     return in_evaluation("head", x, weights, channels=min(c, d), kernel_size=1)
 

@@ -14,6 +14,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
 FOLDER = Path(__file__).parent
 SOURCES = ("depthwise.cpp", "blocks.cpp", "stem.cpp", "downsample.cpp", "head.cpp")
 # no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
@@ -35,8 +37,9 @@ def load() -> ctypes.CDLL | str:
         texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
         name = hashlib.sha256(b"\0".join([*texts, macros, " ".join(flags).encode()])).hexdigest()[:24]
         path = _folder() / f"kernels-{name}.so"
-        if not path.exists():
-            _compile([compiler, *flags], path)
+        with FileLock(path.with_suffix(".lock"), timeout=PATIENCE):  # of several processes one compiles
+            if not path.exists():
+                _compile([compiler, *flags], path)
         library = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()

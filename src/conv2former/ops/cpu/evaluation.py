@@ -13,12 +13,12 @@ from conv2former.ops.cpu import packing
 from conv2former.ops.cpu.calls import call, pointer
 
 
-def blocks(x: Tensor, weights: list[Tensor], hidden: int, kernel_size: int, eps: float) -> Tensor:
+def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size: int, eps: float) -> Tensor:
     """``blocks``."""
     x = x.contiguous()
     out, between = torch.empty_like(x), torch.empty_like(x)
     if out.numel():
-        packed = packing.packed(weights, _packed_branches, x.shape[-1], hidden, kernel_size)
+        packed = packing.packed(weights, _packed_branches, dim, hidden, kernel_size)
         shape = *x.shape, hidden, kernel_size, len(weights)
         places = (ctypes.c_void_p * len(packed))(*(branch.data_ptr() for branch in packed))
         call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), places, pointer(between), pointer(out))

@@ -30,7 +30,7 @@ struct Head {
       for (long v = 0; v < n; v++) whole += sums[v] = gelu(sums[v] + b1[v], x);  // zero behind the last channel
       vf mean = all(sum(whole) / hidden);
       for (long v = 0; v < n; v++) {
-        sums[v] = (int)(hidden - v * V) >= V || LANES < (int)(hidden - v * V) ? sums[v] - mean : vf{};
+        sums[v] = first_of(sums[v] - mean, std::min<long>(hidden - v * V, V));
         squares += sums[v] * sums[v];
       }
       vf factor = all(1.f / __builtin_sqrtf(sum(squares) / hidden + eps));

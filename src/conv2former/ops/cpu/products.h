@@ -15,11 +15,12 @@ constexpr int PANEL = 2;
 
 // ---- less than a vector, at the end of the channels
 
-static const vi LANES = [] {
-  vi lanes;
-  for (int i = 0; i < V; i++) lanes[i] = i;
-  return lanes;
-}();
+// x in the first n lanes, zero in the others
+static inline vf first_of(vf x, long n) {
+  vi lane;
+  for (int i = 0; i < V; i++) lane[i] = i;
+  return lane < (int)n ? x : vf{};
+}
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 static inline vf load(const float* p, long n) { return (vf)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
@@ -161,12 +162,12 @@ static inline void normalise(uint32_t* row, const T* x, long channels, float eps
     squares += d * d;
   }
   if (rest) {
-    vf d = LANES < (int)rest ? load(x + whole, rest) - mean : vf{};
+    vf d = first_of(load(x + whole, rest) - mean, rest);
     squares += d * d;
   }
   vf scale = all(1.f / __builtin_sqrtf(sum(squares) / channels + eps));
   for (long c = 0; c < whole; c += V) put(Kind{}, row, c, (load(x + c) - mean) * scale);
-  if (rest) put(Kind{}, row, whole, LANES < (int)rest ? (load(x + whole, rest) - mean) * scale : vf{});
+  if (rest) put(Kind{}, row, whole, first_of((load(x + whole, rest) - mean) * scale, rest));
 }
 
 template <class T>

@@ -66,10 +66,12 @@ struct Stem {
     for (long i = 0; i < widths[0]; i++, source += layer.ins, target += words(Kind{}, layer.ins))
       for (long c = 0; c < layer.ins; c++) put_one(Kind{}, target, c, source[c]);
   }
-  static inline void put_one(Plain, uint32_t* target, long c, float value) { ((float*)target)[c] = value; }
+  static inline void put_one(Plain, uint32_t* target, long c, float value) { std::memcpy(target + c, &value, sizeof value); }
   static inline void put_one(Plain, uint32_t* target, long c, bfloat16 value) { target[c] = (uint32_t)value.bits << 16; }
 #if PAIRS
-  static inline void put_one(Paired, uint32_t* target, long c, bfloat16 value) { ((bfloat16*)target)[c] = value; }
+  static inline void put_one(Paired, uint32_t* target, long c, bfloat16 value) {
+    std::memcpy((char*)target + c * sizeof value, &value, sizeof value);
+  }
 #endif
 
   static void convolve(const Convolution& layer, const uint32_t* source, long row, long width, vf* sums) {

@@ -19,8 +19,6 @@ __all__ = [
     "mlp_middle_backward",
     "modulation",
     "modulation_backward",
-    "residual",
-    "residual_backward",
     "takes",
     "unusable",
 ]
@@ -95,27 +93,3 @@ def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> t
     from conv2former.ops.triton import three_rows
 
     return three_rows.mlp_middle_backward(g, u, weight, bias)
-
-
-def residual(x: Tensor, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
-    """x + y * scale * keep[b]: layer scale, stochastic depth and the residual connection.
-
-    Args:
-        x: (B, H, W, C).
-        y: (B, H, W, C), the branch; its dtype may differ from x's.
-        scale: (C,), or None for 1.
-        keep: (B,) in float32, 0 for images that drop the branch and 1 / (1 - p) for others; None for 1.
-
-    Returns:
-        (B, H, W, C), contiguous, with x's dtype.
-    """
-    from conv2former.ops.triton import branch
-
-    return branch.residual(x, y, scale, keep)
-
-
-def residual_backward(g: Tensor, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``residual`` for y and scale (None without one), given the output's gradient g, which is x's."""
-    from conv2former.ops.triton import branch
-
-    return branch.residual_backward(g, y, scale, keep)
