@@ -26,7 +26,9 @@ part() { # NAME SECONDS COMMAND...: what it prints goes to a file, whether it wo
 
 { git describe --always --dirty 2>/dev/null; "$python" -c 'import torch, triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)'; } >"$out/summary.txt"
-part kernels-are-right 150 "$python" -m pytest -q -m gpu tests/test_triton.py
+# compiling takes most of the tests' time, some 300 programs of half a second: several processes, where pytest has them
+"$python" -c 'import xdist' 2>/dev/null && several=(--numprocesses 8) || several=()
+part kernels-are-right 150 "$python" -m pytest -q -m gpu "${several[@]}" tests/test_triton.py
 part operations-bf16 100 "$python" benchmarks/ops.py --device cuda --batch 128 --dtype bfloat16 --json "$out/ops.json"
 convnext=(conv2former_t convnext_tiny --device cuda --batch-size 256 --dtype bfloat16 --mode eager --mode compile)
 part inference 70 "$python" -m conv2former_cli benchmark "${convnext[@]}" --out "$out/inference"

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
+from conv2former.benchmark.peak import peak_rate
 from conv2former.meta import build_on_meta
 from conv2former.ops import backend
 
@@ -94,8 +95,7 @@ def multiply_rate(device: torch.device) -> float:
         facts = torch.cuda.get_device_properties(device)
         cores = 64 if (facts.major, facts.minor) == (8, 0) else CORES_PER_SM
         return facts.multi_processor_count * cores * facts.clock_rate * 1e3  # the clock is in kHz
-    a = torch.randn(1536, 1536)
-    return 1536**3 / min(clock(lambda: a @ a, device) for _ in range(8))
+    return peak_rate(device, torch.float32)
 
 
 def case(operation: str, shape: tuple[int, ...], kernel: int, dtype: torch.dtype, device: torch.device) -> tuple:

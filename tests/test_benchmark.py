@@ -18,7 +18,7 @@ from PIL import Image
 
 from command import run_command
 from conv2former import ops
-from conv2former.benchmark import pictures, report
+from conv2former.benchmark import peak, pictures, report
 from conv2former.benchmark import worker as worker_module
 from conv2former.benchmark.measure import Row, benchmark, statistics, take_turns, with_ratios
 from conv2former.benchmark.modes import MODES, CannotRun, Configuration, prepare
@@ -325,7 +325,7 @@ def test_a_worker_that_dies_is_noticed() -> None:
 
 
 def test_the_machines_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(worker_module.PRODUCT_SIDE, "cpu", 256)
+    monkeypatch.setitem(peak.SIDE, "cpu", 256)
     holder = worker_module.Holder(BASE)
     assert 1e8 < holder.peak("float32") < 1e14
     assert set(holder.versions()) == {"torch", "timm", "python"}

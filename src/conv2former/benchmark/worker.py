@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from conv2former.benchmark.modes import DTYPES, MODES, Configuration, prepare
+from conv2former.benchmark.peak import peak_rate
 from conv2former.benchmark.profiling import Operation, profile_step
 from conv2former.errors import one_line
 
 WARM_UP = 3  # steps, the first of which compile and tune
 REST = 0.02  # seconds before a timed step, in which the threads of other workers fall asleep
-PRODUCTS = 5  # timed for the machine's peak
-PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 LONGEST_REASON = 200  # characters of an error; compilers' run to pages
 PROC = Path("/proc/self")
 
@@ -157,22 +156,8 @@ class Holder:
         return {name: version(name) for name in names} | dict(python=platform.python_version())
 
     def peak(self, dtype: str) -> float:
-        """Multiply-adds per second of a product of square matrices, the best of several.
-
-        Also as a 1x1 convolution, which another library computes, on some processors at twice the rate.
-        """
-        side = PRODUCT_SIDE[self._device.type]
-        a, b = (torch.randn(side, side, device=self._device, dtype=DTYPES[dtype]) for _ in range(2))
-        x = a.view(1, side // 32, 32, side).permute(0, 3, 1, 2)  # channels last
-        seconds = []
-        for product in (lambda: torch.mm(a, b), lambda: torch.nn.functional.conv2d(x, b[:, :, None, None])):
-            for i in range(1 + PRODUCTS):
-                started = time.perf_counter()
-                product()
-                self._settle()
-                if i:
-                    seconds.append(time.perf_counter() - started)
-        return side**3 / min(seconds)
+        """Multiply-adds per second of a large product on the machine."""
+        return peak_rate(self._device, DTYPES[dtype])
 
     def profile(self) -> list[Operation]:
         """The operations of one step."""
