@@ -50,7 +50,8 @@ struct Head {
 
   int run(int threads) const {
     long n = inner(), row = words(Kind{}, n * V), failed = 0;
-    vf* totals = (vf*)std::aligned_alloc(64, (images * tasks() * n + divided(images * row, V)) * sizeof(vf));
+    long bytes = (images * tasks() * n + divided(images * row, V)) * sizeof(vf);
+    vf* totals = (vf*)std::aligned_alloc(64, divided(bytes, 64) * 64);
     if (!totals) return 1;
     uint32_t* left = (uint32_t*)(totals + images * tasks() * n);
 #pragma omp parallel num_threads(threads) reduction(+ : failed)
