@@ -1,18 +1,13 @@
-"""The documents say what is true: tables, Python examples, commands, links."""
+"""The documents say what is true: tables, Python examples, settings, links (commands: ``test_commands.py``)."""
 
 from __future__ import annotations
 
 import re
 import runpy
-import shlex
 import shutil
-from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
-import typer.main
 
 import conv2former_cli
 from conv2former import zoo
@@ -81,54 +76,6 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [tuple(m.shape[1:]) for m in names["pyramid"]] == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
     assert names["logits"].shape == (1, 10) and names["model"].num_classes == 4
     assert names["recipe"].model.weights == "runs/pretrained"
-
-
-@pytest.fixture
-def own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The YAML blocks of the documents as files of the current folder, which the commands may name."""
-    monkeypatch.chdir(tmp_path)
-    for document in DOCUMENTS:
-        for block in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.S):
-            (tmp_path / f"{recipe_schema.parse_yaml(block)['name']}.yaml").write_text(block)
-
-
-def programs(group: Any, *above: str) -> dict[tuple[str, ...], Any]:
-    """All commands by their words, those of groups included."""
-    found: dict[tuple[str, ...], Any] = {}
-    for name, command in group.commands.items():
-        found |= programs(command, *above, name) if hasattr(command, "commands") else {(*above, name): command}
-    return found
-
-
-def commands() -> list[list[str]]:
-    """What stands behind ``conv2former`` in the code blocks, also where torchrun or srun start it."""
-    group = typer.main.get_command(conv2former_cli.app)
-    found = []
-    for document in DOCUMENTS:
-        for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = list(takewhile(lambda word: word not in ("||", "&&", "|"), shlex.split(line, comments=True)))
-                starts = [i for i, word in enumerate(words) if word in ("conv2former", "conv2former_cli")]
-                assert len(starts) <= 1 and (not starts or words[starts[0] + 1] in group.commands), line
-                found += [words[start + 1 :] for start in starts]
-    return found
-
-
-def test_commands_parse(own_recipes: None) -> None:
-    """They name real commands with real options, and recipes that take the settings."""
-    known = programs(typer.main.get_command(conv2former_cli.app))
-    found = commands()
-    shown = set()
-    for words in found:
-        name = next((name for name in known if tuple(words[: len(name)]) == name), None)
-        assert name, words
-        shown.add(name)
-        given = known[name].make_context(" ".join(name), words[len(name) :], resilient_parsing=False).params
-        assert given.get("model") in (None, *timm.list_models()), words
-        if words[0] == "train":
-            # a run that goes on has a recipe of its own
-            load_recipe(given["recipe"] or "imagenet1k_t", overrides=given["set_"] or [])
-    assert len(found) >= 30 and shown == set(known)
 
 
 def test_settings_in_the_text_exist() -> None:

@@ -1,0 +1,265 @@
+"""Every command that a document shows is run on small files, or says what it needs that a test machine lacks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import typer.main
+from filelock import FileLock
+
+import conv2former_cli
+from command import run_command
+from conv2former import zoo
+from conv2former.demo import server
+from conv2former.recipes import load_recipe
+from conv2former.reproduce import jobs
+from conv2former.train import train
+from hub import TOKEN, Hub
+from shown import CLAIMS, Shown, copied, shown_commands, write_files, write_own_recipes
+
+SHOWN = shown_commands()
+
+# What marks may name. Whatever else a command wants, a test can have in small.
+LACKING = ("GPU", "SLURM", "ImageNet", "COCO", "Hugging Face hub", "Chromium")
+
+# What is appended to make a command short: the first pattern found in it says what. The last of an option counts.
+TRAINING = "--set schedule.epochs=1 --set schedule.warmup_epochs=0 --set data.workers=0"
+CLASSIFIER = f"{TRAINING} --set data.input_size=32 --set optim.batch_size=4"
+DENSE = f"{TRAINING} --model conv2former_test --set optim.batch_size=2 --set optim.global_batch=2"
+NARROW = "--set model.args.dims=[8,8,8,8] --set model.args.depths=[1,1,1,1]"
+DETECTOR = "--set model.args.ls_init_value=0.1 --set detector.channels=16 --set detector.box_head_channels=32"
+APPENDED = (
+    (
+        r"train --recipe photos_from_nothing",
+        f"{CLASSIFIER} {NARROW} --set optim.global_batch=4 --set claim.processes=1",
+    ),
+    (r"--recipe (imagenet1k_b|imagenet22k_l|ade20k_upernet_l) --dry-run", NARROW),
+    (r"--dry-run|--resume|smoke_", ""),
+    (r"train --recipe quickstart", f"{TRAINING} --set model.drop_path_rate=0"),
+    (r"train --recipe cifar", f"{CLASSIFIER} {NARROW}"),
+    (r"train --recipe camvid", f"{TRAINING} {NARROW} --set data.crop_size=64 --set optim.batch_size=2"),
+    (r"train --recipe \S+_detection", f"{DENSE} {DETECTOR} --set data.short_side=96 --set data.long_side=128"),
+    (r"train --recipe \S+_segmentation", f"{DENSE} --set data.crop_size=64 --set segmenter.channels=16"),
+    (r"train --recipe finetune .*=WEIGHTS", f"{CLASSIFIER} --model conv2former_test"),
+    (r"train --recipe finetune (--model conv2former_atto|.*val_fraction)", f"{CLASSIFIER} {NARROW}"),
+    (r"train --recipe finetune", CLASSIFIER),
+    (r"reproduce table6 --data", f"--row imagenet1k_t --seeds 1 {TRAINING} --set optim.batch_size=4"),
+    (r"reproduce fig4a --data", f"{TRAINING} --set optim.batch_size=4"),
+    (r"reproduce table9 --data", f"{TRAINING} --set data.crop_size=64 --set optim.batch_size=2"),
+    (r"benchmark ", "--mode eager --size 32 --rounds 1"),
+    (r"explain maps (?!.*--channels)", "--channels 0"),
+    (r"explain field", "--images 1"),
+    (r"export .*--pictures", "--count 2"),
+    (r"openvino-int8", "--limit 1"),  # of a network that has learned next to nothing
+    (r"demo ", "--port 0 --device cpu"),
+    (r"benchmarks/ops.py", "--model conv2former_test --size 64 --batch 1 --rounds 2"),
+    (r"benchmarks/triton_build.py", "--target 90 --kernel-size 7"),
+    (r"pip install", "--dry-run --no-build-isolation"),
+    (r"tensorboard ", "--port 0 --host 127.0.0.1"),
+)
+LONG = r"aotinductor|triton_build|conv2former benchmark"  # compile, or start a process a model: in the slow tests
+
+
+def shortened(command: Shown) -> str:
+    extra = next((words for pattern, words in APPENDED if re.search(pattern, command.text)), "")
+    return f"{command.text} {extra}".strip()
+
+
+# -------------------------------------------------------------------------------------------------- the marks and words
+
+
+def programs(group: Any, *above: str) -> dict[tuple[str, ...], Any]:
+    """All commands by their words, those of groups included."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, command in group.commands.items():
+        found |= programs(command, *above, name) if hasattr(command, "commands") else {(*above, name): command}
+    return found
+
+
+def test_marks_name_what_machines_lack() -> None:
+    marked = [command for command in SHOWN if command.needs]
+    assert len(SHOWN) >= 150 and len(marked) < len(SHOWN) / 2
+    for command in marked:
+        assert any(word in command.needs for word in LACKING), command
+
+
+def test_every_appended_word_is_of_use() -> None:
+    unmarked = [command.text for command in SHOWN if not command.needs]
+    for pattern, _ in APPENDED:
+        assert any(re.search(pattern, text) for text in unmarked), pattern
+
+
+def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marked or not, they name real commands with real options, and recipes that take the settings."""
+    monkeypatch.chdir(tmp_path)
+    write_own_recipes(tmp_path)
+    known = programs(typer.main.get_command(conv2former_cli.app))
+    seen = set()
+    for command in SHOWN:
+        words = list(takewhile(lambda word: word not in ("||", "&&", "|"), command.words))
+        starts = [i for i, word in enumerate(words) if word in ("conv2former", "conv2former_cli")]
+        if not starts:
+            continue
+        words = words[starts[0] + 1 :]  # also where torchrun or srun start it
+        name = next((name for name in known if tuple(words[: len(name)]) == name), None)
+        assert name, command
+        seen.add(name)
+        given = known[name].make_context(" ".join(name), words[len(name) :], resilient_parsing=False).params
+        assert given.get("model") in (None, *timm.list_models()), command
+        if words[0] == "train":
+            # a run that goes on has a recipe of its own
+            recipe = load_recipe(given["recipe"] or "imagenet1k_t", overrides=given["set_"] or [])
+            assert command.document != CLAIMS or given["recipe"] == recipe.name
+    assert seen == set(known)
+
+
+# ------------------------------------------------------------------------------------------------------------ for real
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """What the documents name, made by the first of several test processes; not to be changed."""
+    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    with FileLock(folder / "shown.lock"):
+        if not (folder / "shown").exists():
+            place = tmp_path_factory.mktemp("files")
+            write_files(place)
+            (folder / "shown").symlink_to(place)  # not moved: runs know the paths of their images
+    return (folder / "shown").resolve()
+
+
+Run = Callable[[Shown], None]
+
+
+@pytest.fixture
+def run(
+    files: Path,
+    tmp_path: Path,
+    counted: list[zoo.Row],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Any:
+    """Runs a command where its files are, and fails with it."""
+    place = copied(files, tmp_path / "place")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PATH", f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}", prepend=":")
+    stand_ins(monkeypatch, tmp_path, counted)
+
+    def run_one(command: Shown) -> None:
+        capfd.readouterr()
+        try:
+            run_here(monkeypatch, place, shortened(command))
+        except BaseException as error:
+            pytest.fail(f"{command.document}: {shortened(command)}\n{error!r}\n{''.join(capfd.readouterr())}")
+
+    yield run_one
+    shutil.rmtree(place)  # gigabytes
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch, root: Path, counted: list[zoo.Row]) -> None:
+    """For what would not end, or goes to elsewhere, or was done before."""
+    hub = Hub(root / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(server, "_serve", answer_once)
+    monkeypatch.setattr("webbrowser.open", lambda url: None)
+    monkeypatch.setattr(zoo, "rows", lambda variants: counted)
+
+    def train_here(job: jobs.Job) -> int:
+        train(job.recipe, data=job.data, out=job.run)
+        return 0
+
+    monkeypatch.setattr(jobs, "_train", train_here)
+
+
+def answer_once(uvicorn: Any, config: Any, listening: Any, ready: Callable[[], None]) -> None:
+    """A demo's page is asked for once, and the demo ends."""
+    from starlette.testclient import TestClient
+
+    ready()
+    with TestClient(config.app, base_url="http://127.0.0.1") as client:
+        assert "Conv2Former" in client.get("/").text
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, place: Path, text: str) -> None:
+    words = Shown("", text).words
+    setting, _, value = words[0].partition("=")
+    if value:  # of the environment, for this command
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(setting, value)
+            run_here(patch, place, text.removeprefix(words[0]))
+    elif words[0] == "conv2former":
+        make_room(place, words[1:])
+        assert run_command(monkeypatch, *words[1:]) == 0
+    elif words[0] == "make":
+        run_make(monkeypatch, place, words)
+    elif words[0] == "tensorboard":
+        serve(words)
+    elif words[0] in ("python", "pip"):
+        subprocess.run(["bash", "-c", text], check=True)
+    else:
+        pytest.fail(f"nothing says how `{words[0]}` is run: add it here, or mark the command with `# needs: ...`")
+
+
+def make_room(place: Path, words: list[str]) -> None:
+    """A reader who has such a run already names another folder."""
+    made = None
+    if words[0] == "train" and "--out" in words and not {"--resume", "--dry-run"} & set(words):
+        made = words[words.index("--out") + 1]
+    elif words[0] == "convert":
+        made = words[2]
+    if made:
+        shutil.rmtree(place / made, ignore_errors=True)
+
+
+def run_make(monkeypatch: pytest.MonkeyPatch, place: Path, words: list[str]) -> None:
+    """Make says what it would do; what it would do with this package is done."""
+    steps = subprocess.run([*words, "--dry-run"], check=True, capture_output=True, text=True).stdout.splitlines()
+    ours = [line.split("/bin/", 1)[1] for line in steps if "/bin/conv2former" in line]
+    if words[1] == "test":
+        assert [line for line in steps if "-m pytest" in line] and not ours  # which is what runs this
+    else:
+        assert len(ours) >= 3
+    for line in ours:
+        run_here(monkeypatch, place, shortened(Shown("Makefile", line)))
+
+
+def serve(words: list[str]) -> None:
+    """Until it says where."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout
+        try:
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if "http://" in line:
+                    return
+            raise AssertionError("".join(lines))
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("document", sorted({command.document for command in SHOWN}))
+def test_commands_run(document: str, run: Run) -> None:
+    """In order, as a reader would."""
+    for command in SHOWN:
+        if command.document == document and not command.needs and not re.search(LONG, command.text):
+            run(command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in SHOWN if re.search(LONG, c.text)], ids=lambda command: command.text)
+def test_long_commands_run(command: Shown, run: Run) -> None:
+    run(command)
