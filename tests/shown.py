@@ -12,11 +12,14 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import typer.main
 
+import conv2former_cli
 from conv2former.checkpoints import authors_state_dict, convert, save_pretrained
 from conv2former.recipes import load_recipe, recipe_names
 from conv2former.recipes.schema import parse_yaml
@@ -25,10 +28,14 @@ from digits import one_picture, tiny_recipe, write_digits
 from runs import stopped_run
 from scenes import scene, small_detector, small_segmenter, write_ade20k, write_coco, write_pairs
 
+CLASSES = ("cat", "dog")  # as the documents call them
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-CLAIMS = "recipes"  # stands for a document: the commands that recipes say they are run by, where none shows them
+# stand for documents: the examples of --help, and the commands that recipes say they are run by
+HELP, CLAIMS = "--help", "recipes"
 COMMENT = re.compile(r"(?:^|\s)#\s?(?P<text>.*)$")
+INLINE = re.compile(r"`((?:conv2former|make|python|pytest) [^`]*[ =./][^`]*|make [^`]+)`")
+EXAMPLE = re.compile(r"Example: (conv2former .+)")
 MARK = re.compile(r"\bneeds: (?P<what>\S.*)$")
 
 
@@ -53,15 +60,35 @@ class Shown:
 
 
 def shown_commands() -> list[Shown]:
-    """All of them, in order."""
+    """All of them, in order; of those of --help and of the recipes the ones that no document shows."""
     found = []
     for document in DOCUMENTS:
         for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.S):
             found += list(_read_block(str(document.relative_to(ROOT)), block))
-    for name in recipe_names():
-        claim = load_recipe(name).claim
-        if claim.command not in {command.text for command in found}:
-            found.append(Shown(CLAIMS, claim.command, claim.hardware if "GPU" in claim.hardware else ""))
+    known = {command.text for command in found}
+    examples = [example for command in programs().values() for example in EXAMPLE.findall(command.help or "")]
+    found += [Shown(HELP, example) for example in examples if example not in known]
+    claims = [load_recipe(name).claim for name in recipe_names()]
+    needs = {claim.command: claim.hardware if "GPU" in claim.hardware else "" for claim in claims}
+    return [*found, *(Shown(CLAIMS, *pair) for pair in needs.items() if pair[0] not in known)]
+
+
+def programs(group: Any = None, *above: str) -> dict[tuple[str, ...], Any]:
+    """All commands of the program by their words, those of groups included."""
+    group = group or typer.main.get_command(conv2former_cli.app)
+    found: dict[tuple[str, ...], Any] = {}
+    for name, command in group.commands.items():
+        found |= programs(command, *above, name) if hasattr(command, "commands") else {(*above, name): command}
+    return found
+
+
+def commands_in_the_text() -> list[Shown]:
+    """Those between backticks that say more than a program's or a command's name; the log's are history."""
+    found = []
+    for document in DOCUMENTS:
+        if document.name != "log.md":
+            text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+            found += [Shown(document.name, " ".join(words.split())) for words in INLINE.findall(text)]
     return found
 
 
@@ -103,6 +130,10 @@ def _write_data(root: Path) -> None:
     write_digits(root / "cifar10", classes=2, train=8, val=4)
     for name in ("photos", "other_photos", "DIR"):  # class folders
         write_digits(root / name, classes=2, train=4, val=1)
+    for name in ("cifar10", "photos", "other_photos", "DIR"):
+        for split in ("train", "val"):
+            for old, new in zip(("digit-0", "digit-1"), CLASSES, strict=True):
+                (root / name / split / old).rename(root / name / split / new)
     for name in ("photos", "DIR"):  # and images with masks
         write_pairs(root / name, count=3)
     write_ade20k(root / "camvid", train=2, val=1)
@@ -113,9 +144,9 @@ def _write_data(root: Path) -> None:
     for name, split in (("train", "train2017"), ("val", "val2017")):
         rows = json.loads((root / "coco" / "annotations" / f"instances_{split}.json").read_text())
         for row in rows["images"]:
-            row["file_name"] = f"digit-0/{row['file_name']}"
+            row["file_name"] = f"{CLASSES[0]}/{row['file_name']}"
         for photos in (root / "photos", root / "other_photos"):
-            shutil.copytree(root / "coco" / split, photos / name / "digit-0", dirs_exist_ok=True)
+            shutil.copytree(root / "coco" / split, photos / name / CLASSES[0], dirs_exist_ok=True)
             (photos / f"{name}.json").write_text(json.dumps(rows))
     shutil.copytree(root / "coco" / "val2017", root / "coco" / "test")
     shutil.copy(root / "coco" / "annotations" / "instances_val2017.json", root / "coco" / "test.json")
@@ -126,7 +157,7 @@ def _write_data(root: Path) -> None:
     for number, name in enumerate(("photo.jpg", "street.jpg", "photos/buses.jpg", "photos/rider.jpg")):
         scene(number)[0].save(root / name)
     (root / "imagenet_shards").mkdir()
-    (root / "imagenet_shards" / "classes.txt").write_text("digit-0\ndigit-1\n")
+    (root / "imagenet_shards" / "classes.txt").write_text("\n".join(CLASSES))
     with tarfile.open(root / "imagenet_shards" / "val-0000.tar", "w") as shard:
         picture = one_picture(root / "one.png").read_bytes()
         for number in range(2):

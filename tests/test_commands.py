@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
@@ -15,10 +18,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import timm
-import typer.main
 from filelock import FileLock
 
-import conv2former_cli
 from command import run_command
 from conv2former import zoo
 from conv2former.demo import server
@@ -26,7 +27,17 @@ from conv2former.recipes import load_recipe
 from conv2former.reproduce import jobs
 from conv2former.train import train
 from hub import TOKEN, Hub
-from shown import CLAIMS, Shown, copied, shown_commands, write_files, write_own_recipes
+from shown import (
+    CLAIMS,
+    ROOT,
+    Shown,
+    commands_in_the_text,
+    copied,
+    programs,
+    shown_commands,
+    write_files,
+    write_own_recipes,
+)
 
 SHOWN = shown_commands()
 
@@ -79,14 +90,6 @@ def shortened(command: Shown) -> str:
 # -------------------------------------------------------------------------------------------------- the marks and words
 
 
-def programs(group: Any, *above: str) -> dict[tuple[str, ...], Any]:
-    """All commands by their words, those of groups included."""
-    found: dict[tuple[str, ...], Any] = {}
-    for name, command in group.commands.items():
-        found |= programs(command, *above, name) if hasattr(command, "commands") else {(*above, name): command}
-    return found
-
-
 def test_marks_name_what_machines_lack() -> None:
     marked = [command for command in SHOWN if command.needs]
     assert len(SHOWN) >= 150 and len(marked) < len(SHOWN) / 2
@@ -104,9 +107,9 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Marked or not, they name real commands with real options, and recipes that take the settings."""
     monkeypatch.chdir(tmp_path)
     write_own_recipes(tmp_path)
-    known = programs(typer.main.get_command(conv2former_cli.app))
+    known = programs()
     seen = set()
-    for command in SHOWN:
+    for command in [*SHOWN, *commands_in_the_text()]:
         words = list(takewhile(lambda word: word not in ("||", "&&", "|"), command.words))
         starts = [i for i, word in enumerate(words) if word in ("conv2former", "conv2former_cli")]
         if not starts:
@@ -117,11 +120,23 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         seen.add(name)
         given = known[name].make_context(" ".join(name), words[len(name) :], resilient_parsing=False).params
         assert given.get("model") in (None, *timm.list_models()), command
-        if words[0] == "train":
+        if words[0] == "train" and given["recipe"] != "RECIPE":  # any of them
             # a run that goes on has a recipe of its own
             recipe = load_recipe(given["recipe"] or "imagenet1k_t", overrides=given["set_"] or [])
             assert command.document != CLAIMS or given["recipe"] == recipe.name
     assert seen == set(known)
+
+
+def test_what_the_text_runs_exists() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    found = [command.words for command in commands_in_the_text()]
+    for program, *words in found:
+        if program == "make":
+            assert words[0] in targets
+        elif program != "conv2former":
+            files = [word for word in words if word.endswith(".py")]
+            assert files and all((ROOT / file).exists() for file in files)
+    assert {words[0] for words in found} == {"conv2former", "make", "python", "pytest"}
 
 
 # ------------------------------------------------------------------------------------------------------------ for real
@@ -237,18 +252,19 @@ def run_make(monkeypatch: pytest.MonkeyPatch, place: Path, words: list[str]) -> 
 
 
 def serve(words: list[str]) -> None:
-    """Until it says where."""
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout
-        try:
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if "http://" in line:
-                    return
-            raise AssertionError("".join(lines))
-        finally:
-            process.terminate()
+    """Until it says where. It is killed, because it may not get over a closed pipe when it is asked to end."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    watchdog = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        assert process.stdout and any("http://" in line for line in process.stdout)
+    finally:
+        watchdog.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.parametrize("document", sorted({command.document for command in SHOWN}))
