@@ -29,6 +29,7 @@ from conv2former.train import train
 from hub import TOKEN, Hub
 from shown import (
     CLAIMS,
+    HELP,
     ROOT,
     Shown,
     commands_in_the_text,
@@ -79,7 +80,12 @@ APPENDED = (
     (r"pip install", "--dry-run --no-build-isolation"),
     (r"tensorboard ", "--port 0 --host 127.0.0.1"),
 )
-LONG = r"aotinductor|triton_build|conv2former benchmark"  # compile, or start a process a model: in the slow tests
+# Compile, calibrate, start a process for each model, take eight networks: in the slow tests, as are --help's examples.
+LONG = r"aotinductor|triton_build|openvino-int8|conv2former benchmark|resnet50d"
+
+
+def is_long(command: Shown) -> bool:
+    return not command.needs and (command.document == HELP or bool(re.search(LONG, command.text)))
 
 
 def shortened(command: Shown) -> str:
@@ -267,15 +273,15 @@ def serve(words: list[str]) -> None:
         process.communicate()
 
 
-@pytest.mark.parametrize("document", sorted({command.document for command in SHOWN}))
+@pytest.mark.parametrize("document", sorted({command.document for command in SHOWN} - {HELP}))
 def test_commands_run(document: str, run: Run) -> None:
     """In order, as a reader would."""
     for command in SHOWN:
-        if command.document == document and not command.needs and not re.search(LONG, command.text):
+        if command.document == document and not command.needs and not is_long(command):
             run(command)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in SHOWN if re.search(LONG, c.text)], ids=lambda command: command.text)
+@pytest.mark.parametrize("command", filter(is_long, SHOWN), ids=lambda command: command.text)
 def test_long_commands_run(command: Shown, run: Run) -> None:
     run(command)
