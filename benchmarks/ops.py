@@ -167,9 +167,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="two or more")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: two or more, or there is no spread")
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)

@@ -126,6 +126,7 @@ def test_rows_are_trained_once(tmp_path: Path, quick: list[Job]) -> None:
         assert len(list(csv.reader(file))) == 6
 
 
+@pytest.mark.slow
 def test_other_images_and_settings_are_measured_anew(tmp_path: Path, quick: list[Job]) -> None:
     request = dict(table="table6", out=tmp_path / "out", only=ROWS[1:])
     one = Request(data=write_digits(tmp_path / "one"), settings=TINY, **request)
@@ -204,6 +205,7 @@ def test_pretraining_comes_first(tmp_path: Path) -> None:
     assert job.key != job.recipe.digest()
 
 
+@pytest.mark.slow
 def test_rows_start_from_the_pretraining(tmp_path: Path, quick: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both recipes shrunk to seconds; other images of the pre-training are another row."""
 
@@ -273,6 +275,7 @@ def test_a_training_that_the_signal_kills_stops_the_table(tmp_path: Path, monkey
     assert stopped.value.code == 75 and [child.returncode for child in children] == [-signal.SIGTERM]
 
 
+@pytest.mark.slow
 def test_a_stopped_table_goes_on(tmp_path: Path) -> None:
     """Killed in the middle of a row: its training ends with its state saved, and the same command finishes it."""
     data = write_digits(tmp_path / "data")

@@ -203,6 +203,7 @@ def test_when_all_checkpoints_are_damaged_it_is_one_line(finished: Path, tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_and_continues_by_the_same_command(data: Path, tmp_path: Path) -> None:
     arguments = command(data, tmp_path / "run", options=("--resume", "auto"))
     killed = start(arguments)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from conv2former.export.subjects import Subject
 from conv2former.runtimes import compiled_for_openvino
 
 KEY = "conv2former"  # of the metadata in a file
+LEAST_OPEN = 96  # side at which a size is left open: 3 positions at stride 32, one would be taken for a constant
 MAX_BATCH = 1024  # of a compiled program
 
 Runtime = Callable[[np.ndarray], list[np.ndarray]]
@@ -80,10 +81,11 @@ class Traced:
 
 def trace(subject: Subject, *, dynamic_size: bool, calibration: Sequence[np.ndarray]) -> Traced:
     """Runs PyTorch's exporter; raises UserError where it cannot follow the network."""
-    example = torch.zeros(2, 3, *subject.size)  # two images: a batch of one would be taken for a constant
-    free: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
+    size, free = subject.size, {0: cast(Any, Dim("batch", min=1, max=MAX_BATCH))}
     if dynamic_size:
+        size = max(size[0], LEAST_OPEN), max(size[1], LEAST_OPEN)
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    example = torch.zeros(2, 3, *size)  # two images: a batch of one would be taken for a constant
     try:
         program = torch.export.export(subject.network, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # PyTorch names dozens of kinds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +105,7 @@ def open_subject(
         source: As the user named it.
         size: (H, W); None for the network's own.
         fuse: Re-parameterize it.
-        dynamic_size: Whether the file is to take other sizes; the stem then stays as it was trained, because what
-            stands for it in inference looks at the border of a map of known size.
+        dynamic_size: Whether the file is to take other sizes.
 
     Raises:
         UserError: No such checkpoint or model, or one that cannot be exported.
@@ -124,16 +122,8 @@ def open_subject(
     network: Any = subject.network.eval().requires_grad_(False)
     if fuse:
         holder, name = (subject, "network") if subject.task == "classification" else (network, "backbone")
-        setattr(holder, name, _fused(getattr(holder, name), keep_stem=dynamic_size))
+        setattr(holder, name, reparameterize_model(getattr(holder, name), inplace=True))
     return subject
-
-
-def _fused(network: Any, *, keep_stem: bool) -> nn.Module:
-    stem = copy.deepcopy(network.stem) if keep_stem and hasattr(network, "stem") else None
-    network = reparameterize_model(network, inplace=True)
-    if stem is not None:
-        network.stem = stem
-    return network
 
 
 def _saved_classifier(path: Path, size: tuple[int, int] | None) -> Subject:
