@@ -2,7 +2,7 @@
 //
 //   x + W2 (DWConv(h) * (Wv n + bv)) + b2   and   x + W2 (h + GELU(DWConv(h))) + b2,   h = GELU(W1 n + b1), n = norm(x)
 //
-// Of h there is never more than some channels of a band of rows, which stays in the second cache level.
+// Of h a thread never has more than some channels of a band of rows, which stay in the second cache level.
 #include "products.h"
 #include <array>
 #include <numeric>
@@ -36,6 +36,9 @@ struct Branch {
   long left_row() const { return words(Kind{}, outs() * V); }  // whole vectors, since several threads write them
   long slots() const { return rows + 2 * pad(); }
   long line() const { return width + 2 * pad() + STRIP + 2; }
+
+  // Positions that all threads work on together, about; each has memory for a few vectors at all of them
+  static constexpr long MOST_TOGETHER = 16384;
 
   // How it is worked on, see `run`: rows in a band, vectors of h at a time
   long rows = 0, block = 0;
@@ -93,20 +96,23 @@ struct Branch {
     }
   }
 
-  // A whole image by all threads of a team: each normalises some rows, then computes some vectors of h and what follows
-  // them, then some of the output.
-  void share(long image, const Memory& m, long member, long members) const {
-    Band b{0, height, 0, height, 0, true, true};
-    long positions = height * width, step = words(Kind{}, inner() * V);
-    normalise_rows(image, b, m, height * member / members, height * (member + 1) / members);
+  // Rows [from, to) of an image by all threads of a team: each normalises some of them, and of those around, then computes
+  // some vectors of h and what follows them, then some of the output.
+  void share(long image, long from, long to, const Memory& m, long member, long members) const {
+    long count = to - from, positions = count * width, start = (image * height + from) * width;
+    long step = words(Kind{}, inner() * V);
+    Band b{from, to, 0, 0, std::max<long>(from - pad(), 0), true, true};
+    long around = std::min(to + pad(), height) - b.first;
+    normalise_rows(image, b, m, b.first + around * member / members, b.first + around * (member + 1) / members);
 #pragma omp barrier
     // of all pairs of a vector and a row everybody has as many; the first and the last vector may be there in part
-    long begin = inner() * height * member / members, end = inner() * height * (member + 1) / members;
-    for (long v = begin / height, n; v * height < end; v += n) {
-      b.y = std::max<long>(begin - v * height, 0), b.end = std::min(end - v * height, height);
+    long begin = inner() * count * member / members, end = inner() * count * (member + 1) / members;
+    for (long v = begin / count, n; v * count < end; v += n) {
+      long first = std::max<long>(begin - v * count, 0), last = std::min(end - v * count, count);
+      b.y = from + first, b.end = from + last;
       b.filled = std::max<long>(b.y - pad(), 0), b.fresh = std::min(b.end + pad(), height);
-      n = b.y > 0 ? 1 : together(v, std::max(end / height, v + 1));
-      columns(b, m, v, n, nullptr, m.middle + b.y * width * step, step, v);
+      n = first > 0 ? 1 : together(v, std::max(end / count, v + 1));
+      columns(b, m, v, n, nullptr, m.middle + first * width * step, step, v);
     }
 #pragma omp barrier
     for (long v = 0; v < outs(); v += PANEL) {
@@ -114,11 +120,12 @@ struct Branch {
       auto limit = [&](long i) {  // of all pairs of a vector and a position everybody has as many
         return std::clamp<long>((outs() * positions * i / members - v * positions) / n, 0, positions);
       };
-      long from = limit(member), to = limit(member + 1);
-      if (from == to) continue;
+      long first = limit(member), last = limit(member + 1);
+      if (first == last) continue;
       Panel weights = panel(w2, v, outs(), step);
-      product<Kind>(to - from, step, m.middle + from * step, step, weights, n, weights.weights + PANEL * step, m.sums, n, 1, false);
-      for (long i = from; i < to; i++) put_out(image * positions + i, m.sums + (i - from) * n, v, n);
+      product<Kind>(last - first, step, m.middle + first * step, step, weights, n, weights.weights + PANEL * step, m.sums, n, 1,
+                    false);
+      for (long i = first; i < last; i++) put_out(start + i, m.sums + (i - first) * n, v, n);
     }
   }
 
@@ -244,7 +251,7 @@ struct Branch {
     rows = divided(height, std::min(bands, height)), block = multiplied ? PANEL : 4 * Kind::STEP;
     if (deal(0, dealt, 1, threads)) return 1;
     if (left * segments >= threads || !left) return deal(dealt, images, segments, threads);
-    rows = height, block = PANEL;
+    rows = divided(height, std::max<long>(1, height * width / MOST_TOGETHER)), block = PANEL;
     return gather(dealt, threads);
   }
 
@@ -273,7 +280,8 @@ struct Branch {
       long member = omp_get_thread_num(), members = omp_get_num_threads();
       vf* shared = memory + threads * total(sizes);
       Memory m = place(memory + member * total(sizes), sizes, shared, shared + left_size());
-      for (long image = first; image < images; image++) share(image, m, member, members);
+      for (long image = first; image < images; image++)
+        for (long y = 0; y < height; y += rows) share(image, y, std::min(y + rows, height), m, member, members);
     }
     return 0;
   }
