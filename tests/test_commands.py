@@ -175,22 +175,24 @@ def run(
     place = copied(files, tmp_path / "place")
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}", prepend=":")
-    stand_ins(monkeypatch, tmp_path, counted)
+    hub = Hub(tmp_path / "hub")
+    stand_ins(monkeypatch, hub, counted)
 
     def run_one(command: Shown) -> None:
         capfd.readouterr()
         try:
             run_here(monkeypatch, place, shortened(command))
-        except BaseException as error:
+        except (Exception, SystemExit, pytest.fail.Exception) as error:
             pytest.fail(f"{command.document}: {shortened(command)}\n{error!r}\n{''.join(capfd.readouterr())}")
 
     yield run_one
+    hub.shutdown()
+    hub.server_close()
     shutil.rmtree(place)  # gigabytes
 
 
-def stand_ins(monkeypatch: pytest.MonkeyPatch, root: Path, counted: list[zoo.Row]) -> None:
+def stand_ins(monkeypatch: pytest.MonkeyPatch, hub: Hub, counted: list[zoo.Row]) -> None:
     """For what would not end, or goes to elsewhere, or was done before."""
-    hub = Hub(root / "hub")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -273,11 +275,14 @@ def serve(words: list[str]) -> None:
         process.communicate()
 
 
-@pytest.mark.parametrize("document", sorted({command.document for command in SHOWN} - {HELP}))
+QUICK = [command for command in SHOWN if not command.needs and not is_long(command)]
+
+
+@pytest.mark.parametrize("document", sorted({command.document for command in QUICK}))
 def test_commands_run(document: str, run: Run) -> None:
     """In order, as a reader would."""
-    for command in SHOWN:
-        if command.document == document and not command.needs and not is_long(command):
+    for command in QUICK:
+        if command.document == document:
             run(command)
 
 

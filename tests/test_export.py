@@ -113,7 +113,7 @@ def test_the_example_needs_neither_torch_nor_us(finished: Path, data: Path, tmp_
 
 @pytest.mark.slow
 def test_other_sizes_and_batches(tmp_path: Path, data: Path) -> None:
-    """Also where the file's own size leaves the last map one position, which the exporter would take for a constant."""
+    """In ONNX also where the file's size leaves the last map one position, which PyTorch would take for a constant."""
     run("conv2former_test", tmp_path, "onnx", dynamic_size=True, size=(32, 32), pictures=[data / "val"])
     subject = open_subject(("conv2former_test", {}), "", size=None, fuse=True, dynamic_size=True)
     runtime = FORMATS["onnx"].load(tmp_path / "model.onnx")

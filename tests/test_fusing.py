@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import SelectAdaptivePool2d
 from timm.utils.model import reparameterize_model
 from torch import nn
 
@@ -80,19 +81,42 @@ def test_fewer_operations(fill: Any) -> None:
     assert w.shape == (32, 16)
 
 
-@pytest.mark.parametrize("pool", ["", "max", "avg"])
-def test_heads_of_other_kinds_compute_as_before(pool: str, fill: Any) -> None:
-    """No pooling, another one, no classes, a classifier that is exchanged behind fusing."""
-    x = torch.randn(2, 3, 64, 64)
-    for classes in (7, 0):
-        model = fill(timm.create_model("conv2former_test", num_classes=classes, global_pool=pool)).eval()
-        fused = copy.deepcopy(model).fuse()
-        assert fused.head.fused == (pool == "avg" and classes > 0)
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
-        for network in (model, fused):
-            network.reset_classifier(3, "avg")
-            network.head.fc.weight.data.fill_(0.5)
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+MAXIMUM = SelectAdaptivePool2d(pool_type="max", flatten=True, input_fmt="NHWC")
+HEADS: dict[str, Any] = {
+    "no pooling": lambda model: model.reset_classifier(7, ""),
+    "another pooling": lambda model: model.reset_classifier(7, "max"),
+    "another pooling, put there": lambda model: setattr(model.head, "global_pool", MAXIMUM),
+    "no classes": lambda model: model.reset_classifier(0),
+    "other classes": lambda model: model.reset_classifier(3),
+    "no classifier": lambda model: setattr(model.head, "fc", nn.Identity()),
+    "no bias": lambda model: setattr(model.head, "fc", nn.Linear(64, 5, bias=False)),
+    "another classifier": lambda model: setattr(model.head, "fc", nn.Sequential(nn.Linear(64, 5))),
+    "no norm": lambda model: setattr(model.head, "norm", nn.Identity()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", HEADS)
+def test_heads_of_other_kinds_compute_as_before(change: str, before: bool, fill: Any) -> None:
+    """Whether something is exchanged before the network is fused, or behind."""
+    x, networks = torch.randn(2, 3, 64, 64), []
+    for fuse in (False, True):
+        model = build("conv2former_test", fill)
+        if fuse and not before:
+            model.fuse()
+        HEADS[change](model)
+        for parameter in model.head.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        networks.append(model.fuse() if fuse and before else model)
+    plain, fused = networks
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_head_that_trains_drops_out(fill: Any) -> None:
+    model, x = build("conv2former_test", fill, drop_rate=0.5), torch.randn(2, 3, 64, 64)
+    model = reparameterize_model(model.train())
+    assert not torch.equal(model(x), model(x))
 
 
 def test_twice_is_once(fill: Any) -> None:

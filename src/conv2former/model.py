@@ -266,7 +266,7 @@ class Head(nn.Module):
         drop_rate: Dropout before the linear layer.
     """
 
-    __constants__ = ("fused",)
+    fused = False  # see `fuse`
 
     def __init__(
         self, in_features: int, num_classes: int, *, hidden_size: int, pool_type: str = "avg", drop_rate: float = 0.0
@@ -291,7 +291,6 @@ class Head(nn.Module):
             )
         if reset_other:
             self.conv, self.act, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
-        self.fused = False
         width = self.hidden_size if isinstance(self.conv, nn.Linear) else self.in_features
         self.num_features = width * self.global_pool.feat_mult()
         if num_classes > 0:
@@ -304,22 +303,27 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C4, H, W) -> (B, num_classes); with ``pre_logits`` (B, hidden_size); unpooled (B, ..., H, W)."""
         x = x.permute(0, 2, 3, 1)
-        if self.fused:  # noqa: SIM102  a constant by itself, or TorchScript would look for the layers that are not there
-            if not pre_logits:
+        if not torch.jit.is_scripting():  # noqa: SIM102  see `ops.modulation`
+            if self.fused and not pre_logits and self._is_the_papers():
                 conv, norm, fc = self.conv, self.norm, self.fc
-                return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, self.eps)
+                return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
         x = self.norm(self.act(self.conv(x)))
         x = self.drop(self.global_pool(x))
         if not pre_logits:
             x = self.fc(x)
         return x.permute(0, 3, 1, 2) if self.global_pool.is_identity() else x
 
+    def _is_the_papers(self) -> bool:
+        """Whether nothing was exchanged, and there is no dropout to be done."""
+        layers = self.conv, self.norm, self.fc
+        if [type(layer) for layer in layers] != [nn.Linear, nn.LayerNorm, nn.Linear] or self.drop.training:
+            return False
+        return all(layer.bias is not None for layer in layers) and self.global_pool.pool_type == "avg"
+
     @torch.jit.ignore
     def fuse(self) -> Head:
-        """In evaluation one operation, where there are both layers and the pooling is the paper's."""
-        layers = [type(layer) for layer in (self.conv, self.norm, self.fc)]
-        self.fused = layers == [nn.Linear, nn.LayerNorm, nn.Linear] and self.global_pool.pool_type == "avg"
-        self.eps = getattr(self.norm, "eps", 0.0)
+        """In evaluation it is one operation from now on, as long as it has both layers and averages."""
+        self.fused = True
         return self
 
 

@@ -61,9 +61,9 @@ def run_demo(
         address = listening.getsockname()
         local = ipaddress.ip_address(address[0]).is_loopback
         gate = Gate(page, folder=folder, upload_bytes=limits.upload_bytes, local=local)
-        config = uvicorn.Config(
-            gate, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=LAST_WORDS
-        )
+        # its own logging would close the handlers of the whole process; without it, warnings go to stderr
+        quiet: Any = dict(log_config=None, log_level="warning", access_log=False)
+        config = uvicorn.Config(gate, **quiet, server_header=False, timeout_graceful_shutdown=LAST_WORDS)
         url = f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}/"
 
         def ready() -> None:

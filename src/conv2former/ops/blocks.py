@@ -24,7 +24,7 @@ def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size:
 
     ``x = x + proj(modulation(u, v))`` with u and v the halves of ``w(norm(x))``, then ``x = x +
     fc2(mlp_middle(fc1(norm(x))))``. The fused form never has more of the hidden layer than fits a processor's cache,
-    or, where there are fewer images than threads, that of one image.
+    or, where there are fewer images than threads, that of some 16,000 positions.
 
     Args:
         x: (B, H, W, C).

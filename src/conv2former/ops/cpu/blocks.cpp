@@ -2,12 +2,16 @@
 //
 //   x + W2 (DWConv(h) * (Wv n + bv)) + b2   and   x + W2 (h + GELU(DWConv(h))) + b2,   h = GELU(W1 n + b1), n = norm(x)
 //
-// Of h a thread never has more than some channels of a band of rows, which stay in the second cache level.
+// Of h a thread has some channels of a band of rows at a time, which stay in the second cache level; where all threads share
+// an image, those of a larger part of it.
 #include "products.h"
 #include <array>
 #include <numeric>
-#include <omp.h>
 #include <utility>
+
+// by OpenMP's library; its header is not with every compiler
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 
 template <class Kind, class T, bool multiplied>
 struct Branch {
@@ -242,7 +246,7 @@ struct Branch {
   }
 
   // Images are dealt to threads. Those that are left over, fewer than threads, are cut into segments of rows if they have
-  // enough of them (the rows around are computed twice), or else worked on by all threads together.
+  // enough of them (the rows around are computed twice), or else worked on by all threads together, part by part.
   int run(long threads) {
     long dealt = images / threads * threads, left = images - dealt;
     long segments = std::clamp<long>(height / (16 + 2 * pad()), 1, threads);

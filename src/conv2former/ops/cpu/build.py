@@ -37,16 +37,19 @@ def load() -> ctypes.CDLL | str:
         texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
         name = hashlib.sha256(b"\0".join([*texts, macros, " ".join(flags).encode()])).hexdigest()[:24]
         path = _folder() / f"kernels-{name}.so"
-        with FileLock(path.with_suffix(".lock"), timeout=PATIENCE):  # of several processes one compiles
-            if not path.exists():
-                _compile([compiler, *flags], path)
+        if not path.exists():
+            with FileLock(
+                path.with_suffix(".lock"), timeout=3 * PATIENCE
+            ):  # of several processes one compiles and links
+                if not path.exists():
+                    _compile([compiler, *flags], path)
         library = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         return f"{compiler} failed: {next((line for line in lines if 'error' in line), 'no message')}"
     except subprocess.TimeoutExpired:
         return f"{compiler} took more than {PATIENCE:.0f} seconds"
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where files cannot be locked
         return f"the compiled kernels cannot be loaded: {error}"
     library.conv2former_groups.restype = ctypes.c_long
     return library

@@ -1,4 +1,4 @@
-"""Weights in the order that ``blocks.cpp`` and ``stem.cpp`` want, made once and kept for as long as they live."""
+"""Weights in the order that the operations of evaluation want, made once and kept for as long as they live."""
 
 from __future__ import annotations
 
