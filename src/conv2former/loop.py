@@ -194,7 +194,7 @@ class Loop:
             return [checked(next(batches)) for _ in range(count or self.batch.accumulate)], None
         except UserError as error:
             return [], error
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             if not is_killed_worker(error):
                 raise
             return [], UserError(KILLED_WORKER)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from conv2former.data.images import MAX_PIXELS, BadImage
 from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seed_cpu
@@ -140,9 +142,19 @@ def checked(batch: Any) -> Any:
     return batch
 
 
-def is_killed_worker(error: RuntimeError) -> bool:
-    """Whether PyTorch says that a process which reads images was killed."""
-    return "DataLoader worker (pid" in str(error)
+def is_killed_worker(error: Exception) -> bool:
+    """Whether an error of a loader says that a process which reads images was killed.
+
+    PyTorch says so from a signal handler, at any moment, and once more for each process that ends after it: it is told
+    to leave that. The next loader installs the handler anew. Or the connection to the process breaks first.
+    """
+    broken = isinstance(error, (ConnectionError, EOFError))
+    if not broken and "DataLoader worker (pid" not in str(error):
+        return False
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal_handling._SIGCHLD_handler_set = False
+    return True
 
 
 def train_loader(
