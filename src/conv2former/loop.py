@@ -22,7 +22,15 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 
 from conv2former.batchnorm import BatchNormBackup, synchronise
-from conv2former.data.loading import KILLED_WORKER, AnyBatch, checked, eval_loader, is_killed_worker, train_loader
+from conv2former.data.loading import (
+    KILLED_WORKER,
+    AnyBatch,
+    checked,
+    eval_loader,
+    is_killed_worker,
+    leave_killed_workers,
+    train_loader,
+)
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
 from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError
@@ -197,6 +205,7 @@ class Loop:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not is_killed_worker(error):
                 raise
+            leave_killed_workers()
             return [], UserError(KILLED_WORKER)
 
     def _agree(self, parts: list[AnyBatch], error: UserError | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from conv2former.batchnorm import freeze
-from conv2former.data.loading import KILLED_WORKER, is_killed_worker
+from conv2former.data.loading import KILLED_WORKER, is_killed_worker, leave_killed_workers
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError, one_line
@@ -144,6 +144,7 @@ def _one_line_errors(run: RunFolder) -> Any:
     except RuntimeError as error:  # met at any moment: PyTorch raises it from a signal handler
         if not is_killed_worker(error):
             raise
+        leave_killed_workers()
         raise UserError(KILLED_WORKER) from None
 
 

@@ -143,18 +143,18 @@ def checked(batch: Any) -> Any:
 
 
 def is_killed_worker(error: Exception) -> bool:
-    """Whether an error of a loader says that a process which reads images was killed.
+    """Whether an error of a loader says, or by a broken connection shows, that a process which reads was killed."""
+    return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
 
-    PyTorch says so from a signal handler, at any moment, and once more for each process that ends after it: it is told
-    to leave that. The next loader installs the handler anew. Or the connection to the process breaks first.
+
+def leave_killed_workers() -> None:
+    """Has PyTorch say no more that a process was killed; the next loader has it say so again.
+
+    It would for each process that ends after that one, from its signal handler, at any moment.
     """
-    broken = isinstance(error, (ConnectionError, EOFError))
-    if not broken and "DataLoader worker (pid" not in str(error):
-        return False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal_handling._SIGCHLD_handler_set = False
-    return True
 
 
 def train_loader(
