@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     trial = torch.empty(1, 1, 1, 32, device=device, dtype=dtype)
-    if not backend.fused(trial, torch.empty(32, 1, 3, 3), torch.empty(32)):
+    if not backend.fused("modulation", trial, torch.empty(32, 1, 3, 3), torch.empty(32)):
         raise SystemExit(f"error: nothing is fused for {options.dtype} on {device}: PyTorch computes it")
     torch.manual_seed(0)
     bytes_rate, multiplies_rate = copy_rate(device), multiply_rate(device)

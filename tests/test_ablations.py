@@ -61,7 +61,7 @@ def test_layer(weighting, fill):
     mod, plain = fill(weighting(8, 5)), fill(ConvMod(8, 5))
     assert {k: v.shape for k, v in mod.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     x = torch.randn(2, 6, 7, 8)
-    expected = mod.proj(mod.combine(plain.weigh(x), plain.w2(x)))
+    expected = mod.proj(mod.combine(plain.modulation_weights(x), plain.w2(x)))
     torch.testing.assert_close(mod(x), expected)
     assert (mod(x) - plain(x)).abs().max() > 0.05
 
@@ -204,7 +204,8 @@ def test_the_model_knows_nothing_of_them():
     tree = ast.parse(inspect.getsource(conv2former.model))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert {name for name in imported if "conv2former" in (name or "")} == {"conv2former.fusing", "conv2former.ops"}
+    known = {"conv2former.fusing", "conv2former.layers", "conv2former.ops"}
+    assert {name for name in imported if "conv2former" in (name or "")} == known
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     names |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     assert not names & {weighting.__name__ for weighting in WEIGHTINGS.values()}

@@ -25,7 +25,9 @@ from conv2former.model import Block, ConvMod, Mlp, drop_path_rates
 
 SHAPES_FILE = Path(__file__).parent / "fixtures" / "state_dict_shapes.json"
 
-NETWORKS = sorted(name for module in ("model", "isotropic") for name in timm.list_models("conv2former*", module=module))
+NETWORKS = sorted(
+    name for module in ("variants", "isotropic") for name in timm.list_models("conv2former*", module=module)
+)
 
 # small versions, by the arguments of the entrypoints
 SHALLOW: dict[str, Any] = dict(dims=(8, 12, 16, 24), depths=(1, 1, 2, 1), head_hidden_size=20, num_classes=7)

@@ -93,17 +93,17 @@ def test_the_fused_code_is_what_runs() -> None:
     """Here the choice is the C++ code; else the comparisons above would compare PyTorch to itself."""
     u = torch.randn(1, 4, 4, 32)
     weight, bias = torch.zeros(32, 1, 11, 11), torch.zeros(32)
-    assert backend.fused(u, weight, bias, u) and ops.backend_for("cpu") == "cpp"
-    assert not backend.fused(u.double(), weight, bias)
-    assert not backend.fused(u[..., :3], weight[:3], bias[:3])
-    assert not backend.fused(u, torch.zeros(32, 1, 23, 23), bias)
-    assert not backend.fused(u, weight, bias, u[:, :1, :1])
-    assert not backend.fused(u, weight, bias, u.bfloat16())
-    assert not backend.fused(u, torch.zeros(32, 1, 3, 5), bias)
-    assert not backend.fused(u, torch.zeros(32, 1, 4, 4), bias)
-    assert not backend.fused(u, weight.double(), bias)
+    assert backend.fused("modulation", u, weight, bias, u) and ops.backend_for("cpu") == "cpp"
+    assert not backend.fused("modulation", u.double(), weight, bias)
+    assert not backend.fused("modulation", u[..., :3], weight[:3], bias[:3])
+    assert not backend.fused("modulation", u, torch.zeros(32, 1, 23, 23), bias)
+    assert not backend.fused("modulation", u, weight, bias, u[:, :1, :1])
+    assert not backend.fused("modulation", u, weight, bias, u.bfloat16())
+    assert not backend.fused("modulation", u, torch.zeros(32, 1, 3, 5), bias)
+    assert not backend.fused("modulation", u, torch.zeros(32, 1, 4, 4), bias)
+    assert not backend.fused("modulation", u, weight.double(), bias)
     with ops.use_backend("reference"):
-        assert not backend.fused(u, weight, bias)
+        assert not backend.fused("modulation", u, weight, bias)
 
 
 @needs_compiler
@@ -245,12 +245,36 @@ def test_operator_contract(name: str) -> None:
 
 
 @needs_compiler
-def test_second_derivatives_are_refused() -> None:
-    inputs, _ = arguments((1, 4, 4, 24, 3), torch.float32, maps=2)
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    (slope,) = torch.autograd.grad(ops.modulation(*inputs).sum(), inputs[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        slope.sum().backward()
+@pytest.mark.parametrize("name", ["modulation", "mlp_middle"])
+def test_second_derivatives_are_the_references(name: str) -> None:
+    """Of every tensor in every other, with the gradient of the output among them, also under autocast's dtypes."""
+    inputs, g = arguments((2, 4, 5, 24, 3), torch.float32, maps=2 if name == "modulation" else 1)
+    directions = [torch.randn_like(tensor) for tensor in inputs]
+    found = []
+    for operation in (getattr(ops, name), getattr(ops, f"{name}_reference")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*inputs, g)]
+        slopes = torch.autograd.grad(operation(*leaves[:-1]), leaves[:-1], leaves[-1], create_graph=True)
+        found.append(torch.autograd.grad(slopes, leaves, directions))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+    u = [tensor.bfloat16().requires_grad_() for tensor in inputs[:-2]]
+    (slope,) = torch.autograd.grad(getattr(ops, name)(*u, *inputs[-2:]).sum(), u[0], create_graph=True)
+    assert torch.autograd.grad(slope.sum(), u[0])[0].isfinite().all()
+
+
+@needs_compiler
+def test_gradient_penalty() -> None:
+    """The gradient of a network's gradient, in its images (WGAN-GP): that of the reference."""
+    found = []
+    for choice in ("auto", "reference"):
+        model, x = network().eval(), torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64).requires_grad_()
+        with ops.use_backend(choice):
+            (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            (slope.square().sum() - 1).square().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(found[0]) > 40
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import yaml
 from timm.layers import DropPath
 
 from conv2former.errors import UserError
-from conv2former.model import DepthwiseConv
+from conv2former.model import ConvMod
 from conv2former.plan import build_without_memory
 from conv2former.recipes import Recipe, load_recipe, recipe_names
 from conv2former.recipes.batch import plan_batch
@@ -171,7 +171,7 @@ def test_rows_trained_on_imagenet_1k(name: str) -> None:
     model, kernel, rate, top1 = SCRATCH[name]
     assert (recipe.model.name, recipe.model.drop_path_rate, recipe.claim.paper) == (model, rate, top1)
     built = build_without_memory(workflow(recipe), classes=1000)
-    assert {m.kernel_size[0] for m in built.modules() if isinstance(m, DepthwiseConv)} - {3} == {kernel}
+    assert {m.dwconv.kernel_size[0] for m in built.modules() if isinstance(m, ConvMod)} == {kernel}
     assert recipe.model.weights is None
     assert (recipe.claim.images, recipe.claim.classes, recipe.claim.processes) == (1_281_167, 1000, 8)
     assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (300, 20)

@@ -6,15 +6,14 @@ reach them by name; any other network takes the class as ``mod_layer``. The rema
 (Fig. 4a, Table 5), is an argument of the network itself.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from conv2former.model import SIZES, Conv2Former, ConvMod, create_conv2former, default_cfg
+from conv2former.model import Conv2Former, ConvMod
+from conv2former.variants import SIZES, create_conv2former, default_cfg
 
 __all__ = ["L1Mod", "LinearMod", "SigmoidMod", "SumMod"]
 
@@ -28,7 +27,7 @@ class WeightingMod(ConvMod):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return self.proj(self.combine(self.weigh(x), self.w2(x)))
+        return self.proj(self.combine(self.modulation_weights(x), self.w2(x)))
 
 
 class SumMod(WeightingMod):

@@ -3,24 +3,28 @@
 Constant factors and offsets go into the linear layer or convolution beside them: batch norm and the affine part of
 LayerNorm into what follows, layer scale into what stands before, and W1 and W2 become one product. The stem, the blocks
 of a stage, what stands between stages and the head are then one operation each (``ops``). The parts are for evaluation
-alone: no dropout, no stochastic depth, no gradients needed. The layers that they are made of are gone or not called:
-hooks, quantisation and adapters belong on the network before.
+alone: no dropout, no stochastic depth, no gradients needed.
+
+A part that was changed stays as it is, and a line says why: with a hook, another layer, a parametrization. The fused
+parts hold weights and no layers.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers.trace_utils import _assert
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from conv2former.ops import blocks, downsample, join_block_weights, stem
+from conv2former.layers import channels_last, check_image_size
+from conv2former.ops import blocks, downsample, guard, join_block_weights, stem
 
 torch.fx.wrap("blocks")
 torch.fx.wrap("downsample")
 torch.fx.wrap("stem")
+
+_log = logging.getLogger("conv2former.fusing")
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -49,11 +53,13 @@ def scaled(layer: Any, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return layer.weight.detach().double() * factor.double()[:, None], layer.bias.detach().double() * factor.double()
 
 
-def set_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
-    """Gives a convolution other numbers."""
-    kept = conv.weight
-    conv.weight = nn.Parameter(weight.to(kept), requires_grad=False)
-    conv.bias = None if bias is None else nn.Parameter(bias.to(kept), requires_grad=False)
+def constant(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A weight of a fused part, in the dtype and on the device of another."""
+    return nn.Parameter(value.detach().to(like), requires_grad=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
 
 
 class FusedBlock(nn.Module):
@@ -70,11 +76,10 @@ class FusedBlock(nn.Module):
         self.hidden, self.dim = mlp.fc1.weight.shape
         both = [linear_behind(layer, *affine(block.norm1)) for layer in (mod.w1, mod.w2)]
         parts = [torch.cat(each) for each in zip(*both, strict=True)]
-        parts += [*mod.dwconv.taps(), *scaled(mod.proj, getattr(block.ls1, "gamma", None))]
-        parts += [*linear_behind(mlp.fc1, *affine(block.norm2)), *mlp.dwconv.taps()]
+        parts += [mod.dwconv.weight, mod.dwconv.bias, *scaled(mod.proj, getattr(block.ls1, "gamma", None))]
+        parts += [*linear_behind(mlp.fc1, *affine(block.norm2)), mlp.dwconv.weight, mlp.dwconv.bias]
         parts += scaled(mlp.fc2, getattr(block.ls2, "gamma", None))
-        row = join_block_weights([part.detach().double() for part in parts])
-        self.weights = nn.Parameter(row.to(mod.w1.weight), requires_grad=False)
+        self.weights = constant(join_block_weights([part.detach().double() for part in parts]), mod.w1.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -82,7 +87,7 @@ class FusedBlock(nn.Module):
 
 
 class FusedBlocks(nn.Sequential):
-    """The ``FusedBlock``s of a stage as one operation. Hooks of single blocks are not called."""
+    """The ``FusedBlock``s of a stage as one operation; one by one where a block has a hook."""
 
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
@@ -91,6 +96,9 @@ class FusedBlocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not a longer condition
+            if guard.hooked(*self) or any(type(block) is not FusedBlock for block in self):
+                return super().forward(x)
         weights: list[Tensor] = []
         for block in self:
             weights.append(block.weights)  # type: ignore[arg-type]
@@ -111,21 +119,19 @@ class FusedStem(nn.Module):
 
     def __init__(self, convs: Sequence[Any], norms: Sequence[Any], *, min_size: int) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = convs
+        first, second, third = convs
         self.min_size = min_size
-        self.strides = self.conv1.stride[0], self.conv2.stride[0]
-        self.scale, self.offset = (nn.Parameter(part.to(self.conv2.weight)) for part in affine(norms[0]))
-        set_conv(self.conv3, *linear_behind(self.conv3, *affine(norms[1])))
-        self.requires_grad_(False)
+        self.stride1, self.stride2 = first.stride[0], second.stride[0]
+        like = second.weight
+        self.weight1, self.weight2 = constant(first.weight, like), constant(second.weight, like)
+        self.scale, self.offset = (constant(part, like) for part in affine(norms[0]))
+        self.weight3, self.bias3 = (constant(part, like) for part in linear_behind(third, *affine(norms[1])))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride), channels last in memory."""
         check_image_size(x, self.min_size)
-        x = x.contiguous(memory_format=torch.channels_last)
-        first, second, third = self.conv1.weight, self.conv2.weight, self.conv3.weight
-        bias = self.conv3.bias
-        assert bias is not None  # TorchScript does not know
-        return stem(x, first, self.scale, self.offset, second, third, bias, self.strides[0], self.strides[1])
+        weights = self.weight1, self.scale, self.offset, self.weight2, self.weight3, self.bias3
+        return stem(channels_last(x), *weights, self.stride1, self.stride2)
 
 
 class FusedDownsample(nn.Module):
@@ -138,18 +144,108 @@ class FusedDownsample(nn.Module):
 
     def __init__(self, norm: Any, conv: Any) -> None:
         super().__init__()
-        self.eps, self.conv = norm.eps, conv
-        set_conv(conv, *linear_behind(conv, *affine(norm)))
+        self.eps = norm.eps
+        self.weight, self.bias = (constant(part, conv.weight) for part in linear_behind(conv, *affine(norm)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, H / 2, W / 2), channels last in memory."""
-        bias = self.conv.bias
-        assert bias is not None  # TorchScript does not know
-        return downsample(x.permute(0, 2, 3, 1), self.conv.weight, bias, self.eps).permute(0, 3, 1, 2)
+        return downsample(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
-def check_image_size(x: Tensor, min_size: int) -> None:
-    """Refuses images that would leave less than one position in the last stage (below the network's total stride)."""
-    message = f"the image is smaller than {min_size} pixels, the network's total stride: resize it to at least that"
-    _assert(x.shape[-2] >= min_size, message)  # two calls: `and` would be control flow, which torch.fx cannot trace
-    _assert(x.shape[-1] >= min_size, message)
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a part may be put in the place of the trained one
+
+
+def fuse_blocks(stage: nn.Sequential, kinds: Sequence[type]) -> nn.Sequential:
+    """The blocks of a stage as one operation; as they are where one of them is not the paper's.
+
+    Args:
+        stage: The blocks.
+        kinds: The classes of a block, its modulation and its MLP.
+    """
+    parts: list[Any] = list(stage)
+    why = next(filter(None, (unlike_block(block, kinds) for block in parts)), "") or touched(stage)
+    if not parts or stays("blocks", why):
+        return stage
+    fused = [FusedBlock(block) for block in parts]
+    if stays("blocks", "" if len({(b.dim, b.hidden, b.kernel_size, b.eps) for b in fused}) == 1 else "they differ"):
+        return stage
+    return FusedBlocks(*fused)
+
+
+def unlike_block(block: Any, kinds: Sequence[type]) -> str:
+    """What keeps a block from being fused, '' for nothing."""
+    kind, mod_kind, mlp_kind = kinds
+    why = other([(block, kind)]) or other([(block.mod, mod_kind), (block.mlp, mlp_kind)])
+    if why:
+        return why
+    mod, mlp = block.mod, block.mlp
+    linear: list[Any] = [(layer, nn.Linear) for layer in (mod.w1, mod.w2, mod.proj, mlp.fc1, mlp.fc2)]
+    norms = [(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)]
+    scales = [(scale, LayerScale) for scale in (block.ls1, block.ls2) if type(scale) is not nn.Identity]
+    drops = [(drop, DropPath) for drop in (block.drop_path1, block.drop_path2) if type(drop) is not nn.Identity]
+    why = other(linear + norms + scales + drops) or without_bias(*(layer for layer, _ in linear + norms))
+    why = why or guard.not_gelu(mod.act) or guard.not_gelu(mlp.act)
+    why = why or guard.not_depthwise(mod.dwconv) or guard.not_depthwise(mlp.dwconv)
+    return why or ("" if block.norm1.eps == block.norm2.eps else "its norms differ")
+
+
+def fuse_stem(
+    part: nn.Module, convs: Sequence[Any], norms: Sequence[Any], acts: Sequence[nn.Module], *, min_size: int
+) -> nn.Module:
+    """A stem or embedding of three convolutions as one operation; as it is where it was changed."""
+    why = other([(conv, nn.Conv2d) for conv in convs] + [(norm, nn.BatchNorm2d) for norm in norms])
+    why = why or without_bias(*norms) or next(filter(None, map(guard.not_gelu, acts)), "") or touched(part)
+    settings = [(conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.bias) for conv in convs if not why]
+    if not why and settings != [((side, side), (1, 1), 1, "zeros", None) for side in (1, 1, 0)]:
+        why = "the settings of its convolutions are others"
+    if not why and any(norm.running_var is None for norm in norms):
+        why = "its norms keep no statistics"
+    return part if stays("stem", why) else FusedStem(convs, norms, min_size=min_size)
+
+
+def fuse_downsample(part: Any) -> nn.Module:
+    """What stands between two stages as one operation; as it is where it was changed."""
+    norm, conv = part
+    why = other([(norm, nn.LayerNorm), (conv, nn.Conv2d)]) or without_bias(norm, conv) or touched(part)
+    if not why:
+        settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+        why = "" if settings == ((2, 2), (2, 2), (0, 0), (1, 1), 1) else f"its convolution is {conv}"
+    return part if stays("downsampling", why) else FusedDownsample(norm, conv)
+
+
+def fusable_head(head: Any) -> bool:
+    """Whether a head may be computed as one operation: it is the paper's, unchanged, with no dropout to be done."""
+    conv, act, norm, pool, fc = head.conv, head.act, head.norm, head.global_pool, head.fc
+    if type(conv) is not nn.Linear or type(norm) is not nn.LayerNorm or type(fc) is not nn.Linear:
+        return False
+    if type(act) is not nn.GELU or act.approximate != "none" or pool.pool_type != "avg" or head.drop.training:
+        return False
+    if any(layer.bias is None for layer in (conv, norm, fc)):
+        return False
+    return not guard.hooked(conv, act, norm, pool, pool.pool, pool.flatten, head.drop, fc)
+
+
+def other(layers: Iterable[tuple[Any, type]]) -> str:
+    """The first layer that is of another class, '' where all are what they should be."""
+    return next((f"there is a {type(layer).__name__} in it" for layer, kind in layers if type(layer) is not kind), "")
+
+
+def without_bias(*layers: Any) -> str:
+    """The first layer that lacks a factor or an offset, '' where none does."""
+    return next((f"{layer} has no bias" for layer in layers if layer.weight is None or layer.bias is None), "")
+
+
+def touched(part: nn.Module) -> str:
+    """What would be lost with the modules of a part: hooks, weights that are more than tensors; '' for nothing."""
+    weights = list(part.parameters())
+    if not all(map(guard.plain, weights)) or len({(weight.device, weight.dtype) for weight in weights}) > 1:
+        return "its weights are not all plain tensors of one dtype on one device"
+    return guard.hooked(*part.modules())
+
+
+def stays(part: str, why: str) -> bool:
+    """Whether there is a reason not to fuse a part, which is said."""
+    if why:
+        _log.warning(f"fuse: {part} as before, because {why}")
+    return bool(why)

@@ -4,8 +4,6 @@
 embedding are settled by counting, the paper gives neither.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,8 +12,10 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from conv2former.fusing import FusedStem, check_image_size
-from conv2former.model import Conv2Former, create_conv2former, default_cfg
+from conv2former.fusing import fuse_stem
+from conv2former.layers import Layer, activation, channels_last, check_image_size
+from conv2former.model import Conv2Former
+from conv2former.variants import create_conv2former, default_cfg
 
 __all__ = ["Conv2FormerIsotropic"]
 
@@ -28,9 +28,10 @@ class PatchEmbed(nn.Module):
         dim: Channels of the network.
         convs: 1 for a 16x16 convolution with stride 16; 3 for 3x3 s4, 3x3 s2 and 2x2 s2, half as wide before the last,
             each of the first two followed by GELU and BatchNorm like the hierarchical stem.
+        act_layer: Makes an activation.
     """
 
-    def __init__(self, in_chans: int, dim: int, *, convs: int = 1) -> None:
+    def __init__(self, in_chans: int, dim: int, *, convs: int = 1, act_layer: Layer = nn.GELU) -> None:
         super().__init__()
         self.stride = 16
         if convs == 1:
@@ -39,10 +40,10 @@ class PatchEmbed(nn.Module):
             mid = dim // 2
             self.proj = nn.Sequential(
                 nn.Conv2d(in_chans, mid, 3, stride=4, padding=1, bias=False),
-                nn.GELU(),
+                act_layer(),
                 nn.BatchNorm2d(mid),
                 nn.Conv2d(mid, mid, 3, stride=2, padding=1, bias=False),
-                nn.GELU(),
+                act_layer(),
                 nn.BatchNorm2d(mid),
                 nn.Conv2d(mid, dim, 2, stride=2, bias=False),
             )
@@ -52,14 +53,15 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / 16, W / 16), channels last in memory."""
         check_image_size(x, self.stride)
-        return self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.proj(channels_last(x))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """What computes the same in evaluation, without batch norms."""
         if not isinstance(self.proj, nn.Sequential):
             return self
-        return FusedStem([self.proj[i] for i in (0, 3, 6)], [self.proj[i] for i in (2, 5)], min_size=self.stride)
+        convs, norms, acts = ([self.proj[i] for i in places] for places in ((0, 3, 6), (2, 5), (1, 4)))
+        return fuse_stem(self, convs, norms, acts, min_size=self.stride)
 
 
 class Conv2FormerIsotropic(Conv2Former):
@@ -83,7 +85,8 @@ class Conv2FormerIsotropic(Conv2Former):
         patch_embed_convs: int = 1,
         **kwargs: Any,
     ) -> None:
-        stem = PatchEmbed(in_chans, dim, convs=patch_embed_convs)
+        act_layer = activation(kwargs.get("act_layer"))
+        stem = PatchEmbed(in_chans, dim, convs=patch_embed_convs, act_layer=act_layer)
         super().__init__(in_chans, num_classes, global_pool, dims=(dim,), depths=(depth,), stem=stem, **kwargs)
         self.feature_info = [
             dict(num_chs=dim, reduction=stem.stride, module=f"stages.0.blocks.{i}") for i in range(depth)

@@ -3,62 +3,43 @@
 Hou et al., "Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition", arXiv:2211.11943.
 
 The file reads top to bottom like the paper: the modulation layer (Sec. 3.2), the MLP, the block, the stem, the stage,
-the head, the network (Sec. 3.1), and the entrypoints that timm knows (Table 1).
+the head, the network (Sec. 3.1). The sizes of Table 1 and the names that timm knows are in ``variants``.
 
 Layout: the public interface is timm's NCHW. Inside a stage tensors are NHWC, so that LayerNorm and the 1x1
 convolutions (kept as ``nn.Linear``) work on the last dimension; the change of layout is a view of channels-last memory.
-What stands between the linear layers of a block is one operation each (``ops``), fused where there is a kernel for it.
+What stands between the linear layers of a block has a fused operation each (``ops``). It runs in the place of the
+modules wherever that makes no difference but the time: see ``ops.guard``.
 """
 
-from __future__ import annotations
-
+import math
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d
 from timm.layers.trace_utils import _assert
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from conv2former.fusing import FusedBlock, FusedBlocks, FusedDownsample, FusedStem, check_image_size
-from conv2former.ops import head, mlp_middle, modulation
+from conv2former.fusing import fusable_head, fuse_blocks, fuse_downsample, fuse_stem
+from conv2former.layers import (
+    Layer,
+    LayerNorm,
+    activation,
+    channels_last,
+    check_image_size,
+    depthwise_conv,
+    drop_path_rates,
+    init_weights,
+    last_dim_norm,
+    strides_and_dilations,
+)
+from conv2former.ops import head, mlp_middle_fused, modulation_fused, passes_by
 
 __all__ = ["Conv2Former"]
 
-torch.fx.wrap("head")  # which code computes them depends on the tensor, so a symbolic trace keeps them whole
-torch.fx.wrap("mlp_middle")
-torch.fx.wrap("modulation")
-
-LAYER_NORM_EPS = 1e-6
-
-
-class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution with bias and "same" zero padding on NHWC tensors.
-
-    The weight keeps the shape of a PyTorch depthwise convolution, (C, 1, k, k). The map may be smaller than the kernel.
-    """
-
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
-
-    def taps(self) -> tuple[Tensor, Tensor]:
-        """(C, 1, k, k) and (C,): weight and bias, for ``ops``."""
-        bias = self.bias
-        assert bias is not None  # TorchScript does not know
-        return self.weight, bias
+torch.fx.wrap("head")  # a fused head stays one operation in a symbolic trace
 
 
 class ConvMod(nn.Module):
@@ -70,45 +51,60 @@ class ConvMod(nn.Module):
     Args:
         dim: Channels C.
         kernel_size: Odd side k of the depthwise kernel.
-
-    Attributes:
-        dwconv: Holds the taps and the bias of the depthwise convolution, which ``ops.modulation`` reads from it.
+        act_layer: Makes the activation.
+        dilation: Of the depthwise convolution.
     """
 
-    def __init__(self, dim: int, kernel_size: int) -> None:
+    def __init__(self, dim: int, kernel_size: int, *, act_layer: Layer = nn.GELU, dilation: int = 1) -> None:
         super().__init__()
         self.w1 = nn.Linear(dim, dim)
-        self.act = nn.GELU()
-        self.dwconv = DepthwiseConv(dim, kernel_size)
+        self.act = act_layer()
+        self.dwconv = depthwise_conv(dim, kernel_size, dilation)
         self.w2 = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
-    def weigh(self, x: Tensor) -> Tensor:
+    def modulation_weights(self, x: Tensor) -> Tensor:
         """The weights A of Eq. 4, (B, H, W, C) -> (B, H, W, C)."""
-        return self.dwconv(self.act(self.w1(x)))
+        return self.dwconv(self.act(self.w1(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        weight, bias = self.dwconv.taps()
-        return self.proj(modulation(self.w1(x), self.w2(x), weight, bias))
+        u, v = self.w1(x), self.w2(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not a longer condition
+            if passes_by("modulation", self.act, self.dwconv, u, v):
+                return self.proj(modulation_fused(u, v, self.dwconv.weight, self.dwconv.bias))  # type: ignore[arg-type]
+        a = self.dwconv(self.act(u).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # Eq. 4
+        return self.proj(a * v)  # Eq. 3
 
 
 class Mlp(nn.Module):
     """The FFN: expansion by 4 with a residual 3x3 depthwise convolution on the hidden layer.
 
     The depthwise convolution is not in the paper's text; the printed multiply-adds of Table 1 need it.
+
+    Args:
+        dim: Channels C.
+        hidden_dim: Channels D of the hidden layer.
+        act_layer: Makes the activation, which is used twice.
+        dilation: Of the depthwise convolution.
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, act_layer: Layer = nn.GELU, dilation: int = 1) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.dwconv = DepthwiseConv(hidden_dim, 3)
+        self.act = act_layer()
+        self.dwconv = depthwise_conv(hidden_dim, 3, dilation)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        weight, bias = self.dwconv.taps()
-        return self.fc2(mlp_middle(self.fc1(x), weight, bias))
+        u = self.fc1(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  see `ConvMod`
+            if passes_by("mlp_middle", self.act, self.dwconv, u):
+                return self.fc2(mlp_middle_fused(u, self.dwconv.weight, self.dwconv.bias))  # type: ignore[arg-type]
+        h = self.act(u).permute(0, 3, 1, 2)
+        h = h + self.act(self.dwconv(h))
+        return self.fc2(h.permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):
@@ -120,7 +116,10 @@ class Block(nn.Module):
         mlp_ratio: Hidden width of the MLP over C.
         drop_path: Probability of dropping a branch (stochastic depth).
         ls_init_value: Initial value of both layer scales; None leaves them out.
-        mod_layer: Class of the modulation layer, called with ``(dim, kernel_size)``.
+        mod_layer: Class of the modulation layer, called as ``ConvMod``.
+        norm_layer: Makes a norm of the last dimension, called with ``dim``.
+        act_layer: Makes an activation.
+        dilation: Of both depthwise convolutions.
     """
 
     def __init__(
@@ -131,15 +130,18 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         ls_init_value: float | None = 1e-6,
-        mod_layer: type[nn.Module] = ConvMod,
+        mod_layer: Layer = ConvMod,
+        norm_layer: Layer = LayerNorm,
+        act_layer: Layer = nn.GELU,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mod = mod_layer(dim, kernel_size)
+        self.norm1 = norm_layer(dim)
+        self.mod = mod_layer(dim, kernel_size, act_layer=act_layer, dilation=dilation)
         self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, dilation=dilation)
         self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -155,11 +157,8 @@ class Blocks(nn.Sequential):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Sequential:
-        """What computes the same in evaluation, faster; itself with another modulation layer."""
-        blocks: Any = list(self)
-        if not blocks or any(type(block.mod) is not ConvMod for block in blocks):
-            return self
-        return FusedBlocks(*map(FusedBlock, blocks))
+        """What computes the same in evaluation, faster; itself where a block is not the paper's (``fusing``)."""
+        return fuse_blocks(self, (Block, ConvMod, Mlp))
 
 
 class Stem(nn.Module):
@@ -173,9 +172,12 @@ class Stem(nn.Module):
         dim: Channels of the first stage.
         stride: Total stride, 4 or 2.
         min_size: Smallest height and width that the whole network takes; smaller images are refused here.
+        act_layer: Makes an activation.
     """
 
-    def __init__(self, in_chans: int, dim: int, *, stride: int = 4, min_size: int = 32) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, *, stride: int = 4, min_size: int = 32, act_layer: Layer = nn.GELU
+    ) -> None:
         super().__init__()
         if stride not in (2, 4):
             raise ValueError(f"stem_stride is {stride}: use 4 (the paper's) or 2 (small images)")
@@ -186,12 +188,12 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(mid, mid, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(mid)
         self.conv3 = nn.Conv2d(mid, dim, 2, stride=2, bias=False)
-        self.act = nn.GELU()
+        self.act = act_layer()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride), channels last in memory."""
         check_image_size(x, self.min_size)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         x = self.norm1(self.act(self.conv1(x)))
         x = self.norm2(self.act(self.conv2(x)))
         return self.conv3(x)
@@ -199,59 +201,85 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """What computes the same in evaluation, without batch norms."""
-        return FusedStem([self.conv1, self.conv2, self.conv3], [self.norm1, self.norm2], min_size=self.min_size)
+        convs, norms = [self.conv1, self.conv2, self.conv3], [self.norm1, self.norm2]
+        return fuse_stem(self, convs, norms, [self.act], min_size=self.min_size)
+
+
+class Downsample(nn.Sequential):
+    """Between stages: a norm over the channels and a 2x2 convolution with stride 2.
+
+    Args:
+        in_dim: Channels of the stage before.
+        dim: Channels of this stage.
+        stride: 2, or 1 where the network's ``output_stride`` is reached: the map then keeps its size.
+        dilation: Of the convolution.
+        norm_layer: Makes a norm of the last dimension, called with ``in_dim``.
+    """
+
+    def __init__(self, in_dim: int, dim: int, *, stride: int, dilation: int, norm_layer: Layer) -> None:
+        padding: Any = 0 if stride == 2 else "same"
+        super().__init__(
+            norm_layer(in_dim), nn.Conv2d(in_dim, dim, 2, stride=stride, padding=padding, dilation=dilation)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_dim, H, W) -> (B, dim, H / stride, W / stride); a row or column left over goes."""
+        return self[1](self[0](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The norm's factor and offset go into the convolution."""
+        return fuse_downsample(self)
 
 
 class Stage(nn.Module):
-    """Downsampling (LayerNorm, 2x2 s2 convolution; none in the first stage) and a row of blocks.
+    """Downsampling (none in the first stage) and a row of blocks.
 
     Args:
         in_dim: Channels of the stage before.
         dim: Channels of this stage; equal to ``in_dim`` without downsampling.
         kernel_size: Side of the modulation kernel.
         drop_path: One rate per block; its length is the depth of the stage.
-        downsample: Whether to halve the resolution first.
+        downsample: Whether another resolution or width comes first.
+        stride: Of the downsampling.
+        dilation: Of the downsampling and of the blocks; both are 1 but for a reduced ``output_stride``.
+        norm_layer: Makes a norm of the last dimension.
         **block_args: Passed to every ``Block``.
     """
 
     def __init__(
-        self, in_dim: int, dim: int, kernel_size: int, drop_path: list[float], *, downsample: bool, **block_args: Any
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_size: int,
+        drop_path: list[float],
+        *,
+        downsample: bool,
+        stride: int = 2,
+        dilation: tuple[int, int] = (1, 1),
+        norm_layer: Layer = LayerNorm,
+        **block_args: Any,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        first, rest = dilation
         self.downsample: nn.Module = (
-            nn.Sequential(ChannelNorm(in_dim, eps=LAYER_NORM_EPS), nn.Conv2d(in_dim, dim, 2, stride=2))
+            Downsample(in_dim, dim, stride=stride, dilation=first, norm_layer=norm_layer)
             if downsample
             else nn.Identity()
         )
+        block_args |= dict(norm_layer=norm_layer, dilation=rest)
         self.blocks: nn.Sequential = Blocks(
             *(Block(dim, kernel_size, drop_path=rate, **block_args) for rate in drop_path)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_dim, H, W) -> (B, dim, H / 2, W / 2), or the same size without downsampling; rows left over go."""
+        """(B, in_dim, H, W) -> (B, dim, H / stride, W / stride), or the same size without downsampling."""
         x = self.downsample(x).permute(0, 2, 3, 1)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-    @torch.jit.ignore
-    def fuse(self) -> Stage:
-        """The downsampling's norm goes into its convolution; the blocks are asked by themselves."""
-        if isinstance(self.downsample, nn.Sequential):
-            self.downsample = FusedDownsample(*self.downsample)
-        return self
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of an NCHW tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = x.permute(0, 2, 3, 1)
-        x = nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
 
@@ -264,19 +292,29 @@ class Head(nn.Module):
         hidden_size: Width of the 1x1 convolution (1280 in the released network).
         pool_type: A pooling of timm's, or '' for none: the output is then a map (B, classes, H, W).
         drop_rate: Dropout before the linear layer.
+        norm_layer: Makes a norm of the last dimension.
+        act_layer: Makes an activation.
     """
 
     fused = False  # see `fuse`
 
     def __init__(
-        self, in_features: int, num_classes: int, *, hidden_size: int, pool_type: str = "avg", drop_rate: float = 0.0
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        hidden_size: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        norm_layer: Layer = LayerNorm,
+        act_layer: Layer = nn.GELU,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.hidden_size = hidden_size
         self.conv: Any = nn.Linear(in_features, hidden_size)
-        self.act: nn.Module = nn.GELU()
-        self.norm: Any = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.act: nn.Module = act_layer()
+        self.norm: Any = norm_layer(hidden_size)
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool_type)
 
@@ -303,8 +341,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C4, H, W) -> (B, num_classes); with ``pre_logits`` (B, hidden_size); unpooled (B, ..., H, W)."""
         x = x.permute(0, 2, 3, 1)
-        if not torch.jit.is_scripting():  # noqa: SIM102  see `ops.modulation`
-            if self.fused and not pre_logits and self._is_the_papers():
+        if not torch.jit.is_scripting():  # noqa: SIM102  see `ConvMod`
+            if self.fused and not pre_logits and fusable_head(self):
                 conv, norm, fc = self.conv, self.norm, self.fc
                 return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
         x = self.norm(self.act(self.conv(x)))
@@ -313,33 +351,11 @@ class Head(nn.Module):
             x = self.fc(x)
         return x.permute(0, 3, 1, 2) if self.global_pool.is_identity() else x
 
-    def _is_the_papers(self) -> bool:
-        """Whether nothing was exchanged, and there is no dropout to be done."""
-        layers = self.conv, self.norm, self.fc
-        if [type(layer) for layer in layers] != [nn.Linear, nn.LayerNorm, nn.Linear] or self.drop.training:
-            return False
-        return all(layer.bias is not None for layer in layers) and self.global_pool.pool_type == "avg"
-
     @torch.jit.ignore
-    def fuse(self) -> Head:
-        """In evaluation it is one operation from now on, as long as it has both layers and averages."""
+    def fuse(self) -> "Head":
+        """In evaluation it is one operation from now on, as long as it is the paper's head (``fusing``)."""
         self.fused = True
         return self
-
-
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal (std 0.02) for convolutions and linear layers, zero biases."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def drop_path_rates(drop_path_rate: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Rates that rise linearly from 0 at the first block to ``drop_path_rate`` at the last, a list per stage."""
-    last = max(sum(depths) - 1, 1)
-    starts = [sum(depths[:i]) for i in range(len(depths))]
-    return [[drop_path_rate * (start + j) / last for j in range(n)] for start, n in zip(starts, depths, strict=True)]
 
 
 class Conv2Former(nn.Module):
@@ -362,6 +378,11 @@ class Conv2Former(nn.Module):
         head_hidden_size: Width of the head's 1x1 convolution.
         ls_init_value: Initial layer scale (Sec. 4.1); None for none.
         mod_layer: Class of the modulation layer, ``ConvMod`` or one of ``conv2former.ablations``.
+        output_stride: 32, 16 or 8: of the last stage. Below 32 the last stages keep the size of their maps and dilate
+            their convolutions, which then are not fused.
+        act_layer: timm's name or a class. The fused operations know GELU alone.
+        norm_layer: timm's name or a class, of a norm over the last dimension: in blocks, between stages, in the head.
+        head_init_scale: Factor on the classifier's initial weights.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block (Table 10).
 
@@ -385,6 +406,10 @@ class Conv2Former(nn.Module):
         head_hidden_size: int = 1280,
         ls_init_value: float | None = 1e-6,
         mod_layer: type[nn.Module] = ConvMod,
+        output_stride: int = 32,
+        act_layer: str | Layer | None = None,
+        norm_layer: str | Layer | None = None,
+        head_init_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
@@ -397,10 +422,12 @@ class Conv2Former(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
 
+        stem_stride = stem_stride if stem is None else stem.stride
+        geometry = strides_and_dilations(len(dims), stem_stride, output_stride)
+        reductions = [stem_stride * math.prod(stride for stride, _ in geometry[1 : i + 1]) for i in range(len(dims))]
+        layers: dict[str, Layer] = dict(act_layer=activation(act_layer), norm_layer=last_dim_norm(norm_layer))
         if stem is None:
-            stem = Stem(in_chans, dims[0], stride=stem_stride, min_size=stem_stride * 2 ** (len(dims) - 1))
-        else:
-            stem_stride = stem.stride
+            stem = Stem(in_chans, dims[0], stride=stem_stride, min_size=reductions[-1], act_layer=layers["act_layer"])
         self.stem = stem
 
         rates = drop_path_rates(drop_path_rate, depths)
@@ -412,22 +439,27 @@ class Conv2Former(nn.Module):
                     kernel_size,
                     rates[i],
                     downsample=i > 0,
+                    stride=geometry[i][0],
+                    dilation=geometry[i][1],
                     mlp_ratio=mlp_ratio,
                     ls_init_value=ls_init_value,
                     mod_layer=mod_layer,
+                    **layers,
                 )
                 for i, dim in enumerate(dims)
             )
         )
         self.feature_info = [
-            dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=reductions[i], module=f"stages.{i}") for i, dim in enumerate(dims)
         ]
         self.num_features = dims[-1]
         self.head = Head(
-            dims[-1], num_classes, hidden_size=head_hidden_size, pool_type=global_pool, drop_rate=drop_rate
+            dims[-1], num_classes, hidden_size=head_hidden_size, pool_type=global_pool, drop_rate=drop_rate, **layers
         )
         self.head_hidden_size = self.head.num_features
         self.apply(init_weights)
+        for parameter in self.head.fc.parameters():
+            parameter.data.mul_(head_init_scale)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -509,7 +541,7 @@ class Conv2Former(nn.Module):
         pruned = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if pruned:
-            self.num_features = self.feature_info[last]["num_chs"]
+            self.num_features = int(self.feature_info[last]["num_chs"])
             self.head.in_features = self.num_features
         if prune_head or pruned:
             self.reset_classifier(0, "", reset_other=True)
@@ -528,7 +560,7 @@ class Conv2Former(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
-    def fuse(self) -> Conv2Former:
+    def fuse(self) -> "Conv2Former":
         """Turns the network, in place, into one for evaluation alone that computes the same with fewer operations.
 
         Norms' factors and offsets and the layer scale go into the layers beside them, W1 and W2 become one product
@@ -536,143 +568,3 @@ class Conv2Former(nn.Module):
         """
         reparameterize_model(self.eval(), inplace=True)
         return self.requires_grad_(False)
-
-
-def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """Builds a registered model through timm, with one clear error where weights are asked for that nobody publishes.
-
-    Args:
-        model_cls: Class of the network.
-        variant: Registered name.
-        pretrained: Whether to load weights.
-        **kwargs: timm's own arguments and those of ``model_cls``; ``device`` and ``dtype`` as timm's models take them.
-
-    Raises:
-        RuntimeError: ``pretrained=True`` and no source of weights for ``variant``.
-    """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"no weights are published for {variant}: train some, or turn the authors' checkpoint into a folder with "
-            f"`conv2former convert CHECKPOINT DST --model {variant}`, then timm.create_model('local-dir:DST', "
-            "pretrained=True)"
-        )
-    stages = tuple(range(len(kwargs.get("dims", ()))))
-    kwargs.setdefault("feature_cfg", dict(out_indices=stages, flatten_sequential=True))
-    dtype = kwargs.pop("dtype", None)
-    with torch.device(kwargs.pop("device", None) or torch.get_default_device()):
-        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs).to(dtype=dtype)
-
-
-def default_cfg(**overrides: Any) -> dict[str, Any]:
-    """The preprocessing that goes with the models.
-
-    ImageNet mean and standard deviation: the authors' README. The paper says nothing of the crop: 0.9 at 224 is Swin's
-    (ConvNeXt evaluates at 0.875), 1.0 at 384 is what both use for fine-tuned models.
-    """
-    return (
-        dict(
-            url="",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            min_input_size=(3, 32, 32),
-            pool_size=(7, 7),
-            crop_pct=0.9,
-            interpolation="bicubic",
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            first_conv="stem.conv1",
-            classifier="head.fc",
-            license="apache-2.0",
-            paper_ids="arXiv:2211.11943",
-            paper_name="Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition",
-        )
-        | overrides
-    )
-
-
-CFG_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
-
-default_cfgs = generate_default_cfgs(
-    {
-        "conv2former_n.untrained": default_cfg(),
-        "conv2former_t.untrained": default_cfg(),
-        "conv2former_s.untrained": default_cfg(),
-        "conv2former_b.untrained": default_cfg(),
-        "conv2former_b.untrained_384": default_cfg(**CFG_384),
-        "conv2former_l.untrained": default_cfg(),
-        "conv2former_l.untrained_384": default_cfg(**CFG_384),
-        # below: not in the paper
-        "conv2former_pico.untrained": default_cfg(),
-        "conv2former_femto.untrained": default_cfg(),
-        "conv2former_atto.untrained": default_cfg(),
-        "conv2former_test.untrained": default_cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
-    }
-)
-
-# Table 1; the kernel of N is the released checkpoint's.
-SIZES: dict[str, dict[str, Any]] = {
-    "n": dict(dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), kernel_size=7),
-    "t": dict(dims=(72, 144, 288, 576), depths=(3, 3, 12, 3)),
-    "s": dict(dims=(72, 144, 288, 576), depths=(4, 4, 32, 4)),
-    "b": dict(dims=(96, 192, 384, 768), depths=(4, 4, 34, 4)),
-    "l": dict(dims=(128, 256, 512, 1024), depths=(4, 4, 48, 4)),
-}
-
-
-@register_model
-def conv2former_n(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-N (Table 1), kernel 7 as released."""
-    return create_conv2former(Conv2Former, "conv2former_n", pretrained, **(SIZES["n"] | kwargs))
-
-
-@register_model
-def conv2former_t(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-T (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_t", pretrained, **(SIZES["t"] | kwargs))
-
-
-@register_model
-def conv2former_s(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-S (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_s", pretrained, **(SIZES["s"] | kwargs))
-
-
-@register_model
-def conv2former_b(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-B (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_b", pretrained, **(SIZES["b"] | kwargs))
-
-
-@register_model
-def conv2former_l(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-L (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_l", pretrained, **(SIZES["l"] | kwargs))
-
-
-@register_model
-def conv2former_pico(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 9M parameters, for CPUs; depths and width steps after ConvNeXt V2's small line."""
-    sizes: dict[str, Any] = dict(dims=(48, 96, 192, 384), depths=(2, 2, 8, 2), kernel_size=7)
-    return create_conv2former(Conv2Former, "conv2former_pico", pretrained, **(sizes | kwargs))
-
-
-@register_model
-def conv2former_femto(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 5M parameters, for CPUs; the head is halved so that the stages get the parameters."""
-    sizes: dict[str, Any] = dict(dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640)
-    return create_conv2former(Conv2Former, "conv2former_femto", pretrained, **(sizes | kwargs))
-
-
-@register_model
-def conv2former_atto(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 3.8M parameters, for edge devices; the head is halved like femto's."""
-    sizes: dict[str, Any] = dict(dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640)
-    return create_conv2former(Conv2Former, "conv2former_atto", pretrained, **(sizes | kwargs))
-
-
-@register_model
-def conv2former_test(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: for tests and quick trials."""
-    sizes: dict[str, Any] = dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), kernel_size=5, head_hidden_size=64)
-    return create_conv2former(Conv2Former, "conv2former_test", pretrained, **(sizes | kwargs))

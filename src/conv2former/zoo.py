@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conv2former.ablations import ROWS
 from conv2former.errors import UserError, nearest
 from conv2former.meta import build_on_meta
-from conv2former.model import SIZES
+from conv2former.variants import SIZES
 
 # ImageNet-1k top-1 in percent, 224 px, 300 epochs: Tables 3, 6 and 7
 PAPER_TOP1 = {

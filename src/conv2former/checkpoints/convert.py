@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCE
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from conv2former import model as hierarchical
+from conv2former import variants as hierarchical
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
 from conv2former.checkpoints.reading import StrPath, extract_weights, read_checkpoint
 from conv2former.errors import UserError, some

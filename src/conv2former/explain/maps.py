@@ -44,7 +44,7 @@ class Modulation:
 def modulations(model: Explained, image: Tensor, places: Sequence[Place]) -> list[Modulation]:
     """A and A * V of blocks for a picture (1, 3, H, W).
 
-    A is computed once more from the layer's input (``ConvMod.weigh``): in the forward pass it is a part of a fused
+    A is computed once more from the layer's input (``modulation_weights``): in the forward pass it is a part of a fused
     operation and never a tensor of its own.
     """
     inputs: dict[int, Tensor] = {}
@@ -66,7 +66,7 @@ def modulations(model: Explained, image: Tensor, places: Sequence[Place]) -> lis
     with torch.no_grad():
         for index, place in enumerate(places):
             x, mod = inputs[index], place.mod
-            a, v = mod.weigh(x), mod.w2(x)
+            a, v = mod.modulation_weights(x), mod.w2(x)
             z = mod.combine(a, v) if isinstance(mod, WeightingMod) else a * v
             found.append(Modulation(place, *(part[0].permute(2, 0, 1).float() for part in (a, z))))
     return found

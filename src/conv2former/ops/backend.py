@@ -12,12 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from conv2former.errors import UserError
+from conv2former.ops import guard
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 VARIABLE = "CONV2FORMER_OPS"  # the environment's choice
@@ -83,7 +86,10 @@ def _resolve(choice: str, device: str) -> str:
     why = module(name).unusable(torch.device(device))
     if why and choice != "auto":
         raise UserError(f"the {choice} kernels cannot run on {device}: {why}; use auto or reference")
-    _log.info(f"operations on {device}: plain PyTorch, because {why}" if why else f"operations on {device}: {name}")
+    if why:
+        _log.warning(f"operations on {device}: plain PyTorch, because {why}")
+    else:
+        _log.info(f"operations on {device}: {name}")
     return "reference" if why else name
 
 
@@ -106,35 +112,63 @@ def kernels(device: torch.device) -> Any:
     return module(name)
 
 
-@torch.compiler.assume_constant_result
-def _fused(
-    chosen: str | None,
-    device: str,
-    dtype: torch.dtype,
-    channels: int,
-    kernel_size: int,
-    exporting: bool,
-    operation: str = "",
-) -> bool:
+@torch.compiler.assume_constant_result  # under torch.compile it runs as it stands, once for each set of arguments
+def _obstacle(
+    chosen: str | None, device: str, dtype: torch.dtype, channels: int, kernel_size: int, operation: str = ""
+) -> str | None:
+    """Why no fused kernel computes an operation: '' if one does, None where none was asked for."""
     choice = current()  # `chosen` is there for the compiler, which sees by it that the choice has changed
-    if exporting and choice == "auto":  # another runtime would not know our operators
-        return False
+    if choice == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return None  # another runtime would not know our operators
     name = _resolve(choice, device)
-    return name != "reference" and _has_code(name, operation, dtype, channels, kernel_size)
+    if name == "reference" or (operation and not hasattr(module(name), operation)):
+        return None
+    if not _has_code(name, dtype, channels, kernel_size):
+        return f"{name} has no kernel for {dtype}, {channels} channels and side {kernel_size}"
+    return guard.exchanged_functions()
 
 
 @functools.cache
-def _has_code(name: str, operation: str, dtype: torch.dtype, channels: int, kernel_size: int) -> bool:
-    if operation and not hasattr(module(name), operation):
-        return False
+def _has_code(name: str, dtype: torch.dtype, channels: int, kernel_size: int) -> bool:
     return module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
 
 
-def fused(u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
+@torch.compiler.assume_constant_result
+def _say(operation: str, why: str, device: str) -> None:
+    if _resolve(current(), device) != "reference":
+        _say_once(f"{operation} on {device}: plain PyTorch, because {why}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _log.warning(line)
+
+
+def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Tensor) -> bool:
+    """Whether a fused kernel may compute what the modules say, ``conv(act(u))`` in the middle, without calling them.
+
+    Args:
+        operation: Its name, for the line that says once why it is not fused where it could be.
+        act: To be the exact GELU.
+        conv: To be a depthwise convolution with bias, "same" zero padding and default settings.
+        u: (B, H, W, C), what ``act`` is to be given.
+        *others: Further maps, (B, H, W, C) too.
+    """
+    if isinstance(u, torch.fx.Proxy):  # a symbolic trace records modules, which can be scripted and changed
+        return False
+    why = guard.not_gelu(act) or guard.not_depthwise(conv) or guard.hooked(act, conv)
+    if why:
+        _say(operation, why, u.device.type)
+        return False
+    return fused(operation, u, conv.weight, conv.bias, *others)
+
+
+def fused(operation: str, u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
     """Whether a fused kernel is to compute an operation: there is one, and the tensors are what it is written for.
 
-    That is u and the others (B, H, W, C) of one dtype, weight (C, 1, k, k) with k odd, bias (C,). Broadcasting, other
-    shapes, mixed dtypes, ``torch.func`` and forward-mode differentiation are left to PyTorch.
+    That is u and the others (B, H, W, C) of one dtype, weight (C, 1, k, k) with k odd, bias (C,), all on one device.
+    Broadcasting, other shapes, mixed dtypes, wrapped tensors, ``torch.func`` and forward-mode differentiation are left
+    to PyTorch.
 
     Under ``torch.export`` and ``torch.jit.trace`` only a backend that was chosen by name is used: its custom operators
     stay in the program.
@@ -143,10 +177,14 @@ def fused(u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
     whole = all(other.shape == u.shape and other.dtype == u.dtype for other in others) and weight.dtype == bias.dtype
     if not whole or u.ndim != 4 or weight.shape != (u.shape[-1], 1, size, size) or bias.shape != u.shape[-1:]:
         return False
-    if size % 2 == 0 or _transformed():
+    if size % 2 == 0 or (operation == "mlp_middle" and size != 3):
         return False
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return _fused(_chosen[0], u.device.type, u.dtype, weight.shape[0], size, exporting)
+    why = _obstacle(_chosen[0], u.device.type, u.dtype, weight.shape[0], size)
+    if why == "":
+        why = _unlike(u, weight, bias, *others)
+    if why:
+        _say(operation, why, u.device.type)
+    return why == ""
 
 
 def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, channels: int, kernel_size: int) -> bool:
@@ -156,19 +194,31 @@ def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, chann
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return False
-    if any(w.dtype != x.dtype or w.device != x.device for w in weights) or _transformed():
+    if any(w.dtype != x.dtype for w in weights):
         return False
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if not _fused(_chosen[0], x.device.type, x.dtype, channels, kernel_size, exporting, operation):
-        return False
-    return not torch.is_autocast_enabled(x.device.type)  # asked last: it knows no device "meta"
+    why = _obstacle(_chosen[0], x.device.type, x.dtype, channels, kernel_size, operation)
+    if why == "":
+        why = _unlike(x, *weights)
+    if why == "" and torch.is_autocast_enabled(x.device.type):  # asked last: it knows no device "meta"
+        why = "autocast is on: give the network the dtype itself, model.to(torch.bfloat16)"
+    if why:
+        _say(operation, why, x.device.type)
+    return why == ""
 
 
-def _transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work."""
+def _unlike(x: Tensor, *others: Tensor) -> str:
+    """Why the tensors are none that a kernel can be given, '' where they are."""
+    device = x.device
+    for tensor in (x, *others):
+        if tensor.device != device:
+            return f"its tensors are on {device} and {tensor.device}"
+        if not guard.plain(tensor) and type(tensor) not in (FakeTensor, FunctionalTensor):
+            return f"one of its tensors is a {type(tensor).__name__}"
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        return ""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "torch.func or forward-mode differentiation is at work"
+    return ""
 
 
 _library = torch.library.Library("conv2former", "DEF")
@@ -207,12 +257,22 @@ def operator(
     return made.default
 
 
-_TAKE_REFERENCE = "compute under conv2former.ops.use_backend('reference')"
+def second_derivative(
+    ctx: Any, reference: Callable[..., Tensor], g: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an operation as something that has gradients itself: those of the plain form.
 
-
-def no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-    """The ``gradients`` of a backward pass: refused."""
-    raise NotImplementedError(f"the fused operations have no second derivative: {_TAKE_REFERENCE}")
+    Args:
+        ctx: The operation's, which knows what gradients are wanted.
+        reference: The plain form.
+        g: Of the output.
+        inputs: The tensors that ``reference`` takes.
+    """
+    here = [tensor.view_as(tensor) for tensor in inputs]  # gradients stop here and do not go on from u to what made it
+    leaves = [tensor for tensor, wanted in zip(here, ctx.needs_input_grad, strict=False) if wanted]
+    out = reference(*(tensor.to(g.dtype) for tensor in here))  # under autocast the weights are float32
+    found = iter(torch.autograd.grad(out, leaves, g, create_graph=True))
+    return tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad[: len(inputs)])
 
 
 def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,7 +281,7 @@ def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
             leaf.requires_grad for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)
         ):
             raise NotImplementedError(
-                f"this fused operation is for evaluation and has no derivative: {_TAKE_REFERENCE}"
+                "this fused operation has no derivative: compute under conv2former.ops.use_backend('reference')"
             )
         return compute(*arguments)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, no_second_derivative, operator
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, second_derivative
 
-__all__ = ["mlp_middle", "mlp_middle_reference"]
+__all__ = ["mlp_middle", "mlp_middle_fused", "mlp_middle_reference"]
 
 
 def mlp_middle_reference(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ def mlp_middle_reference(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``h + GELU(DWConv(h))`` with ``h = GELU(u)`` on NHWC tensors.
 
-    The fused forms add up in float32 whatever the dtype and keep nothing but u for the backward pass. They have no
-    second derivative.
+    The fused forms add up in float32 whatever the dtype and keep nothing but u for the backward pass. A second
+    derivative is that of the plain form.
 
     Args:
         u: (B, H, W, C), the output of the first linear layer.
@@ -35,9 +35,14 @@ def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, H, W, C) of u's dtype.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch whole, not a longer condition
-        if weight.shape[-1] == 3 and fused(u, weight, bias):
-            return _FORWARD(u, weight, bias)
+        if fused("mlp_middle", u, weight, bias):
+            return mlp_middle_fused(u, weight, bias)
     return mlp_middle_reference(u, weight, bias)
+
+
+def mlp_middle_fused(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``mlp_middle`` by a kernel, for whoever has asked ``fused`` or ``passes_by``."""
+    return _FORWARD(u, weight, bias)
 
 
 def _mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -61,8 +66,10 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     u, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        return second_derivative(ctx, mlp_middle_reference, g.to(u.dtype), (u, weight, bias))
     return _BACKWARD(g.to(u.dtype), u, weight, bias)
 
 
@@ -86,6 +93,5 @@ _BACKWARD = operator(
     "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     _mlp_middle_backward,
     _shapes_backward,
-    gradients=no_second_derivative,
     flops=_flops_backward,
 )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, no_second_derivative, operator
+from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, second_derivative
 
-__all__ = ["modulation", "modulation_reference"]
+__all__ = ["modulation", "modulation_fused", "modulation_reference"]
 
 
 def modulation_reference(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def modulation_reference(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> 
 def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``DWConv(GELU(u)) * v`` on NHWC tensors.
 
-    The fused forms add up in float32 whatever the dtype, and keep U, V and A for the backward pass, not GELU(U). They
-    have no second derivative.
+    The fused forms add up in float32 whatever the dtype, and keep U, V and A for the backward pass, not GELU(U). A
+    second derivative is that of the plain form.
 
     Args:
         u: (B, H, W, C), the output of W1.
@@ -35,11 +35,16 @@ def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, H, W, C) of u's dtype.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch whole, not a longer condition
-        if fused(u, weight, bias, v):
-            leaves = u.requires_grad or v.requires_grad or weight.requires_grad or bias.requires_grad
-            keep = torch.is_grad_enabled() and leaves
-            return _FORWARD(u, v, weight, bias, keep)[0]
+        if fused("modulation", u, weight, bias, v):
+            return modulation_fused(u, v, weight, bias)
     return modulation_reference(u, v, weight, bias)
+
+
+def modulation_fused(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``modulation`` by a kernel, for whoever has asked ``fused`` or ``passes_by``."""
+    leaves = u.requires_grad or v.requires_grad or weight.requires_grad or bias.requires_grad
+    keep = torch.is_grad_enabled() and leaves
+    return _FORWARD(u, v, weight, bias, keep)[0]
 
 
 def _modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -64,15 +69,17 @@ def _shapes_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    u, v, weight, _, _ = inputs
+    u, v, weight, bias, _ = inputs
     ctx.set_materialize_grads(False)  # A has none
-    ctx.save_for_backward(u, v, output[1], weight)
+    ctx.save_for_backward(u, v, output[1], weight, bias)
 
 
 def _gradients(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return None, None, None, None, None
-    u, v, a, weight = ctx.saved_tensors
+    u, v, a, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        return *second_derivative(ctx, modulation_reference, g.to(u.dtype), (u, v, weight, bias)), None
     return *_BACKWARD(g.to(u.dtype), u, v, a, weight), None
 
 
@@ -96,6 +103,5 @@ _BACKWARD = operator(
     "modulation_backward(Tensor g, Tensor u, Tensor v, Tensor a, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _modulation_backward,
     _shapes_backward,
-    gradients=no_second_derivative,
     flops=_flops_backward,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from conv2former.model import SIZES
 from conv2former.recipes.detection import DetectionRecipe
 from conv2former.recipes.schema import load_recipe, parse_recipe, with_settings
 from conv2former.recipes.sections import Recipe
+from conv2former.variants import SIZES
 
 Scale = Literal["full", "small"]
 

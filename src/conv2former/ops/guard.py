@@ -1,0 +1,69 @@
+"""Whether a fused operation may be taken: it passes modules by, and nobody must be able to tell.
+
+People change networks: hooks, pruning, adapters, another activation, a ``forward`` put on one layer. What they do
+shows, because a fused operation is taken only if the modules are exactly what it computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as globally
+
+# What the modules call. Profilers (calflops, DeepSpeed) put their own functions here to count, and must see the calls.
+_OWNERS: dict[Any, tuple[str, ...]] = {
+    F: ("conv2d", "linear", "gelu", "layer_norm", "batch_norm"),
+    nn.Conv2d: ("forward", "_conv_forward"),
+    nn.Linear: ("forward",),
+    nn.LayerNorm: ("forward",),
+    nn.GELU: ("forward",),
+}
+_FUNCTIONS = [(owner, name, getattr(owner, name)) for owner, names in _OWNERS.items() for name in names]
+
+
+def exchanged_functions() -> str:
+    """Which of PyTorch's functions is no longer its own, '' where none is."""
+    for owner, name, function in _FUNCTIONS:
+        if getattr(owner, name) is not function:
+            return f"{owner.__name__}.{name} was exchanged"
+    return ""
+
+
+def hooked(*modules: nn.Module) -> str:
+    """What would be lost if the modules were not called: '' for nothing."""
+    if (
+        globally._global_forward_hooks
+        or globally._global_forward_pre_hooks
+        or globally._global_backward_hooks
+        or globally._global_backward_pre_hooks
+    ):
+        return "hooks for all modules are registered"
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a {type(module).__name__} has a hook"
+        if "forward" in module.__dict__:
+            return f"a {type(module).__name__} has a forward of its own"
+    return ""
+
+
+def not_gelu(act: nn.Module) -> str:
+    """Why the module is not the exact GELU, '' where it is."""
+    return "" if type(act) is nn.GELU and act.approximate == "none" else f"the activation is {act}"
+
+
+def not_depthwise(conv: Any) -> str:
+    """Why the module is not a depthwise convolution with bias, "same" zero padding and default settings; '' if so."""
+    if type(conv) is not nn.Conv2d:
+        return f"the depthwise convolution is a {type(conv).__name__}"
+    side = conv.weight.shape[-1] // 2
+    settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    if conv.bias is None or settings != ((1, 1), (side, side), (1, 1), conv.weight.shape[0], "zeros"):
+        return f"the depthwise convolution is {conv}"
+    return ""
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a tensor has no code of its own for operations: no DTensor, no quantised or otherwise wrapped weight."""
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
