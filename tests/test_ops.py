@@ -402,7 +402,9 @@ def test_without_a_compiler_pytorch_computes_and_says_so_once(tmp_path: Any) -> 
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100, env=environment, check=True
     )
     said = [line for line in answer.stdout.splitlines() if "operations on cpu" in line]
-    assert len(said) == 1 and said[0].startswith("operations on cpu: plain PyTorch, because there is no C++ compiler")
+    assert len(said) == 1 and said[0].startswith(
+        "operations on cpu are computed by plain PyTorch, because there is no C++ compiler"
+    )
 
 
 def test_a_compiler_that_fails(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ A part that was changed stays as it is, and a line says why: with a hook, anothe
 parts hold weights and no layers.
 """
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -165,10 +166,13 @@ def fuse_blocks(stage: nn.Sequential, kinds: Sequence[type]) -> nn.Sequential:
     """
     parts: list[Any] = list(stage)
     why = next(filter(None, (unlike_block(block, kinds) for block in parts)), "") or touched(stage)
-    if not parts or stays("blocks", why):
+    if not parts or stays("the blocks of a stage", why):
         return stage
     fused = [FusedBlock(block) for block in parts]
-    if stays("blocks", "" if len({(b.dim, b.hidden, b.kernel_size, b.eps) for b in fused}) == 1 else "they differ"):
+    if stays(
+        "the blocks of a stage",
+        "" if len({(b.dim, b.hidden, b.kernel_size, b.eps) for b in fused}) == 1 else "they differ",
+    ):
         return stage
     return FusedBlocks(*fused)
 
@@ -201,7 +205,7 @@ def fuse_stem(
         why = "the settings of its convolutions are others"
     if not why and any(norm.running_var is None for norm in norms):
         why = "its norms keep no statistics"
-    return part if stays("stem", why) else FusedStem(convs, norms, min_size=min_size)
+    return part if stays("the stem", why) else FusedStem(convs, norms, min_size=min_size)
 
 
 def fuse_downsample(part: Any) -> nn.Module:
@@ -211,7 +215,7 @@ def fuse_downsample(part: Any) -> nn.Module:
     if not why:
         settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
         why = "" if settings == ((2, 2), (2, 2), (0, 0), (1, 1), 1) else f"its convolution is {conv}"
-    return part if stays("downsampling", why) else FusedDownsample(norm, conv)
+    return part if stays("a downsampling", why) else FusedDownsample(norm, conv)
 
 
 def fusable_head(head: Any) -> bool:
@@ -247,5 +251,10 @@ def touched(part: nn.Module) -> str:
 def stays(part: str, why: str) -> bool:
     """Whether there is a reason not to fuse a part, which is said."""
     if why:
-        _log.warning(f"fuse: {part} as before, because {why}")
+        _say_once(f"fuse() leaves {part} as it is, because {why}")
     return bool(why)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _log.warning(line)

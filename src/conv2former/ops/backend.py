@@ -87,7 +87,7 @@ def _resolve(choice: str, device: str) -> str:
     if why and choice != "auto":
         raise UserError(f"the {choice} kernels cannot run on {device}: {why}; use auto or reference")
     if why:
-        _log.warning(f"operations on {device}: plain PyTorch, because {why}")
+        _log.warning(f"operations on {device} are computed by plain PyTorch, because {why}")
     else:
         _log.info(f"operations on {device}: {name}")
     return "reference" if why else name
@@ -124,7 +124,7 @@ def _obstacle(
     if name == "reference" or (operation and not hasattr(module(name), operation)):
         return None
     if not _has_code(name, dtype, channels, kernel_size):
-        return f"{name} has no kernel for {dtype}, {channels} channels and side {kernel_size}"
+        return f"{name} has no kernel for {dtype} at these sizes"
     return guard.exchanged_functions()
 
 
@@ -136,7 +136,7 @@ def _has_code(name: str, dtype: torch.dtype, channels: int, kernel_size: int) ->
 @torch.compiler.assume_constant_result
 def _say(operation: str, why: str, device: str) -> None:
     if _resolve(current(), device) != "reference":
-        _say_once(f"{operation} on {device}: plain PyTorch, because {why}")
+        _say_once(f"{operation} on {device} is computed by plain PyTorch, because {why}")
 
 
 @functools.cache

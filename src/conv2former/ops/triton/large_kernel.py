@@ -84,7 +84,8 @@ def pad_backward_kernel(g, u, v, a, h, da, dv, partial, rows, W, columns, C: tl.
     lane = tl.arange(0, N)
     c = first_channel(tl.program_id(0) % G, C, CG) + lane % CG
     total = tl.zeros([N], tl.float32)
-    for block in range(tl.program_id(0) // G, tl.cdiv(columns, R), programs):
+    block = tl.program_id(0) // G
+    while block < tl.cdiv(columns, R):
         column = block * R + lane // CG
         row = (column - P) // (W + P)
         x = column - P - row * (W + P)
@@ -99,6 +100,7 @@ def pad_backward_kernel(g, u, v, a, h, da, dv, partial, rows, W, columns, C: tl.
         tl.store(da + padded, weighed, mask=used)
         tl.store(h + padded, gelu(value, EXACT), mask=used)
         total += weighed
+        block += programs
     tl.store(partial + tl.program_id(0).to(tl.int64) * N + lane, total)
 
 
@@ -254,7 +256,8 @@ def weight_gradient_kernel(source, da, partial, rows, H, W, blocks, shape, C: tl
     begin = tl.program_id(0) // G * each
 
     acc = zeros(K, N)
-    for unit in range(begin, tl.minimum(begin + each, units)):
+    unit = begin
+    while unit < tl.minimum(begin + each, units):
         x0 = unit // blocks * T
         row = unit % blocks * R + position
         y = row % H + ky
@@ -273,6 +276,7 @@ def weight_gradient_kernel(source, da, partial, rows, H, W, blocks, shape, C: tl
             for t in tl.static_range(T):
                 if j >= t and j - t < K:
                     acc = replace(acc, j - t, tl.fma(value, grads[t], acc[j - t]))
+        unit += 1
     sums = partial + (tl.program_id(0).to(tl.int64) * K + ky) * (K * R * CG) + lane % (R * CG)
     for kx in tl.static_range(K):
         tl.store(sums + kx * (R * CG), acc[kx], mask=lane < K * R * CG)

@@ -102,7 +102,8 @@ def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunk
     shift = tl.zeros([N], tl.float32) if INPUT else tl.load(bias + c).to(tl.float32)
 
     sums = zeros(10, N)
-    for block in range(tl.program_id(0) // G, tl.cdiv(batch * chunks * strips, R), tl.num_programs(0) // G):
+    block = tl.program_id(0) // G
+    while block < tl.cdiv(batch * chunks * strips, R):
         item = block * R + lane // CG
         x0 = item % strips * T
         first = item // strips % chunks * span
@@ -110,12 +111,13 @@ def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunk
         used = (lane < R * CG) & (image < batch)
         top = zeros(T + 2 - 2 * FIRST, N)
         middle = zeros(T + 2 - 2 * FIRST, N)
-        for step in range(span + 2):
+        step = 0
+        while step < span + 2:
             y = first + step - 1  # the row that is read; the one above it is finished
             pixel = (image * H + y).to(tl.int64) * W + x0
             bottom = read_row(source, pixel, c, x0, W, used & (y >= 0) & (y < H), S, T, FIRST, not INPUT, EXACT)
             pixel -= W
-            ready = used & (step >= 2) & (y <= H)
+            ready = used & (y > first) & (y <= H)  # from the third row on
             for t in tl.static_range(T):
                 inside = ready & (x0 + t < W)
                 value = shift
@@ -143,6 +145,8 @@ def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunk
                 tl.store(out + pixel * C + c + t * C, value, mask=inside)
             top = middle
             middle = bottom
+            step += 1
+        block += tl.num_programs(0) // G
     if INNER:
         for which in tl.static_range(10):
             tl.store(partial + (tl.program_id(0).to(tl.int64) * 10 + which) * N + lane, sums[which])
