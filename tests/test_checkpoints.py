@@ -463,12 +463,22 @@ def zeros(name: str, **kwargs: object) -> dict[str, torch.Tensor]:
     return {key: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for key, tensor in state_dict.items()}
 
 
+def test_the_configuration_repeats_nothing(tmp_path: Path) -> None:
+    """transformers gives the number of classes itself, and fails where ``model_args`` has it too."""
+    model = timm.create_model(NAME, num_classes=7, kernel_size=7, in_chans=1)
+    config = json.loads((save_pretrained(model, tmp_path / "a") / "config.json").read_text())
+    assert (config["num_classes"], config["model_args"]) == (7, {"kernel_size": 7, "in_chans": 1})
+    other = load_pretrained(save_pretrained(timm.create_model(NAME, num_classes=0, global_pool="max"), tmp_path / "b"))
+    assert (other.num_classes, other.head.global_pool.pool_type) == (0, "max")
+
+
 def test_a_tag_sets_the_input_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of B at 384 are those at 224; only the name tells."""
     written = []
 
     def save(export: nn.Module, directory: str, **kwargs: object) -> None:
         os.mkdir(directory)
+        Path(directory, "config.json").write_text('{"num_classes": 2}')
         written.append(export.pretrained_cfg)
 
     monkeypatch.setattr(hub, "save_for_hf", save)

@@ -76,7 +76,22 @@ def save_pretrained(
 
     with written_whole(folder) as new:
         save_for_hf(export, str(new), model_config=model_config, model_args=model_args, safe_serialization=True)
+        leave_out_what_is_known(new / CONFIG_FILE)
     return folder
+
+
+def leave_out_what_is_known(path: Path) -> None:
+    """Takes those arguments out of a ``config.json``'s ``model_args`` that stand beside them, or are defaults.
+
+    timm finds the number of classes in the entry of its own. transformers passes it on from there, and fails where
+    ``model_args`` has it too.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    known = {"num_classes": config["num_classes"], "global_pool": "avg", "in_chans": 3}
+    args = config.pop("model_args", {})
+    if args := {key: value for key, value in args.items() if key not in known or known[key] != value}:
+        config["model_args"] = args
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 @contextlib.contextmanager
