@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -113,8 +112,12 @@ class RunFolder:
         """Keeps other processes from training in the folder, until ``unlock`` or the end of this one.
 
         Raises:
-            UserError: Another one does.
+            UserError: Another one does, or this system has no such locks.
         """
+        try:
+            import fcntl
+        except ImportError:
+            raise UserError("training needs Linux or macOS: on Windows use the Windows Subsystem for Linux") from None
         self.unlock()
         # a record lock, which the processes that read images do not inherit
         self.locked = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

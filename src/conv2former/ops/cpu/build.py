@@ -27,6 +27,8 @@ PATIENCE = 120.0  # seconds for the compiler
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """The library, compiled if this source has not been compiled for this processor before; or why there is none."""
+    if not hasattr(os, "getuid"):
+        return "the C++ kernels are made for Linux and macOS"
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None or not shutil.which(compiler):
         return f"there is no C++ compiler ({compiler or ', '.join(COMPILERS)})"

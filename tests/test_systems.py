@@ -1,0 +1,91 @@
+"""What works where Linux's own modules are not: hidden here, as on Windows, in processes of their own."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conv2former.__main__ import main
+from conv2former.errors import UserError
+from conv2former.logs import peak_memory_gb
+from conv2former.run import RunFolder
+
+HIDE = """
+import os, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("getuid", "geteuid", "fork", "pread", "sched_getaffinity"):
+    if hasattr(os, name):
+        delattr(os, name)
+"""
+
+NETWORKS = """
+import logging, torch, timm, conv2former, conv2former.train
+model = timm.create_model("conv2former_test", num_classes=5)
+x = torch.randn(2, 3, 64, 64)
+model(x).sum().backward()
+model.eval()
+expected = model(x)
+assert (model.fuse()(x) - expected).abs().max() < 1e-4
+"""
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HIDE + code, *arguments], capture_output=True, text=True, timeout=200
+    )
+
+
+def test_networks_need_none_of_them() -> None:
+    """Trained and fused; one line says why it is plain PyTorch."""
+    answer = run(NETWORKS)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.strip().splitlines() == [
+        "operations on cpu are computed by plain PyTorch, because the C++ kernels are made for Linux and macOS"
+    ]
+
+
+def test_training_says_in_one_line_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(
+        UserError, match="^training needs Linux or macOS: on Windows use the Windows Subsystem for Linux$"
+    ):
+        RunFolder(tmp_path).lock()
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(peak_memory_gb(torch.device("cpu")))
+
+
+SCRIPT = """
+import sys, timm, beside
+assert __name__ == "__main__" and sys.argv[1:] == ["--model", "conv2former_test"]
+print(beside.WORD, sum(p.numel() for p in timm.create_model(sys.argv[2]).parameters()))
+"""
+
+
+def test_scripts_of_others_know_the_models(tmp_path: Path) -> None:
+    """``python -m conv2former SCRIPT.py``, for timm's own: without it timm does not know the names."""
+    (tmp_path / "beside.py").write_text("WORD = 'parameters'")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "conv2former", str(script), "--model", "conv2former_test"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert answer.returncode == 0 and answer.stdout.startswith("parameters 1"), answer.stderr
+    assert subprocess.run([sys.executable, *command[3:]], capture_output=True, timeout=100).returncode == 1
+
+
+def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["conv2former", "no.py"])
+    with pytest.raises(SystemExit, match=r"no.py does not exist: give the path of a Python script"):
+        main()
+
+
+def test_anything_else_is_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["conv2former", "models", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "models" in capsys.readouterr().out
