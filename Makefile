@@ -4,6 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 PARITY ?= .venv-parity
+CLIENTS ?= .venv-clients
+# make test-torch: a release of PyTorch, and the tests to run
+TORCH ?= 2.11.0
+TESTS ?= tests
+TRIED := .venv-torch-$(TORCH)
 
 # pip leaves compiling to the first import (a minute saved), so imports must be allowed to keep what they compile
 export PYTHONDONTWRITEBYTECODE :=
@@ -11,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := -m pip install --quiet --no-compile --constraint constraints.txt
 INSTALL := $(BIN)/python $(PIP)
 
-.PHONY: quickstart test soak parity parity-data lint format docs docs-tables constraints clean help
+.PHONY: quickstart test test-torch clients soak parity parity-data lint format docs docs-tables constraints clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +28,13 @@ quickstart: $(VENV)/.installed ## set up, train on real digits, predict, evaluat
 
 test: $(VENV)/.installed-dev lint ## set up, check style and types, run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-torch: $(TRIED)/.installed ## the tests under another release of PyTorch: make test-torch TORCH=2.11.0
+	$(TRIED)/bin/python -c 'import torch; print("PyTorch", torch.__version__)'
+	$(TRIED)/bin/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
+
+clients: $(CLIENTS)/.installed ## try the libraries that people put around timm models, write docs/clients.md (4 minutes)
+	$(CLIENTS)/bin/python tests/clients/run.py
 
 soak: $(VENV)/.installed-dev ## kill runs at random moments and compare them with undisturbed ones (minutes)
 	$(BIN)/python tests/soak.py
@@ -70,5 +82,19 @@ $(PARITY)/.installed: pyproject.toml constraints.txt tests/parity/requirements.t
 	$(PARITY)/bin/python -m pip install --quiet --no-deps --requirement tests/parity/requirements.txt
 	touch $@
 
+# What PyTorch brings or pins itself is left to its release, and torchvision names the one that it belongs to.
+$(TRIED)/.installed: pyproject.toml constraints.txt
+	test -x $(TRIED)/bin/python || $(PYTHON) -m venv $(TRIED)
+	grep -vE '^(torch|torchvision|triton|setuptools|nvidia-.*|cuda-.*)==' constraints.txt > $(TRIED)/constraints.txt
+	$(TRIED)/bin/python -m pip install --quiet --no-compile --constraint $(TRIED)/constraints.txt \
+	  'torch==$(TORCH)' torchvision --editable '.[dev]'
+	touch $@
+
+$(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(PIP) --editable .
+	DS_BUILD_OPS=0 $(CLIENTS)/bin/python $(PIP) --requirement tests/clients/requirements.txt
+	touch $@
+
 clean: ## remove the virtual environment and what tools left
-	rm -rf $(VENV) $(PARITY) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) $(PARITY) $(CLIENTS) .venv-torch-* build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

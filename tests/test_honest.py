@@ -235,7 +235,7 @@ def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
         with ops.use_backend("reference"):
             model(images())
     assert caplog.messages == [
-        "modulation on cpu is computed by plain PyTorch, because the activation is ReLU()",
+        "modulation on cpu is computed by plain PyTorch, because the activation, a ReLU, is not the exact GELU",
         "mlp_middle on cpu is computed by plain PyTorch, because a Conv2d has a hook",
     ]
 

@@ -53,7 +53,7 @@ def test_networks_need_none_of_them() -> None:
 def test_training_says_in_one_line_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(
-        UserError, match="^training needs Linux or macOS: on Windows use the Windows Subsystem for Linux$"
+        UserError, match=r"^training needs Linux or macOS: on Windows use the Windows Subsystem for Linux$"
     ):
         RunFolder(tmp_path).lock()
     monkeypatch.setitem(sys.modules, "resource", None)

@@ -81,13 +81,13 @@ def save_pretrained(
 
 
 def leave_out_what_is_known(path: Path) -> None:
-    """Takes those arguments out of a ``config.json``'s ``model_args`` that stand beside them, or are defaults.
+    """Takes the number of classes and the default pooling out of a ``config.json``'s ``model_args``.
 
     timm finds the number of classes in the entry of its own. transformers passes it on from there, and fails where
     ``model_args`` has it too.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
-    known = {"num_classes": config["num_classes"], "global_pool": "avg", "in_chans": 3}
+    known = {"num_classes": config["num_classes"], "global_pool": "avg"}
     args = config.pop("model_args", {})
     if args := {key: value for key, value in args.items() if key not in known or known[key] != value}:
         config["model_args"] = args

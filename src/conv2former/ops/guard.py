@@ -50,7 +50,7 @@ def hooked(*modules: nn.Module) -> str:
 
 def not_gelu(act: nn.Module) -> str:
     """Why the module is not the exact GELU, '' where it is."""
-    return "" if type(act) is nn.GELU and act.approximate == "none" else f"the activation is {act}"
+    return "" if type(act) is nn.GELU and act.approximate == "none" else f"the activation, a {type(act).__name__}, is not the exact GELU"
 
 
 def not_depthwise(conv: Any) -> str:
@@ -60,7 +60,7 @@ def not_depthwise(conv: Any) -> str:
     side = conv.weight.shape[-1] // 2
     settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     if conv.bias is None or settings != ((1, 1), (side, side), (1, 1), conv.weight.shape[0], "zeros"):
-        return f"the depthwise convolution is {conv}"
+        return "the depthwise convolution has other settings than a bias, stride 1 and same zero padding"
     return ""
 
 
