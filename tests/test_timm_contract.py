@@ -17,7 +17,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import DropPath
-from timm.models import create_feature_extractor, group_parameters
+from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -354,7 +354,7 @@ def test_prune_keeps_what_is_asked_for(small):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# TorchScript and torch.fx
+# TorchScript
 
 
 def test_torchscript(small):
@@ -372,27 +372,6 @@ def test_torchscript_features(small, name):
     x = images(2)
     scripted = torch.jit.script(features) if name in PYRAMIDS else torch.jit.trace(features, x)
     assert_equal(scripted(x), features(x), atol=1e-5)
-
-
-def test_fx(small, name):
-    """The traced network: outputs in evaluation, every gradient in training."""
-    model = small(exportable=True)
-    x = images(2)
-    assert_equal([torch.fx.symbolic_trace(model)(x)], [model(x)], atol=1e-5)
-
-    model.train()
-    nodes = ["stages.3", "head.fc"] if name in PYRAMIDS else ["stages.0.blocks.4", "head.fc"]
-    traced = create_feature_extractor(model, nodes).train()
-    reference = copy.deepcopy(model)
-    outputs = traced(x)
-    assert list(outputs) == nodes
-    outputs["head.fc"].square().mean().backward()
-    reference(x).square().mean().backward()
-    traced_grads = {k: p.grad for k, p in traced.named_parameters()}
-    for key, p in reference.named_parameters():
-        torch.testing.assert_close(
-            traced_grads[key], p.grad, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
