@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
@@ -154,13 +155,13 @@ def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Ten
         u: (B, H, W, C), what ``act`` is to be given.
         *others: Further maps, (B, H, W, C) too.
     """
-    if isinstance(u, torch.fx.Proxy):  # a symbolic trace records modules, which can be scripted and changed
+    if isinstance(u, Proxy):  # a symbolic trace records modules, which can be scripted and changed
         return False
     why = guard.not_gelu(act) or guard.not_depthwise(conv) or guard.hooked(act, conv)
-    if why:
-        _say(operation, why, u.device.type)
-        return False
-    return fused(operation, u, conv.weight, conv.bias, *others)
+    if not why:
+        return fused(operation, u, conv.weight, conv.bias, *others)
+    _say(operation, why, u.device.type)
+    return False
 
 
 def fused(operation: str, u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
@@ -173,13 +174,16 @@ def fused(operation: str, u: Tensor, weight: Tensor, bias: Tensor, *others: Tens
     Under ``torch.export`` and ``torch.jit.trace`` only a backend that was chosen by name is used: its custom operators
     stay in the program.
     """
-    size = weight.shape[-1]
-    whole = all(other.shape == u.shape and other.dtype == u.dtype for other in others) and weight.dtype == bias.dtype
-    if not whole or u.ndim != 4 or weight.shape != (u.shape[-1], 1, size, size) or bias.shape != u.shape[-1:]:
+    shape, dtype, sides = u.shape, u.dtype, weight.shape  # each is asked for once: this runs for every block
+    size = sides[-1]
+    for other in others:
+        if other.shape != shape or other.dtype != dtype:
+            return False
+    if len(shape) != 4 or sides != (shape[3], 1, size, size) or bias.shape != sides[:1] or weight.dtype != bias.dtype:
         return False
     if size % 2 == 0 or (operation == "mlp_middle" and size != 3):
         return False
-    why = _obstacle(_chosen[0], u.device.type, u.dtype, weight.shape[0], size)
+    why = _obstacle(_chosen[0], u.device.type, dtype, sides[0], size)
     if why == "":
         why = _unlike(u, weight, bias, *others)
     if why:
@@ -211,9 +215,11 @@ def _unlike(x: Tensor, *others: Tensor) -> str:
     device = x.device
     for tensor in (x, *others):
         if tensor.device != device:
-            return f"its tensors are on {device} and {tensor.device}"
-        if not guard.plain(tensor) and type(tensor) not in (FakeTensor, FunctionalTensor):
-            return f"one of its tensors is a {type(tensor).__name__}"
+            return "its tensors are on several devices"
+        kind = type(tensor)
+        known = kind is Tensor or kind is nn.Parameter or kind is FakeTensor or kind is FunctionalTensor
+        if not known and not guard.plain(tensor):
+            return f"one of its tensors is a {kind.__name__}"
     if torch.compiler.is_compiling():
         return ""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:

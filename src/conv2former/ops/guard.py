@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as globally
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 # What the modules call. Profilers (calflops, DeepSpeed) put their own functions here to count, and must see the calls.
 _OWNERS: dict[Any, tuple[str, ...]] = {
@@ -33,12 +38,7 @@ def exchanged_functions() -> str:
 
 def hooked(*modules: nn.Module) -> str:
     """What would be lost if the modules were not called: '' for nothing."""
-    if (
-        globally._global_forward_hooks
-        or globally._global_forward_pre_hooks
-        or globally._global_backward_hooks
-        or globally._global_backward_pre_hooks
-    ):
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return "hooks for all modules are registered"
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -50,16 +50,20 @@ def hooked(*modules: nn.Module) -> str:
 
 def not_gelu(act: nn.Module) -> str:
     """Why the module is not the exact GELU, '' where it is."""
-    return "" if type(act) is nn.GELU and act.approximate == "none" else f"the activation, a {type(act).__name__}, is not the exact GELU"
+    return (
+        ""
+        if type(act) is nn.GELU and act.approximate == "none"
+        else f"the activation, a {type(act).__name__}, is not the exact GELU"
+    )
 
 
 def not_depthwise(conv: Any) -> str:
     """Why the module is not a depthwise convolution with bias, "same" zero padding and default settings; '' if so."""
     if type(conv) is not nn.Conv2d:
         return f"the depthwise convolution is a {type(conv).__name__}"
-    side = conv.weight.shape[-1] // 2
+    channels, _, side, _ = conv.weight.shape
     settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    if conv.bias is None or settings != ((1, 1), (side, side), (1, 1), conv.weight.shape[0], "zeros"):
+    if settings != ((1, 1), (side // 2, side // 2), (1, 1), channels, "zeros") or conv.bias is None:
         return "the depthwise convolution has other settings than a bias, stride 1 and same zero padding"
     return ""
 
