@@ -117,6 +117,8 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     seen = set()
     for command in [*SHOWN, *commands_in_the_text()]:
         words = list(takewhile(lambda word: word not in ("||", "&&", "|"), command.words))
+        if "-m conv2former " in f"{' '.join(words)} ":  # a script of somebody else
+            continue
         starts = [i for i, word in enumerate(words) if word in ("conv2former", "conv2former_cli")]
         if not starts:
             continue
@@ -139,7 +141,7 @@ def test_what_the_text_runs_exists() -> None:
     for program, *words in found:
         if program == "make":
             assert words[0] in targets
-        elif program != "conv2former":
+        elif program != "conv2former" and words[:2] != ["-m", "conv2former"]:
             files = [word for word in words if word.endswith(".py")]
             assert files and all((ROOT / file).exists() for file in files)
     assert {words[0] for words in found} == {"conv2former", "make", "python", "pytest"}
