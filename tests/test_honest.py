@@ -175,6 +175,87 @@ def test_what_was_done_before_is_still_there_when_fused(change: str, caplog: pyt
     assert change == "head" or ["fuse() leaves" in line and "has a hook" in line for line in caplog.messages] == [True]
 
 
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def doubling(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that gives twice as much."""
+    return type(f"Doubled{kind.__name__}", (kind,), {"forward": lambda self, *given: 2 * kind.forward(self, *given)})
+
+
+def narrow(mod: Any) -> None:
+    """Structured pruning: the modulation at half its width."""
+    mod.w1, mod.w2, mod.proj = nn.Linear(48, 24), nn.Linear(48, 24), nn.Linear(24, 48)
+    mod.dwconv = nn.Conv2d(24, 24, 11, padding=5, groups=24)
+
+
+def subclass(module: nn.Module) -> None:
+    module.__class__ = doubling(type(module))
+
+
+# What stands in the way of fusing and is neither a hook nor a layer that was looked at above
+STRUCTURES: dict[str, Change] = {
+    "stem of another class": lambda model: subclass(model.stem),
+    "blocks of another class": lambda model: subclass(model.stages[1].blocks),
+    "block of another class": lambda model: subclass(model.stages[1].blocks[0]),
+    "downsampling of another class": lambda model: subclass(model.stages[1].downsample),
+    "longer downsampling": lambda model: model.stages[1].downsample.append(nn.ReLU()),
+    "larger stride of the stem": lambda model: setattr(model.stem, "conv3", nn.Conv2d(16, 32, 4, 4, bias=False)),
+    "uneven stride": lambda model: setattr(model.stem, "conv1", nn.Conv2d(3, 16, 3, (2, 1), 1, bias=False)),
+    "narrow modulation": lambda model: narrow(model.stages[1].blocks[0].mod),
+    "larger kernel in the MLP": lambda model: setattr(
+        model.stages[1].blocks[0].mlp, "dwconv", nn.Conv2d(192, 192, 5, padding=2, groups=192)
+    ),
+    "another dropout": lambda model: setattr(model.head, "drop", Doubled()),
+    "another pooling": lambda model: subclass(model.head.global_pool.pool),
+    "something behind the pooling": lambda model: setattr(model.head.global_pool, "flatten", Doubled()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", STRUCTURES)
+def test_other_structures_survive_fusing(change: str) -> None:
+    model = build("conv2former_t")
+    untouched = model(images())
+    STRUCTURES[change](model)
+    expected = model.eval()(images())
+    assert (expected - untouched).abs().max() > 1e-3 * untouched.abs().max()
+    assert_close(copy.deepcopy(model).fuse()(images()), expected)
+
+
+@torch.no_grad()
+def test_a_longer_embedding() -> None:
+    model = build("conv2former_is_conv3")
+    model.stem.proj.append(nn.ReLU())
+    expected = model(images())
+    assert_close(model.fuse()(images()), expected)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_compiled_transforms() -> None:
+    """``torch.func`` under ``torch.compile``: a derivative along a direction is the one that is not compiled."""
+    model, x = build("conv2former_t"), images()
+    expected = torch.func.jvp(model, (x,), (x.cos(),))[1]
+    torch._dynamo.reset()
+    try:
+        found = torch.compile(lambda x: torch.func.jvp(model, (x,), (x.cos(),))[1], backend="eager")(x)
+    except (AssertionError, RuntimeError):  # some releases cannot compile it, which is no wrong number
+        return
+    finally:
+        torch._dynamo.reset()
+    assert_close(found, expected)
+
+
+def test_weights_of_another_dtype_are_pytorchs_mistake() -> None:
+    model = build("conv2former_t")
+    model.stages[0].blocks[0].mod.dwconv.bfloat16()
+    with pytest.raises(RuntimeError, match="should be the same"):
+        model(images())
+
+
 @torch.no_grad()
 def test_hooks_for_all_modules() -> None:
     model, seen = build("conv2former_t"), []

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d
+from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import Tensor, nn
 
 from conv2former.layers import channels_last, check_image_size
@@ -162,10 +163,12 @@ def fuse_blocks(stage: nn.Sequential, kinds: Sequence[type]) -> nn.Sequential:
 
     Args:
         stage: The blocks.
-        kinds: The classes of a block, its modulation and its MLP.
+        kinds: The classes of the row, of a block, its modulation and its MLP.
     """
     parts: list[Any] = list(stage)
-    why = next(filter(None, (unlike_block(block, kinds) for block in parts)), "") or touched(stage)
+    row_kind, *block_kinds = kinds
+    why = other([(stage, row_kind)]) or touched(stage)
+    why = why or next(filter(None, (unlike_block(block, block_kinds) for block in parts)), "")
     if not parts or stays("the blocks of a stage", why):
         return stage
     fused = [FusedBlock(block) for block in parts]
@@ -191,27 +194,43 @@ def unlike_block(block: Any, kinds: Sequence[type]) -> str:
     why = other(linear + norms + scales + drops) or without_bias(*(layer for layer, _ in linear + norms))
     why = why or guard.not_gelu(mod.act) or guard.not_gelu(mlp.act)
     why = why or guard.not_depthwise(mod.dwconv) or guard.not_depthwise(mlp.dwconv)
-    return why or ("" if block.norm1.eps == block.norm2.eps else "its norms differ")
+    if not why and block.norm1.eps != block.norm2.eps:
+        why = "its norms differ"
+    return why or ("" if sizes_are_usual(block) else "its layers have other sizes")
+
+
+def sizes_are_usual(block: Any) -> bool:
+    """Whether the layers of a block have the widths of ``block_weights``, and its kernels are square."""
+    mod, mlp, dim, hidden = block.mod, block.mlp, block.norm1.weight.numel(), block.mlp.fc1.weight.shape[0]
+    side = mod.dwconv.weight.shape[-1]
+    layers = mod.w1, mod.w2, mod.proj, mod.dwconv, mlp.fc1, mlp.fc2, mlp.dwconv
+    wanted = [(dim, dim)] * 3 + [(dim, 1, side, side), (hidden, dim), (dim, hidden), (hidden, 1, 3, 3)]
+    return [layer.weight.shape for layer in layers] == wanted
 
 
 def fuse_stem(
-    part: nn.Module, convs: Sequence[Any], norms: Sequence[Any], acts: Sequence[nn.Module], *, min_size: int
+    part: nn.Module, kind: type, convs: Sequence[Any], norms: Sequence[Any], acts: Sequence[nn.Module], *, min_size: int
 ) -> nn.Module:
-    """A stem or embedding of three convolutions as one operation; as it is where it was changed."""
-    why = other([(conv, nn.Conv2d) for conv in convs] + [(norm, nn.BatchNorm2d) for norm in norms])
+    """A stem or embedding of three convolutions, of this class, as one operation; as it is where it was changed."""
+    why = other([(part, kind)]) or other(
+        [(conv, nn.Conv2d) for conv in convs] + [(norm, nn.BatchNorm2d) for norm in norms]
+    )
     why = why or without_bias(*norms) or next(filter(None, map(guard.not_gelu, acts)), "") or touched(part)
     settings = [(conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.bias) for conv in convs if not why]
-    if not why and settings != [((side, side), (1, 1), 1, "zeros", None) for side in (1, 1, 0)]:
+    square = not why and all(conv.stride[0] == conv.stride[1] for conv in convs) and convs[2].stride == (2, 2)
+    square = square and [conv.kernel_size for conv in convs] == [(3, 3), (3, 3), (2, 2)]
+    if not why and not (square and settings == [((side, side), (1, 1), 1, "zeros", None) for side in (1, 1, 0)]):
         why = "the settings of its convolutions are others"
     if not why and any(norm.running_var is None for norm in norms):
         why = "its norms keep no statistics"
     return part if stays("the stem", why) else FusedStem(convs, norms, min_size=min_size)
 
 
-def fuse_downsample(part: Any) -> nn.Module:
-    """What stands between two stages as one operation; as it is where it was changed."""
-    norm, conv = part
-    why = other([(norm, nn.LayerNorm), (conv, nn.Conv2d)]) or without_bias(norm, conv) or touched(part)
+def fuse_downsample(part: Any, kind: type) -> nn.Module:
+    """What stands between two stages, of this class, as one operation; as it is where it was changed."""
+    norm, conv = part[0], part[-1]
+    why = other([(part, kind), (norm, nn.LayerNorm), (conv, nn.Conv2d)]) or ("" if len(part) == 2 else "it is longer")
+    why = why or without_bias(norm, conv) or touched(part)
     if not why:
         settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
         why = "" if settings == ((2, 2), (2, 2), (0, 0), (1, 1), 1) else f"its convolution is {conv}"
@@ -223,7 +242,11 @@ def fusable_head(head: Any) -> bool:
     conv, act, norm, pool, fc = head.conv, head.act, head.norm, head.global_pool, head.fc
     if type(conv) is not nn.Linear or type(norm) is not nn.LayerNorm or type(fc) is not nn.Linear:
         return False
-    if type(act) is not nn.GELU or act.approximate != "none" or pool.pool_type != "avg" or head.drop.training:
+    if guard.not_gelu(act) or type(head.drop) is not nn.Dropout or head.drop.training:
+        return False
+    if type(pool) is not SelectAdaptivePool2d or pool.pool_type != "avg" or type(pool.flatten) is not nn.Identity:
+        return False
+    if type(pool.pool) is not FastAdaptiveAvgPool or pool.pool.dim != (1, 2):
         return False
     if any(layer.bias is None for layer in (conv, norm, fc)):
         return False
@@ -245,7 +268,7 @@ def touched(part: nn.Module) -> str:
     weights = list(part.parameters())
     if not all(map(guard.plain, weights)) or len({(weight.device, weight.dtype) for weight in weights}) > 1:
         return "its weights are not all plain tensors of one dtype on one device"
-    return guard.hooked(*part.modules())
+    return guard.hooked(*part.modules()) or guard.exchanged_functions()
 
 
 def stays(part: str, why: str) -> bool:

@@ -58,10 +58,10 @@ class PatchEmbed(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """What computes the same in evaluation, without batch norms."""
-        if not isinstance(self.proj, nn.Sequential):
+        if not isinstance(self.proj, nn.Sequential) or len(self.proj) != 7:
             return self
         convs, norms, acts = ([self.proj[i] for i in places] for places in ((0, 3, 6), (2, 5), (1, 4)))
-        return fuse_stem(self, convs, norms, acts, min_size=self.stride)
+        return fuse_stem(self, PatchEmbed, convs, norms, acts, min_size=self.stride)
 
 
 class Conv2FormerIsotropic(Conv2Former):

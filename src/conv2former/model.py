@@ -158,7 +158,7 @@ class Blocks(nn.Sequential):
     @torch.jit.ignore
     def fuse(self) -> nn.Sequential:
         """What computes the same in evaluation, faster; itself where a block is not the paper's (``fusing``)."""
-        return fuse_blocks(self, (Block, ConvMod, Mlp))
+        return fuse_blocks(self, (Blocks, Block, ConvMod, Mlp))
 
 
 class Stem(nn.Module):
@@ -202,7 +202,7 @@ class Stem(nn.Module):
     def fuse(self) -> nn.Module:
         """What computes the same in evaluation, without batch norms."""
         convs, norms = [self.conv1, self.conv2, self.conv3], [self.norm1, self.norm2]
-        return fuse_stem(self, convs, norms, [self.act], min_size=self.min_size)
+        return fuse_stem(self, Stem, convs, norms, [self.act], min_size=self.min_size)
 
 
 class Downsample(nn.Sequential):
@@ -224,12 +224,15 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim, H, W) -> (B, dim, H / stride, W / stride); a row or column left over goes."""
-        return self[1](self[0](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        x = x.permute(0, 2, 3, 1)
+        for i, layer in enumerate(self):
+            x = layer(x) if i > 0 else layer(x).permute(0, 3, 1, 2)
+        return x
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """The norm's factor and offset go into the convolution."""
-        return fuse_downsample(self)
+        return fuse_downsample(self, Downsample)
 
 
 class Stage(nn.Module):

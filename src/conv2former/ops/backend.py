@@ -159,7 +159,10 @@ def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Ten
         return False
     why = guard.not_gelu(act) or guard.not_depthwise(conv) or guard.hooked(act, conv)
     if not why:
-        return fused(operation, u, conv.weight, conv.bias, *others)
+        weight = conv.weight
+        if weight.dtype != u.dtype and not torch.is_autocast_enabled(u.device.type):
+            return False  # a mistake that PyTorch refuses
+        return fused(operation, u, weight, conv.bias, *others)
     _say(operation, why, u.device.type)
     return False
 
@@ -220,11 +223,12 @@ def _unlike(x: Tensor, *others: Tensor) -> str:
         known = kind is Tensor or kind is nn.Parameter or kind is FakeTensor or kind is FunctionalTensor
         if not known and not guard.plain(tensor):
             return f"one of its tensors is a {kind.__name__}"
-    if torch.compiler.is_compiling():
-        return ""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "torch.func or forward-mode differentiation is at work"
-    return ""
+    return "torch.func or forward-mode differentiation is at work" if _transformed() else ""
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 _library = torch.library.Library("conv2former", "DEF")
