@@ -25,7 +25,6 @@ _OWNERS: dict[Any, tuple[str, ...]] = {
     nn.LayerNorm: ("forward",),
     nn.BatchNorm2d: ("forward",),
     nn.GELU: ("forward",),
-    nn.Module: ("__call__",),
 }
 _FUNCTIONS = [(owner, name, getattr(owner, name)) for owner, names in _OWNERS.items() for name in names]
 
