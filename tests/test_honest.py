@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import conv2former  # noqa: F401  registers the names
-from conv2former import fusing, ops
+from conv2former import ops
 from conv2former.ops import backend, guard
 from test_ops import automatic, needs_compiler  # noqa: F401  `automatic` is a fixture for all tests here
 
@@ -31,8 +31,7 @@ Change = Callable[[nn.Module], Any]
 def silent_cache() -> Iterator[None]:
     """What is said once is said once for each test."""
     yield
-    backend._say_once.cache_clear()
-    fusing._say_once.cache_clear()
+    guard.warn_once.cache_clear()
 
 
 def build(name: str) -> nn.Module:
@@ -45,8 +44,8 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def images(requires_grad: bool = False) -> Tensor:
-    return torch.sin(torch.arange(2 * 3 * 64 * 48.0)).view(2, 3, 64, 48).requires_grad_(requires_grad)
+def images() -> Tensor:
+    return torch.sin(torch.arange(2 * 3 * 64 * 48.0)).view(2, 3, 64, 48)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

@@ -9,8 +9,6 @@ A part that was changed stays as it is, and a line says why: with a hook, anothe
 parts hold weights and no layers.
 """
 
-import functools
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,8 +23,6 @@ from conv2former.ops import blocks, downsample, guard, join_block_weights, stem
 torch.fx.wrap("blocks")
 torch.fx.wrap("downsample")
 torch.fx.wrap("stem")
-
-_log = logging.getLogger("conv2former.fusing")
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -239,18 +235,19 @@ def fuse_downsample(part: Any, kind: type) -> nn.Module:
 
 def fusable_head(head: Any) -> bool:
     """Whether a head may be computed as one operation: it is the paper's, unchanged, with no dropout to be done."""
-    conv, act, norm, pool, fc = head.conv, head.act, head.norm, head.global_pool, head.fc
-    if type(conv) is not nn.Linear or type(norm) is not nn.LayerNorm or type(fc) is not nn.Linear:
+    conv, act, norm, pool, drop, fc = head.conv, head.act, head.norm, head.global_pool, head.drop, head.fc
+    layers = [
+        (conv, nn.Linear),
+        (norm, nn.LayerNorm),
+        (fc, nn.Linear),
+        (drop, nn.Dropout),
+        (pool, SelectAdaptivePool2d),
+    ]
+    if other(layers) or without_bias(conv, norm, fc) or guard.not_gelu(act) or drop.training:
         return False
-    if guard.not_gelu(act) or type(head.drop) is not nn.Dropout or head.drop.training:
+    if pool.pool_type != "avg" or other([(pool.pool, FastAdaptiveAvgPool), (pool.flatten, nn.Identity)]):
         return False
-    if type(pool) is not SelectAdaptivePool2d or pool.pool_type != "avg" or type(pool.flatten) is not nn.Identity:
-        return False
-    if type(pool.pool) is not FastAdaptiveAvgPool or pool.pool.dim != (1, 2):
-        return False
-    if any(layer.bias is None for layer in (conv, norm, fc)):
-        return False
-    return not guard.hooked(conv, act, norm, pool, pool.pool, pool.flatten, head.drop, fc)
+    return pool.pool.dim == (1, 2) and not guard.hooked(conv, act, norm, pool, pool.pool, pool.flatten, drop, fc)
 
 
 def other(layers: Iterable[tuple[Any, type]]) -> str:
@@ -274,10 +271,5 @@ def touched(part: nn.Module) -> str:
 def stays(part: str, why: str) -> bool:
     """Whether there is a reason not to fuse a part, which is said."""
     if why:
-        _say_once(f"fuse() leaves {part} as it is, because {why}")
+        guard.warn_once(f"fuse() leaves {part} as it is, because {why}")
     return bool(why)
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    _log.warning(line)

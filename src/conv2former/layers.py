@@ -44,8 +44,8 @@ def last_dim_norm(layer: str | Layer | None) -> Layer:
     return functools.partial(get_norm_layer(layer), eps=1e-6)
 
 
-def strides_and_dilations(stages: int, stem_stride: int, output_stride: int) -> list[tuple[int, tuple[int, int]]]:
-    """Of each stage: stride of its downsampling, dilations of that and of the blocks.
+def strides_and_dilations(stages: int, stem_stride: int, output_stride: int) -> list[tuple[int, int, tuple[int, int]]]:
+    """Of each stage: total stride of its map, stride of its downsampling, dilations of that and of the blocks.
 
     From the output stride on, maps keep their size, and dilated kernels see as far as on smaller maps, as in timm's
     ConvNeXt. With an output stride of 32 every stage halves the map, however many there are.
@@ -63,7 +63,7 @@ def strides_and_dilations(stages: int, stem_stride: int, output_stride: int) -> 
             stride, dilation = 1, dilation * 2
         elif i:
             reached *= 2
-        found.append((stride, (before, dilation)))
+        found.append((reached, stride, (before, dilation)))
     return found
 
 

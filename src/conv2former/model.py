@@ -11,7 +11,6 @@ What stands between the linear layers of a block has a fused operation each (``o
 modules wherever that makes no difference but the time: see ``ops.guard``.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -426,8 +425,7 @@ class Conv2Former(nn.Module):
         self.grad_checkpointing = False
 
         stem_stride = stem_stride if stem is None else stem.stride
-        geometry = strides_and_dilations(len(dims), stem_stride, output_stride)
-        reductions = [stem_stride * math.prod(stride for stride, _ in geometry[1 : i + 1]) for i in range(len(dims))]
+        reductions, strides, dilations = zip(*strides_and_dilations(len(dims), stem_stride, output_stride), strict=True)
         layers: dict[str, Layer] = dict(act_layer=activation(act_layer), norm_layer=last_dim_norm(norm_layer))
         if stem is None:
             stem = Stem(in_chans, dims[0], stride=stem_stride, min_size=reductions[-1], act_layer=layers["act_layer"])
@@ -442,8 +440,8 @@ class Conv2Former(nn.Module):
                     kernel_size,
                     rates[i],
                     downsample=i > 0,
-                    stride=geometry[i][0],
-                    dilation=geometry[i][1],
+                    stride=strides[i],
+                    dilation=dilations[i],
                     mlp_ratio=mlp_ratio,
                     ls_init_value=ls_init_value,
                     mod_layer=mod_layer,

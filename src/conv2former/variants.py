@@ -39,7 +39,7 @@ def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: boo
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:
-    """The preprocessing that goes with the models.
+    """What timm knows about a model without building it: image size, normalisation, crop, first and last layer.
 
     ImageNet mean and standard deviation: the authors' README. The paper says nothing of the crop: 0.9 at 224 is Swin's
     (ConvNeXt evaluates at 0.875), 1.0 at 384 is what both use for fine-tuned models.

@@ -115,34 +115,32 @@ def kernels(device: torch.device) -> Any:
 
 @torch.compiler.assume_constant_result  # under torch.compile it runs as it stands, once for each set of arguments
 def _obstacle(
-    chosen: str | None, device: str, dtype: torch.dtype, channels: int, kernel_size: int, operation: str = ""
+    chosen: str | None, device: str, dtype: torch.dtype, channels: int, kernel_size: int, operation: str
 ) -> str | None:
     """Why no fused kernel computes an operation: '' if one does, None where none was asked for."""
     choice = current()  # `chosen` is there for the compiler, which sees by it that the choice has changed
     if choice == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return None  # another runtime would not know our operators
     name = _resolve(choice, device)
-    if name == "reference" or (operation and not hasattr(module(name), operation)):
+    if name == "reference":
         return None
-    if not _has_code(name, dtype, channels, kernel_size):
-        return f"{name} has no kernel for {dtype} at these sizes"
-    return guard.exchanged_functions()
+    why = _lacks(name, operation, dtype, channels, kernel_size)
+    return guard.exchanged_functions() if why == "" else why
 
 
 @functools.cache
-def _has_code(name: str, dtype: torch.dtype, channels: int, kernel_size: int) -> bool:
-    return module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
+def _lacks(name: str, operation: str, dtype: torch.dtype, channels: int, kernel_size: int) -> str | None:
+    """Why a backend has no code for these arguments: '' if it has, None where it never has the operation."""
+    if not hasattr(module(name), operation):
+        return None
+    fits = module(name).takes(dtype, channels=channels, kernel_size=kernel_size)
+    return "" if fits else f"{name} has no kernel for {dtype} at these sizes"
 
 
 @torch.compiler.assume_constant_result
 def _say(operation: str, why: str, device: str) -> None:
     if _resolve(current(), device) != "reference":
-        _say_once(f"{operation} on {device} is computed by plain PyTorch, because {why}")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    _log.warning(line)
+        guard.warn_once(f"{operation} on {device} is computed by plain PyTorch, because {why}")
 
 
 def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Tensor) -> bool:
@@ -186,12 +184,7 @@ def fused(operation: str, u: Tensor, weight: Tensor, bias: Tensor, *others: Tens
         return False
     if size % 2 == 0 or (operation == "mlp_middle" and size != 3):
         return False
-    why = _obstacle(_chosen[0], u.device.type, dtype, sides[0], size)
-    if why == "":
-        why = _unlike(u, weight, bias, *others)
-    if why:
-        _say(operation, why, u.device.type)
-    return why == ""
+    return _unhindered(operation, (u, weight, bias, *others), channels=sides[0], kernel_size=size)
 
 
 def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, channels: int, kernel_size: int) -> bool:
@@ -203,20 +196,29 @@ def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, chann
         return False
     if any(w.dtype != x.dtype for w in weights):
         return False
+    if not _unhindered(operation, (x, *weights), channels=channels, kernel_size=kernel_size):
+        return False
+    if torch.is_autocast_enabled(x.device.type):  # asked last: it knows no device "meta"
+        _say(operation, "autocast is on: give the network the dtype itself, model.to(torch.bfloat16)", x.device.type)
+        return False
+    return True
+
+
+def _unhindered(operation: str, tensors: Sequence[Tensor], *, channels: int, kernel_size: int) -> bool:
+    """Whether there is a kernel and it can be given the tensors; what is in the way is said."""
+    x = tensors[0]
     why = _obstacle(_chosen[0], x.device.type, x.dtype, channels, kernel_size, operation)
     if why == "":
-        why = _unlike(x, *weights)
-    if why == "" and torch.is_autocast_enabled(x.device.type):  # asked last: it knows no device "meta"
-        why = "autocast is on: give the network the dtype itself, model.to(torch.bfloat16)"
+        why = _unlike(tensors)
     if why:
         _say(operation, why, x.device.type)
     return why == ""
 
 
-def _unlike(x: Tensor, *others: Tensor) -> str:
+def _unlike(tensors: Sequence[Tensor]) -> str:
     """Why the tensors are none that a kernel can be given, '' where they are."""
-    device = x.device
-    for tensor in (x, *others):
+    device = tensors[0].device
+    for tensor in tensors:
         if tensor.device != device:
             return "its tensors are on several devices"
         kind = type(tensor)

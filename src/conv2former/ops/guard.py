@@ -6,6 +6,8 @@ shows, because a fused operation is taken only if the modules are exactly what i
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+_log = logging.getLogger("conv2former.ops")
+
 # What the modules call. Profilers (calflops, DeepSpeed) put their own functions here to count, and must see the calls.
 _OWNERS: dict[Any, tuple[str, ...]] = {
     F: ("conv2d", "linear", "gelu", "layer_norm", "batch_norm"),
@@ -27,6 +31,12 @@ _OWNERS: dict[Any, tuple[str, ...]] = {
     nn.GELU: ("forward",),
 }
 _FUNCTIONS = [(owner, name, getattr(owner, name)) for owner, names in _OWNERS.items() for name in names]
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Says why something is slower than it could be, once in a process."""
+    _log.warning(line)
 
 
 def exchanged_functions() -> str:
