@@ -91,6 +91,10 @@ def test_output_stride(name, stride, small):  # noqa: F811
         if stride == 8:
             with pytest.raises(ValueError, match="output_stride is 8: this network can have 16, 32"):
                 small(output_stride=8)
+        else:
+            model, same, x = small(output_stride=stride), small(), images()
+            model.load_state_dict(same.state_dict())
+            close(model(x), same(x))
         return
     model = small(output_stride=stride)
     assert [info["reduction"] for info in model.feature_info] == [min(4 * 2**i, stride) for i in range(4)]
@@ -105,10 +109,9 @@ def test_output_stride(name, stride, small):  # noqa: F811
 
 @torch.no_grad()
 def test_dilated_kernels_see_what_they_saw(fill):
-    """With one channel map repeated, a dilated stage computes on every second position what the strided one does.
+    """A block with dilation 2 computes on every second position what the one without does on those positions alone.
 
-    Checked on the blocks: on positions of one parity, a convolution with dilation 2 is the one without on a map of half
-    the size.
+    On positions of one parity, a convolution with dilation 2 is the one without on a map of half the size.
     """
     plain = fill(timm.create_model("conv2former_test", output_stride=32)).eval()
     dilated = timm.create_model("conv2former_test", output_stride=16).eval()
@@ -122,7 +125,7 @@ def test_dilated_kernels_see_what_they_saw(fill):
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "count"),
+    ("options", "kind", "eps"),
     [
         (dict(act_layer="relu"), nn.ReLU, None),
         (dict(act_layer=nn.SiLU), nn.SiLU, None),
@@ -131,7 +134,7 @@ def test_dilated_kernels_see_what_they_saw(fill):
     ],
     ids=["relu", "silu", "rmsnorm", "another eps"],
 )
-def test_layers_of_other_kinds(name, options, kind, count, small):  # noqa: F811
+def test_layers_of_other_kinds(name, options, kind, eps, small):  # noqa: F811
     model, x = small(**options), images(2)
     blocks = [block for stage in model.stages for block in stage.blocks]
     if "act_layer" in options:
@@ -139,7 +142,7 @@ def test_layers_of_other_kinds(name, options, kind, count, small):  # noqa: F811
         assert all(type(block.mod.act) is type(block.mlp.act) is kind for block in blocks)
     else:
         norms = [norm for block in blocks for norm in (block.norm1, block.norm2)] + [model.head.norm]
-        assert all(type(norm) is kind and (count is None or norm.eps == count) for norm in norms)
+        assert all(type(norm) is kind and (eps is None or norm.eps == eps) for norm in norms)
     expected = model(x)
     assert expected.isfinite().all() and not torch.equal(expected, small()(x))
     close(copy.deepcopy(model).fuse()(x), expected)
@@ -149,6 +152,11 @@ def test_layers_of_other_kinds(name, options, kind, count, small):  # noqa: F811
 def test_norms_of_maps_are_refused(layer):
     with pytest.raises(ValueError, match=f"norm_layer is '{layer}': use layernorm, "):
         timm.create_model("conv2former_test", norm_layer=layer)
+
+
+def test_an_unknown_activation():
+    with pytest.raises(ValueError, match="act_layer is 'nope': use a name of timm's"):
+        timm.create_model("conv2former_test", act_layer="nope")
 
 
 def test_head_init_scale(small):  # noqa: F811

@@ -6,7 +6,7 @@ of a stage, what stands between stages and the head are then one operation each 
 alone: no dropout, no stochastic depth, no gradients needed.
 
 A part that was changed stays as it is, and a line says why: with a hook, another layer, a parametrization. The fused
-parts hold weights and no layers.
+parts hold weights and no layers. Only the head keeps its layers, and asks at each call whether they may be passed by.
 """
 
 from collections.abc import Iterable, Sequence
@@ -247,7 +247,9 @@ def fusable_head(head: Any) -> bool:
         return False
     if pool.pool_type != "avg" or other([(pool.pool, FastAdaptiveAvgPool), (pool.flatten, nn.Identity)]):
         return False
-    return pool.pool.dim == (1, 2) and not guard.hooked(conv, act, norm, pool, pool.pool, pool.flatten, drop, fc)
+    if not pool.pool.flatten or pool.pool.dim != (1, 2):
+        return False
+    return not guard.hooked(conv, act, norm, pool, pool.pool, pool.flatten, drop, fc)
 
 
 def other(layers: Iterable[tuple[Any, type]]) -> str:

@@ -119,13 +119,18 @@ def _obstacle(
 ) -> str | None:
     """Why no fused kernel computes an operation: '' if one does, None where none was asked for."""
     choice = current()  # `chosen` is there for the compiler, which sees by it that the choice has changed
-    if choice == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
-        return None  # another runtime would not know our operators
-    name = _resolve(choice, device)
+    name = _wanted(choice, device)
     if name == "reference":
         return None
     why = _lacks(name, operation, dtype, channels, kernel_size)
     return guard.exchanged_functions() if why == "" else why
+
+
+def _wanted(choice: str, device: str) -> str:
+    """The backend for operations that are called now. What is exported knows none unless it was chosen by name."""
+    if choice == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return "reference"  # another runtime would not know our operators
+    return _resolve(choice, device)
 
 
 @functools.cache
@@ -139,7 +144,7 @@ def _lacks(name: str, operation: str, dtype: torch.dtype, channels: int, kernel_
 
 @torch.compiler.assume_constant_result
 def _say(operation: str, why: str, device: str) -> None:
-    if _resolve(current(), device) != "reference":
+    if _wanted(current(), device) != "reference":
         guard.warn_once(f"{operation} on {device} is computed by plain PyTorch, because {why}")
 
 

@@ -54,7 +54,7 @@ def hooked(*modules: nn.Module) -> str:
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a {type(module).__name__} has a hook"
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
             return f"a {type(module).__name__} has a forward of its own"
     return ""
 
@@ -75,7 +75,7 @@ def not_depthwise(conv: Any) -> str:
     channels, _, side, _ = conv.weight.shape
     settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     if settings != ((1, 1), (side // 2, side // 2), (1, 1), channels, "zeros") or conv.bias is None:
-        return "the depthwise convolution has other settings than a bias, stride 1 and same zero padding"
+        return "the depthwise convolution is not of stride 1, dilation 1 and padding k // 2, with a bias"
     return ""
 
 
