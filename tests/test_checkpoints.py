@@ -463,6 +463,11 @@ def zeros(name: str, **kwargs: object) -> dict[str, torch.Tensor]:
     return {key: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for key, tensor in state_dict.items()}
 
 
+def test_a_fused_network_is_not_saved(tmp_path: Path) -> None:
+    assert "save it before fuse()" in refusal(save_pretrained, timm.create_model(NAME).eval().fuse(), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_the_configuration_repeats_nothing(tmp_path: Path) -> None:
     """transformers gives the number of classes itself, and fails where ``model_args`` has it too."""
     model = timm.create_model(NAME, num_classes=7, kernel_size=7, in_chans=1)

@@ -24,8 +24,17 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def activation(layer: str | Layer | None) -> Layer:
-    """What makes an activation: timm's name or a class. GELU is PyTorch's, which the fused operations know."""
-    return nn.GELU if layer in (None, "gelu") else get_act_layer(layer)
+    """What makes an activation: timm's name or a class. GELU is PyTorch's, which the fused operations know.
+
+    Raises:
+        ValueError: timm does not know the name.
+    """
+    try:
+        return nn.GELU if layer in (None, "gelu") else get_act_layer(layer)
+    except KeyError:
+        raise ValueError(
+            f"act_layer is {layer!r}: use a name of timm's, such as gelu, relu or silu, or a class"
+        ) from None
 
 
 def last_dim_norm(layer: str | Layer | None) -> Layer:

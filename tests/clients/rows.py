@@ -153,7 +153,7 @@ NOTES = """
 - **Accelerate, PEFT, pruning and hooks** change or watch single layers. The network sees this and computes those layers
   with plain PyTorch instead of its fused operations. It says so once in the log. The result is the same, and slower.
 - **Change the network before `fuse()`**: afterwards the blocks hold weights but no layers.
-- **PEFT** wants a rank of LoRA that is a multiple of the channels of every depthwise convolution. Its adapter mixes the
+- **PEFT**: for a depthwise convolution the rank of LoRA must be divisible by its channels. The adapter mixes the
   channels, so that PEFT cannot merge it into a depthwise convolution. Adapters on linear layers can be merged.
 - **Opacus** takes no batch norm: call `ModuleValidator.fix(model)` first. Then pass `grad_sample_mode="functorch"` to
   `PrivacyEngine.make_private`. Without it, gradients of convolutions are wrong, and Opacus does not say so.

@@ -93,7 +93,7 @@ def page(cells: dict[tuple[Row, str], str]) -> str:
         "# Works with",
         "",
         "This page shows libraries that people use around timm models, run on a Conv2Former and on timm's ConvNeXt.",
-        "A row *works* if the result of the library is equal to one that was computed in another way.",
+        "*Works* means that the result was computed a second time without the library, and that both agree.",
         "",
         f"The checks ran on a CPU with Python {platform.python_version()} and PyTorch {version('torch')}.",
         "`make clients` runs them again in an environment of its own, and writes this page.",

@@ -57,9 +57,11 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UserError: ``folder`` is a file, holds something else than a model, or cannot be written.
+        UserError: The model is fused, or ``folder`` is a file, holds something else than a model, or cannot be written.
         ValueError: Another number of ``label_names`` than the model has classes.
     """
+    if getattr(getattr(model, "head", None), "fused", False):
+        raise UserError("a fused network has other weights than timm builds it with: save it before fuse()")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label names for {model.num_classes} classes: give one for each")
     folder = Path(folder)
