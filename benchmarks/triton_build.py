@@ -2,13 +2,12 @@
 
     python benchmarks/triton_build.py [--json FILE] [--target 90] [--kernel-size 11]
 
-Every kernel is compiled in every configuration that the autotuner would time, for two shapes of Conv2Former-T at 224
-pixels: 72 channels on 56 x 56 (several tiles a row) and 288 on 14 x 14 (one tile). The table names registers a thread,
-shared memory, bytes that the compiler spilled from registers, warps that fit on a processor by registers, and the share
-of multiply-adds among the instructions of the longest loop, which bounds the fraction of the peak that the loop can
-reach. The exit status is 1 if anything spills.
+Every kernel is compiled in every configuration that would be launched or timed, for the four stages of Conv2Former-T at
+224 pixels. The table names registers a thread, shared memory, bytes that the compiler spilled from registers, warps
+that fit on a processor by registers, and the share of multiply-adds among the instructions of the longest loop, which
+bounds the fraction of the peak that the loop can reach. The exit status is 1 if anything spills.
 
-Needs no GPU: the assemblers and disassemblers come with Triton. All of it takes some six minutes on two idle cores.
+Needs no GPU: the assemblers and disassemblers come with Triton. All of it takes some fifteen minutes on two idle cores.
 On sm_100 an instruction may hold two multiply-adds, so that the share there is of instructions alone.
 """
 
@@ -33,110 +32,103 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conv2former.ops.triton import large_kernel, three_rows
-from conv2former.ops.triton.lanes import channel_group
+from conv2former.ops.triton import lanes, large_kernel, three_rows
 
-TARGETS = (80, 90, 100)
+TARGETS = (80, 89, 90, 100)
 KERNEL_SIZES = (3, 7, 11, 21)
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-SHAPES = ((72, 56), (288, 14))  # channels, width
+STAGES = ((72, 56), (144, 28), (288, 14), (576, 7))  # channels, side
+BATCH = 128
 REGISTERS = 65536  # of a processor
-POINTERS = {"taps": "*fp32", "partial": "*fp32", "bias": "*fp32"}
+COMPILING = ("num_warps", "num_stages", "maxnreg")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One kernel in one configuration."""
+    """One kernel in one configuration.
+
+    Attributes:
+        module: Where the kernel is.
+        kernel: Its name.
+        dtype: Of the maps.
+        signature: Types of its arguments.
+        constants: Values of its constants.
+        compiling: Options of the compiler.
+    """
 
     module: str
     kernel: str
-    what: str  # which of the kernel's uses
     dtype: str
+    signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
-    warps: int
-    limit: int | None  # of registers
+    compiling: tuple[tuple[str, Any], ...]
+
+    @property
+    def what(self) -> str:
+        """Which of the kernel's uses."""
+        constants = dict(self.constants)
+        if self.kernel == "convolution_kernel":
+            return "input gradient" if constants["BACKWARD"] else "forward"
+        if self.kernel == "three_rows_kernel":
+            return f"MLP {constants['STAGE']}"
+        return self.kernel.removesuffix("_kernel").replace("_", " ")
 
     @property
     def text(self) -> str:
         """The configuration in words."""
         shown = [f"{name}={value}" for name, value in self.constants if name in ("C", "K", "CG", "N", "T", "SINGLE")]
-        return " ".join([*shown, f"warps={self.warps}"])
-
-
-def jitted(kernel: Any) -> Any:
-    """The function below the autotuner and the heuristics."""
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn
-    return kernel
+        return " ".join([*shown, f"warps={dict(self.compiling)['num_warps']}"])
 
 
 def programs(kernel_sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[Program]:
-    """All that the autotuner would compile, and the kernels that it does not tune."""
-    for dtype, (channels, width) in itertools.product(dtypes, SHAPES):
-        shape = {"C": channels, "W": width, "source": torch.empty(0, dtype=dtype)}
-        exact = dtype == torch.float32
-        for kernel_size in kernel_sizes:
-            sizes = shape | {"K": kernel_size}
-            for backward in (False, True):
-                extra = {"S": channels, "BACKWARD": backward, "KEEP": not backward, "EXACT": exact}
-                what = "input gradient" if backward else "forward"
-                yield from tuned(large_kernel, "convolution_kernel", what, sizes | extra)
-            lanes, group = large_kernel.weight_lanes(channels, kernel_size)
-            yield from tuned(
-                large_kernel, "weight_gradient_kernel", "weight gradient", sizes | {"CG": group, "N": lanes}
+    """All that a training step on one processor would launch or time."""
+    found: list[Program] = []
+
+    def note(kernel: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+        signature = [
+            (name, kinds[x.dtype] if torch.is_tensor(x) else "i32") for name, x in zip(names, args, strict=False)
+        ]
+        constants = [(name, value) for name, value in settings.items() if name not in COMPILING]
+        compiling = dict(num_warps=4) | {name: value for name, value in settings.items() if name in COMPILING}
+        dtype = kinds[args[0].dtype].strip("*")
+        found.append(
+            Program(
+                kernel.fn.__module__,
+                kernel.__name__,
+                dtype,
+                tuple(signature),
+                tuple(constants),
+                tuple(compiling.items()),
             )
-        shape["C"] = hidden = 4 * channels
-        group = channel_group(hidden, three_rows.LANES)
-        for stage in ("forward", "inner", "input"):
-            extra = {"S": hidden, "SG": hidden, "SU": hidden, "STAGE": stage, "EXACT": exact}
-            extra |= {"CG": group, "N": three_rows.LANES}
-            yield from tuned(three_rows, "three_rows_kernel", f"MLP {stage}", shape | extra)
-        shape["C"] = channels
-        strides = {"S": channels, "SG": channels, "SU": channels, "SV": channels}
-        lanes = large_kernel.pad_lanes(dtype)
-        extra = {"K": 11, "CG": channel_group(channels, lanes), "N": lanes, "EXACT": exact}
-        yield plain(large_kernel, "pad_kernel", "pad", shape | strides | extra)
-        yield plain(large_kernel, "pad_backward_kernel", "pad, backward", shape | strides | extra)
+        )
 
-
-def tuned(module: Any, name: str, what: str, args: dict[str, Any]) -> Iterator[Program]:
-    """One program for each configuration that is left after pruning."""
-    tuner = getattr(module, name)
-    for config in tuner.early_config_prune(tuner.configs, args):
-        settings = args | config.kwargs
-        for constant, rule in tuner.fn.values.items():
-            settings[constant] = rule(settings)
-        yield plain(module, name, what, settings, config.num_warps, config.maxnreg)
-
-
-def plain(module: Any, name: str, what: str, args: dict[str, Any], warps: int = 4, limit: int | None = None) -> Program:
-    """A program from all of its constants."""
-    parameters = jitted(getattr(module, name)).params
-    constants = tuple((p.name, args[p.name]) for p in parameters if p.is_constexpr)
-    return Program(module.__name__, name, what, DTYPES[args["source"].dtype], constants, warps, limit)
+    with lanes.instead_of_launching(note), torch.device("meta"):
+        for dtype, (channels, side) in itertools.product(dtypes, STAGES):
+            u, h = (torch.empty(BATCH, side, side, width, dtype=dtype) for width in (channels, 4 * channels))
+            bias, wide = torch.empty(channels), torch.empty(4 * channels)
+            for size in kernel_sizes:
+                weight = torch.empty(channels, 1, size, size)
+                large_kernel.modulation(u, u, weight, bias, True)
+                large_kernel.modulation_backward(u, u, u, u, weight)
+            three_rows.mlp_middle(h, torch.empty(4 * channels, 1, 3, 3), wide)
+            three_rows.mlp_middle_backward(h, h, torch.empty(4 * channels, 1, 3, 3), wide)
+    yield from dict.fromkeys(found)
 
 
 def build(job: tuple[Program, int]) -> dict[str, Any]:
     """Compiles a program for a target; its row of the table."""
     program, target = job
-    function = jitted(getattr(sys.modules[program.module], program.kernel))
-    constants = dict(program.constants)
-    signature, pointers = {}, []
-    for index, parameter in enumerate(function.params):
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-        elif parameter.do_not_specialize:
-            signature[parameter.name] = "i32"
-        else:
-            signature[parameter.name] = POINTERS.get(parameter.name, f"*{program.dtype}")
-            pointers.append(index)
-    source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": program.warps, "num_stages": 1, "maxnreg": program.limit},
+    function = getattr(sys.modules[program.module], program.kernel)
+    signature = dict(program.signature) | {name: "constexpr" for name, _ in program.constants}
+    pointers = [index for index, (_, kind) in enumerate(program.signature) if kind.startswith("*")]
+    source = ASTSource(
+        function, signature, dict(program.constants), {(i,): [["tt.divisibility", 16]] for i in pointers}
     )
+    options = dict(program.compiling)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -147,6 +139,7 @@ def build(job: tuple[Program, int]) -> dict[str, Any]:
     taken = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     multiply_adds, instructions = longest_loop(code)
     held = -(-taken["REG"] // 8) * 8 * 32
+    warps = options["num_warps"]
     return {
         "kernel": program.what,
         "dtype": program.dtype,
@@ -155,7 +148,7 @@ def build(job: tuple[Program, int]) -> dict[str, Any]:
         "registers": taken["REG"],
         "shared": compiled.metadata.shared,
         "spilled": taken["STACK"] + taken["LOCAL"],
-        "warps": min(64, REGISTERS // (held * program.warps) * program.warps),
+        "warps": min(64, REGISTERS // (held * warps) * warps),
         "multiply_adds": multiply_adds,
         "instructions": instructions,
     }

@@ -7,7 +7,9 @@ before Triton is imported; so this file is also a program that measures cases wh
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -37,10 +39,11 @@ class Case:
     kernel: int = 3
     dtype: str = "float32"
     layout: str = "plain"  # or 'halves' of one tensor (B, H, W, 2C), or 'channels_first'
+    tile: int = 4  # of the kernels, under the interpreter
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"{self.operation}{self.kernel}-{shape}-{self.dtype}-{self.layout}"
+        return f"{self.operation}{self.kernel}-{shape}-{self.dtype}-{self.layout}-tile{self.tile}"
 
 
 def inputs(case: Case, device: str) -> tuple[Tensor, list[Tensor]]:
@@ -80,6 +83,12 @@ def plain(case: Case, g: Tensor, given: list[Tensor], dtype: torch.dtype) -> lis
     leaves = [x.detach().to(dtype).requires_grad_() for x in given]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, g.to(dtype))]
+
+
+def bits(case: Case, device: str) -> list[str]:
+    """Digests of what comes from kernels whose tile is chosen by time: the output, the input's gradient."""
+    out, first, *_ = fused(case, *inputs(case, device))
+    return [hashlib.sha256(x.view(torch.uint8).cpu().numpy().tobytes()).hexdigest() for x in (out, first)]
 
 
 def measure(case: Case, device: str) -> dict[str, tuple[float, float]]:
@@ -123,11 +132,17 @@ SMALL = [
 ]
 BETWEEN = [Case("modulation", (1, 5, 6, 19), kernel) for kernel in (5, 9, 15)]
 EMPTY = [Case(operation, (0, 4, 5, 19)) for operation in ("modulation", "mlp")]
+MODULATION_TILES = (4, 7, 8, 10, 12, 14, 16)
+MLP_TILES = (4, 5, 6, 7, 8, 10, 12, 14)
+TILED = [
+    *(Case("modulation", (1, 3, tile + more, 9), 11, tile=tile) for tile in MODULATION_TILES for more in (-1, 0, 1)),
+    *(Case("mlp", (1, 3, tile + more, 9), tile=tile) for tile in MLP_TILES for more in (-1, 0, 1)),
+]
 
 
 @pytest.fixture(scope="module")
-def interpreter() -> Iterator[Callable[[Case], Any]]:
-    """A function that measures a case under Triton's interpreter, in a process that stays for this file's tests."""
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """A function that runs ``measure`` or ``bits`` of a case under Triton's interpreter, in one process for all."""
     pytest.importorskip("triton")
     command = [sys.executable, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -137,8 +152,8 @@ def interpreter() -> Iterator[Callable[[Case], Any]]:
         assert process.stdin is not None and process.stdout is not None
         questions, answers = process.stdin, process.stdout
 
-        def ask(case: Case) -> Any:
-            print(json.dumps(dataclasses.asdict(case)), file=questions, flush=True)
+        def ask(case: Case, what: str = "measure") -> Any:
+            print(json.dumps([what, dataclasses.asdict(case)]), file=questions, flush=True)
             line = answers.readline()
             assert line, "the interpreting process has ended; its error is on the standard error stream"
             return json.loads(line)
@@ -148,10 +163,27 @@ def interpreter() -> Iterator[Callable[[Case], Any]]:
 
 
 @pytest.mark.parametrize(
-    "case", [*SMALL, *EMPTY, *(pytest.param(case, marks=pytest.mark.slow) for case in BETWEEN)], ids=str
+    "case", [*SMALL, *EMPTY, *TILED, *(pytest.param(case, marks=pytest.mark.slow) for case in BETWEEN)], ids=str
 )
-def test_interpreted(case: Case, interpreter: Callable[[Case], Any]) -> None:
+def test_interpreted(case: Case, interpreter: Callable[..., Any]) -> None:
     check(interpreter(case), INTERPRETED_FACTOR[case.dtype])
+
+
+@pytest.mark.parametrize(("operation", "tiles"), [("modulation", MODULATION_TILES), ("mlp", MLP_TILES)])
+def test_the_tile_does_not_change_the_bits(
+    operation: str, tiles: tuple[int, ...], interpreter: Callable[..., Any]
+) -> None:
+    """What is fastest today may not be tomorrow: a run computes the same with both."""
+    kernel = 5 if operation == "modulation" else 3
+    cases = [Case(operation, (1, 3, 9, 5), kernel, "float16", tile=tile) for tile in tiles]
+    assert len({tuple(interpreter(case, "bits")) for case in cases}) == 1
+
+
+def test_every_tile_is_tried() -> None:
+    pytest.importorskip("triton")
+    from conv2former.ops.triton import large_kernel, three_rows
+
+    assert large_kernel.TILES == MODULATION_TILES and three_rows.TILES == MLP_TILES
 
 
 def test_nothing_is_imported_before_it_is_used() -> None:
@@ -218,11 +250,33 @@ def test_every_shape_has_a_configuration() -> None:
         for channels in (1, 5, 19, 72, 144, 248, 320, 576, 1009, 1024):
             count, group = large_kernel.weight_lanes(channels, kernel)
             assert 1 <= group <= min(channels, count // kernel)
-            for dtype in (torch.float32, torch.bfloat16):
+            for itemsize in (4, 2):
                 for width in (1, 7, 14, 57, 304):
-                    args = {"K": kernel, "W": width, "N": count, "source": torch.empty(0, dtype=dtype)}
-                    assert len(large_kernel.cheapest(large_kernel.CONFIGS, args)) == 3
-                    assert len(large_kernel.the_cheapest(large_kernel.WEIGHT_CONFIGS, args)) == 1
+                    found = large_kernel.candidates(kernel, channels, width, itemsize)
+                    assert len(found) == 3 and len({tuple(config.items()) for config in found}) == 3
+                    config = large_kernel.weight_config(kernel, channels, width, itemsize)
+                    assert config["CG"] == group and config["T"] in MODULATION_TILES
+
+
+def test_marches_cover_the_map_once_and_fill_the_processors() -> None:
+    pytest.importorskip("triton")
+    from conv2former.ops.triton import three_rows
+
+    for batch, height, strips, positions, groups in itertools.product(
+        (1, 128), (1, 3, 7, 14, 56, 200), (1, 7, 22), (4, 5), (1, 6, 36)
+    ):
+        for at_once in (396, -396):
+            chunks, span, programs = three_rows.deal(batch, height, strips, positions, groups, at_once)
+            assert (chunks - 1) * span < height <= chunks * span
+            blocks = -(-batch * chunks * strips // positions)
+            assert programs % groups == 0 and programs // groups <= blocks
+            assert programs // groups == blocks or at_once < 0
+    # stage 1 of T at batch 128: at least four rounds, none of them mostly idle
+    chunks, span, programs = three_rows.deal(128, 56, 7, 5, 6, 396)
+    assert programs >= 4 * 396 and chunks * span <= 60
+    chunks, span, programs = three_rows.deal(128, 56, 7, 5, 6, -396)
+    blocks = -(-128 * chunks * 7 // 5) * 6
+    assert programs <= 396 and blocks / programs / -(-blocks // programs) > 0.9
 
 
 @pytest.mark.parametrize("what", ["forward", "input gradient", "weight gradient", "MLP forward", "MLP inner"])
@@ -266,12 +320,23 @@ def test_on_gpu(case: Case) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+def use_tile(tile: int) -> None:
+    """Has the kernels take this tile, which the interpreter's configurations leave open."""
+    from conv2former.ops.triton import large_kernel, three_rows
+
+    large_kernel.INTERPRETED_TILE = three_rows.INTERPRETED_TILE = tile
+    large_kernel.weight_config.cache_clear()
+    large_kernel._convolution, three_rows._march = large_kernel.Choice(), three_rows.Choice()
+
+
 def main() -> None:
-    """Measures the cases on the standard input, one JSON object a line."""
+    """Answers for the cases on the standard input, a JSON pair a line: what to run, and the case."""
     torch.set_num_threads(1)
     for line in sys.stdin:
-        given = json.loads(line)
-        print(json.dumps(measure(Case(**given | {"shape": tuple(given["shape"])}), "cpu")), flush=True)
+        what, given = json.loads(line)
+        case = Case(**given | {"shape": tuple(given["shape"])})
+        use_tile(case.tile)
+        print(json.dumps({"measure": measure, "bits": bits}[what](case, "cpu")), flush=True)
 
 
 if __name__ == "__main__":

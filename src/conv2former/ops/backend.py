@@ -307,7 +307,12 @@ def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 def in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:
     """A weight's gradient with the weight's strides: DDP wants that, and the shape functions announce it."""
-    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+    strides = gradient.stride()
+    if strides == weight.stride():
+        return gradient
+    if all(size == 1 or a == b for size, a, b in zip(weight.shape, strides, weight.stride(), strict=True)):
+        return gradient.as_strided(weight.shape, weight.stride())  # dimensions of size 1 need no copy
+    return torch.empty_like(weight).copy_(gradient)
 
 
 def pixels(x: Tensor) -> tuple[Tensor, int]:

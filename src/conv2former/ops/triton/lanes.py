@@ -1,9 +1,9 @@
-"""How the kernels deal out tensors: lanes, channel groups, partial sums, configurations.
+"""How the kernels deal out tensors (lanes, channel groups) and how they are launched (configurations).
 
 All tensors are NHWC. A program works on N lanes (a power of two). A lane is one channel of a group of ``CG`` channels
 at one of R = N // CG positions, channels fastest: neighbouring lanes read neighbouring addresses, and no power of two
 has to divide the number of channels (72 = 8 * 9). Lanes behind R * CG repeat others and store nothing. The last group
-of channels overlaps the one before where ``CG`` does not divide C.
+of channels overlaps the one before where ``CG`` does not divide C: both store the same values there.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-calls
@@ -12,7 +12,9 @@ of channels overlaps the one before where ``CG`` does not divide C.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -27,13 +29,19 @@ INTERPRETED: bool = knobs.runtime.interpret
 MAX_CHANNEL_GROUP = 96
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. ``triton.cdiv`` takes ten times as long where the host calls it."""
+    return -(-a // b)
+
+
 def use(channels: int, group: int, lanes: int) -> float:
     """The share of lanes at work, less for short runs of addresses, which waste parts of 32-byte sectors."""
     busy = lanes // group * group / lanes
-    covered = channels / (triton.cdiv(channels, group) * group)
+    covered = channels / (ceil_div(channels, group) * group)
     return busy * covered * group / (group + 8)
 
 
+@functools.cache
 def channel_group(channels: int, lanes: int) -> int:
     """The number of channels CG of a group, at most 96, that makes the most use of the lanes.
 
@@ -94,27 +102,7 @@ def zeros(COUNT: tl.constexpr, N: tl.constexpr):
 
 def by_tap(weight: Tensor) -> Tensor:
     """(C, 1, k, k) -> (k * k, C) in float32."""
-    return weight.detach().float().flatten(1).t().contiguous()
-
-
-def fold(partial: Tensor, channels: int, group: int, positions: int) -> Tensor:
-    """Adds up partial sums, in a fixed order.
-
-    Args:
-        partial: (programs, groups, A, N) in float32; lanes as above.
-        channels: C.
-        group: CG.
-        positions: R.
-
-    Returns:
-        (A, C).
-    """
-    sums = partial[..., : positions * group].unflatten(-1, (positions, group)).sum((0, 3))  # (groups, A, CG)
-    groups = sums.shape[0]
-    if groups * group == channels:
-        return sums.permute(1, 0, 2).flatten(1)
-    full, rest = sums[:-1].permute(1, 0, 2).flatten(1), channels - (groups - 1) * group
-    return torch.cat((full, sums[-1, :, -rest:]), 1)
+    return weight.detach().flatten(1).t().float().contiguous()
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -131,3 +119,67 @@ def shape_class(rows: int, width: int) -> int:
     """One number for shapes that share their tuned configuration: narrow maps by width, others by its power of two."""
     wide = width if width <= 16 else 1 << (width - 1).bit_length()
     return wide * 64 + max(rows, 1).bit_length()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+Config = dict[str, Any]
+"""What a kernel is compiled with: its constants, num_warps, num_stages, maxnreg."""
+
+TIMING = dict(warmup=5, rep=20)  # milliseconds for each configuration that is timed
+
+_instead: list[Callable[..., Any]] = []
+
+
+@contextlib.contextmanager
+def instead_of_launching(launcher: Callable[..., Any]) -> Iterator[None]:
+    """Gives ``launcher(kernel, args, constants)`` whatever would be launched or timed meanwhile; nothing is chosen."""
+    _instead.append(launcher)
+    try:
+        yield
+    finally:
+        _instead.pop()
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Starts a kernel."""
+    if _instead:
+        _instead[-1](kernel, args, constants)
+    else:
+        kernel[(programs,)](*args, **constants)
+
+
+class Choice:
+    """The configuration of each kind of call, timed when it is first met.
+
+    Triton's own tuner costs 10 us in every call, and it gives all configurations the same arguments.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: dict[Hashable, Config] = {}
+
+    def run(self, kind: Hashable, candidates: Callable[[], list[Config]], start: Callable[[Config], Any]) -> None:
+        """Starts the kernel in the configuration for this kind of call.
+
+        Args:
+            kind: What the choice depends on.
+            candidates: Makes the configurations, the most promising first; a single one is not timed.
+            start: Launches in a configuration.
+        """
+        config = self._chosen.get(kind)
+        if config is None:
+            configs = candidates()
+            if _instead:
+                for config in configs:
+                    start(config)
+                return
+            config = self._chosen[kind] = configs[0] if len(configs) == 1 else fastest(configs, start)
+        start(config)
+
+
+def fastest(configs: list[Config], start: Callable[[Config], Any]) -> Config:
+    """The configuration that takes the least time."""
+    measure = triton.runtime.driver.active.get_benchmarker()
+    times = [measure(functools.partial(start, config), return_mode="median", **TIMING) for config in configs]
+    return configs[times.index(min(times))]

@@ -20,7 +20,9 @@ it; B * H * (W + P) stays below 2^31.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -31,11 +33,14 @@ from conv2former.ops.backend import pixels
 from conv2former.ops.triton.gelu import gelu, gelu_slope
 from conv2former.ops.triton.lanes import (
     INTERPRETED,
+    Choice,
+    Config,
     append,
     by_tap,
+    ceil_div,
     channel_group,
     first_channel,
-    fold,
+    launch,
     on_device_of,
     processors,
     replace,
@@ -46,7 +51,8 @@ from conv2former.ops.triton.lanes import (
 )
 
 MAX_TILE = 16
-SIZES = ["rows", "H", "W", "columns", "blocks", "shape"]
+INTERPRETED_TILE = 4  # tests take others too
+SIZES = ["rows", "H", "W", "columns", "blocks"]
 
 
 def columns_of(rows: int, width: int, kernel: int) -> int:
@@ -76,7 +82,7 @@ def pad_kernel(u, h, rows, W, columns, C: tl.constexpr, S: tl.constexpr, K: tl.c
 def pad_backward_kernel(g, u, v, a, h, da, dv, partial, rows, W, columns, C: tl.constexpr, SU: tl.constexpr,
                         SV: tl.constexpr, K: tl.constexpr, CG: tl.constexpr, N: tl.constexpr,
                         EXACT: tl.constexpr):  # fmt: skip
-    """h = GELU(u) and da = g * v in the padded form, dv = g * a, and partial sums of da for the bias."""
+    """h = GELU(u) and da = g * v in the padded form, dv = g * a, and partial sums (programs, R, C) of da."""
     P: tl.constexpr = K // 2
     R: tl.constexpr = N // CG
     G: tl.constexpr = (C + CG - 1) // CG
@@ -101,7 +107,8 @@ def pad_backward_kernel(g, u, v, a, h, da, dv, partial, rows, W, columns, C: tl.
         tl.store(h + padded, gelu(value, EXACT), mask=used)
         total += weighed
         block += programs
-    tl.store(partial + tl.program_id(0).to(tl.int64) * N + lane, total)
+    at = tl.program_id(0) // G * R + lane // CG
+    tl.store(partial + at.to(tl.int64) * C + c, total, mask=lane < R * CG)
 
 
 def convolution_cost(kernel: int, tile: int, per_thread: int, width: int, itemsize: int) -> float:
@@ -115,53 +122,57 @@ def convolution_cost(kernel: int, tile: int, per_thread: int, width: int, itemsi
     return kernel * instructions * -(-width // tile) / (per_thread * width)
 
 
-def ranked(configs: list[triton.Config], args: dict[str, Any], registers: int) -> list[triton.Config]:
-    """The configurations that fit, those with the fewest instructions for this kernel size and width first.
+TILES = (4, 7, 8, 10, 12, 14, 16)
+LANES = (256, 512)  # of the convolution, two or four a thread
+
+
+def fitting(
+    choices: Iterable[tuple[int, int, int]], *, kernel: int, width: int, itemsize: int, registers: int
+) -> list[tuple[int, int, int]]:
+    """The choices that fit, those with the fewest instructions for this kernel size and width first.
 
     Args:
-        configs: Tiles and warps.
-        args: The kernel's arguments.
+        choices: (tile, lanes, warps).
+        kernel: k.
+        width: W.
+        itemsize: Bytes of an element.
         registers: How many a thread may use for accumulators and weights, or gradients; benchmarks/triton_build.py
             shows whether the rest is enough for all else.
     """
-    kernel, width, itemsize = args["K"], args["W"], args["source"].element_size()
 
-    def per_thread(config: triton.Config) -> int:
-        return (args | config.kwargs)["N"] // (32 * config.num_warps)
+    def fits(choice: tuple[int, int, int]) -> bool:
+        tile, lanes, warps = choice
+        values = lanes // (32 * warps)
+        return values <= 4 and values * (tile + kernel) <= registers
 
-    def fits(config: triton.Config) -> bool:
-        values = per_thread(config)
-        return values <= 4 and values * (config.kwargs["T"] + kernel) <= registers
+    def cost(choice: tuple[int, int, int]) -> float:
+        tile, lanes, warps = choice
+        return convolution_cost(kernel, tile, lanes // (32 * warps), width, itemsize)
 
-    def cost(config: triton.Config) -> float:
-        return convolution_cost(kernel, config.kwargs["T"], per_thread(config), width, itemsize)
-
-    return sorted(filter(fits, configs), key=cost)
+    return sorted(filter(fits, choices), key=cost)
 
 
-def cheapest(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """The three configurations of the convolution to be timed: its result is the same in all."""
-    args = named_args | kwargs
-    return ranked(configs, args, 112 if args["source"].element_size() == 2 else 96)[:3]
+def candidates(kernel: int, channels: int, width: int, itemsize: int) -> list[Config]:
+    """The three configurations of the convolution that are timed: its result is the same in all."""
+    if INTERPRETED:
+        choices = [(INTERPRETED_TILE, 2048, 4)]
+    else:
+        every = [(tile, lanes, 4) for lanes in LANES for tile in TILES]
+        registers = 112 if itemsize == 2 else 96
+        choices = fitting(every, kernel=kernel, width=width, itemsize=itemsize, registers=registers)[:3]
+    return [
+        dict(T=tile, N=lanes, CG=channel_group(channels, lanes), SINGLE=width <= tile, **compiling(warps, 168))
+        for tile, lanes, warps in choices
+    ]
 
 
-TILES = (4, 7, 8, 10, 12, 14, 16)
-CONFIGS = (
-    [triton.Config({"T": 4, "N": 2048}, num_warps=4)]
-    if INTERPRETED
-    else [triton.Config({"T": t, "N": 128 * e}, num_warps=4, num_stages=1, maxnreg=168) for e in (2, 4) for t in TILES]
-)
+def compiling(warps: int, registers: int) -> Config:
+    """How a kernel is compiled."""
+    return dict(num_warps=warps) if INTERPRETED else dict(num_warps=warps, num_stages=1, maxnreg=registers)
 
 
-@triton.autotune(CONFIGS, key=["K", "C", "shape", "BACKWARD"], prune_configs_by={"early_config_prune": cheapest})
-@triton.heuristics(
-    {
-        "CG": lambda args: channel_group(args["C"], args["N"]),
-        "SINGLE": lambda args: args["W"] <= args["T"],
-    }
-)
 @triton.jit(do_not_specialize=SIZES)
-def convolution_kernel(source, taps, bias, other, out, kept, rows, H, W, shape, C: tl.constexpr, S: tl.constexpr,
+def convolution_kernel(source, taps, bias, other, out, kept, rows, H, W, C: tl.constexpr, S: tl.constexpr,
                        K: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
                        CG: tl.constexpr, N: tl.constexpr, T: tl.constexpr, SINGLE: tl.constexpr):  # fmt: skip
     """The convolution of a padded source with what follows it.
@@ -212,31 +223,25 @@ def convolution_kernel(source, taps, bias, other, out, kept, rows, H, W, shape, 
         tl.store(out + pixel * C + c + t * C, result, mask=inside)
 
 
-def the_cheapest(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """One configuration of the weight gradient: its sums depend on it, and must not on what was faster one day."""
-    args = named_args | kwargs
-    return ranked(configs, args, 100 if args["source"].element_size() == 2 else 80)[:1]
+@functools.cache
+def weight_config(kernel: int, channels: int, width: int, itemsize: int) -> Config:
+    """The configuration of the weight gradient. Its sums depend on it, and must not on what was faster one day."""
+    lanes, group = weight_lanes(channels, kernel)
+    if INTERPRETED:
+        tile, warps = INTERPRETED_TILE, 4
+    else:
+        every = [(tile, lanes, warps) for warps in (8, 16) for tile in TILES]
+        registers = 100 if itemsize == 2 else 80
+        tile, _, warps = fitting(every, kernel=kernel, width=width, itemsize=itemsize, registers=registers)[0]
+    over = -width % tile > kernel // 2
+    return dict(CG=group, N=lanes, T=tile, SINGLE=width <= tile, OVER=over, **compiling(warps, 128))
 
 
-WEIGHT_CONFIGS = (
-    [triton.Config({"T": 4}, num_warps=4)]
-    if INTERPRETED
-    else [triton.Config({"T": t}, num_warps=w, num_stages=1, maxnreg=128) for w in (8, 16) for t in TILES]
-)
-
-
-@triton.autotune(WEIGHT_CONFIGS, key=["K", "C", "shape", "N"], prune_configs_by={"early_config_prune": the_cheapest})
-@triton.heuristics(
-    {
-        "SINGLE": lambda args: args["W"] <= args["T"],
-        "OVER": lambda args: -args["W"] % args["T"] > args["K"] // 2,
-    }
-)
 @triton.jit(do_not_specialize=SIZES)
-def weight_gradient_kernel(source, da, partial, rows, H, W, blocks, shape, C: tl.constexpr, K: tl.constexpr,
+def weight_gradient_kernel(source, da, partial, rows, H, W, blocks, C: tl.constexpr, K: tl.constexpr,
                            CG: tl.constexpr, N: tl.constexpr, T: tl.constexpr, SINGLE: tl.constexpr,
                            OVER: tl.constexpr):  # fmt: skip
-    """Partial sums of h (the source) correlated with da, both padded: (programs, groups, k * k, R * CG).
+    """Partial sums of h (the source) correlated with da, both padded: (programs, k * k, R, C).
 
     A lane is (kernel row, position, channel); ``blocks`` of R rows make the map. A program walks down strips of T
     columns with the k sums of a kernel row in each lane's registers. ``SINGLE`` as above; ``OVER`` says that the last
@@ -277,9 +282,9 @@ def weight_gradient_kernel(source, da, partial, rows, H, W, blocks, shape, C: tl
                 if j >= t and j - t < K:
                     acc = replace(acc, j - t, tl.fma(value, grads[t], acc[j - t]))
         unit += 1
-    sums = partial + (tl.program_id(0).to(tl.int64) * K + ky) * (K * R * CG) + lane % (R * CG)
+    sums = partial + (((tl.program_id(0) // G).to(tl.int64) * K + ky) * K * R + position) * C + c
     for kx in tl.static_range(K):
-        tl.store(sums + kx * (R * CG), acc[kx], mask=lane < K * R * CG)
+        tl.store(sums + kx * (R * C), acc[kx], mask=lane < K * R * CG)
 
 
 def pad_lanes(dtype: torch.dtype) -> int:
@@ -287,6 +292,7 @@ def pad_lanes(dtype: torch.dtype) -> int:
     return 4 * 128 * 4 // dtype.itemsize
 
 
+@functools.cache
 def weight_lanes(channels: int, kernel: int) -> tuple[int, int]:
     """Lanes and channel group of the weight gradient, for the most use of the lanes.
 
@@ -302,23 +308,40 @@ def weight_lanes(channels: int, kernel: int) -> tuple[int, int]:
     return max(((lanes, channel_group(channels, lanes // kernel)) for lanes in choices), key=worth)
 
 
-def convolve(source: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Runs ``convolution_kernel``: forward with a bias, backward without."""
+_convolution = Choice()
+
+
+def convolve(source: Tensor, taps: Tensor, bias: Tensor | None, other: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Runs ``convolution_kernel``: forward with a bias, backward without.
+
+    Args:
+        source: Padded.
+        taps: (k * k, C).
+        bias: (C,).
+        other: (B, H, W, C), v or u.
+        keep: Whether a is wanted too.
+
+    Returns:
+        The output, and a or an empty tensor.
+    """
     batch, height, width, channels = other.shape
     other, step = pixels(other)
-    out = torch.empty_like(other, memory_format=torch.contiguous_format)
-    kept = torch.empty_like(out) if keep else out.new_empty(0)
-    rows, taps = batch * height, by_tap(weight)
+    out = torch.empty((batch, height, width, channels), dtype=other.dtype, device=other.device)
+    kept = torch.empty(out.shape, dtype=out.dtype, device=out.device) if keep else source
+    rows, kernel, itemsize = batch * height, math.isqrt(taps.shape[0]), other.element_size()
+    back = bias is None
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        groups, positions = triton.cdiv(channels, meta["CG"]), meta["N"] // meta["CG"]
-        return (groups * triton.cdiv(width, meta["T"]) * triton.cdiv(rows, positions),)
+    def start(config: Config) -> None:
+        groups, positions = ceil_div(channels, config["CG"]), config["N"] // config["CG"]
+        launch(
+            convolution_kernel, groups * ceil_div(width, config["T"]) * ceil_div(rows, positions),
+            source, taps, taps if back else bias, other, out, kept, rows, height, width,
+            C=channels, S=step, K=kernel, BACKWARD=back, KEEP=keep, EXACT=itemsize == 4, **config,
+        )  # fmt: skip
 
-    convolution_kernel[grid](
-        source, taps, taps if bias is None else bias, other, out, kept, rows, height, width, shape_class(rows, width),
-        C=channels, S=step, K=weight.shape[-1], BACKWARD=bias is None, KEEP=keep, EXACT=out.dtype == torch.float32,
-    )  # fmt: skip
-    return out, kept
+    kind = kernel, channels, shape_class(rows, width), other.dtype, back, other.device
+    _convolution.run(kind, lambda: candidates(kernel, channels, width, itemsize), start)
+    return out, kept if keep else out.new_empty(0)
 
 
 def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -330,13 +353,12 @@ def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -
     columns, group = columns_of(rows, width, kernel), channel_group(channels, lanes)
     with on_device_of(u):
         u, step = pixels(u)
-        h = u.new_empty(columns, channels)
-        grid = (triton.cdiv(channels, group) * triton.cdiv(columns, lanes // group),)
-        pad_kernel[grid](
-            u, h, rows, width, columns,
+        h = torch.empty((columns, channels), dtype=u.dtype, device=u.device)
+        launch(
+            pad_kernel, ceil_div(channels, group) * ceil_div(columns, lanes // group), u, h, rows, width, columns,
             C=channels, S=step, K=kernel, CG=group, N=lanes, EXACT=u.dtype == torch.float32,
         )  # fmt: skip
-        return convolve(h, weight, bias, v, keep)
+        return convolve(h, by_tap(weight), bias, v, keep)
 
 
 def modulation_backward(
@@ -349,32 +371,35 @@ def modulation_backward(
         return empty, empty.clone(), torch.zeros_like(weight), weight.new_zeros(channels)
     rows, kernel, lanes = batch * height, weight.shape[-1], pad_lanes(u.dtype)
     columns, group = columns_of(rows, width, kernel), channel_group(channels, lanes)
-    groups, positions = triton.cdiv(channels, group), lanes // group
+    groups, positions = ceil_div(channels, group), lanes // group
     with on_device_of(u):
         g, a = g.contiguous(), a.contiguous()
         (u, step_u), (v, step_v) = pixels(u), pixels(v)
-        h, da, dv = u.new_empty(columns, channels), u.new_empty(columns, channels), torch.empty_like(a)
-        programs = min(triton.cdiv(columns, positions), triton.cdiv(8 * processors(u), groups))
-        sums = torch.empty((programs, groups, 1, lanes), dtype=torch.float32, device=u.device)
-        pad_backward_kernel[(programs * groups,)](
-            g, u, v, a, h, da, dv, sums, rows, width, columns,
+        h = torch.empty((columns, channels), dtype=u.dtype, device=u.device)
+        da = torch.empty((columns, channels), dtype=u.dtype, device=u.device)
+        dv = torch.empty(a.shape, dtype=u.dtype, device=u.device)
+        programs = min(ceil_div(columns, positions), ceil_div(8 * processors(u), groups))
+        sums = torch.empty((programs, positions, channels), dtype=torch.float32, device=u.device)
+        launch(
+            pad_backward_kernel, programs * groups, g, u, v, a, h, da, dv, sums, rows, width, columns,
             C=channels, SU=step_u, SV=step_v, K=kernel, CG=group, N=lanes, EXACT=u.dtype == torch.float32,
         )  # fmt: skip
-        dbias = fold(sums, channels, group, positions)[0]
-        du, _ = convolve(da, weight, None, u, keep=False)
+        du, _ = convolve(da, by_tap(weight), None, u, keep=False)
         dweight = weight_gradient(h, da, u.shape, kernel)
-    return du, dv, dweight.to(weight.dtype), dbias.to(weight.dtype)
+        return du, dv, dweight.to(weight.dtype), sums.sum((0, 1)).to(weight.dtype)
 
 
 def weight_gradient(h: Tensor, da: Tensor, shape: torch.Size, kernel: int) -> Tensor:
     """(C, 1, k, k) in float32 from the padded h and da of tensors of this shape."""
     batch, height, width, channels = shape
-    rows, (lanes, group) = batch * height, weight_lanes(channels, kernel)
-    groups, positions = triton.cdiv(channels, group), lanes // (kernel * group)
-    blocks = triton.cdiv(rows, positions)
-    programs = min(blocks * triton.cdiv(width, MAX_TILE), triton.cdiv(processors(h) * 2048, lanes * groups))
-    sums = torch.empty((programs, groups, kernel * kernel, positions * group), dtype=torch.float32, device=h.device)
-    weight_gradient_kernel[(programs * groups,)](
-        h, da, sums, rows, height, width, blocks, shape_class(rows, width), C=channels, K=kernel, CG=group, N=lanes
-    )
-    return fold(sums, channels, group, positions).t().reshape(channels, 1, kernel, kernel)
+    rows, config = batch * height, weight_config(kernel, channels, width, h.element_size())
+    lanes, group = config["N"], config["CG"]
+    groups, positions = ceil_div(channels, group), lanes // (kernel * group)
+    blocks = ceil_div(rows, positions)
+    programs = min(blocks * ceil_div(width, MAX_TILE), ceil_div(processors(h) * 2048, lanes * groups))
+    sums = torch.empty((programs, kernel * kernel, positions, channels), dtype=torch.float32, device=h.device)
+    launch(
+        weight_gradient_kernel, programs * groups,
+        h, da, sums, rows, height, width, blocks, C=channels, K=kernel, **config,
+    )  # fmt: skip
+    return sums.sum((0, 2)).t().reshape(channels, 1, kernel, kernel)

@@ -11,7 +11,7 @@ dc = g * GELU'(c) and adds up the weight's gradient, then convolves dc with the 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
@@ -22,11 +22,14 @@ from conv2former.ops.backend import pixels
 from conv2former.ops.triton.gelu import gelu, gelu_slope
 from conv2former.ops.triton.lanes import (
     INTERPRETED,
+    Choice,
+    Config,
     append,
     by_tap,
+    ceil_div,
     channel_group,
     first_channel,
-    fold,
+    launch,
     on_device_of,
     processors,
     replace,
@@ -37,7 +40,10 @@ from conv2former.ops.triton.lanes import (
 
 LANES, WARPS = 256, 4  # two values a thread: more would need too many registers for tiles that are wide enough
 SUMS = 10  # of the nine weights and of the bias
-SIZES = ["batch", "H", "W", "chunks", "span", "shape"]
+PER_PROCESSOR = 3  # programs that a processor holds at once, by their registers
+SIZES = ["batch", "H", "W", "chunks", "span"]
+TILES = (4, 5, 6, 7, 8, 10, 12, 14)
+INTERPRETED_TILE = 4  # tests take others too
 
 
 @triton.jit
@@ -52,54 +58,61 @@ def read_row(source, pixel, c, x0, W, inside, S: tl.constexpr, T: tl.constexpr, 
     return row
 
 
-def cheapest(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """The three tiles with the fewest instructions for an output at this width, to be timed.
+@triton.jit
+def finish_row(above, middle, below, weights, shift, sums, g, u, out, pixel, c, x0, W, ready, C: tl.constexpr,
+               SG: tl.constexpr, SU: tl.constexpr, STAGE: tl.constexpr, EXACT: tl.constexpr, T: tl.constexpr,
+               FIRST: tl.constexpr):  # fmt: skip
+    """Convolves and stores the middle row; returns the sums."""
+    for t in tl.static_range(T):
+        inside = ready & (x0 + t < W)
+        value = shift
+        for j in tl.static_range(t, t + 3):
+            if j >= FIRST and j < T + 2 - FIRST:
+                value = tl.fma(above[j - FIRST], weights[j - t], value)
+                value = tl.fma(middle[j - FIRST], weights[3 + j - t], value)
+                value = tl.fma(below[j - FIRST], weights[6 + j - t], value)
+        if STAGE == "input":
+            value += tl.load(g + pixel * SG + c + t * SG, mask=inside, other=0.0).to(tl.float32)
+            value *= gelu_slope(tl.load(u + pixel * SU + c + t * SU, mask=inside, other=0.0).to(tl.float32), EXACT)
+        elif STAGE == "inner":
+            grad = tl.load(g + pixel * SG + c + t * SG, mask=inside, other=0.0).to(tl.float32)
+            value = grad * gelu_slope(value, EXACT)
+            for j in tl.static_range(t, t + 3):
+                if j >= FIRST and j < T + 2 - FIRST:
+                    sums = replace(sums, j - t, tl.fma(above[j - FIRST], value, sums[j - t]))
+                    sums = replace(sums, 3 + j - t, tl.fma(middle[j - FIRST], value, sums[3 + j - t]))
+                    sums = replace(sums, 6 + j - t, tl.fma(below[j - FIRST], value, sums[6 + j - t]))
+            sums = replace(sums, 9, sums[9] + value)
+        else:
+            value = middle[t + 1 - FIRST] + gelu(value, EXACT)
+        tl.store(out + pixel * C + c + t * C, value, mask=inside)
+    return sums
 
-    One for the stage "inner": its sums depend on the tile, and must not depend on what was faster one day.
-    """
-    args = named_args | kwargs
 
-    def cost(config: triton.Config) -> float:
-        tile, width = config.kwargs["T"], args["W"]
-        columns = tile if width <= tile else tile + 2
-        return (columns * (3 if args["STAGE"] == "input" else 13) + tile * 30 + 40) * triton.cdiv(width, tile) / width
-
-    inner = args["STAGE"] == "inner"
-    widest = 6 if inner else 12 if args["EXACT"] else 14  # the sums and the exact GELU take registers
-    return sorted((config for config in configs if config.kwargs["T"] <= widest), key=cost)[: 1 if inner else 3]
-
-
-TILES = (4,) if INTERPRETED else (4, 5, 6, 7, 8, 10, 12, 14)
-CONFIGS = [triton.Config({"T": tile}, num_warps=WARPS, num_stages=1, maxnreg=168) for tile in TILES]
-
-
-@triton.autotune(CONFIGS, key=["C", "shape", "STAGE"], prune_configs_by={"early_config_prune": cheapest})
-@triton.heuristics({"SINGLE": lambda args: args["W"] <= args["T"]})
 @triton.jit(do_not_specialize=SIZES)
-def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunks, span, shape,
-                      C: tl.constexpr, S: tl.constexpr, SG: tl.constexpr, SU: tl.constexpr, STAGE: tl.constexpr,
-                      EXACT: tl.constexpr, CG: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunks, span, C: tl.constexpr,
+                      S: tl.constexpr, SG: tl.constexpr, SU: tl.constexpr, STAGE: tl.constexpr, EXACT: tl.constexpr,
+                      CG: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
                       SINGLE: tl.constexpr):  # fmt: skip
     """A 3x3 convolution of the source and what follows it, by marches down strips of T columns.
 
     The map's rows are dealt out in ``chunks`` of ``span``, one a march. Stage "forward": source u,
-    out = h + GELU(c). Stage "inner": source u, out = dc = g * GELU'(c), and partial sums (programs, groups, 10, N) of
-    the weight's and the bias's gradient. Stage "input": source dc, out = GELU'(u) * (g + dc convolved with the flipped
+    out = h + GELU(c). Stage "inner": source u, out = dc = g * GELU'(c), and partial sums (programs, 10, R, C) of the
+    weight's and the bias's gradient. Stage "input": source dc, out = GELU'(u) * (g + dc convolved with the flipped
     kernel). ``S``, ``SG``, ``SU`` are the pixel distances of source, g and u; ``taps`` is (9, C). ``SINGLE`` says that
     one strip spans the map's width.
     """
     R: tl.constexpr = N // CG
     G: tl.constexpr = (C + CG - 1) // CG
     FIRST: tl.constexpr = 1 if SINGLE else 0
-    INPUT: tl.constexpr = STAGE == "input"
-    INNER: tl.constexpr = STAGE == "inner"
+    GELU: tl.constexpr = STAGE != "input"
     lane = tl.arange(0, N)
     c = first_channel(tl.program_id(0) % G, C, CG) + lane % CG
     strips = tl.cdiv(W, T)
     weights = ()
     for tap in tl.static_range(9):
-        weights = append(weights, tl.load(taps + (8 - tap if INPUT else tap) * C + c))
-    shift = tl.zeros([N], tl.float32) if INPUT else tl.load(bias + c).to(tl.float32)
+        weights = append(weights, tl.load(taps + (tap if GELU else 8 - tap) * C + c))
+    shift = tl.load(bias + c).to(tl.float32) if GELU else tl.zeros([N], tl.float32)
 
     sums = zeros(10, N)
     block = tl.program_id(0) // G
@@ -109,52 +122,81 @@ def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunk
         first = item // strips % chunks * span
         image = item // strips // chunks
         used = (lane < R * CG) & (image < batch)
-        top = zeros(T + 2 - 2 * FIRST, N)
-        middle = zeros(T + 2 - 2 * FIRST, N)
+        pixel = (image * H + first).to(tl.int64) * W + x0
+        above = read_row(source, pixel - W, c, x0, W, used & (first > 0), S, T, FIRST, GELU, EXACT)
+        middle = read_row(source, pixel, c, x0, W, used & (first < H), S, T, FIRST, GELU, EXACT)
         step = 0
-        while step < span + 2:
-            y = first + step - 1  # the row that is read; the one above it is finished
+        while step < span:
+            y = first + step  # the middle row; what a loop carries over costs a change of layout
             pixel = (image * H + y).to(tl.int64) * W + x0
-            bottom = read_row(source, pixel, c, x0, W, used & (y >= 0) & (y < H), S, T, FIRST, not INPUT, EXACT)
-            pixel -= W
-            ready = used & (y > first) & (y <= H)  # from the third row on
-            for t in tl.static_range(T):
-                inside = ready & (x0 + t < W)
-                value = shift
-                for j in tl.static_range(t, t + 3):
-                    if j >= FIRST and j < T + 2 - FIRST:
-                        value = tl.fma(top[j - FIRST], weights[j - t], value)
-                        value = tl.fma(middle[j - FIRST], weights[3 + j - t], value)
-                        value = tl.fma(bottom[j - FIRST], weights[6 + j - t], value)
-                if INPUT:
-                    value += tl.load(g + pixel * SG + c + t * SG, mask=inside, other=0.0).to(tl.float32)
-                    value *= gelu_slope(
-                        tl.load(u + pixel * SU + c + t * SU, mask=inside, other=0.0).to(tl.float32), EXACT
-                    )
-                elif INNER:
-                    grad = tl.load(g + pixel * SG + c + t * SG, mask=inside, other=0.0).to(tl.float32)
-                    value = grad * gelu_slope(value, EXACT)
-                    for j in tl.static_range(t, t + 3):
-                        if j >= FIRST and j < T + 2 - FIRST:
-                            sums = replace(sums, j - t, tl.fma(top[j - FIRST], value, sums[j - t]))
-                            sums = replace(sums, 3 + j - t, tl.fma(middle[j - FIRST], value, sums[3 + j - t]))
-                            sums = replace(sums, 6 + j - t, tl.fma(bottom[j - FIRST], value, sums[6 + j - t]))
-                    sums = replace(sums, 9, sums[9] + value)
-                else:
-                    value = middle[t + 1 - FIRST] + gelu(value, EXACT)
-                tl.store(out + pixel * C + c + t * C, value, mask=inside)
-            top = middle
-            middle = bottom
+            below = read_row(source, pixel + W, c, x0, W, used & (y < H - 1), S, T, FIRST, GELU, EXACT)
+            sums = finish_row(above, middle, below, weights, shift, sums, g, u, out, pixel, c, x0, W,
+                              used & (y < H), C, SG, SU, STAGE, EXACT, T, FIRST)  # fmt: skip
+            above = middle
+            middle = below
             step += 1
         block += tl.num_programs(0) // G
-    if INNER:
+    if STAGE == "inner":
+        at = partial + ((tl.program_id(0) // G).to(tl.int64) * 10 * R + lane // CG) * C + c
         for which in tl.static_range(10):
-            tl.store(partial + (tl.program_id(0).to(tl.int64) * 10 + which) * N + lane, sums[which])
+            tl.store(at + which * (R * C), sums[which], mask=lane < R * CG)
+
+
+def candidates(stage: str, width: int, exact: bool) -> list[Config]:
+    """The three tiles with the fewest instructions for an output at this width, which are timed.
+
+    One for the stage "inner": its sums depend on the tile, and must not depend on what was faster one day.
+    """
+    if INTERPRETED:
+        return [dict(T=INTERPRETED_TILE, SINGLE=width <= INTERPRETED_TILE, num_warps=WARPS)]
+
+    def cost(tile: int) -> float:
+        columns = tile if width <= tile else tile + 2
+        return (columns * (3 if stage == "input" else 13) + tile * 30 + 40) * ceil_div(width, tile) / width
+
+    inner = stage == "inner"
+    widest = 8 if inner else 12 if exact else 14  # the sums and the exact GELU take registers
+    tiles = sorted((tile for tile in TILES if tile <= widest), key=cost)[: 1 if inner else 3]
+    return [dict(T=tile, SINGLE=width <= tile, num_warps=WARPS, num_stages=1, maxnreg=168) for tile in tiles]
+
+
+@functools.lru_cache(4096)
+def deal(batch: int, height: int, strips: int, positions: int, groups: int, at_once: int) -> tuple[int, int, int]:
+    """How the rows of the maps are dealt out to marches, for the least time by counting.
+
+    Args:
+        batch: Images.
+        height: H.
+        strips: Of a map.
+        positions: R, the marches of a block.
+        groups: Of channels.
+        at_once: Programs that the device holds at once; negative where no more are started, each of which then takes
+            several blocks.
+
+    Returns:
+        Chunks of a map's height, rows of a chunk, programs.
+    """
+    found = []
+    for wanted in range(1, ceil_div(height, 4) + 1):
+        span = ceil_div(height, wanted)
+        chunks = ceil_div(height, span)
+        blocks = ceil_div(batch * chunks * strips, positions)
+        if at_once < 0:
+            started = min(blocks, max(-at_once // groups, 1))
+            rounds = float(ceil_div(blocks, started))
+        else:
+            started = blocks
+            rounds = blocks * groups / at_once + 1  # the last is on average half idle at its beginning and its end
+        found.append((rounds * (span + 1.5), chunks, span, started * groups))  # beginning a march costs 1.5 rows
+    return min(found)[1:]
+
+
+_march = Choice()
 
 
 def march(
-    stage: str, source: Tensor, weight: Tensor, bias: Tensor | None, g: Tensor | None, u: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    stage: str, source: Tensor, taps: Tensor, bias: Tensor | None, g: Tensor | None, u: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Runs one stage of ``three_rows_kernel``.
 
     Returns:
@@ -162,27 +204,30 @@ def march(
     """
     batch, height, width, channels = source.shape
     group = channel_group(channels, LANES)
-    groups, positions = triton.cdiv(channels, group), LANES // group
-    full = triton.cdiv(batch * triton.cdiv(width, 8), positions) * groups  # programs, were a march the map's height
-    chunks = min(triton.cdiv(height, 8), triton.cdiv(8 * processors(source), full))
-    span = triton.cdiv(height, chunks)
-    chunks = triton.cdiv(height, span)
-    out = torch.empty_like(source, memory_format=torch.contiguous_format)
-
-    def programs(meta: dict[str, Any]) -> int:
-        return triton.cdiv(batch * chunks * triton.cdiv(width, meta["T"]), positions)
-
-    inner = stage == "inner"
-    persistent = min(programs({"T": max(TILES)}), triton.cdiv(4 * processors(source), groups))
-    sums = torch.empty((persistent if inner else 0, groups, SUMS, LANES), dtype=torch.float32, device=source.device)
-    (source, step), taps = pixels(source), by_tap(weight)
+    groups, positions = ceil_div(channels, group), LANES // group
+    out = torch.empty((batch, height, width, channels), dtype=source.dtype, device=source.device)
+    source, step = pixels(source)
     (g, step_g), (u, step_u) = ((source, 0) if x is None else pixels(x) for x in (g, u))
-    three_rows_kernel[lambda meta: (groups * (persistent if inner else programs(meta)),)](
-        source, taps, taps if bias is None else bias, g, u, out, sums, batch, height, width, chunks, span,
-        shape_class(batch * height, width), C=channels, S=step, SG=step_g, SU=step_u, STAGE=stage,
-        EXACT=out.dtype == torch.float32, CG=group, N=LANES,
-    )  # fmt: skip
-    return out, fold(sums, channels, group, positions)
+    exact, inner = source.dtype == torch.float32, stage == "inner"
+    at_once = PER_PROCESSOR * processors(source) * (-1 if inner else 1)
+    sums = None
+
+    def start(config: Config) -> None:
+        nonlocal sums
+        chunks, span, programs = deal(batch, height, ceil_div(width, config["T"]), positions, groups, at_once)
+        partial = source
+        if inner:
+            shape = programs // groups, SUMS, positions, channels
+            sums = partial = torch.empty(shape, dtype=torch.float32, device=source.device)
+        launch(
+            three_rows_kernel, programs,
+            source, taps, taps if bias is None else bias, g, u, out, partial, batch, height, width, chunks, span,
+            C=channels, S=step, SG=step_g, SU=step_u, STAGE=stage, EXACT=exact, CG=group, N=LANES, **config,
+        )  # fmt: skip
+
+    kind = stage, channels, shape_class(batch * height, width), source.dtype, source.device
+    _march.run(kind, lambda: candidates(stage, width, exact), start)
+    return out, sums.sum((0, 2)) if sums is not None else None
 
 
 def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -190,19 +235,18 @@ def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if u.numel() == 0:
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     with on_device_of(u):
-        return march("forward", u, weight, bias, None, None)[0]
+        return march("forward", u, by_tap(weight), bias, None, None)[0]
 
 
 def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``conv2former.ops.triton.mlp_middle_backward``."""
     if u.numel() == 0:
-        return (
-            torch.empty_like(u, memory_format=torch.contiguous_format),
-            torch.zeros_like(weight),
-            torch.zeros_like(bias),
-        )
+        empty = torch.empty_like(u, memory_format=torch.contiguous_format)
+        return empty, torch.zeros_like(weight), torch.zeros_like(bias)
     with on_device_of(u):
-        dc, sums = march("inner", u, weight, bias, g, None)
-        du, _ = march("input", dc, weight, None, g, u)
-    dweight, dbias = sums[:9].t().reshape(weight.shape), sums[9]
+        taps = by_tap(weight)
+        dc, sums = march("inner", u, taps, bias, g, None)
+        du, _ = march("input", dc, taps, None, g, u)
+    assert sums is not None
+    dweight, dbias = sums[: SUMS - 1].t().reshape(weight.shape), sums[SUMS - 1]
     return du, dweight.to(weight.dtype), dbias.to(bias.dtype)
