@@ -13,10 +13,10 @@ from conv2former.data.loading import KILLED_WORKER, is_killed_worker, leave_kill
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError, one_line
-from conv2former.launch import make_fabric
+from conv2former.launch import make_fabric, on_nvidia_gpu
 from conv2former.logs import check_loggers
 from conv2former.loop import Loop
-from conv2former.processes import Processes
+from conv2former.processes import Processes, say_once
 from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.sections import Recipe
 from conv2former.report import write_final_report
@@ -65,6 +65,7 @@ def train(
         data = data or recorded_data(facts)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
+    asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
     check_loggers(recipe.engine.loggers)
     work = workflow(recipe)
     splits = work.open_splits(data)
@@ -104,6 +105,8 @@ def train(
                     facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
+                if asked != recipe:
+                    say_once(_decision(recipe))
                 _fit(loop, run, resumed=resume)
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
@@ -146,6 +149,13 @@ def _one_line_errors(run: RunFolder) -> Any:
             raise
         leave_killed_workers()
         raise UserError(KILLED_WORKER) from None
+
+
+def _decision(recipe: Recipe) -> str:
+    """What 'auto' has come to, in words."""
+    if recipe.engine.compile:
+        return "engine.compile=auto is on: torch.compile compiles the network for the NVIDIA GPU"
+    return "engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile"
 
 
 def _recorded(data: Path | None) -> str | None:

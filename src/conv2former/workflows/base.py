@@ -121,7 +121,12 @@ class Workflow(ABC):
 
     def compile(self, model: Any) -> None:
         """Has the network compiled, in place: the names in the state dict stay."""
-        model.compile()
+        model.compile(**self.compile_options)
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """What ``torch.compile`` is told."""
+        return dict(mode=self.recipe.engine.compile_mode)
 
     def val_batch(self, per_process: int) -> int:
         """Images of a forward pass in validation, where training takes ``per_process``."""

@@ -45,7 +45,7 @@ class DetectionWorkflow(DenseWorkflow):
 
     def compile(self, model: Any) -> None:
         """The backbone alone, for any size: the rest depends on what is found."""
-        model.backbone.compile(dynamic=True)
+        model.backbone.compile(dynamic=True, **self.compile_options)
 
     def task(self, model: Any, splits: CocoSplits) -> DetectionTask:
         """The LightningModule."""

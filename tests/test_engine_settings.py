@@ -1,0 +1,151 @@
+"""Settings of the engine that make training faster: what `auto` comes to, what old runs keep, what PyTorch is told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from conv2former.errors import UserError
+from conv2former.launch import on_nvidia_gpu
+from conv2former.recipes import Recipe, load_recipe
+from conv2former.reproduce.jobs import Job, _finished
+from conv2former.run import RunFolder
+from conv2former.train import train
+from conv2former.workflows import workflow
+from digits import tiny_recipe
+from runs import assert_same_run, stopped_run
+from scenes import small_detector, small_segmenter
+
+# computed before there were engine.compile=auto, engine.compile_mode and what came after them
+HASHES = {
+    "quickstart": "84b3e11ffda840ec",
+    "cifar": "44ab944f80ce39cf",
+    "finetune": "88182bf777488c83",
+    "imagenet1k_t": "fc66d493cd7b548e",
+    "imagenet1k_ft384_b": "055279ddfddb09fa",
+    "imagenet22k_l": "bd34cb91c0a0ac14",
+    "coco_mask_rcnn_t": "f477a3b19390d194",
+    "ade20k_upernet_t": "e5f1542b236cac13",
+}
+COMPILED = "b5f39d62ecc04540"  # imagenet1k_t with engine.compile=true
+SINCE = ("compile_mode",)  # settings of the engine that came later
+SHORT = ("schedule.epochs=1", "schedule.warmup_epochs=0")
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_a_recipes_hash_is_what_it_was(name: str) -> None:
+    assert load_recipe(name, overrides=["engine.compile=false"]).digest() == HASHES[name]
+    assert load_recipe(name).digest() == HASHES[name], "rows of reproduce are looked up by it"
+
+
+def test_what_differs_from_before_changes_the_hash() -> None:
+    compiled = load_recipe("imagenet1k_t", overrides=["engine.compile=true"])
+    assert compiled.digest() == COMPILED
+    other = load_recipe("imagenet1k_t", overrides=["engine.compile=true", "engine.compile_mode=max-autotune"])
+    assert other.digest() not in (COMPILED, HASHES["imagenet1k_t"])
+
+
+def test_a_run_from_before_these_settings_resumes(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    path = tmp_path / "run" / "recipe.yaml"
+    raw = yaml.safe_load(path.read_text())
+    for key in SINCE:
+        del raw["engine"][key]
+    path.write_text(yaml.safe_dump(raw))
+    train(tiny_recipe(), data=None, out=tmp_path / "run", resume=True)
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_auto_is_on_with_an_nvidia_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(accelerator: str) -> bool:
+        return on_nvidia_gpu(load_recipe("quickstart", overrides=[f"engine.accelerator={accelerator}"]))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not found("auto") and not found("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert found("auto") and found("cuda") and not found("cpu")
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's GPUs go by the name of CUDA, too
+    assert not found("auto")
+
+
+def test_auto_is_off_on_a_cpu_and_the_run_says_so(
+    finished: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe("engine.compile=auto", "engine.compile_mode=max-autotune")
+    train(recipe, data=data, out=tmp_path / "run")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "engine.compile" in line]
+    assert lines == ["engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile"]
+    own = RunFolder(tmp_path / "run").recipe()
+    assert own == tiny_recipe()
+    assert RunFolder(tmp_path / "run").facts()["recipe_hash"] == tiny_recipe().digest()
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What modules are told to compile with, instead of compiling."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: calls.append(options))
+    return calls
+
+
+def test_a_run_goes_on_with_what_auto_came_to(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    compiled: list[dict[str, Any]],
+) -> None:
+    """Started where there is a GPU, as far as a CPU can tell, and continued where there is none."""
+    recipe = tiny_recipe("engine.compile=auto")
+    with monkeypatch.context() as patch:
+        patch.setattr("conv2former.train.on_nvidia_gpu", lambda recipe: True)
+        stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    assert "engine.compile=auto is on" in capfd.readouterr().err
+    assert RunFolder(tmp_path / "run").recipe() == tiny_recipe("engine.compile=true")
+    train(recipe, data=None, out=tmp_path / "run", resume=True)
+    assert "engine.compile=auto" not in capfd.readouterr().err, "nothing is decided a second time"
+    assert RunFolder(tmp_path / "run").recipe().engine.compile is True
+    assert compiled == [dict(mode="default")] * 2
+    assert not (tmp_path / "run" / "recipes").exists(), "the recipe has not changed"
+    with pytest.raises(UserError, match=r"engine.compile: run True, given False.*--force"):
+        train(tiny_recipe("engine.compile=false"), data=None, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("setting", ["engine.compile=true", "engine.compile=false"])
+def test_reproduce_knows_its_runs_whatever_auto_came_to(finished: Path, tmp_path: Path, setting: str) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(tiny_recipe(setting).to_yaml())
+    assert _finished(Job(tiny_recipe("engine.compile=auto"), None, tmp_path / "run"))
+    assert not _finished(Job(tiny_recipe("engine.compile=auto", "engine.seed=1"), None, tmp_path / "run"))
+    asked_for = Job(tiny_recipe("engine.compile=false"), None, tmp_path / "run")
+    assert _finished(asked_for) == (setting == "engine.compile=false")
+
+
+@pytest.mark.parametrize("recipe", [tiny_recipe, small_segmenter, small_detector])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_the_mode_reaches_the_compiler(
+    recipe: Callable[..., Recipe], mode: str, compiled: list[dict[str, Any]]
+) -> None:
+    work = workflow(recipe("engine.compile=true", f"engine.compile_mode={mode}"))
+    model = nn.Module()
+    model.backbone = nn.Identity()
+    work.compile(model)
+    assert compiled == [dict(mode=mode) | (dict(dynamic=True) if recipe is small_detector else {})]
+
+
+def test_a_mode_without_the_compiler_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("engine.compile_mode=reduce-overhead requires engine.compile=true")):
+        tiny_recipe("engine.compile_mode=reduce-overhead")
+    assert tiny_recipe("engine.compile_mode=reduce-overhead", "engine.compile=auto").engine.compile == "auto"
