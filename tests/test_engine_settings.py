@@ -18,6 +18,7 @@ from conv2former.launch import on_nvidia_gpu
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.reproduce.jobs import Job, _finished
 from conv2former.run import RunFolder
+from conv2former.torch_settings import check_cuda_graphs
 from conv2former.train import train
 from conv2former.workflows import workflow
 from digits import tiny_recipe
@@ -149,3 +150,14 @@ def test_a_mode_without_the_compiler_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("engine.compile_mode=reduce-overhead requires engine.compile=true")):
         tiny_recipe("engine.compile_mode=reduce-overhead")
     assert tiny_recipe("engine.compile_mode=reduce-overhead", "engine.compile=auto").engine.compile == "auto"
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused_where_gradients_are_added_up(mode: str) -> None:
+    recipe = tiny_recipe("engine.compile=true", f"engine.compile_mode={mode}")
+    with pytest.raises(UserError, match=rf"engine.compile_mode={mode} uses CUDA graphs.* the 2 forward passes"):
+        check_cuda_graphs(recipe, accumulate=2, device=torch.device("cuda"))
+    check_cuda_graphs(recipe, accumulate=1, device=torch.device("cuda"))
+    check_cuda_graphs(recipe, accumulate=2, device=torch.device("cpu"))  # which has no such graphs
+    without = tiny_recipe("engine.compile=true", "engine.compile_mode=max-autotune-no-cudagraphs")
+    check_cuda_graphs(without, accumulate=2, device=torch.device("cuda"))

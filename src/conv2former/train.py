@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 
 from conv2former.batchnorm import freeze
@@ -24,6 +25,7 @@ from conv2former.resuming import check_same, difference, recorded_data, resumed_
 from conv2former.run import RunFolder, machine_facts
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
+from conv2former.torch_settings import check_cuda_graphs, start_lines
 from conv2former.workflows import AnyEvaluation, Workflow, workflow
 
 __all__ = ["Interrupted", "train"]
@@ -88,7 +90,7 @@ def train(
         ending.callback(lambda: run.unlock())
         try:
             with Processes(fabric) as processes, _one_line_errors(run):
-                _check_batch(work, len(splits.train), fabric.world_size)
+                _check_batch(work, len(splits.train), fabric)
                 changes = check_same(run, facts, found, force=force) if resume else []
                 if own and own.digest() != recipe.digest():
                     changes.append(difference(own, recipe))
@@ -105,8 +107,8 @@ def train(
                     facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
-                if asked != recipe:
-                    say_once(_decision(recipe))
+                for line in start_lines(asked, recipe):
+                    say_once(line)
                 _fit(loop, run, resumed=resume)
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
@@ -151,13 +153,6 @@ def _one_line_errors(run: RunFolder) -> Any:
         raise UserError(KILLED_WORKER) from None
 
 
-def _decision(recipe: Recipe) -> str:
-    """What 'auto' has come to, in words."""
-    if recipe.engine.compile:
-        return "engine.compile=auto is on: torch.compile compiles the network for the NVIDIA GPU"
-    return "engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile"
-
-
 def _recorded(data: Path | None) -> str | None:
     if data is None:
         return None
@@ -184,11 +179,13 @@ def _build(work: Workflow, splits: AnySplits, run: RunFolder, facts: dict[str, A
     return model, model_args
 
 
-def _check_batch(work: Workflow, images: int, world: int) -> None:
+def _check_batch(work: Workflow, images: int, fabric: L.Fabric) -> None:
     """Refuses a batch that the training set cannot fill once, or the network cannot be trained on."""
     recipe: Recipe = work.recipe
+    world = fabric.world_size
     batch = plan_batch(recipe, world=world)
     work.check_batch(batch.per_process, world)
+    check_cuda_graphs(recipe, accumulate=batch.accumulate, device=fabric.device)
     if images >= batch.total:
         return
     if recipe.optim.global_batch is not None:
