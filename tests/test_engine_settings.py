@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from conv2former.launch import on_nvidia_gpu
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.reproduce.jobs import Job, _finished
 from conv2former.run import RunFolder
-from conv2former.torch_settings import check_cuda_graphs
+from conv2former.tasks.classification import ClassificationTask
+from conv2former.torch_settings import applied, check_cuda_graphs, start_lines
 from conv2former.train import train
 from conv2former.workflows import workflow
 from digits import tiny_recipe
@@ -37,7 +38,7 @@ HASHES = {
     "ade20k_upernet_t": "e5f1542b236cac13",
 }
 COMPILED = "b5f39d62ecc04540"  # imagenet1k_t with engine.compile=true
-SINCE = ("compile_mode",)  # settings of the engine that came later
+SINCE = ("compile_mode", "float32_matmul_precision")  # settings of the engine that came later
 SHORT = ("schedule.epochs=1", "schedule.warmup_epochs=0")
 
 
@@ -52,6 +53,8 @@ def test_what_differs_from_before_changes_the_hash() -> None:
     assert compiled.digest() == COMPILED
     other = load_recipe("imagenet1k_t", overrides=["engine.compile=true", "engine.compile_mode=max-autotune"])
     assert other.digest() not in (COMPILED, HASHES["imagenet1k_t"])
+    other = load_recipe("quickstart", overrides=["engine.float32_matmul_precision=high"])
+    assert other.digest() != HASHES["quickstart"]
 
 
 def test_a_run_from_before_these_settings_resumes(
@@ -161,3 +164,93 @@ def test_cuda_graphs_are_refused_where_gradients_are_added_up(mode: str) -> None
     check_cuda_graphs(recipe, accumulate=2, device=torch.device("cpu"))  # which has no such graphs
     without = tiny_recipe("engine.compile=true", "engine.compile_mode=max-autotune-no-cudagraphs")
     check_cuda_graphs(without, accumulate=2, device=torch.device("cuda"))
+
+
+Settings = tuple[str, bool]  # precision of float32 matrix products, cuDNN's search
+
+
+def settings() -> Settings:
+    """What PyTorch is set to now."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Puts PyTorch's settings back whatever a test does to them."""
+    precision, benchmark = settings()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Settings]]:
+    """The settings that training and validation steps have met."""
+    met: dict[str, set[Settings]] = dict(training_step=set(), validation_step=set())
+    for name, found in met.items():
+        original = getattr(ClassificationTask, name)
+
+        def spying(*args: Any, original: Any = original, found: set[Settings] = found) -> Any:
+            found.add(settings())
+            return original(*args)
+
+        monkeypatch.setattr(ClassificationTask, name, spying)
+    return met
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("before", "wanted"), [("highest", "high"), ("medium", "highest")])
+def test_the_precision_of_products_is_the_recipes_and_is_put_back(
+    data: Path, tmp_path: Path, seen: dict[str, set[Settings]], before: str, wanted: str
+) -> None:
+    torch.set_float32_matmul_precision(before)
+    train(tiny_recipe(f"engine.float32_matmul_precision={wanted}", *SHORT), data=data, out=tmp_path / "run")
+    assert seen == dict(training_step={(wanted, False)}, validation_step={(wanted, False)})
+    assert settings() == (before, False)
+
+
+@pytest.mark.usefixtures("restored")
+def test_settings_are_put_back_when_a_run_fails(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: dict[str, set[Settings]]
+) -> None:
+    monkeypatch.setattr("conv2former.torch_settings.is_nvidia", lambda device: True)
+    recipe = tiny_recipe("engine.float32_matmul_precision=high")
+    stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    # the search is for training alone
+    assert seen == dict(training_step={("high", True)}, validation_step={("high", False)})
+    assert settings() == ("highest", False)
+
+
+@pytest.mark.parametrize(("recipe", "search"), [(tiny_recipe, True), (small_segmenter, True), (small_detector, False)])
+def test_cudnn_searches_on_a_gpu_where_images_have_one_size(recipe: Callable[..., Recipe], search: bool) -> None:
+    work, before = workflow(recipe()), settings()
+    with applied(work.recipe, device=torch.device("cuda"), one_size=work.one_size):
+        assert settings() == ("highest", search)
+    with applied(work.recipe, device=torch.device("cpu"), one_size=work.one_size):
+        assert settings() == before
+    assert settings() == before
+
+
+def test_cudnn_does_not_search_where_runs_shall_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with applied(tiny_recipe(), device=torch.device("cuda"), one_size=True):
+        assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability", "said"),
+    [
+        ("engine.precision=32", (8, 0), True),
+        ("engine.precision=32", (7, 5), False),
+        ("engine.precision=bf16", (8, 0), False),
+        ("engine.float32_matmul_precision=high", (8, 0), False),
+    ],
+)
+def test_a_gpu_run_in_float32_says_that_it_has_no_tf32(
+    monkeypatch: pytest.MonkeyPatch, setting: str, capability: tuple[int, int], said: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    recipe = tiny_recipe(setting)
+    lines = start_lines(recipe, recipe, torch.device("cuda"))
+    assert len(lines) == said and all("--set engine.float32_matmul_precision=high" in line for line in lines)
+    assert start_lines(recipe, recipe, torch.device("cpu")) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from conv2former.errors import UserError
@@ -10,18 +13,65 @@ from conv2former.recipes.sections import Recipe
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record them
 
 
-def start_lines(asked: Recipe, recipe: Recipe) -> list[str]:
+def is_nvidia(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU: AMD's go by the name of CUDA, too."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@contextlib.contextmanager
+def applied(recipe: Recipe, *, device: torch.device, one_size: bool) -> Iterator[None]:
+    """PyTorch's global settings while a run trains; at the end, whatever ends it, they are as they were before.
+
+    Args:
+        recipe: Says how exact float32 matrix products are.
+        device: Where the run trains.
+        one_size: Whether all training images have one size. On an NVIDIA GPU cuDNN then tries which algorithm is the
+            fastest; it would do so for every size anew.
+    """
+    before, wanted = torch.get_float32_matmul_precision(), recipe.engine.float32_matmul_precision
+    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    search = one_size and is_nvidia(device) and not deterministic
+    if wanted != before:
+        torch.set_float32_matmul_precision(wanted)
+    try:
+        with cudnn_benchmark(search or torch.backends.cudnn.benchmark):
+            yield
+    finally:
+        if wanted != before:
+            torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def cudnn_benchmark(on: bool) -> Iterator[None]:
+    """Lets cuDNN search for the fastest algorithms, or not, for a while."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def start_lines(asked: Recipe, recipe: Recipe, device: torch.device) -> list[str]:
     """What the user should know before the first step.
 
     Args:
         asked: The recipe as it was given.
         recipe: The same with 'auto' decided.
+        device: Where it is trained.
     """
+    engine = recipe.engine
     lines = []
-    if asked != recipe and recipe.engine.compile:
+    if asked != recipe and engine.compile:
         lines.append("engine.compile=auto is on: torch.compile compiles the network for the NVIDIA GPU")
     elif asked != recipe:
         lines.append("engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile")
+    exact = engine.precision == "32" and engine.float32_matmul_precision == "highest"
+    if exact and is_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere brought TF32
+        lines.append(
+            "float32 matrix products run without TF32: a run with --set engine.float32_matmul_precision=high is faster "
+            "and less exact"
+        )
     return lines
 
 

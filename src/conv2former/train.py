@@ -25,7 +25,7 @@ from conv2former.resuming import check_same, difference, recorded_data, resumed_
 from conv2former.run import RunFolder, machine_facts
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
-from conv2former.torch_settings import check_cuda_graphs, start_lines
+from conv2former.torch_settings import applied, check_cuda_graphs, start_lines
 from conv2former.workflows import AnyEvaluation, Workflow, workflow
 
 __all__ = ["Interrupted", "train"]
@@ -107,7 +107,7 @@ def train(
                     facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
-                for line in start_lines(asked, recipe):
+                for line in start_lines(asked, recipe, fabric.device):
                     say_once(line)
                 _fit(loop, run, resumed=resume)
         except (UserError, Interrupted) as error:
@@ -126,7 +126,8 @@ def train(
 def _fit(loop: Loop, run: RunFolder, *, resumed: bool) -> None:
     """Trains; the run's history gets the reason where it does not come to its end."""
     try:
-        loop.fit(run, resumed=resumed)
+        with applied(loop.recipe, device=loop.fabric.device, one_size=loop.work.one_size):
+            loop.fit(run, resumed=resumed)
     except (UserError, Interrupted) as error:
         if loop.fabric.is_global_zero:
             with contextlib.suppress(OSError):  # the disk may be what has failed

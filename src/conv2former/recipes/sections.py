@@ -167,6 +167,9 @@ class EngineSection(Section):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         default="default", description="of torch.compile"
     )
+    float32_matmul_precision: Literal["highest", "high"] = Field(
+        default="highest", description="of torch.set_float32_matmul_precision; 'high' allows TF32 in matrix products"
+    )
     grad_checkpointing: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = Field(
@@ -254,4 +257,4 @@ FREE: dict[str, Any] = dict(
 )
 
 # settings of the engine that came later, with what was done before: a recipe with these values keeps its hash
-LATER: dict[str, Any] = dict(compile_mode="default")
+LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="highest")
