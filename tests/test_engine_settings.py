@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from conv2former.errors import UserError
@@ -19,11 +20,12 @@ from conv2former.recipes import Recipe, load_recipe
 from conv2former.reproduce.jobs import Job, _finished
 from conv2former.run import RunFolder
 from conv2former.tasks.classification import ClassificationTask
-from conv2former.torch_settings import applied, check_cuda_graphs, start_lines
+from conv2former.tasks.optim import build_optimizer
+from conv2former.torch_settings import applied, check_cuda_graphs, fused_optimizer, start_lines
 from conv2former.train import train
 from conv2former.workflows import workflow
 from digits import tiny_recipe
-from runs import assert_same_run, stopped_run
+from runs import assert_same_run, state, stopped_run
 from scenes import small_detector, small_segmenter
 
 # computed before there were engine.compile=auto, engine.compile_mode and what came after them
@@ -254,3 +256,73 @@ def test_a_gpu_run_in_float32_says_that_it_has_no_tf32(
     lines = start_lines(recipe, recipe, torch.device("cuda"))
     assert len(lines) == said and all("--set engine.float32_matmul_precision=high" in line for line in lines)
     assert start_lines(recipe, recipe, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "fused"),
+    [
+        ("cuda", ("engine.precision=32", "optim.clip_grad=1"), True),
+        ("cuda", ("engine.precision=bf16", "optim.clip_grad=1"), True),
+        ("cuda", ("engine.precision=16",), True),
+        ("cuda", ("engine.precision=16", "optim.clip_grad=1"), False),
+        ("cpu", ("engine.precision=32",), False),
+    ],
+)
+def test_which_runs_have_a_fused_optimizer(device: str, settings: tuple[str, ...], fused: bool) -> None:
+    assert fused_optimizer(tiny_recipe(*settings), torch.device(device)) == fused
+
+
+def test_lightning_refuses_what_we_leave_unfused() -> None:
+    """The reason for one of the rows above, which a later Lightning may take away."""
+    optimizer = build_optimizer(nn.Linear(2, 2), tiny_recipe().optim, lr=1.0, fused=True)
+    precision = MixedPrecision("16-mixed", device="cpu")
+    with pytest.raises(NotImplementedError, match="clipping"):
+        precision.unscale_gradients(optimizer)
+
+
+def test_the_engine_builds_it_where_it_may(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(group["fused"] for group in state(finished)["optimizer"]["param_groups"]), "this is a CPU"
+    monkeypatch.setattr("conv2former.loop.fused_optimizer", lambda recipe, device: True)
+    train(tiny_recipe(*SHORT), data=data, out=tmp_path / "run")
+    assert all(group["fused"] for group in state(tmp_path / "run")["optimizer"]["param_groups"])
+
+
+def trained(optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int) -> list[torch.Tensor]:
+    """The weights after some steps on the same numbers."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_a_checkpoint_does_not_decide_which_kernel_steps(name: str) -> None:
+    """Fused on a CPU, which PyTorch can: the state of one goes into the other, both ways."""
+    optim = tiny_recipe(f"optim.name={name}").optim
+    results = []
+    for first, second in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        before = build_optimizer(model, optim, lr=0.01, fused=first)
+        trained(before, model, steps=2)
+        after = build_optimizer(model, optim, lr=0.01, fused=second)
+        after.load_state_dict(before.state_dict())
+        assert {bool(group["fused"]) for group in before.param_groups} == {first}
+        assert {bool(group["fused"]) for group in after.param_groups} == {second}
+        results.append(trained(after, model, steps=2))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["lamb", "lookahead_adamw", "nadamw"])
+def test_optimizers_without_such_a_kernel_are_built_as_ever(name: str) -> None:
+    model = nn.Linear(8, 8)
+    optimizer = build_optimizer(model, tiny_recipe(f"optim.name={name}").optim, lr=0.01, fused=True)
+    assert not any(group.get("fused") for group in optimizer.param_groups)
+    before = model.weight.detach().clone()
+    trained(optimizer, model, steps=1)
+    assert not torch.equal(model.weight, before)

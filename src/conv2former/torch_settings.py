@@ -18,6 +18,15 @@ def is_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def fused_optimizer(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the optimizer may be a fused one.
+
+    On a CPU it may not: runs there go on bit for bit from old checkpoints. Nor may it where float16's loss scale meets
+    gradient clipping: a fused optimizer takes the scale back itself, after the clipping, and Lightning refuses that.
+    """
+    return is_nvidia(device) and not (recipe.engine.precision == "16" and recipe.optim.clip_grad is not None)
+
+
 @contextlib.contextmanager
 def applied(recipe: Recipe, *, device: torch.device, one_size: bool) -> Iterator[None]:
     """PyTorch's global settings while a run trains; at the end, whatever ends it, they are as they were before.
