@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import yaml
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
@@ -166,6 +167,16 @@ def test_cuda_graphs_are_refused_where_gradients_are_added_up(mode: str) -> None
     check_cuda_graphs(recipe, accumulate=2, device=torch.device("cpu"))  # which has no such graphs
     without = tiny_recipe("engine.compile=true", "engine.compile_mode=max-autotune-no-cudagraphs")
     check_cuda_graphs(without, accumulate=2, device=torch.device("cuda"))
+
+
+def test_a_machine_without_a_compiler_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with pytest.raises(UserError, match=r"no/such/compiler.*--set engine\.compile=false") as caught:
+        train(tiny_recipe("engine.compile=true", *SHORT), data=data, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    recipe = tiny_recipe("engine.compile=false", *SHORT)
+    assert train(recipe, data=None, out=tmp_path / "run", resume=True, force=True) is not None
 
 
 Settings = tuple[str, bool]  # precision of float32 matrix products, cuDNN's search

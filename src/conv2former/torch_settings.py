@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, one_line
 from conv2former.recipes.sections import Recipe
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record them
+LONGEST_REASON = 300  # characters of a compiler's error, which may run to pages
 
 
 def is_nvidia(device: torch.device) -> bool:
@@ -98,3 +100,19 @@ def check_cuda_graphs(recipe: Recipe, *, accumulate: int, device: torch.device) 
             f"engine.compile_mode={engine.compile_mode} uses CUDA graphs, which cannot add up the gradients of the "
             f"{accumulate} forward passes of a step: set engine.compile_mode to default or max-autotune-no-cudagraphs"
         )
+
+
+def compiler_failure(error: RuntimeError) -> str | None:
+    """What the user can do about an error of ``torch.compile``; None for any other.
+
+    The network has run without the compiler before, so what is met here is the compiler's: the machine has no C
+    compiler or no Triton, say.
+    """
+    dynamo = sys.modules.get("torch._dynamo.exc")  # nobody who compiles nothing waits for its import
+    if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+        return None
+    reason = one_line(getattr(error, "inner_exception", error))[:LONGEST_REASON]
+    return (
+        f"torch.compile cannot compile the network here ({reason}): train it with --set engine.compile=false; a run "
+        "that is there continues so with --resume --force"
+    )

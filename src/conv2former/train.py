@@ -25,7 +25,7 @@ from conv2former.resuming import check_same, difference, recorded_data, resumed_
 from conv2former.run import RunFolder, machine_facts
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
-from conv2former.torch_settings import applied, check_cuda_graphs, start_lines
+from conv2former.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
 from conv2former.workflows import AnyEvaluation, Workflow, workflow
 
 __all__ = ["Interrupted", "train"]
@@ -147,8 +147,10 @@ def _one_line_errors(run: RunFolder) -> Any:
             "out of GPU memory: lower optim.batch_size, raise optim.accumulate (it follows from optim.global_batch), "
             "or set engine.grad_checkpointing=true"
         ) from None
-    except RuntimeError as error:  # met at any moment: PyTorch raises it from a signal handler
-        if not is_killed_worker(error):
+    except RuntimeError as error:
+        if failure := compiler_failure(error):
+            raise UserError(failure) from None
+        if not is_killed_worker(error):  # met at any moment: PyTorch raises it from a signal handler
             raise
         leave_killed_workers()
         raise UserError(KILLED_WORKER) from None
