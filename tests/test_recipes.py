@@ -220,7 +220,7 @@ def settings(recipe: Recipe, *, batch: int, rate: float, weight_decay: float, mi
         0.25,
     )
     assert augment.auto_augment == "rand-m9-mstd0.5-inc1"
-    assert recipe.engine.precision == "bf16" and not recipe.engine.compile
+    assert (recipe.engine.precision, recipe.engine.compile) == ("bf16", "auto")
 
 
 @pytest.mark.parametrize("peer", PEERS)

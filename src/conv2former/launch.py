@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -32,9 +32,7 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     engine = recipe.engine
-    accelerator = engine.accelerator
-    if accelerator == "auto":  # Lightning's own choice may fall on Apple's MPS, which lacks float64
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = _accelerator(engine)
     if accelerator == "cpu" and engine.precision == "16":
         raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
     devices, nodes = _layout(engine)
@@ -70,6 +68,17 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
         raise UserError(
             f"engine.accelerator={engine.accelerator} with engine.devices={engine.devices}: {one_line(error)}"
         ) from None
+
+
+def on_nvidia_gpu(recipe: Recipe) -> bool:
+    """Whether ``make_fabric`` would take an NVIDIA GPU here."""
+    return _accelerator(recipe.engine) == "cuda" and torch.version.hip is None
+
+
+def _accelerator(engine: EngineSection) -> Literal["cpu", "cuda"]:
+    if engine.accelerator == "auto":  # Lightning's own choice may fall on Apple's MPS, which lacks float64
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return engine.accelerator
 
 
 def _layout(engine: EngineSection) -> tuple[Any, int]:

@@ -46,6 +46,7 @@ from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
 from conv2former.state import Fetched, Position, full_state_dict, parameter_norm
 from conv2former.tasks.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.torch_settings import cudnn_benchmark, fused_optimizer
 from conv2former.workflows import Workflow
 
 LOG_INTERVAL = 20  # optimizer steps between logged losses
@@ -100,7 +101,9 @@ class Loop:
         if engine.compile:
             work.compile(model)
         self.task: Any = fabric.setup_module(task)
-        optimizer = build_optimizer(model, recipe.optim, lr=self.lr)  # behind the set-up, which may shard the weights
+        fused = fused_optimizer(recipe, fabric.device)
+        # behind the set-up, which may shard the weights
+        optimizer = build_optimizer(model, recipe.optim, lr=self.lr, fused=fused)
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.statistics = BatchNormBackup(model)
@@ -313,7 +316,8 @@ class Loop:
         if self.sharded:
             self.statistics.share()
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
-        with torch.no_grad(), self.fabric.autocast():
+        # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
+        with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False):
             for i in range(len(self.val_loader)):
                 parts, error = self._fetch(batches, 1)
                 self._agree(parts, error)

@@ -18,13 +18,14 @@ def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: 
     """The recipe to go on with: the run's own, with what a given one changes.
 
     What moves no weight (``recipes.sections.FREE``) may always change, the rest with ``force``, the network and the
-    optimizer never.
+    optimizer never. What the given one leaves to the machine ('auto') stays as it was decided when the run was started.
 
     Raises:
         UserError: The given recipe would do something else.
     """
     if given is None:
         return own
+    given = given.decided(own.engine.compile)
     if given.digest() == own.digest():
         return given.model_copy(update=dict(name=own.name, claim=own.claim))
     if not force:

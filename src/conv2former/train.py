@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 
 from conv2former.batchnorm import freeze
@@ -13,10 +14,10 @@ from conv2former.data.loading import KILLED_WORKER, is_killed_worker, leave_kill
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.splits import AnySplits
 from conv2former.errors import UserError, one_line
-from conv2former.launch import make_fabric
+from conv2former.launch import make_fabric, on_nvidia_gpu
 from conv2former.logs import check_loggers
 from conv2former.loop import Loop
-from conv2former.processes import Processes
+from conv2former.processes import Processes, say_once
 from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.sections import Recipe
 from conv2former.report import write_final_report
@@ -24,6 +25,7 @@ from conv2former.resuming import check_same, difference, recorded_data, resumed_
 from conv2former.run import RunFolder, machine_facts
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
+from conv2former.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
 from conv2former.workflows import AnyEvaluation, Workflow, workflow
 
 __all__ = ["Interrupted", "train"]
@@ -65,6 +67,7 @@ def train(
         data = data or recorded_data(facts)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
+    asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
     check_loggers(recipe.engine.loggers)
     work = workflow(recipe)
     splits = work.open_splits(data)
@@ -87,7 +90,7 @@ def train(
         ending.callback(lambda: run.unlock())
         try:
             with Processes(fabric) as processes, _one_line_errors(run):
-                _check_batch(work, len(splits.train), fabric.world_size)
+                _check_batch(work, len(splits.train), fabric)
                 changes = check_same(run, facts, found, force=force) if resume else []
                 if own and own.digest() != recipe.digest():
                     changes.append(difference(own, recipe))
@@ -104,6 +107,8 @@ def train(
                     facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
+                for line in start_lines(asked, recipe, fabric.device):
+                    say_once(line)
                 _fit(loop, run, resumed=resume)
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
@@ -121,7 +126,8 @@ def train(
 def _fit(loop: Loop, run: RunFolder, *, resumed: bool) -> None:
     """Trains; the run's history gets the reason where it does not come to its end."""
     try:
-        loop.fit(run, resumed=resumed)
+        with applied(loop.recipe, device=loop.fabric.device, one_size=loop.work.one_size):
+            loop.fit(run, resumed=resumed)
     except (UserError, Interrupted) as error:
         if loop.fabric.is_global_zero:
             with contextlib.suppress(OSError):  # the disk may be what has failed
@@ -141,8 +147,10 @@ def _one_line_errors(run: RunFolder) -> Any:
             "out of GPU memory: lower optim.batch_size, raise optim.accumulate (it follows from optim.global_batch), "
             "or set engine.grad_checkpointing=true"
         ) from None
-    except RuntimeError as error:  # met at any moment: PyTorch raises it from a signal handler
-        if not is_killed_worker(error):
+    except RuntimeError as error:
+        if failure := compiler_failure(error):
+            raise UserError(failure) from None
+        if not is_killed_worker(error):  # met at any moment: PyTorch raises it from a signal handler
             raise
         leave_killed_workers()
         raise UserError(KILLED_WORKER) from None
@@ -174,11 +182,13 @@ def _build(work: Workflow, splits: AnySplits, run: RunFolder, facts: dict[str, A
     return model, model_args
 
 
-def _check_batch(work: Workflow, images: int, world: int) -> None:
+def _check_batch(work: Workflow, images: int, fabric: L.Fabric) -> None:
     """Refuses a batch that the training set cannot fill once, or the network cannot be trained on."""
     recipe: Recipe = work.recipe
+    world = fabric.world_size
     batch = plan_batch(recipe, world=world)
     work.check_batch(batch.per_process, world)
+    check_cuda_graphs(recipe, accumulate=batch.accumulate, device=fabric.device)
     if images >= batch.total:
         return
     if recipe.optim.global_batch is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -161,7 +161,15 @@ class EngineSection(Section):
     seed: int = Field(default=0, ge=0)
     precision: Literal["32", "bf16", "16"] = Field(default="32", description="autocast type")
     channels_last: bool = True
-    compile: bool = False
+    compile: bool | Literal["auto"] = Field(
+        default=False, description="torch.compile; 'auto' is true on an NVIDIA GPU, decided when the run is started"
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        default="default", description="of torch.compile"
+    )
+    float32_matmul_precision: Literal["highest", "high"] = Field(
+        default="highest", description="of torch.set_float32_matmul_precision; 'high' allows TF32 in matrix products"
+    )
     grad_checkpointing: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = Field(
@@ -182,6 +190,15 @@ class EngineSection(Section):
     @classmethod
     def _precision_is_a_word(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value  # YAML reads 32 as a number
+
+    @model_validator(mode="after")
+    def _a_mode_needs_the_compiler(self) -> EngineSection:
+        if self.compile_mode != "default" and self.compile is False:
+            raise ValueError(
+                f"engine.compile_mode={self.compile_mode} requires engine.compile=true (or auto): set that too, or "
+                "leave the mode out"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -210,8 +227,25 @@ class Recipe(Section):
         return self.model_dump(mode="json", exclude=FREE)
 
     def digest(self) -> str:
-        """A hash of the settings."""
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of the settings.
+
+        A recipe keeps its hash when the schema gets new settings (``LATER``). In ``engine.compile`` 'auto' counts as
+        false, so that ``reproduce`` finds the rows and runs of a recipe on every machine.
+        """
+        settings = self.settings()
+        engine = settings["engine"]
+        settings["engine"] = {key: value for key, value in engine.items() if LATER.get(key) != value}
+        if engine["compile"] == "auto":
+            settings["engine"]["compile"] = False
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def decided(self, compiles: bool | Literal["auto"]) -> Self:
+        """The recipe with ``compiles`` in place of 'auto' in ``engine.compile``; one without 'auto' as it is."""
+        if self.engine.compile != "auto":
+            return self
+        mode = self.engine.compile_mode if compiles else "default"
+        engine = self.engine.model_copy(update=dict(compile=compiles, compile_mode=mode))
+        return self.model_copy(update=dict(engine=engine))
 
 
 # what a resumed run may change without being forced: names, reading, saving and reporting
@@ -221,3 +255,6 @@ FREE: dict[str, Any] = dict(
     data={"workers", "on_bad_image", "max_bad_images", "max_pixels"},
     engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "loggers"},
 )
+
+# settings of the engine that came later, with what was done before: a recipe with these values keeps its hash
+LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="highest")

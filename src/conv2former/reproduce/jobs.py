@@ -273,7 +273,10 @@ class Images:
 def _finished(job: Job) -> bool:
     """Whether the run has its report; its folder's name stands for its images."""
     run = RunFolder(job.run)
-    return run.exists() and (job.run / "evaluation.json").is_file() and run.recipe().digest() == job.recipe.digest()
+    if not (run.exists() and (job.run / "evaluation.json").is_file()):
+        return False
+    own = run.recipe()
+    return own.digest() == job.recipe.decided(own.engine.compile).digest()
 
 
 def _train(job: Job) -> int:

@@ -44,9 +44,11 @@ class Workflow(ABC):
 
     Attributes:
         headline: The column of the metrics that is maximised.
+        one_size: Whether all training images have the shape of ``train_shape``.
     """
 
     headline: ClassVar[str]
+    one_size: ClassVar[bool] = True
 
     def __init__(self, recipe: Any) -> None:
         self.recipe = recipe
@@ -121,7 +123,12 @@ class Workflow(ABC):
 
     def compile(self, model: Any) -> None:
         """Has the network compiled, in place: the names in the state dict stay."""
-        model.compile()
+        model.compile(**self.compile_options)
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """What ``torch.compile`` is told."""
+        return dict(mode=self.recipe.engine.compile_mode)
 
     def val_batch(self, per_process: int) -> int:
         """Images of a forward pass in validation, where training takes ``per_process``."""

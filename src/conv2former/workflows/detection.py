@@ -24,6 +24,7 @@ class DetectionWorkflow(DenseWorkflow):
     """Mask R-CNN and Cascade Mask R-CNN on any hierarchical backbone."""
 
     headline = "val_box_ap"
+    one_size = False
     train_dataset, val_dataset = TrainObjects, EvalObjects
 
     def open_splits(self, root: Path | None) -> CocoSplits:
@@ -45,7 +46,7 @@ class DetectionWorkflow(DenseWorkflow):
 
     def compile(self, model: Any) -> None:
         """The backbone alone, for any size: the rest depends on what is found."""
-        model.backbone.compile(dynamic=True)
+        model.backbone.compile(dynamic=True, **self.compile_options)
 
     def task(self, model: Any, splits: CocoSplits) -> DetectionTask:
         """The LightningModule."""

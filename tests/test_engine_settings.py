@@ -1,0 +1,339 @@
+"""Settings of the engine that make training faster: what `auto` comes to, what old runs keep, what PyTorch is told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+import yaml
+from lightning.fabric.plugins.precision import MixedPrecision
+from torch import nn
+
+from conv2former.errors import UserError
+from conv2former.launch import on_nvidia_gpu
+from conv2former.recipes import Recipe, load_recipe
+from conv2former.reproduce.jobs import Job, _finished
+from conv2former.run import RunFolder
+from conv2former.tasks.classification import ClassificationTask
+from conv2former.tasks.optim import build_optimizer
+from conv2former.torch_settings import applied, check_cuda_graphs, fused_optimizer, start_lines
+from conv2former.train import train
+from conv2former.workflows import workflow
+from digits import tiny_recipe
+from runs import assert_same_run, state, stopped_run
+from scenes import small_detector, small_segmenter
+
+# computed before there were engine.compile=auto, engine.compile_mode and what came after them
+HASHES = {
+    "quickstart": "84b3e11ffda840ec",
+    "cifar": "44ab944f80ce39cf",
+    "finetune": "88182bf777488c83",
+    "imagenet1k_t": "fc66d493cd7b548e",
+    "imagenet1k_ft384_b": "055279ddfddb09fa",
+    "imagenet22k_l": "bd34cb91c0a0ac14",
+    "coco_mask_rcnn_t": "f477a3b19390d194",
+    "ade20k_upernet_t": "e5f1542b236cac13",
+}
+COMPILED = "b5f39d62ecc04540"  # imagenet1k_t with engine.compile=true
+SINCE = ("compile_mode", "float32_matmul_precision")  # settings of the engine that came later
+SHORT = ("schedule.epochs=1", "schedule.warmup_epochs=0")
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_a_recipes_hash_is_what_it_was(name: str) -> None:
+    assert load_recipe(name, overrides=["engine.compile=false"]).digest() == HASHES[name]
+    assert load_recipe(name).digest() == HASHES[name], "rows of reproduce are looked up by it"
+
+
+def test_what_differs_from_before_changes_the_hash() -> None:
+    compiled = load_recipe("imagenet1k_t", overrides=["engine.compile=true"])
+    assert compiled.digest() == COMPILED
+    other = load_recipe("imagenet1k_t", overrides=["engine.compile=true", "engine.compile_mode=max-autotune"])
+    assert other.digest() not in (COMPILED, HASHES["imagenet1k_t"])
+    other = load_recipe("quickstart", overrides=["engine.float32_matmul_precision=high"])
+    assert other.digest() != HASHES["quickstart"]
+
+
+def test_a_run_from_before_these_settings_resumes(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    path = tmp_path / "run" / "recipe.yaml"
+    raw = yaml.safe_load(path.read_text())
+    for key in SINCE:
+        del raw["engine"][key]
+    path.write_text(yaml.safe_dump(raw))
+    train(tiny_recipe(), data=None, out=tmp_path / "run", resume=True)
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_auto_is_on_with_an_nvidia_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(accelerator: str) -> bool:
+        return on_nvidia_gpu(load_recipe("quickstart", overrides=[f"engine.accelerator={accelerator}"]))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not found("auto") and not found("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert found("auto") and found("cuda") and not found("cpu")
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's GPUs go by the name of CUDA, too
+    assert not found("auto")
+
+
+def test_auto_is_off_on_a_cpu_and_the_run_says_so(
+    finished: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe("engine.compile=auto", "engine.compile_mode=max-autotune")
+    train(recipe, data=data, out=tmp_path / "run")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "engine.compile" in line]
+    assert lines == ["engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile"]
+    own = RunFolder(tmp_path / "run").recipe()
+    assert own == tiny_recipe()
+    assert RunFolder(tmp_path / "run").facts()["recipe_hash"] == tiny_recipe().digest()
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What modules are told to compile with, instead of compiling."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: calls.append(options))
+    return calls
+
+
+def test_a_run_goes_on_with_what_auto_came_to(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    compiled: list[dict[str, Any]],
+) -> None:
+    """Started where there is a GPU, as far as a CPU can tell, and continued where there is none."""
+    recipe = tiny_recipe("engine.compile=auto")
+    with monkeypatch.context() as patch:
+        patch.setattr("conv2former.train.on_nvidia_gpu", lambda recipe: True)
+        stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    assert "engine.compile=auto is on" in capfd.readouterr().err
+    assert RunFolder(tmp_path / "run").recipe() == tiny_recipe("engine.compile=true")
+    train(recipe, data=None, out=tmp_path / "run", resume=True)
+    assert "engine.compile=auto" not in capfd.readouterr().err, "nothing is decided a second time"
+    assert RunFolder(tmp_path / "run").recipe().engine.compile is True
+    assert compiled == [dict(mode="default")] * 2
+    assert not (tmp_path / "run" / "recipes").exists(), "the recipe has not changed"
+    with pytest.raises(UserError, match=r"engine.compile: run True, given False.*--force"):
+        train(tiny_recipe("engine.compile=false"), data=None, out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("setting", ["engine.compile=true", "engine.compile=false"])
+def test_reproduce_knows_its_runs_whatever_auto_came_to(finished: Path, tmp_path: Path, setting: str) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(tiny_recipe(setting).to_yaml())
+    assert _finished(Job(tiny_recipe("engine.compile=auto"), None, tmp_path / "run"))
+    assert not _finished(Job(tiny_recipe("engine.compile=auto", "engine.seed=1"), None, tmp_path / "run"))
+    asked_for = Job(tiny_recipe("engine.compile=false"), None, tmp_path / "run")
+    assert _finished(asked_for) == (setting == "engine.compile=false")
+
+
+@pytest.mark.parametrize("recipe", [tiny_recipe, small_segmenter, small_detector])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_the_mode_reaches_the_compiler(
+    recipe: Callable[..., Recipe], mode: str, compiled: list[dict[str, Any]]
+) -> None:
+    work = workflow(recipe("engine.compile=true", f"engine.compile_mode={mode}"))
+    model = nn.Module()
+    model.backbone = nn.Identity()
+    work.compile(model)
+    assert compiled == [dict(mode=mode) | (dict(dynamic=True) if recipe is small_detector else {})]
+
+
+def test_a_mode_without_the_compiler_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("engine.compile_mode=reduce-overhead requires engine.compile=true")):
+        tiny_recipe("engine.compile_mode=reduce-overhead")
+    assert tiny_recipe("engine.compile_mode=reduce-overhead", "engine.compile=auto").engine.compile == "auto"
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused_where_gradients_are_added_up(mode: str) -> None:
+    recipe = tiny_recipe("engine.compile=true", f"engine.compile_mode={mode}")
+    with pytest.raises(UserError, match=rf"engine.compile_mode={mode} uses CUDA graphs.* the 2 forward passes"):
+        check_cuda_graphs(recipe, accumulate=2, device=torch.device("cuda"))
+    check_cuda_graphs(recipe, accumulate=1, device=torch.device("cuda"))
+    check_cuda_graphs(recipe, accumulate=2, device=torch.device("cpu"))  # which has no such graphs
+    without = tiny_recipe("engine.compile=true", "engine.compile_mode=max-autotune-no-cudagraphs")
+    check_cuda_graphs(without, accumulate=2, device=torch.device("cuda"))
+
+
+def test_a_machine_without_a_compiler_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with pytest.raises(UserError, match=r"no/such/compiler.*--set engine\.compile=false") as caught:
+        train(tiny_recipe("engine.compile=true", *SHORT), data=data, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    recipe = tiny_recipe("engine.compile=false", *SHORT)
+    assert train(recipe, data=None, out=tmp_path / "run", resume=True, force=True) is not None
+
+
+Settings = tuple[str, bool]  # precision of float32 matrix products, cuDNN's search
+
+
+def settings() -> Settings:
+    """What PyTorch is set to now."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Puts PyTorch's settings back whatever a test does to them."""
+    precision, benchmark = settings()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Settings]]:
+    """The settings that training and validation steps have met."""
+    met: dict[str, set[Settings]] = dict(training_step=set(), validation_step=set())
+    for name, found in met.items():
+        original = getattr(ClassificationTask, name)
+
+        def spying(*args: Any, original: Any = original, found: set[Settings] = found) -> Any:
+            found.add(settings())
+            return original(*args)
+
+        monkeypatch.setattr(ClassificationTask, name, spying)
+    return met
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("before", "wanted"), [("highest", "high"), ("medium", "highest")])
+def test_the_precision_of_products_is_the_recipes_and_is_put_back(
+    data: Path, tmp_path: Path, seen: dict[str, set[Settings]], before: str, wanted: str
+) -> None:
+    torch.set_float32_matmul_precision(before)
+    train(tiny_recipe(f"engine.float32_matmul_precision={wanted}", *SHORT), data=data, out=tmp_path / "run")
+    assert seen == dict(training_step={(wanted, False)}, validation_step={(wanted, False)})
+    assert settings() == (before, False)
+
+
+@pytest.mark.usefixtures("restored")
+def test_settings_are_put_back_when_a_run_fails(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: dict[str, set[Settings]]
+) -> None:
+    monkeypatch.setattr("conv2former.torch_settings.is_nvidia", lambda device: True)
+    recipe = tiny_recipe("engine.float32_matmul_precision=high")
+    stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    # the search is for training alone
+    assert seen == dict(training_step={("high", True)}, validation_step={("high", False)})
+    assert settings() == ("highest", False)
+
+
+@pytest.mark.parametrize(("recipe", "search"), [(tiny_recipe, True), (small_segmenter, True), (small_detector, False)])
+def test_cudnn_searches_on_a_gpu_where_images_have_one_size(recipe: Callable[..., Recipe], search: bool) -> None:
+    work, before = workflow(recipe()), settings()
+    with applied(work.recipe, device=torch.device("cuda"), one_size=work.one_size):
+        assert settings() == ("highest", search)
+    with applied(work.recipe, device=torch.device("cpu"), one_size=work.one_size):
+        assert settings() == before
+    assert settings() == before
+
+
+def test_cudnn_does_not_search_where_runs_shall_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with applied(tiny_recipe(), device=torch.device("cuda"), one_size=True):
+        assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability", "said"),
+    [
+        ("engine.precision=32", (8, 0), True),
+        ("engine.precision=32", (7, 5), False),
+        ("engine.precision=bf16", (8, 0), False),
+        ("engine.float32_matmul_precision=high", (8, 0), False),
+    ],
+)
+def test_a_gpu_run_in_float32_says_that_it_has_no_tf32(
+    monkeypatch: pytest.MonkeyPatch, setting: str, capability: tuple[int, int], said: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    recipe = tiny_recipe(setting)
+    lines = start_lines(recipe, recipe, torch.device("cuda"))
+    assert len(lines) == said and all("--set engine.float32_matmul_precision=high" in line for line in lines)
+    assert start_lines(recipe, recipe, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "fused"),
+    [
+        ("cuda", ("engine.precision=32", "optim.clip_grad=1"), True),
+        ("cuda", ("engine.precision=bf16", "optim.clip_grad=1"), True),
+        ("cuda", ("engine.precision=16",), True),
+        ("cuda", ("engine.precision=16", "optim.clip_grad=1"), False),
+        ("cpu", ("engine.precision=32",), False),
+    ],
+)
+def test_which_runs_have_a_fused_optimizer(device: str, settings: tuple[str, ...], fused: bool) -> None:
+    assert fused_optimizer(tiny_recipe(*settings), torch.device(device)) == fused
+
+
+def test_lightning_refuses_what_we_leave_unfused() -> None:
+    """The reason for one of the rows above, which a later Lightning may take away."""
+    optimizer = build_optimizer(nn.Linear(2, 2), tiny_recipe().optim, lr=1.0, fused=True)
+    precision = MixedPrecision("16-mixed", device="cpu")
+    with pytest.raises(NotImplementedError, match="clipping"):
+        precision.unscale_gradients(optimizer)
+
+
+def test_the_engine_builds_it_where_it_may(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(group["fused"] for group in state(finished)["optimizer"]["param_groups"]), "this is a CPU"
+    monkeypatch.setattr("conv2former.loop.fused_optimizer", lambda recipe, device: True)
+    train(tiny_recipe(*SHORT), data=data, out=tmp_path / "run")
+    assert all(group["fused"] for group in state(tmp_path / "run")["optimizer"]["param_groups"])
+
+
+def trained(optimizer: torch.optim.Optimizer, model: nn.Module, *, steps: int) -> list[torch.Tensor]:
+    """The weights after some steps on the same numbers."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_a_checkpoint_does_not_decide_which_kernel_steps(name: str) -> None:
+    """Fused on a CPU, which PyTorch can: the state of one goes into the other, both ways."""
+    optim = tiny_recipe(f"optim.name={name}").optim
+    results = []
+    for first, second in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        before = build_optimizer(model, optim, lr=0.01, fused=first)
+        trained(before, model, steps=2)
+        after = build_optimizer(model, optim, lr=0.01, fused=second)
+        after.load_state_dict(before.state_dict())
+        assert {bool(group["fused"]) for group in before.param_groups} == {first}
+        assert {bool(group["fused"]) for group in after.param_groups} == {second}
+        results.append(trained(after, model, steps=2))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["lamb", "lookahead_adamw", "nadamw"])
+def test_optimizers_without_such_a_kernel_are_built_as_ever(name: str) -> None:
+    model = nn.Linear(8, 8)
+    optimizer = build_optimizer(model, tiny_recipe(f"optim.name={name}").optim, lr=0.01, fused=True)
+    assert not any(group.get("fused") for group in optimizer.param_groups)
+    before = model.weight.detach().clone()
+    trained(optimizer, model, steps=1)
+    assert not torch.equal(model.weight, before)
