@@ -51,10 +51,10 @@ from conv2former.errors import UserError
 from conv2former.heads.backbone import Backbone
 from conv2former.heads.detector import Target, build_on_backbone
 from conv2former.heads.upernet import AUX_LEVEL, Classifier, ConvNorm, build_upernet
+from conv2former.machine import machine_facts
 from conv2former.recipes.detection import DetectionDataSection, DetectorSection
 from conv2former.recipes.sections import ModelSection
 from conv2former.recipes.segmentation import SegmenterSection
-from conv2former.run import machine_facts
 from conv2former.tasks.segmentation import padded_with_mean, weighted_loss
 
 NUM_CLASSES = 80

@@ -48,9 +48,9 @@ from conv2former.data.loading import Normalizer, checked, train_loader
 from conv2former.data.sampling import TrainSampler
 from conv2former.data.sources import FolderSource, SubsetSource
 from conv2former.errors import UserError
+from conv2former.machine import machine_facts
 from conv2former.recipes.schema import load_recipe
 from conv2former.recipes.sections import Recipe
-from conv2former.run import machine_facts
 
 CPU = torch.device("cpu")
 STAGES = ("decode", "augment", "collate", "rest", "main")

@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -94,8 +96,16 @@ def multiply_rate(device: torch.device) -> float:
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         cores = 64 if (facts.major, facts.minor) == (8, 0) else CORES_PER_SM
-        return facts.multi_processor_count * cores * facts.clock_rate * 1e3  # the clock is in kHz
+        return facts.multi_processor_count * cores * clock_rate(facts)
     return peak_rate(device, torch.float32)
+
+
+def clock_rate(facts: Any) -> float:
+    """Hz of the processors at their fastest; some releases of PyTorch do not say it."""
+    if kilohertz := getattr(facts, "clock_rate", None):
+        return kilohertz * 1e3
+    command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) * 1e6
 
 
 def case(operation: str, shape: tuple[int, ...], kernel: int, dtype: torch.dtype, device: torch.device) -> tuple:
@@ -175,8 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    trial = torch.empty(1, 1, 1, 32, device=device, dtype=dtype)
-    if not backend.fused("modulation", trial, torch.empty(32, 1, 3, 3), torch.empty(32)):
+    with device:
+        trial = torch.empty(1, 1, 1, 32, dtype=dtype), torch.empty(32, 1, 3, 3), torch.empty(32)
+    if not backend.fused("modulation", *trial):
         raise SystemExit(f"error: nothing is fused for {options.dtype} on {device}: PyTorch computes it")
     torch.manual_seed(0)
     bytes_rate, multiplies_rate = copy_rate(device), multiply_rate(device)

@@ -18,8 +18,6 @@ from torch import nn
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import zoo
-from conv2former.train import train
-from digits import tiny_recipe, write_digits
 
 # The tests' tensors are small. On a busy machine more threads wait for each other: minutes instead of seconds.
 torch.set_num_threads(1)
@@ -88,12 +86,17 @@ def counted(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[zo
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training and 16 validation pictures of four digits, in class folders; not to be changed."""
+    from digits import write_digits  # imported here: the kernels' tests run where pydantic is not installed
+
     return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of the tiny recipe on them; not to be changed."""
+    from conv2former.train import train
+    from digits import tiny_recipe
+
     out = tmp_path_factory.mktemp("runs") / "finished"
     train(tiny_recipe(), data=data, out=out)
     return out

@@ -1,19 +1,22 @@
-"""What works where Linux's own modules are not: hidden here, as on Windows, in processes of their own."""
+"""What works where Linux's own modules, or packages, are not: hidden here, in processes of their own."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
+from conv2former import machine
 from conv2former.__main__ import main
 from conv2former.errors import UserError
 from conv2former.logs import peak_memory_gb
 from conv2former.run import RunFolder
+from conv2former.version import __version__
 
 HIDE = """
 import os, sys
@@ -89,3 +92,32 @@ def test_anything_else_is_the_command_line(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match="0"):
         main()
     assert "models" in capsys.readouterr().out
+
+
+WITHOUT_PYDANTIC = "import sys; sys.modules['pydantic'] = None; "
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    code = WITHOUT_PYDANTIC + "import conv2former_cli; sys.argv = ['conv2former', 'recipes']; conv2former_cli.main()"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert answer.returncode == 1
+    assert answer.stderr == "error: pydantic is not installed, and conv2former needs it: pip install pydantic\n"
+
+
+def test_kernels_are_tested_without_pydantic() -> None:
+    """A machine with a GPU may have PyTorch and timm, and no network to install more."""
+    test = Path(__file__).parent / "test_triton.py"
+    code = f"import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'test_takes', {str(test)!r}]))"
+    answer = subprocess.run([sys.executable, "-c", WITHOUT_PYDANTIC + code], capture_output=True, text=True)
+    assert answer.returncode == 0 and "1 passed" in answer.stdout, answer.stdout
+    code = WITHOUT_PYDANTIC + "import conv2former.benchmark.worker, conv2former.machine, conv2former.zoo"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_folder_on_the_path_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(machine, "version", none)
+    versions = machine.machine_facts()["versions"]
+    assert versions["conv2former"] == __version__ and versions["lightning"] == "not installed"

@@ -24,20 +24,16 @@ import csv
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from conv2former.errors import UserError, one_line, some
 from conv2former.files import append_line, read_lines, replace_text
+from conv2former.machine import machine_facts
 from conv2former.recipes.schema import parse_recipe
 from conv2former.recipes.sections import Recipe
 
@@ -245,33 +241,3 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.metrics_csv)
-
-
-def machine_facts() -> dict[str, Any]:
-    """Command, versions, commit and machine, for whoever repeats the run."""
-    packages = ("conv2former", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
-    return dict(
-        command=[_program(Path(sys.argv[0])), *sys.argv[1:]],
-        versions={name: version(name) for name in packages} | dict(python=platform.python_version()),
-        commit=_commit(),
-        machine=dict(
-            system=f"{platform.system()} {platform.machine()}",
-            cpus=os.cpu_count(),
-            gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        ),
-    )
-
-
-def _program(path: Path) -> str:
-    return path.parent.name if path.name == "__main__.py" else path.name  # python -m PACKAGE
-
-
-def _commit() -> str | None:
-    # only where the package runs from a checkout of its own; an installed wheel has its version
-    git: Any = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
-    try:
-        # a file that git does not track lies in somebody else's repository, in a virtual environment there say
-        subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], **git)
-        return subprocess.run(["git", "describe", "--always", "--dirty"], **git).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -17,12 +17,13 @@ from conv2former.errors import UserError, one_line
 from conv2former.launch import make_fabric, on_nvidia_gpu
 from conv2former.logs import check_loggers
 from conv2former.loop import Loop
+from conv2former.machine import machine_facts
 from conv2former.processes import Processes, say_once
 from conv2former.recipes.batch import plan_batch
 from conv2former.recipes.sections import Recipe
 from conv2former.report import write_final_report
 from conv2former.resuming import check_same, difference, recorded_data, resumed_recipe
-from conv2former.run import RunFolder, machine_facts
+from conv2former.run import RunFolder
 from conv2former.signals import Interrupted, StopRequest
 from conv2former.snapshots import Snapshots
 from conv2former.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines

@@ -27,6 +27,13 @@ def main() -> None:
         # whoever reads our output has gone (`| head`); keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "conv2former").partition(".")[0]
+        if package == "conv2former":
+            raise
+        name = {"yaml": "pyyaml", "PIL": "pillow"}.get(package, package.replace("_", "-"))
+        print(f"error: {name} is not installed, and conv2former needs it: pip install {name}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, RuntimeError) as error:
         # the class is imported only where something went wrong, so that --help stays quick
         from conv2former.errors import UserError

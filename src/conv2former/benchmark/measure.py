@@ -23,7 +23,7 @@ from conv2former.benchmark.options import BenchmarkOptions, Plan, plan
 from conv2former.benchmark.profiling import Operation
 from conv2former.benchmark.worker import Worker
 from conv2former.errors import UserError
-from conv2former.run import machine_facts
+from conv2former.machine import machine_facts
 
 TRAINING_FACTOR = 3  # a backward pass takes two products for each of the forward pass
 

@@ -11,7 +11,6 @@ import platform
 import signal
 import sys
 import time
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from conv2former.benchmark.modes import DTYPES, MODES, Configuration, prepare
 from conv2former.benchmark.peak import peak_rate
 from conv2former.benchmark.profiling import Operation, profile_step
 from conv2former.errors import one_line
+from conv2former.machine import version_of
 
 WARM_UP = 3  # steps, the first of which compile and tune
 REST = 0.02  # seconds before a timed step, in which the threads of other workers fall asleep
@@ -153,7 +153,7 @@ class Holder:
     def versions(self) -> dict[str, str]:
         """Python's, PyTorch's, timm's and the runtime's."""
         names = ["torch", "timm", *MODES[self._c.mode][-1:]]
-        return {name: version(name) for name in names} | dict(python=platform.python_version())
+        return {name: version_of(name) for name in names} | dict(python=platform.python_version())
 
     def peak(self, dtype: str) -> float:
         """Multiply-adds per second of a large product on the machine."""
