@@ -85,7 +85,7 @@ def programs(kernel_sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> 
     """All that a training step on one processor would launch or time."""
     found: list[Program] = []
 
-    def note(kernel: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    def note(kernel: Any, _: int, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
         names = [parameter.name for parameter in kernel.params]
         kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
         signature = [

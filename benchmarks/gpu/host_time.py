@@ -17,9 +17,10 @@ from typing import Any
 import no_launch
 import torch
 
-from conv2former.ops.triton import large_kernel, three_rows
+from conv2former.ops.triton.warm import Maps, operations
 
 CALLS = 100
+MAPS = Maps(side=7, channels=72, hidden=288, kernel_size=11, dtype=torch.bfloat16)
 
 
 def least(call: Callable[[], Any]) -> float:
@@ -35,25 +36,11 @@ def least(call: Callable[[], Any]) -> float:
     return 1e6 * min(times) / CALLS
 
 
-def block_calls(batch: int, side: int, channels: int, kernel: int = 11) -> dict[str, Callable[[], Any]]:
-    """The four operations of a block in training, without arguments."""
-    u, v, a, g = (torch.randn(batch, side, side, channels).bfloat16() for _ in range(4))
-    h = torch.randn(batch, side, side, 4 * channels).bfloat16()
-    weight, bias = torch.randn(channels, 1, kernel, kernel), torch.randn(channels)
-    small, wide = torch.randn(4 * channels, 1, 3, 3), torch.randn(4 * channels)
-    return {
-        "modulation": lambda: large_kernel.modulation(u, v, weight, bias, True),
-        "modulation, backward": lambda: large_kernel.modulation_backward(g, u, v, a, weight),
-        "middle of the MLP": lambda: three_rows.mlp_middle(h, small, wide),
-        "middle of the MLP, backward": lambda: three_rows.mlp_middle_backward(h, h, small, wide),
-    }
-
-
 def main() -> None:
     """Prints a line for each operation, and their sum."""
     torch.set_num_threads(1)
     counts = no_launch.activate()
-    taken = {name: least(call) for name, call in block_calls(1, 7, 72).items()}
+    taken = {name: least(call) for name, call in operations(MAPS, batch=1, device="cpu").items()}
     taken["a block"] = sum(taken.values())
     one = torch.empty(16)
     taken["for comparison, torch.add"] = least(lambda: one + 1)

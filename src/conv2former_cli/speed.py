@@ -1,4 +1,4 @@
-"""The command that measures speed."""
+"""The commands about speed: measuring, and what there is to compute with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def benchmark(
     mode: Annotated[
         list[str] | None,
         typer.Option(
-            help="eager, compile, onnxruntime, openvino, openvino-int8, aotinductor; repeatable (default: first two)."
+            help="eager, compile, cudagraphs, onnxruntime, openvino, openvino-int8, aotinductor; repeatable (default: "
+            "first two)."
         ),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Training steps instead of inference.")] = False,
@@ -82,3 +83,24 @@ def benchmark(
         print(f"\n{report.profiles(rows)}")
     if files:
         print(f"{', '.join(path.name for path in files)} are in {out}")
+
+
+@app.command()
+def doctor(
+    warm: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also compile the GPU kernels of this network ahead.", show_default=False),
+    ] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the images that --warm is for, pixels.")] = 224,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32, for --warm.")] = "bfloat16",
+) -> None:
+    """Say what is installed, what computes the operations and why.
+
+    Example: conv2former doctor --warm conv2former_t
+    """
+    from conv2former.doctor import report
+    from conv2former.doctor import warm as compile_ahead
+
+    print("\n".join(report()))
+    if warm:
+        print(compile_ahead(warm, size=size, dtype=dtype))

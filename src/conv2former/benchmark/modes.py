@@ -26,6 +26,7 @@ from conv2former.runtimes import compiled_for_openvino
 MODES: dict[str, tuple[str, ...]] = {
     "eager": (),
     "compile": (),
+    "cudagraphs": (),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
     "openvino-int8": ("nncf", "openvino"),
@@ -119,6 +120,8 @@ def _network(model: nn.Module, c: Configuration) -> Callable[[Tensor], Tensor]:
     """The model as its mode runs it."""
     if c.mode == "eager":
         return model
+    if c.mode == "cudagraphs":
+        return torch.compile(model, mode="reduce-overhead")
     # inference on a CPU takes the weights for constants, which are packed beforehand
     options: dict[str, Any] = {"freezing": not c.training} if torch.device(c.device).type == "cpu" else {}
     return torch.compile(model, options=options | ({"cpp.enable_kernel_profile": True} if c.named_kernels else {}))

@@ -126,6 +126,8 @@ def _check_modes(modes: Sequence[str], options: BenchmarkOptions, device: torch.
     for mode in modes:
         if mode in EXPORTED and options.training:
             raise UserError(f"{mode} does not train: leave --mode {mode} or --train out")
+        if mode == "cudagraphs" and device.type != "cuda":
+            raise UserError("CUDA graphs are recorded on an NVIDIA GPU alone: leave --mode cudagraphs out")
         if mode in EXPORTED and device.type != "cpu":
             raise UserError(f"{mode} is measured on the CPU alone: leave it out, or use --device cpu")
         if missing := [package for package in MODES[mode] if importlib.util.find_spec(package) is None]:

@@ -21,15 +21,16 @@ class Operation(NamedTuple):
     share: float
 
 
-def profile_step(step: Callable[[], Any], device: torch.device) -> list[Operation]:
+def profile_step(step: Callable[[], Any], device: torch.device, *, top: int = TOP) -> list[Operation]:
     """Runs a step under PyTorch's profiler.
 
     Args:
         step: What is run, once.
+        top: How many operations are returned.
         device: On a GPU the times are its kernels', else those of the operators on the CPU.
 
     Returns:
-        The ``TOP`` operations that took longest by themselves, without what they called.
+        The operations that took longest by themselves, without what they called.
     """
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as recorded:
@@ -43,7 +44,7 @@ def profile_step(step: Callable[[], Any], device: torch.device) -> list[Operatio
     found = [
         Operation(event.key, event.count, time / 1e6, time / total) for event, time in zip(events, times, strict=True)
     ]
-    return sorted(found, key=lambda operation: -operation.seconds)[:TOP]
+    return sorted(found, key=lambda operation: -operation.seconds)[:top]
 
 
 def to_text(title: str, operations: list[Operation]) -> str:

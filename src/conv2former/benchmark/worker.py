@@ -19,7 +19,7 @@ import torch
 
 from conv2former.benchmark.modes import DTYPES, MODES, Configuration, prepare
 from conv2former.benchmark.peak import peak_rate
-from conv2former.benchmark.profiling import Operation, profile_step
+from conv2former.benchmark.profiling import TOP, Operation, profile_step
 from conv2former.errors import one_line
 from conv2former.machine import version_of
 
@@ -52,6 +52,10 @@ class Worker:
         """Seconds of one step."""
         return self._ask("step")
 
+    def burst(self, steps: int) -> tuple[float, float] | None:
+        """Seconds of a step among several without a wait between them, and of the host's part of it."""
+        return self._ask("burst", steps)
+
     def memory(self) -> int | None:
         """Bytes at the peak of the steps beyond what the process held before there was a model."""
         return self._ask("memory")
@@ -64,9 +68,9 @@ class Worker:
         """Multiply-adds per second of the best of several products of large square matrices."""
         return self._ask("peak", dtype)
 
-    def profile(self) -> list[Operation] | None:
+    def profile(self, top: int = TOP) -> list[Operation] | None:
         """The operations of one step, the longest first."""
-        return self._ask("profile")
+        return self._ask("profile", top)
 
     def close(self) -> None:
         """Ends the process."""
@@ -143,6 +147,16 @@ class Holder:
         self._settle()
         return time.perf_counter() - started
 
+    def burst(self, steps: int) -> tuple[float, float]:
+        """Seconds of a step, and of the host's part of it, among several without a synchronisation."""
+        self._settle()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        sent = time.perf_counter()
+        self._settle()
+        return (time.perf_counter() - started) / steps, (sent - started) / steps
+
     def memory(self) -> int | None:
         """Peak of the steps, bytes: of the process, or PyTorch's on a GPU. None where the system does not say."""
         if self._gpu:
@@ -159,9 +173,9 @@ class Holder:
         """Multiply-adds per second of a large product on the machine."""
         return peak_rate(self._device, DTYPES[dtype])
 
-    def profile(self) -> list[Operation]:
+    def profile(self, top: int) -> list[Operation]:
         """The operations of one step."""
-        return profile_step(self._step, self._device)
+        return profile_step(self._step, self._device, top=top)
 
     def _settle(self) -> None:
         if self._gpu:

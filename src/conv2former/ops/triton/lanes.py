@@ -134,7 +134,7 @@ _instead: list[Callable[..., Any]] = []
 
 @contextlib.contextmanager
 def instead_of_launching(launcher: Callable[..., Any]) -> Iterator[None]:
-    """Gives ``launcher(kernel, args, constants)`` whatever would be launched or timed meanwhile; nothing is chosen."""
+    """Gives ``launcher(kernel, programs, args, constants)`` what would be launched or timed meanwhile."""
     _instead.append(launcher)
     try:
         yield
@@ -145,7 +145,7 @@ def instead_of_launching(launcher: Callable[..., Any]) -> Iterator[None]:
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Starts a kernel."""
     if _instead:
-        _instead[-1](kernel, args, constants)
+        _instead[-1](kernel, programs, args, constants)
     else:
         kernel[(programs,)](*args, **constants)
 

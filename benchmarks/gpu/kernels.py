@@ -1,0 +1,218 @@
+"""Second call: every kernel at every stage of Conv2Former-T in every configuration that is timed. 250 seconds.
+
+A row for each: median microseconds by the GPU's events, GB/s, multiply-adds, and the fraction of the floor, which is
+the longer of two times. Memory: the bytes that must move once, at the rate of a copy of a large tensor here.
+Arithmetic: the instructions that cannot be left out, one a clock and lane. Small maps stay in the GPU's cache from one
+launch to the next and may be faster than the floor of memory. Beside them PyTorch's own depthwise convolution in both
+layouts. What time is left goes to tiles that the counting left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Archive, microseconds, parser
+from torch import nn
+
+from conv2former.doctor import maps
+from conv2former.ops.triton import lanes, large_kernel, three_rows
+from conv2former.ops.triton.warm import Maps, operations
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ops import copy_rate, multiply_rate
+
+BATCH = 128
+# of a kernel's use: maps that are read or written, instructions for each element beside the taps of the convolution
+WORK = {
+    "pad": (2, 20),
+    "pad backward": (7, 25),
+    "forward": (4, 0),
+    "input gradient": (3, 20),
+    "weight gradient": (2, 0),
+    "MLP forward": (2, 34),
+    "MLP inner": (3, 50),
+    "MLP input": (4, 31),
+}
+METRICS = (
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active,sm__inst_executed.avg.per_cycle_active,gpu__time_duration.sum"
+)
+
+
+def use_of(kernel: Any, constants: dict[str, Any]) -> str:
+    """Which of a kernel's uses a launch is."""
+    if kernel.__name__ == "convolution_kernel":
+        return "input gradient" if constants["BACKWARD"] else "forward"
+    if kernel.__name__ == "three_rows_kernel":
+        return f"MLP {constants['STAGE']}"
+    return kernel.__name__.removesuffix("_kernel").replace("_", " ")
+
+
+def needed_taps(kernel: int, side: int) -> float:
+    """Multiply-adds for an element of a square map, on average: those of the padding are not needed."""
+    pad = kernel // 2
+    return (sum(min(y + pad, side - 1) - max(y - pad, 0) + 1 for y in range(side)) / side) ** 2
+
+
+class Timer:
+    """Launches what is given to it and writes a row about it.
+
+    Args:
+        archive: Of the rows.
+        rates: Bytes, and instructions of a lane, a second.
+        batch: Images.
+    """
+
+    def __init__(self, archive: Archive, rates: tuple[float, float], batch: int) -> None:
+        self._archive, self._rates, self._seen, self.batch = archive, rates, set(), batch
+        self.maps: Maps | None = None
+
+    def __call__(self, kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Takes the place of ``lanes.launch``: what follows finds the kernel's output in its place."""
+
+        def call() -> None:
+            kernel[(programs,)](*args, **constants)
+
+        assert self.maps is not None
+        use, maps = use_of(kernel, constants), self.maps
+        shown = {name: value for name, value in constants.items() if name in ("T", "N", "CG", "SINGLE", "num_warps")}
+        key = use, maps, tuple(shown.items())
+        if key in self._seen:
+            return call()
+        self._seen.add(key)
+        if self._archive.left() < 5:
+            return call()
+        try:
+            took, spread = microseconds(call)
+        except Exception as error:  # a configuration that the GPU refuses is a finding
+            self._archive.add(kernel=use, maps=maps, configuration=shown, error=str(error)[:300])
+            return None
+        channels = constants["C"]
+        elements = self.batch * maps.side**2 * channels
+        tensors, beside = WORK[use]
+        taps = 0.0 if "pad" in use else needed_taps(3 if "MLP" in use else maps.kernel_size, maps.side)
+        taps *= 2 if use == "MLP inner" else 1
+        moved = tensors * elements * maps.dtype.itemsize
+        floors = moved / self._rates[0], elements * (taps + beside) / self._rates[1]
+        self._archive.add(
+            kernel=use, map=f"{maps.side}x{maps.side}x{channels}", k=maps.kernel_size, configuration=shown,
+            programs=programs, us=round(took, 2), spread_us=round(spread, 2), gb_per_s=round(moved / took / 1e3, 1),
+            tfma_per_s=round(elements * taps / took / 1e6, 2), of_floor=round(1e6 * max(floors) / took, 3),
+            limit="memory" if floors[0] > floors[1] else "arithmetic",
+        )  # fmt: skip
+        return None
+
+
+def ours(timer: Timer, stages: list[Maps], device: str) -> None:
+    """All kernels of all stages."""
+    for stage in stages:
+        timer.maps = stage
+        with lanes.instead_of_launching(timer):
+            for operation in operations(stage, batch=timer.batch, device=device).values():
+                operation()
+
+
+def pytorchs(archive: Archive, stages: list[Maps], device: str, batch: int) -> None:
+    """PyTorch's own depthwise convolution, forward and with both gradients, in both layouts."""
+    torch.backends.cudnn.benchmark = True
+    for stage in stages:
+        for channels, size in ((stage.channels, stage.kernel_size), (stage.hidden, 3)):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                if not archive.has_time(5, f"PyTorch's convolution of {channels} channels"):
+                    return
+                conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels)
+                conv = conv.to(device, stage.dtype, memory_format=layout)
+                x = torch.randn(batch, channels, stage.side, stage.side, device=device, dtype=stage.dtype)
+                x = x.to(memory_format=layout).requires_grad_()
+                out = conv(x)
+                g = torch.randn_like(out)
+                given = x, conv.weight, conv.bias
+
+                def backward(out: Any = out, given: Any = given, g: Any = g) -> Any:
+                    return torch.autograd.grad(out, given, g, retain_graph=True)
+
+                row: dict[str, Any] = dict(
+                    kernel="PyTorch's convolution", map=f"{stage.side}x{stage.side}x{channels}", k=size,
+                    layout=str(layout).removeprefix("torch."),
+                )  # fmt: skip
+                forward: Callable[[], Any] = lambda conv=conv, x=x: conv(x)  # noqa: E731
+                few = 8 if device == "cuda" else 2
+                row["us"] = round(microseconds(forward, repeats=few, warm_up=2)[0], 1)
+                row["backward_us"] = round(microseconds(backward, repeats=few, warm_up=2)[0], 1)
+                archive.add(**row)
+
+
+def every_tile(archive: Archive, timer: Timer, stages: list[Maps], device: str) -> None:
+    """Tiles of the convolution and of the MLP that are not among those that are timed at first use."""
+
+    def all_of_them(kernel: int, channels: int, width: int, itemsize: int) -> list[lanes.Config]:
+        return [
+            dict(T=t, N=n, CG=lanes.channel_group(channels, n), SINGLE=width <= t, **large_kernel.compiling(4, 168))
+            for n in large_kernel.LANES for t in large_kernel.TILES
+            if n // 128 * (t + kernel) <= 112
+        ]  # fmt: skip
+
+    def all_marches(stage: str, width: int, exact: bool) -> list[lanes.Config]:
+        widest = 8 if stage == "inner" else 14
+        return [
+            dict(T=t, SINGLE=width <= t, num_warps=three_rows.WARPS, num_stages=1, maxnreg=168)
+            for t in three_rows.TILES if t <= widest
+        ]  # fmt: skip
+
+    large_kernel.candidates, three_rows.candidates = all_of_them, all_marches
+    for stage in stages:
+        if not archive.has_time(40, f"all tiles at {stage.side} x {stage.side}"):
+            return
+        ours(timer, [stage], device)
+
+
+def counters(archive: Archive) -> None:
+    """What the hardware counts in the largest kernels, by ncu."""
+    if not shutil.which("ncu") or not archive.has_time(45, "ncu"):
+        return
+    command = ["ncu", "--clock-control", "none", "--metrics", METRICS, "--launch-count", "12", "--csv"]
+    command += ["--kernel-name", "regex:kernel", sys.executable, __file__, "--once", "--out", "unused"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=40)
+        archive.add(what="ncu", text=answer.stdout[-6000:], errors=answer.stderr[-500:])
+    except subprocess.TimeoutExpired:
+        archive.add(what="ncu", error="it took more than 40 s")
+
+
+def main() -> None:
+    """Measures."""
+    options = parser(__doc__)
+    options.add_argument("--once", action="store_true", help="only launch the kernels of the first stage, for ncu")
+    options = options.parse_args()
+    device = "cpu" if options.rehearse else "cuda"
+    stages = maps("conv2former_t", size=224, dtype=torch.bfloat16)
+    if options.once:
+        for operation in operations(stages[0], batch=BATCH, device=device).values():
+            operation()
+        torch.cuda.synchronize()
+        return
+    archive = Archive("kernels", options)
+    if options.rehearse:
+        import no_launch
+
+        no_launch.activate()
+        rates, batch = (1e10, 1e10), 1
+    else:
+        batch = BATCH
+        rates = copy_rate(torch.device(device)), multiply_rate(torch.device(device))
+    archive.add(what="rates", bytes_per_s=rates[0], instructions_per_s=rates[1])
+    timer = Timer(archive, rates, batch)
+    ours(timer, stages, device)
+    pytorchs(archive, stages[-1:] if options.rehearse else stages, device, batch)
+    counters(archive)
+    every_tile(archive, timer, stages[-1:] if options.rehearse else stages, device)
+
+
+if __name__ == "__main__":
+    main()
