@@ -142,6 +142,7 @@ def three_rows_kernel(source, taps, bias, g, u, out, partial, batch, H, W, chunk
             tl.store(at + which * (R * C), sums[which], mask=lane < R * CG)
 
 
+@functools.lru_cache(4096)
 def candidates(stage: str, width: int, exact: bool) -> list[Config]:
     """The three tiles with the fewest instructions for an output at this width, which are timed.
 
@@ -161,7 +162,9 @@ def candidates(stage: str, width: int, exact: bool) -> list[Config]:
 
 
 @functools.lru_cache(4096)
-def deal(batch: int, height: int, strips: int, positions: int, groups: int, at_once: int) -> tuple[int, int, int]:
+def deal(
+    batch: int, height: int, strips: int, positions: int, groups: int, at_once: int, *, persistent: bool
+) -> tuple[int, int, int]:
     """How the rows of the maps are dealt out to marches, for the least time by counting.
 
     Args:
@@ -170,8 +173,8 @@ def deal(batch: int, height: int, strips: int, positions: int, groups: int, at_o
         strips: Of a map.
         positions: R, the marches of a block.
         groups: Of channels.
-        at_once: Programs that the device holds at once; negative where no more are started, each of which then takes
-            several blocks.
+        at_once: Programs that the device holds at once.
+        persistent: Whether no more than those are started, each of which then takes several blocks.
 
     Returns:
         Chunks of a map's height, rows of a chunk, programs.
@@ -181,8 +184,8 @@ def deal(batch: int, height: int, strips: int, positions: int, groups: int, at_o
         span = ceil_div(height, wanted)
         chunks = ceil_div(height, span)
         blocks = ceil_div(batch * chunks * strips, positions)
-        if at_once < 0:
-            started = min(blocks, max(-at_once // groups, 1))
+        if persistent:
+            started = min(blocks, max(at_once // groups, 1))
             rounds = float(ceil_div(blocks, started))
         else:
             started = blocks
@@ -209,12 +212,13 @@ def march(
     source, step = pixels(source)
     (g, step_g), (u, step_u) = ((source, 0) if x is None else pixels(x) for x in (g, u))
     exact, inner = source.dtype == torch.float32, stage == "inner"
-    at_once = PER_PROCESSOR * processors(source) * (-1 if inner else 1)
+    at_once = PER_PROCESSOR * processors(source)
     sums = None
 
     def start(config: Config) -> None:
         nonlocal sums
-        chunks, span, programs = deal(batch, height, ceil_div(width, config["T"]), positions, groups, at_once)
+        strips = ceil_div(width, config["T"])
+        chunks, span, programs = deal(batch, height, strips, positions, groups, at_once, persistent=inner)
         partial = source
         if inner:
             shape = programs // groups, SUMS, positions, channels
@@ -225,8 +229,11 @@ def march(
             C=channels, S=step, SG=step_g, SU=step_u, STAGE=stage, EXACT=exact, CG=group, N=LANES, **config,
         )  # fmt: skip
 
-    kind = stage, channels, shape_class(batch * height, width), source.dtype, source.device
-    _march.run(kind, lambda: candidates(stage, width, exact), start)
+    if inner:  # by its own width alone, not by another one of its class that came first
+        start(candidates(stage, width, exact)[0])
+    else:
+        kind = stage, channels, shape_class(batch * height, width), source.dtype, source.device
+        _march.run(kind, lambda: candidates(stage, width, exact), start)
     return out, sums.sum((0, 2)) if sums is not None else None
 
 
