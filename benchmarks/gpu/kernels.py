@@ -148,6 +148,34 @@ def pytorchs(archive: Archive, stages: list[Maps], device: str, batch: int) -> N
                 archive.add(**row)
 
 
+def products(archive: Archive, stages: list[Maps], device: str, batch: int) -> None:
+    """W1 and W2 as two products and as one, forward and backward under autocast: is joining them worth its code?"""
+    for stage in stages:
+        if not archive.has_time(5, "W1 and W2"):
+            return
+        x = torch.randn(batch, stage.side, stage.side, stage.channels, device=device, requires_grad=True)
+        w1, w2 = (nn.Linear(stage.channels, stage.channels, device=device) for _ in range(2))
+        g = torch.randn(*x.shape, device=device, dtype=stage.dtype)
+
+        def two(x: Any = x, w1: Any = w1, w2: Any = w2) -> tuple[Any, Any]:
+            return w1(x), w2(x)
+
+        def one(x: Any = x, w1: Any = w1, w2: Any = w2) -> Any:
+            weight, bias = torch.cat((w1.weight, w2.weight)), torch.cat((w1.bias, w2.bias))
+            return nn.functional.linear(x, weight, bias).chunk(2, -1)
+
+        row: dict[str, Any] = dict(what="W1 and W2", map=f"{stage.side}x{stage.side}x{stage.channels}")
+        for name, form in (("two_us", two), ("one_us", one)):
+
+            def step(form: Callable[[], Any] = form, x: Any = x, w1: Any = w1, w2: Any = w2, g: Any = g) -> None:
+                with torch.autocast(x.device.type, torch.bfloat16):
+                    parts = form()
+                torch.autograd.grad(parts, (x, w1.weight, w1.bias, w2.weight, w2.bias), (g, g))
+
+            row[name] = round(microseconds(step, repeats=10, warm_up=3)[0], 1)
+        archive.add(**row)
+
+
 def every_tile(archive: Archive, timer: Timer, stages: list[Maps], device: str) -> None:
     """Tiles of the convolution and of the MLP that are not among those that are timed at first use."""
 
@@ -210,6 +238,7 @@ def main() -> None:
     timer = Timer(archive, rates, batch)
     ours(timer, stages, device)
     pytorchs(archive, stages[-1:] if options.rehearse else stages, device, batch)
+    products(archive, stages, device, batch)
     counters(archive)
     every_tile(archive, timer, stages[-1:] if options.rehearse else stages, device)
 

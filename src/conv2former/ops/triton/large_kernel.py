@@ -230,7 +230,7 @@ def weight_config(kernel: int, channels: int, width: int, itemsize: int) -> Conf
     if INTERPRETED:
         tile, warps = INTERPRETED_TILE, 4
     else:
-        every = [(tile, lanes, warps) for warps in (8, 16) for tile in TILES]
+        every = [(tile, lanes, warps) for warps in (8, 16) for tile in TILES if itemsize == 2 or tile <= 12]
         registers = 100 if itemsize == 2 else 80
         tile, _, warps = fitting(every, kernel=kernel, width=width, itemsize=itemsize, registers=registers)[0]
     over = -width % tile > kernel // 2
@@ -282,7 +282,7 @@ def weight_gradient_kernel(source, da, partial, rows, H, W, blocks, C: tl.conste
                 if j >= t and j - t < K:
                     acc = replace(acc, j - t, tl.fma(value, grads[t], acc[j - t]))
         unit += 1
-    sums = partial + (((tl.program_id(0) // G).to(tl.int64) * K + ky) * K * R + position) * C + c
+    sums = partial + (tl.program_id(0) // G).to(tl.int64) * (K * K * R * C) + ((ky * K * R + position) * C + c)
     for kx in tl.static_range(K):
         tl.store(sums + kx * (R * C), acc[kx], mask=lane < K * R * CG)
 
