@@ -7,7 +7,7 @@ Every kernel is compiled in every configuration that would be launched or timed,
 that fit on a processor by registers, and the share of multiply-adds among the instructions of the longest loop, which
 bounds the fraction of the peak that the loop can reach. The exit status is 1 if anything spills.
 
-Needs no GPU: the assemblers and disassemblers come with Triton. All of it takes some fifteen minutes on two idle cores.
+Needs no GPU: the assemblers and disassemblers come with Triton. All of it takes some ten minutes on two idle cores.
 On sm_100 an instruction may hold two multiply-adds, so that the share there is of instructions alone.
 """
 
