@@ -41,7 +41,7 @@ HASHES = {
     "ade20k_upernet_t": "e5f1542b236cac13",
 }
 COMPILED = "b5f39d62ecc04540"  # imagenet1k_t with engine.compile=true
-SINCE = ("compile_mode", "float32_matmul_precision")  # settings of the engine that came later
+SINCE = ("compile_mode", "float32_matmul_precision", "cudnn_benchmark")  # settings of the engine that came later
 SHORT = ("schedule.epochs=1", "schedule.warmup_epochs=0")
 
 
@@ -92,7 +92,7 @@ def test_auto_is_off_on_a_cpu_and_the_run_says_so(
     recipe = tiny_recipe("engine.compile=auto", "engine.compile_mode=max-autotune")
     train(recipe, data=data, out=tmp_path / "run")
     lines = [line for line in capfd.readouterr().err.splitlines() if "engine.compile" in line]
-    assert lines == ["engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile"]
+    assert lines == ["engine.compile=auto is off: the run is not on an NVIDIA GPU, so nothing is compiled"]
     own = RunFolder(tmp_path / "run").recipe()
     assert own == tiny_recipe()
     assert RunFolder(tmp_path / "run").facts()["recipe_hash"] == tiny_recipe().digest()
@@ -226,28 +226,28 @@ def test_the_precision_of_products_is_the_recipes_and_is_put_back(
 def test_settings_are_put_back_when_a_run_fails(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: dict[str, set[Settings]]
 ) -> None:
-    monkeypatch.setattr("conv2former.torch_settings.is_nvidia", lambda device: True)
-    recipe = tiny_recipe("engine.float32_matmul_precision=high")
+    recipe = tiny_recipe("engine.float32_matmul_precision=high", "engine.cudnn_benchmark=true")
     stopped_run(recipe, data, tmp_path / "run", monkeypatch)
     # the search is for training alone
     assert seen == dict(training_step={("high", True)}, validation_step={("high", False)})
     assert settings() == ("highest", False)
 
 
-@pytest.mark.parametrize(("recipe", "search"), [(tiny_recipe, True), (small_segmenter, True), (small_detector, False)])
-def test_cudnn_searches_on_a_gpu_where_images_have_one_size(recipe: Callable[..., Recipe], search: bool) -> None:
-    work, before = workflow(recipe()), settings()
-    with applied(work.recipe, device=torch.device("cuda"), one_size=work.one_size):
-        assert settings() == ("highest", search)
-    with applied(work.recipe, device=torch.device("cpu"), one_size=work.one_size):
+def test_cudnn_searches_where_it_is_asked_to() -> None:
+    before = settings()
+    for asked in (False, True):
+        with applied(tiny_recipe(f"engine.cudnn_benchmark={asked}".lower())):
+            assert settings() == ("highest", asked)
         assert settings() == before
-    assert settings() == before
 
 
-def test_cudnn_does_not_search_where_runs_shall_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    with applied(tiny_recipe(), device=torch.device("cuda"), one_size=True):
-        assert not torch.backends.cudnn.benchmark
+def test_pytorchs_newer_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses() -> str:
+        raise RuntimeError("mixed use of the old and new settings")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
+    with pytest.raises(UserError, match=r"torch.backends.fp32_precision is set"), applied(tiny_recipe()):
+        pass
 
 
 @pytest.mark.parametrize(

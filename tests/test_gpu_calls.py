@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from conv2former.doctor import maps, report, warm
@@ -33,7 +36,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_rows_are_written_one_by_one_until_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = script("common", monkeypatch)
-    options = argparse.Namespace(out=tmp_path / "new", seconds=50, rehearse=True)
+    options = argparse.Namespace(out=tmp_path / "new", until=time.time() + 50.4, rehearse=True)
     archive = common.Archive("kernels", options)
     archive.add(what="first")
     assert [row["what"] for row in rows(tmp_path / "new")] == ["first"]
@@ -58,6 +61,27 @@ def test_taps_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert needed(kernel, side) == pytest.approx(counted.item())
 
 
+@pytest.mark.parametrize(("damage", "named"), [(0.0, "mod.dwconv.weight"), (-1.0, "mlp.dwconv.weight")])
+def test_wrong_gradients_of_small_weights_are_seen(damage: float, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one norm over all parameters they would not be."""
+    pytest.importorskip("triton")
+    call = script("correctness", monkeypatch)
+    torch.manual_seed(0)
+    model = timm.create_model("conv2former_test", num_classes=10, ls_init_value=1.0)
+    images, labels = torch.randn(2, 3, 64, 64), torch.arange(2)
+    names = [name for name, _ in model.named_parameters()]
+    exact, plain = (
+        call.gradients(net, x, labels, "reference", dtype)
+        for net, x, dtype in (
+            (copy.deepcopy(model).double(), images.double(), torch.float64), (model, images, torch.bfloat16)
+        )
+    )  # fmt: skip
+    assert call.compare(plain, plain, exact, names)[0][0] <= 1
+    wrong = [g * damage if named in name else g for g, name in zip(plain, names, strict=True)]
+    ratio, name = call.compare(wrong, plain, exact, names)[0]
+    assert ratio > 1 and named in name
+
+
 def test_doctor() -> None:
     lines = report()
     assert f"torch {torch.__version__.partition('+')[0]}" in lines[0]
@@ -66,6 +90,14 @@ def test_doctor() -> None:
     assert [(m.side, m.channels, m.hidden, m.kernel_size) for m in found] == [
         (56, 72, 288, 11), (28, 144, 576, 11), (14, 288, 1152, 11), (7, 576, 2304, 11)
     ]  # fmt: skip
+
+
+def test_doctor_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONV2FORMER_OPS", "reference")
+    assert "operations on cpu: reference, because CONV2FORMER_OPS says so" in report()
+    monkeypatch.setenv("CONV2FORMER_OPS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert any(line.startswith("operations on cpu: none, because the triton kernels cannot run") for line in report())
 
 
 def test_doctor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,15 @@ esac
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 if ls .gpu/*.whl >/dev/null 2>&1; then
   site=${TMPDIR:-/tmp}/conv2former-gpu
-  [ -d "$site" ] || "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .gpu/*.whl || exit 2
+  if [ ! -d "$site" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site.new" .gpu/*.whl || exit 2
+    mv "$site.new" "$site"
+  fi
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
 began=$SECONDS
 timeout --signal=INT --kill-after=10 "$limit" \
-  "$python" -u "benchmarks/gpu/$script.py" --out "$out" --seconds "$((limit - 8))" "$@"
+  "$python" -u "benchmarks/gpu/$script.py" --out "$out" --until "$(($(date +%s) + limit - 8))" "$@"
 code=$?
 echo "call $call ended with status $code after $((SECONDS - began)) of $limit s"
 exit $code

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+SLEEP = 20_000_000  # clocks of a GPU, some 10 ms: longer than the host takes for the calls that are timed
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of all calls."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, required=True, help="folder of the archive, rows.jsonl")
-    made.add_argument("--seconds", type=float, default=1e9, help="nothing new is begun in the last of them")
+    made.add_argument("--until", type=float, default=1e18, help="when all has to be written, seconds since 1970")
     made.add_argument("--rehearse", action="store_true", help="without a GPU: tiny sizes, the same code")
     return made
 
@@ -30,12 +31,12 @@ class Archive:
 
     Args:
         call: Its name, written into each row.
-        options: Of ``parser``: folder, seconds, whether it is a rehearsal, which each row then says.
+        options: Of ``parser``: folder, end, whether it is a rehearsal, which each row then says.
     """
 
     def __init__(self, call: str, options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
-        self._path, self._began, self._seconds = options.out / "rows.jsonl", time.monotonic(), options.seconds
+        self._path, self._began, self._until = options.out / "rows.jsonl", time.monotonic(), options.until
         self._common: Row = dict(call=call) | (dict(rehearsal=True) if options.rehearse else {})
 
     def add(self, **row: Any) -> Row:
@@ -51,7 +52,7 @@ class Archive:
 
     def left(self) -> float:
         """Seconds until the deadline."""
-        return self._seconds - (time.monotonic() - self._began)
+        return self._until - time.time()
 
     def has_time(self, seconds: float, what: str) -> bool:
         """Whether so much is left; if not, a row says what was left out."""
@@ -62,7 +63,10 @@ class Archive:
 
 
 def microseconds(call: Callable[[], Any], *, repeats: int = 20, warm_up: int = 5) -> tuple[float, float]:
-    """Median time of a call and the width of the middle half, by the GPU's own events; without a GPU by the host."""
+    """Median time of a call and the width of the middle half, by the GPU's own events; without a GPU by the host.
+
+    The GPU sleeps until the host has sent all calls off: a small kernel takes less time than its launch.
+    """
     for _ in range(warm_up):
         call()
     if not torch.cuda.is_available():
@@ -72,6 +76,7 @@ def microseconds(call: Callable[[], Any], *, repeats: int = 20, warm_up: int = 5
             call()
             times.append(1e6 * (time.perf_counter() - began))
     else:
+        torch.cuda._sleep(SLEEP)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for before, after in events:
             before.record()

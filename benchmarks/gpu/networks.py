@@ -45,7 +45,7 @@ def named(c: Configuration) -> dict[str, Any]:
     """What tells a row's configuration."""
     return dict(
         model=c.model, mode=c.mode, task="training" if c.training else "inference", batch=c.batch_size,
-        size=c.image_size, dtype=c.dtype, ops=c.ops,
+        size=c.image_size, dtype=c.dtype, ops=c.ops, fused=c.fuse,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def measure(archive: Archive, name: str, group: list[Configuration]) -> None:
 
 
 def turns(archive: Archive, workers: list[Worker]) -> None:
-    """Five rounds, then a row for each network, the first of the same task and batch being what it is compared with."""
+    """Five rounds. Then a row for each network, compared with the first one of its task and batch."""
     times: list[list[tuple[float, float]]] = [[] for _ in workers]
     for turn in range(ROUNDS):
         if archive.left() < 5:
@@ -86,7 +86,7 @@ def turns(archive: Archive, workers: list[Worker]) -> None:
         first.setdefault(kind, seconds)
         archive.add(
             **named(c), what="result", ms=1e3 * seconds, host_ms=1e3 * host, images_per_s=c.batch_size / seconds,
-            times_the_first=first[kind] / seconds, memory_gb=(worker.memory() or 0) / 1e9,
+            speedup_over_first=first[kind] / seconds, memory_gb=(worker.memory() or 0) / 1e9,
         )  # fmt: skip
 
 

@@ -32,13 +32,23 @@ def report() -> list[str]:
         f"{machine['system']}, {machine['cpus']} processors, GPUs: {', '.join(machine['gpus']) or 'none'}",
     ]
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        why = backend.module(backend.BY_DEVICE[device]).unusable(torch.device(device))
-        chosen = ops.backend_for(device)
-        lines.append(f"operations on {device}: {chosen}" + (f", because {why}" if why else ""))
+        lines.append(f"operations on {device}: {_operations(device)}")
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     if torch.cuda.is_available():
         lines.append(f"compiled GPU kernels are kept in {cache}")
     return lines
+
+
+def _operations(device: str) -> str:
+    """What computes them, and why it is not the fused code where it is not."""
+    try:
+        chosen = ops.backend_for(device)
+    except UserError as error:
+        return f"none, because {error}"
+    if backend.current() != "auto":
+        return f"{chosen}, because {backend.VARIABLE} says so"
+    why = backend.module(backend.BY_DEVICE[device]).unusable(torch.device(device))
+    return f"{chosen}, because {why}" if why else chosen
 
 
 def warm(name: str, *, size: int, dtype: str) -> str:
@@ -57,6 +67,8 @@ def warm(name: str, *, size: int, dtype: str) -> str:
         raise UserError(f"--warm {name}: there is no such network of ours{nearest(name, known)}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("--warm compiles nothing under Triton's interpreter: unset TRITON_INTERPRET")
     if why := backend.module("triton").unusable(torch.device("cuda")):
         raise UserError(f"--warm needs an NVIDIA GPU that the kernels run on: {why}")
     from conv2former.ops.triton.warm import warm

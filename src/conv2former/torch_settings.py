@@ -30,22 +30,23 @@ def fused_optimizer(recipe: Recipe, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def applied(recipe: Recipe, *, device: torch.device, one_size: bool) -> Iterator[None]:
+def applied(recipe: Recipe) -> Iterator[None]:
     """PyTorch's global settings while a run trains; at the end, whatever ends it, they are as they were before.
 
-    Args:
-        recipe: Says how exact float32 matrix products are.
-        device: Where the run trains.
-        one_size: Whether all training images have one size. On an NVIDIA GPU cuDNN then tries which algorithm is the
-            fastest; it would do so for every size anew.
+    Raises:
+        UserError: The caller has set TF32 by PyTorch's newer settings, which do not go together with this one.
     """
-    before, wanted = torch.get_float32_matmul_precision(), recipe.engine.float32_matmul_precision
-    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
-    search = one_size and is_nvidia(device) and not deterministic
+    wanted = recipe.engine.float32_matmul_precision
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        raise UserError(
+            "torch.backends.fp32_precision is set, which excludes engine.float32_matmul_precision: leave it as it is"
+        ) from None
     if wanted != before:
         torch.set_float32_matmul_precision(wanted)
     try:
-        with cudnn_benchmark(search or torch.backends.cudnn.benchmark):
+        with cudnn_benchmark(recipe.engine.cudnn_benchmark or torch.backends.cudnn.benchmark):
             yield
     finally:
         if wanted != before:
@@ -76,7 +77,7 @@ def start_lines(asked: Recipe, recipe: Recipe, device: torch.device) -> list[str
     if asked != recipe and engine.compile:
         lines.append("engine.compile=auto is on: torch.compile compiles the network for the NVIDIA GPU")
     elif asked != recipe:
-        lines.append("engine.compile=auto is off: there is no NVIDIA GPU, the network runs without torch.compile")
+        lines.append("engine.compile=auto is off: the run is not on an NVIDIA GPU, so nothing is compiled")
     exact = engine.precision == "32" and engine.float32_matmul_precision == "highest"
     if exact and is_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere brought TF32
         lines.append(

@@ -127,7 +127,7 @@ def train(
 def _fit(loop: Loop, run: RunFolder, *, resumed: bool) -> None:
     """Trains; the run's history gets the reason where it does not come to its end."""
     try:
-        with applied(loop.recipe, device=loop.fabric.device, one_size=loop.work.one_size):
+        with applied(loop.recipe):
             loop.fit(run, resumed=resumed)
     except (UserError, Interrupted) as error:
         if loop.fabric.is_global_zero:

@@ -29,7 +29,7 @@ def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: boo
         raise RuntimeError(
             f"no weights are published for {variant}: train some, or turn the authors' checkpoint into a folder with "
             f"`conv2former convert CHECKPOINT DST --model {variant}`, then timm.create_model('local-dir:DST', "
-            "pretrained=True)"
+            "pretrained=True), or --model local-dir:DST in timm's scripts, which also take --checkpoint FILE"
         )
     stages = tuple(range(len(kwargs.get("dims", ()))))
     kwargs.setdefault("feature_cfg", dict(out_indices=stages, flatten_sequential=True))

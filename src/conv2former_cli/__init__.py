@@ -6,6 +6,7 @@ and timm, which takes seconds: ``conv2former --help`` must not wait for that.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -29,7 +30,7 @@ def main() -> None:
         sys.exit(1)
     except ModuleNotFoundError as error:
         package = (error.name or "conv2former").partition(".")[0]
-        if package == "conv2former":
+        if package == "conv2former" or importlib.util.find_spec(package):  # ours, or an old release of a package
             raise
         name = {"yaml": "pyyaml", "PIL": "pillow"}.get(package, package.replace("_", "-"))
         print(f"error: {name} is not installed, and conv2former needs it: pip install {name}", file=sys.stderr)

@@ -91,7 +91,9 @@ class Normalisation(StrEnum):
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="The authors' checkpoint (.pth.tar, .pth or .safetensors).")],
+    src: Annotated[
+        Path, typer.Argument(help="A checkpoint of the authors or of timm's train.py (.pth.tar, .pth, .safetensors).")
+    ],
     dst: Annotated[Path, typer.Argument(help="Folder to make.")],
     model: Annotated[str, typer.Option(help="What it is, conv2former_t for example.")],
     normalisation: Annotated[

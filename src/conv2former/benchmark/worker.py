@@ -148,14 +148,18 @@ class Holder:
         return time.perf_counter() - started
 
     def burst(self, steps: int) -> tuple[float, float]:
-        """Seconds of a step, and of the host's part of it, among several without a synchronisation."""
+        """Seconds of a step among several without a synchronisation, and of the host's part of the first of them.
+
+        Later ones may find the GPU's queue full, and then the host waits.
+        """
         self._settle()
         started = time.perf_counter()
-        for _ in range(steps):
+        self._step()
+        sent = time.perf_counter() - started
+        for _ in range(steps - 1):
             self._step()
-        sent = time.perf_counter()
         self._settle()
-        return (time.perf_counter() - started) / steps, (sent - started) / steps
+        return (time.perf_counter() - started) / steps, sent
 
     def memory(self) -> int | None:
         """Peak of the steps, bytes: of the process, or PyTorch's on a GPU. None where the system does not say."""

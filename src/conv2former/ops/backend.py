@@ -84,9 +84,9 @@ def _resolve(choice: str, device: str) -> str:
     name = BY_DEVICE.get(device, "reference") if choice == "auto" else choice
     if name == "reference":
         return name
+    if choice != "auto":
+        _usable(name, device)
     why = module(name).unusable(torch.device(device))
-    if why and choice != "auto":
-        raise UserError(f"the {choice} kernels cannot run on {device}: {why}; use auto or reference")
     if why:
         _log.warning(f"operations on {device} are computed by plain PyTorch, because {why}")
     else:
@@ -109,7 +109,13 @@ def kernels(device: torch.device) -> Any:
         UserError: It cannot run there.
     """
     name = "triton" if current() == "triton" else BY_DEVICE.get(device.type, "triton")
-    _resolve(name, device.type)
+    return _usable(name, device.type)
+
+
+@functools.cache
+def _usable(name: str, device: str) -> ModuleType:
+    if why := module(name).unusable(torch.device(device)):
+        raise UserError(f"the {name} kernels cannot run on {device}: {why}; use auto or reference")
     return module(name)
 
 

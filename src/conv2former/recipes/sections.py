@@ -170,6 +170,10 @@ class EngineSection(Section):
     float32_matmul_precision: Literal["highest", "high"] = Field(
         default="highest", description="of torch.set_float32_matmul_precision; 'high' allows TF32 in matrix products"
     )
+    cudnn_benchmark: bool = Field(
+        default=False,
+        description="cuDNN times its algorithms in training; a resumed run may then differ in the last bits",
+    )
     grad_checkpointing: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = Field(
@@ -257,4 +261,4 @@ FREE: dict[str, Any] = dict(
 )
 
 # settings of the engine that came later, with what was done before: a recipe with these values keeps its hash
-LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="highest")
+LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False)

@@ -44,11 +44,9 @@ class Workflow(ABC):
 
     Attributes:
         headline: The column of the metrics that is maximised.
-        one_size: Whether all training images have the shape of ``train_shape``.
     """
 
     headline: ClassVar[str]
-    one_size: ClassVar[bool] = True
 
     def __init__(self, recipe: Any) -> None:
         self.recipe = recipe

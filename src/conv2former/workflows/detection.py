@@ -24,7 +24,6 @@ class DetectionWorkflow(DenseWorkflow):
     """Mask R-CNN and Cascade Mask R-CNN on any hierarchical backbone."""
 
     headline = "val_box_ap"
-    one_size = False
     train_dataset, val_dataset = TrainObjects, EvalObjects
 
     def open_splits(self, root: Path | None) -> CocoSplits:
