@@ -43,7 +43,7 @@ from shown import (
 SHOWN = shown_commands()
 
 # What marks may name. Whatever else a command wants, a test can have in small.
-LACKING = ("GPU", "SLURM", "ImageNet", "COCO", "Hugging Face hub", "Chromium")
+LACKING = ("GPU", "a network", "SLURM", "ImageNet", "COCO", "Hugging Face hub", "Chromium")
 
 # What is appended to make a command short: the first pattern found in it says what. The last of an option counts.
 TRAINING = "--set schedule.epochs=1 --set schedule.warmup_epochs=0 --set data.workers=0"

@@ -191,6 +191,7 @@ def settings() -> Settings:
 def restored() -> Iterator[None]:
     """Puts PyTorch's settings back whatever a test does to them."""
     precision, benchmark = settings()
+    torch.backends.cudnn.benchmark = False  # another test may have left it on
     yield
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.benchmark = benchmark
@@ -233,6 +234,7 @@ def test_settings_are_put_back_when_a_run_fails(
     assert settings() == ("highest", False)
 
 
+@pytest.mark.usefixtures("restored")
 def test_cudnn_searches_where_it_is_asked_to() -> None:
     before = settings()
     for asked in (False, True):
