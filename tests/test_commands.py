@@ -81,7 +81,7 @@ APPENDED = (
     (r"tensorboard ", "--port 0 --host 127.0.0.1"),
 )
 # Compile, calibrate, start a process for each model, take eight networks: in the slow tests, as are --help's examples.
-LONG = r"aotinductor|triton_build|openvino-int8|conv2former benchmark|resnet50d"
+LONG = r"aotinductor|triton_build|host_time|openvino-int8|conv2former benchmark|resnet50d"
 
 
 def is_long(command: Shown) -> bool:

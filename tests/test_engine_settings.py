@@ -169,6 +169,7 @@ def test_cuda_graphs_are_refused_where_gradients_are_added_up(mode: str) -> None
     check_cuda_graphs(without, accumulate=2, device=torch.device("cuda"))
 
 
+@pytest.mark.slow  # compiles
 def test_a_machine_without_a_compiler_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)

@@ -369,6 +369,23 @@ def test_on_gpu(case: Case) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", ["modulation", "mlp"])
+def test_what_is_timed_does_not_change_the_bits_on_gpu(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why := kernels.unusable(torch.device("cuda")):
+        pytest.skip(why)
+    from conv2former.ops.triton import lanes, large_kernel, three_rows
+
+    case = Case(operation, (4, 28, 30, 72), 11 if operation == "modulation" else 3, "bfloat16")
+    found = set()
+    for which in range(3):
+        monkeypatch.setattr(lanes, "fastest", lambda configs, start, which=which: configs[which])
+        monkeypatch.setattr(large_kernel, "_convolution", lanes.Choice())
+        monkeypatch.setattr(three_rows, "_march", lanes.Choice())
+        found.add(tuple(bits(case, "cuda")))
+    assert len(found) == 1
+
+
 def use_tile(tile: int) -> None:
     """Has the kernels take this tile, which the interpreter's configurations leave open."""
     from conv2former.ops.triton import large_kernel, three_rows
