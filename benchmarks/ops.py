@@ -30,7 +30,7 @@ from torch import Tensor
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
 from conv2former.benchmark.peak import peak_rate
-from conv2former.meta import build_on_meta
+from conv2former.doctor import maps
 from conv2former.ops import backend
 
 CORES_PER_SM = 128  # float32 multiply-adds a clock of one multiprocessor, compute capability 8.0 (64) apart
@@ -158,16 +158,6 @@ def floors(operation: str, shape: tuple[int, ...], kernel: int, dtype: torch.dty
     return tensors * elements * dtype.itemsize, multiplies * (3 if backward else 1)
 
 
-def stages(name: str, batch: int, size: int) -> list[tuple[tuple[int, ...], int]]:
-    """Maps and kernel sizes of a model's stages."""
-    model = build_on_meta(name)
-    found = []
-    for stage, info in zip(model.stages, model.feature_info, strict=True):
-        side = size // info["reduction"]
-        found.append(((batch, side, side, info["num_chs"]), stage.blocks[0].mod.dwconv.kernel_size[0]))
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,12 +189,13 @@ def main(arguments: list[str] | None = None) -> None:
         f"{'operation':22}{'map':>18}{'k':>4}{'PyTorch':>11}{'fused':>10}{'spread':>8}{'ratio':>7}{'floor':>7}  limit"
     )
     rows = []
-    for shape, kernel in stages(options.model, options.batch, options.size):
+    for stage in maps(options.model, size=options.size, dtype=dtype):
+        shape = options.batch, stage.side, stage.side, stage.channels
         for operation, of, k in (
-            ("modulation", shape, kernel),
-            ("modulation backward", shape, kernel),
-            ("mlp middle", (*shape[:3], 4 * shape[3]), 3),
-            ("mlp middle backward", (*shape[:3], 4 * shape[3]), 3),
+            ("modulation", shape, stage.kernel_size),
+            ("modulation backward", shape, stage.kernel_size),
+            ("mlp middle", (*shape[:3], stage.hidden), 3),
+            ("mlp middle backward", (*shape[:3], stage.hidden), 3),
         ):
             moved, multiplies = floors(operation, of, k, dtype)
             memory, arithmetic = 1e3 * moved / bytes_rate, 1e3 * multiplies / multiplies_rate

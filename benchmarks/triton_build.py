@@ -32,12 +32,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conv2former.ops.triton import lanes, large_kernel, three_rows
+from conv2former.doctor import maps
+from conv2former.ops.triton import lanes
+from conv2former.ops.triton.warm import operations
 
 TARGETS = (80, 89, 90, 100)
 KERNEL_SIZES = (3, 7, 11, 21)
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-STAGES = ((72, 56), (144, 28), (288, 14), (576, 7))  # channels, side
 BATCH = 128
 REGISTERS = 65536  # of a processor
 COMPILING = ("num_warps", "num_stages", "maxnreg")
@@ -67,18 +68,22 @@ class Program:
     @property
     def what(self) -> str:
         """Which of the kernel's uses."""
-        constants = dict(self.constants)
-        if self.kernel == "convolution_kernel":
-            return "input gradient" if constants["BACKWARD"] else "forward"
-        if self.kernel == "three_rows_kernel":
-            return f"MLP {constants['STAGE']}"
-        return self.kernel.removesuffix("_kernel").replace("_", " ")
+        return use_of(self.kernel, dict(self.constants))
 
     @property
     def text(self) -> str:
         """The configuration in words."""
         shown = [f"{name}={value}" for name, value in self.constants if name in ("C", "K", "CG", "N", "T", "SINGLE")]
         return " ".join([*shown, f"warps={dict(self.compiling)['num_warps']}"])
+
+
+def use_of(kernel: str, constants: dict[str, Any]) -> str:
+    """Which of a kernel's uses a launch is."""
+    if kernel == "convolution_kernel":
+        return "input gradient" if constants["BACKWARD"] else "forward"
+    if kernel == "three_rows_kernel":
+        return f"MLP {constants['STAGE']}"
+    return kernel.removesuffix("_kernel").replace("_", " ")
 
 
 def programs(kernel_sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[Program]:
@@ -105,16 +110,12 @@ def programs(kernel_sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> 
             )
         )
 
-    with lanes.instead_of_launching(note), torch.device("meta"):
-        for dtype, (channels, side) in itertools.product(dtypes, STAGES):
-            u, h = (torch.empty(BATCH, side, side, width, dtype=dtype) for width in (channels, 4 * channels))
-            bias, wide = torch.empty(channels), torch.empty(4 * channels)
-            for size in kernel_sizes:
-                weight = torch.empty(channels, 1, size, size)
-                large_kernel.modulation(u, u, weight, bias, True)
-                large_kernel.modulation_backward(u, u, u, u, weight)
-            three_rows.mlp_middle(h, torch.empty(4 * channels, 1, 3, 3), wide)
-            three_rows.mlp_middle_backward(h, h, torch.empty(4 * channels, 1, 3, 3), wide)
+    stages = [stage for dtype in dtypes for stage in maps("conv2former_t", size=224, dtype=dtype)]
+    with lanes.instead_of_launching(note):
+        for stage, size in itertools.product(stages, kernel_sizes):
+            given = dataclasses.replace(stage, kernel_size=size)
+            for operation in operations(given, batch=BATCH, device="meta").values():
+                operation()
     yield from dict.fromkeys(found)
 
 

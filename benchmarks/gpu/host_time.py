@@ -17,7 +17,8 @@ from typing import Any
 import no_launch
 import torch
 
-from conv2former.ops.triton.warm import Maps, operations
+from conv2former.ops.triton import Maps
+from conv2former.ops.triton.warm import operations
 
 CALLS = 100
 MAPS = Maps(side=7, channels=72, hidden=288, kernel_size=11, dtype=torch.bfloat16)

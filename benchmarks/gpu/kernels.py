@@ -9,6 +9,7 @@ layouts. What time is left goes to tiles that the counting left out.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -23,11 +24,12 @@ from common import Archive, microseconds, parser
 from torch import nn
 
 from conv2former.doctor import maps
-from conv2former.ops.triton import lanes, large_kernel, three_rows
-from conv2former.ops.triton.warm import Maps, operations
+from conv2former.ops.triton import Maps, lanes, large_kernel, three_rows
+from conv2former.ops.triton.warm import operations
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ops import copy_rate, multiply_rate
+from triton_build import use_of
 
 BATCH = 128
 # of a kernel's use: maps that are read or written, instructions for each element beside the taps of the convolution
@@ -45,15 +47,6 @@ METRICS = (
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__warps_active.avg.pct_of_peak_sustained_active,sm__inst_executed.avg.per_cycle_active,gpu__time_duration.sum"
 )
-
-
-def use_of(kernel: Any, constants: dict[str, Any]) -> str:
-    """Which of a kernel's uses a launch is."""
-    if kernel.__name__ == "convolution_kernel":
-        return "input gradient" if constants["BACKWARD"] else "forward"
-    if kernel.__name__ == "three_rows_kernel":
-        return f"MLP {constants['STAGE']}"
-    return kernel.__name__.removesuffix("_kernel").replace("_", " ")
 
 
 def needed_taps(kernel: int, side: int) -> float:
@@ -82,7 +75,7 @@ class Timer:
             kernel[(programs,)](*args, **constants)
 
         assert self.maps is not None
-        use, maps = use_of(kernel, constants), self.maps
+        use, maps = use_of(kernel.__name__, constants), self.maps
         shown = {name: value for name, value in constants.items() if name in ("T", "N", "CG", "SINGLE", "num_warps")}
         key = use, maps, tuple(shown.items())
         if key in self._seen:
@@ -179,29 +172,29 @@ def products(archive: Archive, stages: list[Maps], device: str, batch: int) -> N
         archive.add(**row)
 
 
+def all_convolutions(kernel: int, channels: int, width: int, itemsize: int) -> list[lanes.Config]:
+    """Every tile of the convolution that fits, in the place of ``large_kernel.candidates``."""
+    return [
+        dict(T=t, N=n, CG=lanes.channel_group(channels, n), SINGLE=width <= t, **lanes.compiling(4, 168))
+        for n in large_kernel.LANES for t in large_kernel.TILES
+        if n // 128 * (t + kernel) <= 112
+    ]  # fmt: skip
+
+
+def all_marches(inner: int, stage: str, width: int, exact: bool) -> list[lanes.Config]:
+    """Every tile of the MLP's middle, but one of its inner stage, in the place of ``three_rows.candidates``."""
+    tiles = [inner] if stage == "inner" else three_rows.TILES
+    return [dict(T=t, SINGLE=width <= t, **lanes.compiling(three_rows.WARPS, 168)) for t in tiles]
+
+
 def every_tile(archive: Archive, timer: Timer, stages: list[Maps], device: str) -> None:
     """Tiles of the convolution and of the MLP that are not among those that are timed at first use."""
-
-    attempt = 0
-
-    def all_of_them(kernel: int, channels: int, width: int, itemsize: int) -> list[lanes.Config]:
-        return [
-            dict(T=t, N=n, CG=lanes.channel_group(channels, n), SINGLE=width <= t, **large_kernel.compiling(4, 168))
-            for n in large_kernel.LANES for t in large_kernel.TILES
-            if n // 128 * (t + kernel) <= 112
-        ]  # fmt: skip
-
-    def all_marches(stage: str, width: int, exact: bool) -> list[lanes.Config]:
-        tiles = [t for t in three_rows.TILES if t <= 14]
-        if stage == "inner":  # the first one is taken: the next one in the next pass
-            tiles = [t for t in tiles if t <= 8][attempt % 5 :]
-        return [dict(T=t, SINGLE=width <= t, num_warps=three_rows.WARPS, num_stages=1, maxnreg=168) for t in tiles]
-
-    large_kernel.candidates, three_rows.candidates = all_of_them, all_marches
+    large_kernel.candidates = all_convolutions
     for stage in stages:
-        for attempt in range(5):  # noqa: B007  read by all_marches
+        for inner in [tile for tile in three_rows.TILES if tile <= 8]:
             if not archive.has_time(20, f"all tiles at {stage.side} x {stage.side}"):
                 return
+            three_rows.candidates = functools.partial(all_marches, inner)
             ours(timer, [stage], device)
 
 

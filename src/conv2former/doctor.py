@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -16,9 +15,7 @@ from conv2former.errors import UserError, nearest
 from conv2former.machine import machine_facts
 from conv2former.meta import build_on_meta
 from conv2former.ops import backend
-
-if TYPE_CHECKING:
-    from conv2former.ops.triton.warm import Maps
+from conv2former.ops.triton import Maps
 
 MOST = 8  # processes that compile
 
@@ -81,8 +78,6 @@ def warm(name: str, *, size: int, dtype: str) -> str:
 
 def maps(name: str, *, size: int, dtype: torch.dtype) -> list[Maps]:
     """The maps of a network's stages."""
-    from conv2former.ops.triton.warm import Maps  # imports Triton
-
     model = build_on_meta(name)
     found = []
     for stage, info in zip(model.stages, model.feature_info[-len(model.stages) :], strict=True):

@@ -16,6 +16,7 @@ from torch import nn
 from conv2former.errors import UserError, one_line
 from conv2former.model import Block
 from conv2former.recipes.sections import EngineSection, Recipe
+from conv2former.torch_settings import is_nvidia
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
@@ -72,7 +73,7 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
 
 def on_nvidia_gpu(recipe: Recipe) -> bool:
     """Whether ``make_fabric`` would take an NVIDIA GPU here."""
-    return _accelerator(recipe.engine) == "cuda" and torch.version.hip is None
+    return is_nvidia(torch.device(_accelerator(recipe.engine)))
 
 
 def _accelerator(engine: EngineSection) -> Literal["cpu", "cuda"]:

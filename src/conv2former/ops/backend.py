@@ -86,12 +86,11 @@ def _resolve(choice: str, device: str) -> str:
         return name
     if choice != "auto":
         _usable(name, device)
-    why = module(name).unusable(torch.device(device))
-    if why:
+    elif why := module(name).unusable(torch.device(device)):
         _log.warning(f"operations on {device} are computed by plain PyTorch, because {why}")
-    else:
-        _log.info(f"operations on {device}: {name}")
-    return "reference" if why else name
+        return "reference"
+    _log.info(f"operations on {device}: {name}")
+    return name
 
 
 def module(name: str) -> ModuleType:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Maps",
     "mlp_middle",
     "mlp_middle_backward",
     "modulation",
@@ -25,6 +27,25 @@ __all__ = [
 
 OLDEST_CAPABILITY = (8, 0)
 LARGEST_KERNEL = 21
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps of a block, as far as programs depend on them.
+
+    Attributes:
+        side: Height and width.
+        channels: C.
+        hidden: Channels of the MLP's hidden layer.
+        kernel_size: Side of the modulation's kernel.
+        dtype: Of the maps.
+    """
+
+    side: int
+    channels: int
+    hidden: int
+    kernel_size: int
+    dtype: torch.dtype
 
 
 def unusable(device: torch.device) -> str | None:

@@ -127,6 +127,12 @@ def shape_class(rows: int, width: int) -> int:
 Config = dict[str, Any]
 """What a kernel is compiled with: its constants, num_warps, num_stages, maxnreg."""
 
+
+def compiling(warps: int, registers: int) -> Config:
+    """How a kernel is compiled."""
+    return dict(num_warps=warps) if INTERPRETED else dict(num_warps=warps, num_stages=1, maxnreg=registers)
+
+
 TIMING = dict(warmup=5, rep=20)  # milliseconds for each configuration that is timed
 
 _instead: list[Callable[..., Any]] = []

@@ -39,6 +39,7 @@ from conv2former.ops.triton.lanes import (
     by_tap,
     ceil_div,
     channel_group,
+    compiling,
     first_channel,
     launch,
     on_device_of,
@@ -164,11 +165,6 @@ def candidates(kernel: int, channels: int, width: int, itemsize: int) -> list[Co
         dict(T=tile, N=lanes, CG=channel_group(channels, lanes), SINGLE=width <= tile, **compiling(warps, 168))
         for tile, lanes, warps in choices
     ]
-
-
-def compiling(warps: int, registers: int) -> Config:
-    """How a kernel is compiled."""
-    return dict(num_warps=warps) if INTERPRETED else dict(num_warps=warps, num_stages=1, maxnreg=registers)
 
 
 @triton.jit(do_not_specialize=SIZES)

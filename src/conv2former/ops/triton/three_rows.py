@@ -28,6 +28,7 @@ from conv2former.ops.triton.lanes import (
     by_tap,
     ceil_div,
     channel_group,
+    compiling,
     first_channel,
     launch,
     on_device_of,
@@ -148,8 +149,6 @@ def candidates(stage: str, width: int, exact: bool) -> list[Config]:
 
     One for the stage "inner": its sums depend on the tile, and must not depend on what was faster one day.
     """
-    if INTERPRETED:
-        return [dict(T=INTERPRETED_TILE, SINGLE=width <= INTERPRETED_TILE, num_warps=WARPS)]
 
     def cost(tile: int) -> float:
         columns = tile if width <= tile else tile + 2
@@ -158,7 +157,9 @@ def candidates(stage: str, width: int, exact: bool) -> list[Config]:
     inner = stage == "inner"
     widest = 8 if inner else 12 if exact else 14  # the sums and the exact GELU take registers
     tiles = sorted((tile for tile in TILES if tile <= widest), key=cost)[: 1 if inner else 3]
-    return [dict(T=tile, SINGLE=width <= tile, num_warps=WARPS, num_stages=1, maxnreg=168) for tile in tiles]
+    if INTERPRETED:
+        tiles = [INTERPRETED_TILE]
+    return [dict(T=tile, SINGLE=width <= tile, **compiling(WARPS, 168)) for tile in tiles]
 
 
 @functools.lru_cache(4096)

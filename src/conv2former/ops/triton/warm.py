@@ -5,35 +5,14 @@ Triton keeps what it has compiled in a folder (~/.triton/cache), from which late
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from conv2former.ops.triton import lanes, large_kernel, three_rows
-
-
-@dataclass(frozen=True)
-class Maps:
-    """The maps of a block, as far as programs depend on them.
-
-    Attributes:
-        side: Height and width.
-        channels: C.
-        hidden: Channels of the MLP's hidden layer.
-        kernel_size: Side of the modulation's kernel.
-        dtype: Of the maps.
-    """
-
-    side: int
-    channels: int
-    hidden: int
-    kernel_size: int
-    dtype: torch.dtype
+from conv2former.ops.triton import Maps, lanes, large_kernel, three_rows
 
 
 def operations(maps: Maps, *, batch: int, device: str) -> dict[str, Callable[[], Any]]:
@@ -74,8 +53,7 @@ def warm(maps: Sequence[Maps], *, processes: int) -> int:
     Returns:
         How many there are.
     """
-    names = ("modulation", "modulation backward", "mlp middle", "mlp middle backward")
-    jobs = list(itertools.product(dict.fromkeys(maps), names))
+    jobs = [(each, name) for each in dict.fromkeys(maps) for name in operations(each, batch=1, device="meta")]
     if processes == 1:
         return sum(map(compile_operation, jobs))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
