@@ -56,8 +56,8 @@ def test_what_differs_from_before_changes_the_hash() -> None:
     assert compiled.digest() == COMPILED
     other = load_recipe("imagenet1k_t", overrides=["engine.compile=true", "engine.compile_mode=max-autotune"])
     assert other.digest() not in (COMPILED, HASHES["imagenet1k_t"])
-    other = load_recipe("quickstart", overrides=["engine.float32_matmul_precision=high"])
-    assert other.digest() != HASHES["quickstart"]
+    for setting in ("engine.float32_matmul_precision=high", "engine.cudnn_benchmark=true"):
+        assert load_recipe("quickstart", overrides=[setting]).digest() != HASHES["quickstart"]
 
 
 def test_a_run_from_before_these_settings_resumes(
@@ -242,6 +242,9 @@ def test_cudnn_searches_where_it_is_asked_to() -> None:
         with applied(tiny_recipe(f"engine.cudnn_benchmark={asked}".lower())):
             assert settings() == ("highest", asked)
         assert settings() == before
+    torch.backends.cudnn.benchmark = True
+    with applied(tiny_recipe()):  # what the caller has asked for stays on
+        assert settings() == ("highest", True)
 
 
 def test_pytorchs_newer_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +252,7 @@ def test_pytorchs_newer_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("mixed use of the old and new settings")
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
-    with pytest.raises(UserError, match=r"torch.backends.fp32_precision is set"), applied(tiny_recipe()):
+    with pytest.raises(UserError, match=r"fp32_precision of torch.backends.*do not set it"), applied(tiny_recipe()):
         pass
 
 

@@ -21,9 +21,11 @@ esac
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 if ls .gpu/*.whl >/dev/null 2>&1; then
   site=${TMPDIR:-/tmp}/conv2former-gpu
-  if [ ! -d "$site" ]; then
+  if [ ! "$site" -nt .gpu/commit ]; then
+    rm -rf "$site" "$site.new"
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site.new" .gpu/*.whl || exit 2
     mv "$site.new" "$site"
+    touch "$site"
   fi
   export PYTHONPATH="$PYTHONPATH:$site"
 fi

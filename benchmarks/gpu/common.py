@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
-SLEEP = 20_000_000  # clocks of a GPU, some 10 ms: longer than the host takes for the calls that are timed
+SLEEP = 40_000_000  # clocks of a GPU, some 20 ms: longer than the host takes for the calls that are timed
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

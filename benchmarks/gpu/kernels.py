@@ -168,17 +168,18 @@ def products(archive: Archive, stages: list[Maps], device: str, batch: int) -> N
                     parts = form()
                 torch.autograd.grad(parts, (x, w1.weight, w1.bias, w2.weight, w2.bias), (g, g))
 
-            row[name] = round(microseconds(step, repeats=10, warm_up=3)[0], 1)
+            row[name] = round(microseconds(step, repeats=5, warm_up=3)[0], 1)
         archive.add(**row)
 
 
 def all_convolutions(kernel: int, channels: int, width: int, itemsize: int) -> list[lanes.Config]:
     """Every tile of the convolution that fits, in the place of ``large_kernel.candidates``."""
+    every = [(tile, count, 4) for count in large_kernel.LANES for tile in large_kernel.TILES]
+    found = large_kernel.fitting(every, kernel=kernel, width=width, itemsize=itemsize, registers=112)
     return [
-        dict(T=t, N=n, CG=lanes.channel_group(channels, n), SINGLE=width <= t, **lanes.compiling(4, 168))
-        for n in large_kernel.LANES for t in large_kernel.TILES
-        if n // 128 * (t + kernel) <= 112
-    ]  # fmt: skip
+        dict(T=t, N=n, CG=lanes.channel_group(channels, n), SINGLE=width <= t, **lanes.compiling(warps, 168))
+        for t, n, warps in found
+    ]
 
 
 def all_marches(inner: int, stage: str, width: int, exact: bool) -> list[lanes.Config]:
@@ -191,7 +192,7 @@ def every_tile(archive: Archive, timer: Timer, stages: list[Maps], device: str) 
     """Tiles of the convolution and of the MLP that are not among those that are timed at first use."""
     large_kernel.candidates = all_convolutions
     for stage in stages:
-        for inner in [tile for tile in three_rows.TILES if tile <= 8]:
+        for inner in [tile for tile in three_rows.TILES if tile <= three_rows.WIDEST_INNER]:
             if not archive.has_time(20, f"all tiles at {stage.side} x {stage.side}"):
                 return
             three_rows.candidates = functools.partial(all_marches, inner)
@@ -210,7 +211,7 @@ def counters(archive: Archive) -> None:
     ) as process:
         try:
             text, errors = process.communicate(timeout=40)
-            archive.add(what="ncu", text=text[-12000:], errors=errors[-500:])
+            archive.add(what="ncu", text=text[-40000:], errors=errors[-500:])
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # what ncu has started, too
             archive.add(what="ncu", error="it took more than 40 s")

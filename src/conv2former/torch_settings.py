@@ -41,7 +41,8 @@ def applied(recipe: Recipe) -> Iterator[None]:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
         raise UserError(
-            "torch.backends.fp32_precision is set, which excludes engine.float32_matmul_precision: leave it as it is"
+            "this program has set a fp32_precision of torch.backends, which excludes engine.float32_matmul_precision: "
+            "do not set it"
         ) from None
     if wanted != before:
         torch.set_float32_matmul_precision(wanted)

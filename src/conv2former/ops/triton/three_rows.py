@@ -44,6 +44,7 @@ SUMS = 10  # of the nine weights and of the bias
 PER_PROCESSOR = 3  # programs that a processor holds at once, by their registers
 SIZES = ["batch", "H", "W", "chunks", "span"]
 TILES = (4, 5, 6, 7, 8, 10, 12, 14)
+WIDEST_INNER = 8  # of the tiles of the stage that adds up the weight's gradient, whose sums take registers
 INTERPRETED_TILE = 4  # tests take others too
 
 
@@ -155,7 +156,7 @@ def candidates(stage: str, width: int, exact: bool) -> list[Config]:
         return (columns * (3 if stage == "input" else 13) + tile * 30 + 40) * ceil_div(width, tile) / width
 
     inner = stage == "inner"
-    widest = 8 if inner else 12 if exact else 14  # the sums and the exact GELU take registers
+    widest = WIDEST_INNER if inner else 12 if exact else 14  # the sums and the exact GELU take registers
     tiles = sorted((tile for tile in TILES if tile <= widest), key=cost)[: 1 if inner else 3]
     if INTERPRETED:
         tiles = [INTERPRETED_TILE]
