@@ -10,6 +10,7 @@ from pathlib import Path
 
 import timm
 
+import nets
 from conv2former.recipes import load_recipe, recipe_names
 from conv2former.train import train
 
@@ -30,6 +31,8 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
         metadata = next(name for name in archive.namelist() if name.endswith("/entry_points.txt"))
         assert "conv2former = conv2former_cli:main" in archive.read(metadata).decode()
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+        others = [name for name in archive.namelist() if not name.endswith(".py") and ".dist-info/" not in name]
+        assert sorted(others) == nets.stored("wheel")
     sources = {path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".yaml")}
     assert all((tmp_path / "site" / path).is_file() for path in sources)
     code = "import sys, conv2former_cli; sys.argv = ['conv2former', 'recipes']; conv2former_cli.main()"
