@@ -44,18 +44,18 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import conv2former  # noqa: F401  registers the names
-from conv2former.data.coco import CocoSource
-from conv2former.data.detection import eval_view, pack, view_objects
+from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
+from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError
-from conv2former.heads.backbone import Backbone
-from conv2former.heads.detector import Target, build_on_backbone
-from conv2former.heads.upernet import AUX_LEVEL, Classifier, ConvNorm, build_upernet
-from conv2former.machine import machine_facts
-from conv2former.recipes.detection import DetectionDataSection, DetectorSection
-from conv2former.recipes.sections import ModelSection
-from conv2former.recipes.segmentation import SegmenterSection
-from conv2former.tasks.segmentation import padded_with_mean, weighted_loss
+from conv2former.tasks.backbone import Backbone
+from conv2former.tasks.detection.coco import CocoSource
+from conv2former.tasks.detection.config import DetectionDataSection, DetectorSection
+from conv2former.tasks.detection.data import eval_view, pack, view_objects
+from conv2former.tasks.detection.model.detector import Target, build_on_backbone
+from conv2former.tasks.segmentation.config import SegmenterSection
+from conv2former.tasks.segmentation.task import padded_with_mean, weighted_loss
+from conv2former.tasks.segmentation.upernet import AUX_LEVEL, Classifier, ConvNorm, build_upernet
 
 NUM_CLASSES = 80
 CASCADE = DetectorSection(

@@ -21,10 +21,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import conv2former  # noqa: F401  registers the names
+from conv2former.config import ModelSection
 from conv2former.evaluation.detection import detect
-from conv2former.heads.detector import Detector, build_on_backbone
-from conv2former.recipes.detection import DetectionDataSection, DetectorSection
-from conv2former.recipes.sections import ModelSection
+from conv2former.tasks.detection.config import DetectionDataSection, DetectorSection
+from conv2former.tasks.detection.model.detector import Detector, build_on_backbone
 
 MIB = 2**20
 DATA = DetectionDataSection(short_side=240, long_side=320)

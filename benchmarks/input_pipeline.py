@@ -11,7 +11,7 @@ to the training process.
 The augmentation is the recipe imagenet1k_t's at 224 pixels: random crop, flip, RandAugment, normalisation, random
 erasing; MixUp, which both sides leave to the training process, is not in it. Three pipelines take turns in every round:
 
-- conv2former: ``conv2former.data.classification``, and what the task does with a batch before the network;
+- conv2former: ``conv2former.tasks.classification.data``, and what the task does with a batch before the network;
 - timm: ``timm.data.create_loader`` as it comes, whose batches are normalised and erased in the training process;
 - timm, floats: the same with ``use_prefetcher=False``, where all is done in the workers.
 
@@ -42,15 +42,15 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conv2former.data.classification import ImageDataset, timm_options, train_transform
+from conv2former.config import Recipe
 from conv2former.data.images import MAX_PIXELS
 from conv2former.data.loading import Normalizer, checked, train_loader
 from conv2former.data.sampling import TrainSampler
-from conv2former.data.sources import FolderSource, SubsetSource
+from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError
-from conv2former.machine import machine_facts
-from conv2former.recipes.schema import load_recipe
-from conv2former.recipes.sections import Recipe
+from conv2former.recipes.load import load_recipe
+from conv2former.tasks.classification.data import ImageDataset, timm_options, train_transform
+from conv2former.tasks.classification.sources import FolderSource, SubsetSource
 
 CPU = torch.device("cpu")
 STAGES = ("decode", "augment", "collate", "rest", "main")

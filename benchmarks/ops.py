@@ -29,9 +29,9 @@ from torch import Tensor
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
-from conv2former.benchmark.peak import peak_rate
-from conv2former.doctor import maps
 from conv2former.ops import backend
+from conv2former.tools.benchmark.peak import peak_rate
+from conv2former.tools.doctor import maps
 
 CORES_PER_SM = 128  # float32 multiply-adds a clock of one multiprocessor, compute capability 8.0 (64) apart
 

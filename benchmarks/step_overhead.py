@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from conv2former.data.classification import Batch
-from conv2former.data.splits import open_splits
+from conv2former.engine.distributed import Processes
+from conv2former.engine.launch import make_fabric
+from conv2former.engine.optim import build_optimizer
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.signals import StopRequest
+from conv2former.engine.trainer import Loop
 from conv2former.errors import UserError
-from conv2former.launch import make_fabric
-from conv2former.loop import Loop
-from conv2former.processes import Processes
 from conv2former.recipes import Recipe, load_recipe
-from conv2former.run import RunFolder
-from conv2former.signals import StopRequest
-from conv2former.tasks.classification import build_model
-from conv2former.tasks.optim import build_optimizer
+from conv2former.tasks.classification.data import Batch
+from conv2former.tasks.classification.splits import open_splits
+from conv2former.tasks.classification.task import build_model
 from conv2former.workflows import workflow
 
 

@@ -32,9 +32,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from conv2former.doctor import maps
 from conv2former.ops.triton import lanes
 from conv2former.ops.triton.warm import operations
+from conv2former.tools.doctor import maps
 
 TARGETS = (80, 89, 90, 100)
 KERNEL_SIZES = (3, 7, 11, 21)

@@ -17,7 +17,7 @@ from filelock import FileLock
 from torch import nn
 
 import conv2former  # noqa: F401  registers the names
-from conv2former import zoo
+from conv2former.models import zoo
 
 # The tests' tensors are small. On a busy machine more threads wait for each other: minutes instead of seconds.
 torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of the tiny recipe on them; not to be changed."""
-    from conv2former.train import train
+    from conv2former.engine.train import train
     from digits import tiny_recipe
 
     out = tmp_path_factory.mktemp("runs") / "finished"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conv2former.data.sources import DigitsSource
 from conv2former.recipes import Recipe, load_recipe
+from conv2former.tasks.classification.sources import DigitsSource
 
 # a run of seconds: four digits, 16 px, three epochs of four steps
 TINY = [

@@ -49,7 +49,7 @@ def write_data(root: Path) -> dict[str, Path | None]:
 
 def trained(name: str, root: Path) -> Path:
     """One of the runs."""
-    from conv2former.train import train
+    from conv2former.engine.train import train
 
     train(recipes()[name], data=write_data(root / "data")[name], out=root / name)
     return root / name

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conv2former import loop as engine
+from conv2former.engine import trainer as engine
+from conv2former.engine.checkpointing import Snapshots
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.train import Interrupted, train
 from conv2former.recipes import Recipe
-from conv2former.run import RunFolder
-from conv2former.snapshots import Snapshots
-from conv2former.train import Interrupted, train
 from digits import TINY
 
 TIMING = {"images_per_second", "data_wait", "memory_gb", "seconds"}

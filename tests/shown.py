@@ -21,9 +21,9 @@ import typer.main
 
 import conv2former_cli
 from conv2former.checkpoints import authors_state_dict, convert, save_pretrained
+from conv2former.engine.train import train
 from conv2former.recipes import load_recipe, recipe_names
-from conv2former.recipes.schema import parse_yaml
-from conv2former.train import train
+from conv2former.recipes.load import parse_yaml
 from digits import one_picture, tiny_recipe, write_digits
 from runs import stopped_run
 from scenes import scene, small_detector, small_segmenter, write_ade20k, write_coco, write_pairs

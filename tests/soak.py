@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conv2former.run import RunFolder
+from conv2former.engine.run_dir import RunFolder
 from digits import write_digits
 from runs import EVERYTHING, assert_same_run, command, signal_all, start
 

@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import conv2former.model
-from conv2former.ablations import WEIGHTINGS, L1Mod, LinearMod, SigmoidMod, SumMod
-from conv2former.model import ConvMod
+import conv2former.models.conv2former
+from conv2former.models.ablations import WEIGHTINGS, L1Mod, LinearMod, SigmoidMod, SumMod
+from conv2former.models.conv2former import ConvMod
 
 EPS = 1e-6
 
@@ -201,7 +201,7 @@ def test_weightings_make_different_networks(fill):
 
 def test_the_model_knows_nothing_of_them():
     """``model.py`` imports nothing from here and names no alternative in code (its docstrings may)."""
-    tree = ast.parse(inspect.getsource(conv2former.model))
+    tree = ast.parse(inspect.getsource(conv2former.models.conv2former))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     known = {f"conv2former.{name}" for name in ("classifier", "fusing", "layers", "ops")}

@@ -18,14 +18,14 @@ from PIL import Image
 
 from command import run_command
 from conv2former import ops
-from conv2former.benchmark import peak, pictures, report
-from conv2former.benchmark import worker as worker_module
-from conv2former.benchmark.measure import Row, benchmark, statistics, take_turns, with_ratios
-from conv2former.benchmark.modes import MODES, CannotRun, Configuration, prepare
-from conv2former.benchmark.options import BenchmarkOptions, model_args, plan
-from conv2former.benchmark.profiling import Operation, profile_step
-from conv2former.benchmark.worker import Worker
 from conv2former.errors import UserError
+from conv2former.tools.benchmark import peak, pictures, report
+from conv2former.tools.benchmark import worker as worker_module
+from conv2former.tools.benchmark.measure import Row, benchmark, statistics, take_turns, with_ratios
+from conv2former.tools.benchmark.modes import MODES, CannotRun, Configuration, prepare
+from conv2former.tools.benchmark.options import BenchmarkOptions, model_args, plan
+from conv2former.tools.benchmark.profiling import Operation, profile_step
+from conv2former.tools.benchmark.worker import Worker
 
 BASE = Configuration(
     model="conv2former_test",
@@ -360,7 +360,7 @@ def test_the_table_on_the_screen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [measured(images_per_second=10.0), measured(model="convnext_tiny", images_per_second=30.0)]
-    monkeypatch.setattr("conv2former.benchmark.measure.benchmark", lambda options: with_ratios(rows))
+    monkeypatch.setattr("conv2former.tools.benchmark.measure.benchmark", lambda options: with_ratios(rows))
     assert run(monkeypatch, "conv2former_t", "convnext_tiny", "--profile", "--out", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from command import run_command as run
-from conv2former import zoo
+from conv2former.models import zoo
 from digits import TINY, one_picture
 
 COMMANDS = [

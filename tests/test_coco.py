@@ -16,15 +16,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from conv2former.data.coco import CocoSource, mask_trouble, open_coco, open_eval_coco
-from conv2former.data.detection import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
 from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
 from conv2former.data.sampling import SampleKey, seed_cpu
 from conv2former.errors import UserError
-from conv2former.heads.detector import Detections, paste_masks
-from conv2former.recipes.detection import DetectionAugmentSection, DetectionDataSection
-from conv2former.tasks.detection import FIGURES, CocoResults, coco_figures, coco_rows
+from conv2former.tasks.detection.coco import CocoSource, mask_trouble, open_coco, open_eval_coco
+from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
+from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
+from conv2former.tasks.detection.model.detector import Detections, paste_masks
+from conv2former.tasks.detection.task import FIGURES, CocoResults, coco_figures, coco_rows
 from scenes import BLUE, RED, coco_entries, scene, write_coco
 
 DATA = DetectionDataSection(short_side=96, long_side=128)

@@ -21,11 +21,11 @@ import timm
 from filelock import FileLock
 
 from command import run_command
-from conv2former import zoo
-from conv2former.demo import server
+from conv2former.engine.train import train
+from conv2former.models import zoo
 from conv2former.recipes import load_recipe
-from conv2former.reproduce import jobs
-from conv2former.train import train
+from conv2former.tools.demo import server
+from conv2former.tools.reproduce import jobs
 from hub import TOKEN, Hub
 from shown import (
     CLAIMS,

@@ -14,7 +14,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from conv2former.data.classification import (
+from conv2former.data.images import BadImage
+from conv2former.data.loading import Normalizer, checked, eval_loader, train_loader
+from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
+from conv2former.errors import UserError
+from conv2former.tasks.classification.data import (
     NO_TARGET,
     ImageDataset,
     eval_transform,
@@ -22,12 +26,8 @@ from conv2former.data.classification import (
     posterize,
     train_transform,
 )
-from conv2former.data.images import BadImage
-from conv2former.data.loading import Normalizer, checked, eval_loader, train_loader
-from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
-from conv2former.data.sources import DigitsSource, FolderSource
-from conv2former.data.splits import open_eval_source, open_splits
-from conv2former.errors import UserError
+from conv2former.tasks.classification.sources import DigitsSource, FolderSource
+from conv2former.tasks.classification.splits import open_eval_source, open_splits
 from digits import one_picture, tiny_recipe, write_digits
 
 DATA = tiny_recipe().data
@@ -290,9 +290,9 @@ def test_a_folder_of_broken_images_is_not_replaced_for_ever(data: Path) -> None:
 def test_workers_that_are_left_do_not_keep_the_process_from_ending(data: Path) -> None:
     """They ignore SIGTERM, by which Python would end them."""
     program = f"""
-from conv2former.data.classification import *
+from conv2former.tasks.classification.data import *
 from conv2former.data.loading import *
-from conv2former.data.sources import FolderSource
+from conv2former.tasks.classification.sources import FolderSource
 from conv2former.data.sampling import EvalSampler
 dataset = ImageDataset(FolderSource(__import__("pathlib").Path({str(data / "val")!r})), lambda image: image)
 left = iter(eval_loader(dataset, EvalSampler(4), batch_size=1, workers=2))

@@ -22,20 +22,20 @@ import conv2former_cli
 from browser import demo
 from command import run_command
 from conv2former.data.images import decode
-from conv2former.demo.models import KEPT, Models
-from conv2former.demo.server import listen
+from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.prediction import open_predictor
-from conv2former.train import train
+from conv2former.tools.demo.models import KEPT, Models
+from conv2former.tools.demo.server import listen
 from digits import one_picture
 from scenes import scene, small_detector, small_segmenter, write_coco, write_pairs
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'conv2former[demo]'")
 from starlette.testclient import TestClient
 
-from conv2former.demo import page as page_module
-from conv2former.demo.gate import Gate
-from conv2former.demo.page import MOST_PICTURES, OUR_FAULT, UNUSABLE, Answers, Limits, build_page, mounted
+from conv2former.tools.demo import page as page_module
+from conv2former.tools.demo.gate import Gate
+from conv2former.tools.demo.page import MOST_PICTURES, OUR_FAULT, UNUSABLE, Answers, Limits, build_page, mounted
 
 LIMITS = Limits(file_bytes=100_000, pixels=1_000_000)
 
@@ -183,7 +183,7 @@ def test_a_bug_is_a_sentence_on_the_page_and_a_traceback_in_the_terminal(
         raise RuntimeError("secret detail")
 
     good = upload(one_picture(answers.folder / "good.png"))
-    monkeypatch.setattr("conv2former.demo.models.Model.look", fail)
+    monkeypatch.setattr("conv2former.tools.demo.models.Model.look", fail)
     found = answers([good], None, "finished", "", True)
     assert OUR_FAULT in found and "secret" not in found and "secret detail" in capsys.readouterr().err
     monkeypatch.setattr(page_module, "decode", fail)

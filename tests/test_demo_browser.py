@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from browser import Visit, chromium, demo, visit
+from conv2former.engine.train import train
 from conv2former.prediction import predict
-from conv2former.train import train
 from digits import one_picture
 from scenes import scene, small_detector, small_segmenter, write_coco, write_pairs
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from conv2former import checkpoints
 from conv2former.data.rle import decode_mask
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.evaluation import evaluate
 from conv2former.prediction import predict, run_predict
 from conv2former.recipes import Recipe
-from conv2former.run import RunFolder
-from conv2former.train import train
 from digits import tiny_recipe
 from runs import assert_same_run, start, stopped_run, weights
 from scenes import small_detector, small_segmenter, write_coco, write_pairs

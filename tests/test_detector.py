@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from conv2former.errors import UserError
-from conv2former.heads import boxes, masks, roi, rpn
-from conv2former.heads.boxes import BACKGROUND, IGNORED
-from conv2former.heads.detector import STAGES, Detections, Detector, Target, build_detector, paste_masks
-from conv2former.heads.pyramid import STRIDES, Pyramid
-from conv2former.heads.stages import Stage
-from conv2former.recipes.detection import DetectorSection
+from conv2former.tasks.detection.config import DetectorSection
+from conv2former.tasks.detection.model import box_head as roi
+from conv2former.tasks.detection.model import box_ops as boxes
+from conv2former.tasks.detection.model import mask_head as masks
+from conv2former.tasks.detection.model import rpn
+from conv2former.tasks.detection.model.box_ops import BACKGROUND, IGNORED
+from conv2former.tasks.detection.model.detector import STAGES, Detections, Detector, Target, build_detector, paste_masks
+from conv2former.tasks.detection.model.fpn import STRIDES, Pyramid
+from conv2former.tasks.detection.model.roi_heads import Stage
 
 WIDTHS = (8, 12, 16, 24)
 SMALL = dict(channels=16, box_head_channels=32, train_proposals=100, rois=64)

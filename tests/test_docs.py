@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import conv2former_cli
-from conv2former import zoo
+from conv2former.engine.train import train
 from conv2former.errors import UserError
+from conv2former.models import zoo
+from conv2former.recipes import load as recipe_schema
 from conv2former.recipes import load_recipe, recipe_names
-from conv2former.recipes import schema as recipe_schema
-from conv2former.reproduce import Request, reproduce
-from conv2former.train import train
+from conv2former.tools.reproduce import Request, reproduce
 from digits import tiny_recipe, write_digits
 
 ROOT = Path(__file__).parents[1]

@@ -15,15 +15,15 @@ import yaml
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
+from conv2former.engine.launch import on_nvidia_gpu
+from conv2former.engine.optim import build_optimizer
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.torch_settings import applied, check_cuda_graphs, fused_optimizer, start_lines
+from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.launch import on_nvidia_gpu
 from conv2former.recipes import Recipe, load_recipe
-from conv2former.reproduce.jobs import Job, _finished
-from conv2former.run import RunFolder
-from conv2former.tasks.classification import ClassificationTask
-from conv2former.tasks.optim import build_optimizer
-from conv2former.torch_settings import applied, check_cuda_graphs, fused_optimizer, start_lines
-from conv2former.train import train
+from conv2former.tasks.classification.task import ClassificationTask
+from conv2former.tools.reproduce.jobs import Job, _finished
 from conv2former.workflows import workflow
 from digits import tiny_recipe
 from runs import assert_same_run, state, stopped_run
@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_what_auto_came_to(
     """Started where there is a GPU, as far as a CPU can tell, and continued where there is none."""
     recipe = tiny_recipe("engine.compile=auto")
     with monkeypatch.context() as patch:
-        patch.setattr("conv2former.train.on_nvidia_gpu", lambda recipe: True)
+        patch.setattr("conv2former.engine.train.on_nvidia_gpu", lambda recipe: True)
         stopped_run(recipe, data, tmp_path / "run", monkeypatch)
     assert "engine.compile=auto is on" in capfd.readouterr().err
     assert RunFolder(tmp_path / "run").recipe() == tiny_recipe("engine.compile=true")
@@ -301,7 +301,7 @@ def test_the_engine_builds_it_where_it_may(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not any(group["fused"] for group in state(finished)["optimizer"]["param_groups"]), "this is a CPU"
-    monkeypatch.setattr("conv2former.loop.fused_optimizer", lambda recipe, device: True)
+    monkeypatch.setattr("conv2former.engine.trainer.fused_optimizer", lambda recipe, device: True)
     train(tiny_recipe(*SHORT), data=data, out=tmp_path / "run")
     assert all(group["fused"] for group in state(tmp_path / "run")["optimizer"]["param_groups"])
 

@@ -11,11 +11,11 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.sources import FolderSource
-from conv2former.devices import pick_device
+from conv2former.engine.devices import pick_device
+from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.evaluation import evaluate
-from conv2former.train import train
+from conv2former.tasks.classification.sources import FolderSource
 from digits import tiny_recipe, write_digits
 
 

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from command import run_command
 from conv2former import checkpoints
-from conv2former.ablations import WEIGHTINGS
 from conv2former.checkpoints.dense import save_dense
 from conv2former.errors import UserError
-from conv2former.explain import cams, field_report, kernels, maps, receptive_field, sheets, subjects
-from conv2former.explain.opening import Explained, Place, choose_blocks, open_explained
-from conv2former.heads.detector import build_on_backbone
-from conv2former.heads.upernet import build_upernet, resize
+from conv2former.models.ablations import WEIGHTINGS
+from conv2former.tasks.detection.model.detector import build_on_backbone
+from conv2former.tasks.segmentation.upernet import build_upernet, resize
+from conv2former.tools.explain import cams, field_report, kernels, maps, receptive_field, sheets, subjects
+from conv2former.tools.explain.opening import Explained, Place, choose_blocks, open_explained
 from scenes import scene, small_detector, small_segmenter
 
 CLASSES = ["ground", "block", "disc"]

@@ -18,13 +18,13 @@ from PIL import Image
 
 from command import run_command
 from conv2former.data.images import decode
+from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.export import FORMATS, Exported, ExportOptions, export
-from conv2former.export.check import compare
-from conv2former.export.formats import Format
-from conv2former.export.subjects import DETECTOR_NOTE, open_subject
 from conv2former.prediction import predict
-from conv2former.train import train
+from conv2former.tools.export import FORMATS, Exported, ExportOptions, export
+from conv2former.tools.export.check import compare
+from conv2former.tools.export.formats import Format
+from conv2former.tools.export.subjects import DETECTOR_NOTE, open_subject
 from scenes import small_detector, small_segmenter, write_coco, write_pairs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_classify.py"

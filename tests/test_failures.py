@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conv2former import loop as engine
 from conv2former.checkpoints import load_pretrained
+from conv2former.engine import trainer as engine
+from conv2former.engine.checkpointing import Snapshots
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.evaluation import evaluate
-from conv2former.run import RunFolder
-from conv2former.snapshots import Snapshots
-from conv2former.tasks.classification import ClassificationTask
-from conv2former.train import train
+from conv2former.tasks.classification.task import ClassificationTask
 from digits import tiny_recipe, write_digits
 from runs import state
 

@@ -13,7 +13,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 import conv2former  # noqa: F401  registers the names
-from conv2former.fusing import FusedBlock
+from conv2former.models.fused import FusedBlock
 from conv2former.ops import block_weights
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -17,9 +17,9 @@ import pytest
 import timm
 import torch
 
-from conv2former.doctor import maps, report, warm
 from conv2former.errors import UserError
 from conv2former.ops import triton as kernels
+from conv2former.tools.doctor import maps, report, warm
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import conv2former
-from conv2former.model import Block, ConvMod, Mlp, drop_path_rates
+from conv2former.models.conv2former import Block, ConvMod, Mlp, drop_path_rates
 
 SHAPES_FILE = Path(__file__).parent / "fixtures" / "state_dict_shapes.json"
 

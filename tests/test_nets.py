@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import nets
+from conv2former.engine.train import train
 from conv2former.evaluation import evaluate
-from conv2former.explain.maps import run_maps
-from conv2former.export import ExportOptions, export
 from conv2former.prediction import predict
-from conv2former.train import train
+from conv2former.tools.explain.maps import run_maps
+from conv2former.tools.export import ExportOptions, export
 
 
 @pytest.mark.parametrize("name", nets.recipes())

@@ -11,8 +11,8 @@ from pathlib import Path
 import timm
 
 import nets
+from conv2former.engine.train import train
 from conv2former.recipes import load_recipe, recipe_names
-from conv2former.train import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conv2former.data.images import BadImage
-from conv2former.data.labels import read_labels, to_classes
-from conv2former.data.pairs import open_eval_pairs, open_pairs
 from conv2former.data.sampling import SampleKey
-from conv2former.data.segmentation import EvalPairs, TrainPairs, crop_box
 from conv2former.errors import UserError
-from conv2former.heads.upernet import pixel_loss
-from conv2former.recipes.segmentation import SegmentationAugmentSection, SegmentationDataSection
-from conv2former.tasks import segmentation
-from conv2former.tasks.segmentation import SegmentationCounts, class_probabilities, padded_with_mean, slide, whole
+from conv2former.tasks.segmentation.config import SegmentationAugmentSection, SegmentationDataSection
+from conv2former.tasks.segmentation.data import EvalPairs, TrainPairs, crop_box
+from conv2former.tasks.segmentation.folders import open_eval_pairs, open_pairs
+from conv2former.tasks.segmentation.masks import read_labels, to_classes
+from conv2former.tasks.segmentation.task import SegmentationCounts, class_probabilities, padded_with_mean, slide, whole
+from conv2former.tasks.segmentation.task import task as segmentation
+from conv2former.tasks.segmentation.upernet import pixel_loss
 from conv2former.workflows import workflow
 from scenes import BLUE, RED, small_segmenter, write_ade20k, write_pairs
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from command import run_command
+from conv2former.engine.dry_run import activation_bytes, build_without_memory, plan, saved_bytes, state_bytes
 from conv2former.errors import UserError
-from conv2former.plan import activation_bytes, build_without_memory, plan, saved_bytes, state_bytes
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.workflows import workflow
 from digits import write_digits

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from command import run_command
-from conv2former import plots
 from conv2former.errors import UserError
+from conv2former.viz import plots
 
 STEPS = 6  # logged losses per epoch
 

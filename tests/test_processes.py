@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conv2former.run import RunFolder
-from conv2former.signals import RESUME_ME
-from conv2former.train import train
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.signals import RESUME_ME
+from conv2former.engine.train import train
 from digits import tiny_recipe, write_digits
 from runs import EVERYTHING, TIMING, command, signal_all, start, state, wait_for, weights
 

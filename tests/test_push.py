@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from conv2former.cards import card
 from conv2former.checkpoints import load_pretrained
+from conv2former.engine.model_card import card
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError
-from conv2former.push import push as push_here
-from conv2former.run import RunFolder
+from conv2former.tools.push import push as push_here
 from hub import TOKEN, Hub
 
 

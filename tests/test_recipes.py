@@ -12,13 +12,13 @@ import torch
 import yaml
 from timm.layers import DropPath
 
+from conv2former.engine.batch import plan_batch
+from conv2former.engine.dry_run import build_without_memory
+from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.errors import UserError
-from conv2former.model import ConvMod
-from conv2former.plan import build_without_memory
+from conv2former.models.conv2former import ConvMod
 from conv2former.recipes import Recipe, load_recipe, recipe_names
-from conv2former.recipes.batch import plan_batch
-from conv2former.tasks.classification import build_model
-from conv2former.tasks.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.tasks.classification.task import build_model
 from conv2former.workflows import workflow
 
 # the paper's rows, typed from its tables: (model, kernel, stochastic depth, top-1)

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 
 from command import run_command
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.files import append_line, read_lines
-from conv2former.meta import build_on_meta
+from conv2former.models.meta import build_on_meta
 from conv2former.recipes import load_recipe
-from conv2former.reproduce import TABLES, Request, Stopped, reproduce
-from conv2former.reproduce.jobs import Images, Job, table_jobs
-from conv2former.reproduce.scales import at_scale
-from conv2former.reproduce.tables import paper_table
-from conv2former.run import RunFolder
-from conv2former.train import train
+from conv2former.tools.reproduce import TABLES, Request, Stopped, reproduce
+from conv2former.tools.reproduce.jobs import Images, Job, table_jobs
+from conv2former.tools.reproduce.scales import at_scale
+from conv2former.tools.reproduce.tables import paper_table
 from digits import write_digits
 
 # steps of sixteen digits, on next to no network
@@ -95,7 +95,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         trained.append(job)
         return in_this_process(job)
 
-    monkeypatch.setattr("conv2former.reproduce.jobs._train", run)
+    monkeypatch.setattr("conv2former.tools.reproduce.jobs._train", run)
     return trained
 
 
@@ -214,7 +214,7 @@ def test_rows_start_from_the_pretraining(tmp_path: Path, quick: list[Job], monke
         weights = "runs/imagenet1k_t" if name == "imagenet1k_ft224_s" else None
         return recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(weights=weights))))  # type: ignore
 
-    monkeypatch.setattr("conv2former.reproduce.jobs.at_scale", shrunk)
+    monkeypatch.setattr("conv2former.tools.reproduce.jobs.at_scale", shrunk)
     data, first, second = (write_digits(tmp_path / name, train=n) for name, n in (("a", 16), ("b", 17), ("c", 18)))
     asked = dict(table="table4", scale="full", data=data, out=tmp_path / "out", only=("imagenet1k_ft224_s",))
     with pytest.raises(UserError, match="--pretraining-data"):
@@ -228,7 +228,7 @@ def test_rows_start_from_the_pretraining(tmp_path: Path, quick: list[Job], monke
 
 def test_a_pretraining_that_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Job] = []
-    monkeypatch.setattr("conv2former.reproduce.jobs._train", lambda job: tried.append(job) or 1)
+    monkeypatch.setattr("conv2former.tools.reproduce.jobs._train", lambda job: tried.append(job) or 1)
     data = write_digits(tmp_path / "data")
     rows = ("imagenet1k_ft224_s", "imagenet1k_ft224_b", "imagenet1k_ft384_b")  # the last two start from one
     request = Request("table4", scale="full", data=data, pretraining_data=data, out=tmp_path / "out", only=rows)
@@ -269,7 +269,7 @@ def test_a_training_that_the_signal_kills_stops_the_table(tmp_path: Path, monkey
         children.append(start(["sh", "-c", f"sleep 1; kill -TERM {os.getpid()}; exec sleep 60"]))
         return children[-1]
 
-    monkeypatch.setattr("conv2former.reproduce.jobs.subprocess.Popen", killed)
+    monkeypatch.setattr("conv2former.tools.reproduce.jobs.subprocess.Popen", killed)
     with pytest.raises(Stopped, match="the same command goes on") as stopped:
         reproduce(Request("table6", data=data, out=tmp_path / "out", settings=TINY))
     assert stopped.value.code == 75 and [child.returncode for child in children] == [-signal.SIGTERM]

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from conv2former import loop as engine
+from conv2former.engine import trainer as engine
+from conv2former.engine.checkpointing import Snapshots
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.signals import RESUME_ME
+from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.run import RunFolder
-from conv2former.signals import RESUME_ME
-from conv2former.snapshots import Snapshots
-from conv2former.train import train
 from digits import tiny_recipe, write_digits
 from runs import (
     EVERYTHING,
@@ -76,7 +76,7 @@ def test_killed_while_a_checkpoint_is_written(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """The second epoch's: half a file beside the first epoch's whole one, or both whole."""
-    from conv2former import snapshots
+    from conv2former.engine import checkpointing as snapshots
 
     def die(*args: Any) -> None:
         raise Killed

@@ -15,12 +15,12 @@ import datasets
 import numpy as np
 import pytest
 
-from conv2former.data.archives import ShardSource, TarSource
 from conv2former.data.images import BadImage
-from conv2former.data.sources import FolderSource, HfdsSource, ImageSource
-from conv2former.data.splits import open_eval_source, open_splits
+from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.train import train
+from conv2former.tasks.classification.archives import ShardSource, TarSource
+from conv2former.tasks.classification.sources import FolderSource, HfdsSource, ImageSource
+from conv2former.tasks.classification.splits import open_eval_source, open_splits
 from digits import one_picture, tiny_recipe, write_digits
 
 CLASSES = [f"digit-{i}" for i in range(4)]
@@ -166,7 +166,7 @@ def pixel_sum(index: int) -> int:
 
 
 def test_more_tar_files_than_may_stay_open(packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conv2former.data.archives.MAX_OPEN", 2)
+    monkeypatch.setattr("conv2former.tasks.classification.archives.MAX_OPEN", 2)
     source = TarSource(packed("tar_per_class") / "train")
     order = [index for start in range(8) for index in range(start, 32, 8)]
     assert [source.load(index).size for index in order] == [(8, 8)] * 32

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conv2former import loop as engine
+from conv2former.engine import trainer as engine
+from conv2former.engine.train import train
 from conv2former.recipes import Recipe
-from conv2former.tasks.classification import ClassificationTask
-from conv2former.train import train
+from conv2former.tasks.classification.task import ClassificationTask
 from digits import tiny_recipe
 from runs import EVERYTHING
 from scenes import small_segmenter, write_pairs

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conv2former import machine
 from conv2former.__main__ import main
+from conv2former.engine import machine
+from conv2former.engine.logging import peak_memory_gb
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError
-from conv2former.logs import peak_memory_gb
-from conv2former.run import RunFolder
 from conv2former.version import __version__
 
 HIDE = """
@@ -28,7 +28,7 @@ for name in ("getuid", "geteuid", "fork", "pread", "sched_getaffinity"):
 """
 
 NETWORKS = """
-import logging, torch, timm, conv2former, conv2former.train
+import logging, torch, timm, conv2former, conv2former.engine.train
 model = timm.create_model("conv2former_test", num_classes=5)
 x = torch.randn(2, 3, 64, 64)
 model(x).sum().backward()
@@ -107,7 +107,7 @@ def test_a_package_that_is_missing_is_named() -> None:
 def test_kernels_are_tested_without_pydantic() -> None:
     """A machine with a GPU may have PyTorch and timm, and no network to install more."""
     test = Path(__file__).parent / "test_triton.py"
-    code = "import conv2former.benchmark.worker, conv2former.doctor, conv2former.zoo; "
+    code = "import conv2former.tools.benchmark.worker, conv2former.tools.doctor, conv2former.models.zoo; "
     code += f"import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'test_takes', {str(test)!r}]))"
     answer = subprocess.run([sys.executable, "-c", WITHOUT_PYDANTIC + code], capture_output=True, text=True)
     assert answer.returncode == 0 and "1 passed" in answer.stdout, answer.stdout + answer.stderr

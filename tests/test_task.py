@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 
-from conv2former.data.classification import NO_TARGET, Batch
-from conv2former.recipes.batch import plan_batch
-from conv2former.tasks.classification import ClassificationCounts, ClassificationTask
-from conv2former.tasks.optim import build_optimizer, scaled_lr
+from conv2former.engine.batch import plan_batch
+from conv2former.engine.optim import build_optimizer, scaled_lr
+from conv2former.tasks.classification.data import NO_TARGET, Batch
+from conv2former.tasks.classification.task import ClassificationCounts, ClassificationTask
 from digits import tiny_recipe
 
 

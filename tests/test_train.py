@@ -11,10 +11,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.run import RunFolder
-from conv2former.tasks.classification import ClassificationTask
-from conv2former.train import train
+from conv2former.tasks.classification.task import ClassificationTask
 from digits import tiny_recipe, write_digits
 from runs import weights
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 
-from conv2former import zoo
 from conv2former.errors import UserError
+from conv2former.models import zoo
 
 # (model, kernel, image, parameters, multiply-adds in G to the digits given)
 EXPECTED = [

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conv2former import ops
-from conv2former.doctor import maps
-from conv2former.machine import machine_facts
+from conv2former.engine.machine import machine_facts
+from conv2former.tools.doctor import maps
 
 TESTS = Path(__file__).parents[2] / "tests"
 FACTOR = 2.0  # of plain PyTorch's error in the same dtype

@@ -23,9 +23,9 @@ import torch
 from common import Archive, microseconds, parser
 from torch import nn
 
-from conv2former.doctor import maps
 from conv2former.ops.triton import Maps, lanes, large_kernel, three_rows
 from conv2former.ops.triton.warm import operations
+from conv2former.tools.doctor import maps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ops import copy_rate, multiply_rate

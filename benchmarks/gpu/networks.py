@@ -17,8 +17,8 @@ import torch
 from common import Archive, parser
 
 import conv2former  # noqa: F401  registers the names
-from conv2former.benchmark.modes import Configuration
-from conv2former.benchmark.worker import Worker
+from conv2former.tools.benchmark.modes import Configuration
+from conv2former.tools.benchmark.worker import Worker
 
 ROUNDS = 5
 STEPS = 20

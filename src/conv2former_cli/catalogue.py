@@ -24,7 +24,7 @@ def models(
 
     Example: conv2former models --variants
     """
-    from conv2former import zoo
+    from conv2former.models import zoo
 
     rows = zoo.rows(variants=variants)
     if json_:
@@ -58,7 +58,7 @@ def recipes(
 
     Example: conv2former recipes --json
     """
-    from conv2former.recipes.schema import load_recipe, recipe_names
+    from conv2former.recipes.load import load_recipe, recipe_names
 
     loaded = [load_recipe(name) for name in recipe_names()]
     if json_:

@@ -48,8 +48,8 @@ def reproduce(
 
     Example: conv2former reproduce table6 --data cifar10 --seeds 3
     """
-    from conv2former.reproduce import Request, Stopped
-    from conv2former.reproduce import reproduce as run_reproduce
+    from conv2former.tools.reproduce import Request, Stopped
+    from conv2former.tools.reproduce import reproduce as run_reproduce
 
     request = Request(
         table,

@@ -45,7 +45,7 @@ def maps(
 
     Example: conv2former explain maps runs/cifar photos/ --out explained --stage 3 --stage 4
     """
-    from conv2former.explain.maps import run_maps
+    from conv2former.tools.explain.maps import run_maps
 
     sys.exit(run_maps(checkpoint, inputs, out=out, stages=stage, blocks=block, channels=channels, device=device))
 
@@ -83,7 +83,7 @@ def cam(
 
     Example: conv2former explain cam runs/cifar photos/ --out explained --class cat
     """
-    from conv2former.explain.cams import run_cams
+    from conv2former.tools.explain.cams import run_cams
 
     sys.exit(run_cams(checkpoint, inputs, out=out, method=method, target=class_, stage=stage, device=device))
 
@@ -105,7 +105,7 @@ def field(
 
     Example: conv2former explain field conv2former_t:ls_init_value=1 resnet50d runs/cifar --data photos/ --out fields
     """
-    from conv2former.explain import field_report
+    from conv2former.tools.explain import field_report
 
     rows, files = field_report.run_field(models, data, out=out, images=images, size=size, device=device)
     if json_:
@@ -128,7 +128,7 @@ def kernels(
 
     Example: conv2former explain kernels runs/cifar --out kernels --stage 1 --block 1 --block -1
     """
-    from conv2former.explain.kernels import draw_kernels
+    from conv2former.tools.explain.kernels import draw_kernels
 
     files = draw_kernels(checkpoint, out, stages=stage, blocks=block)
     print(f"{', '.join(path.name for path in files)} are in {out}")

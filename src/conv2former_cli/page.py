@@ -26,7 +26,7 @@ def demo(
 
     Example: conv2former demo runs/cifar runs/camvid
     """
-    from conv2former.demo.server import run_demo
+    from conv2former.tools.demo.server import run_demo
 
     def say(line: str) -> None:
         print(line, flush=True)

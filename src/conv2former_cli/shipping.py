@@ -55,8 +55,8 @@ def export(
 
     Example: conv2former export runs/cifar --format onnx --format openvino --out exported
     """
-    from conv2former.export import ExportOptions
-    from conv2former.export import export as run_export
+    from conv2former.tools.export import ExportOptions
+    from conv2former.tools.export import export as run_export
 
     options = ExportOptions(
         formats=format_ or ("onnx",),
@@ -110,6 +110,6 @@ def push(
 
     Example: conv2former push runs/cifar OWNER/conv2former-cifar --private
     """
-    from conv2former.push import push as run_push
+    from conv2former.tools.push import push as run_push
 
     print(run_push(checkpoint, repo, private=private, message=message))

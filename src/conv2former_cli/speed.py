@@ -53,9 +53,9 @@ def benchmark(
 
     Example: conv2former benchmark conv2former_t convnext_tiny --dtype bfloat16 --mode compile --mode openvino
     """
-    from conv2former.benchmark import report
-    from conv2former.benchmark.measure import benchmark as run_benchmark
-    from conv2former.benchmark.options import BenchmarkOptions
+    from conv2former.tools.benchmark import report
+    from conv2former.tools.benchmark.measure import benchmark as run_benchmark
+    from conv2former.tools.benchmark.options import BenchmarkOptions
 
     options = BenchmarkOptions(
         models=models,
@@ -98,8 +98,8 @@ def doctor(
 
     Example: conv2former doctor --warm conv2former_t
     """
-    from conv2former.doctor import report
-    from conv2former.doctor import warm as compile_ahead
+    from conv2former.tools.doctor import report
+    from conv2former.tools.doctor import warm as compile_ahead
 
     print("\n".join(report()))
     if warm:

@@ -70,7 +70,7 @@ def train(
     Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
     """
     from conv2former.errors import UserError
-    from conv2former.recipes.schema import load_recipe
+    from conv2former.recipes.load import load_recipe
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
@@ -86,7 +86,7 @@ def train(
         raise UserError("--force goes with --resume")
     loaded = load_recipe(recipe, overrides=overrides) if recipe else None
     if dry_run:
-        from conv2former.plan import plan
+        from conv2former.engine.dry_run import plan
 
         if loaded is None or resume or overwrite:
             raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
@@ -95,8 +95,8 @@ def train(
     if out is None:
         raise UserError("no run folder given: name one with --out DIR")
 
-    from conv2former.train import Interrupted
-    from conv2former.train import train as run_train
+    from conv2former.engine.train import Interrupted
+    from conv2former.engine.train import train as run_train
 
     try:
         going_on: Any = "auto" if resume == Resume.auto else bool(resume)
@@ -127,6 +127,6 @@ def plot(
 
     Example: conv2former plot runs/cifar runs/other --out comparison.png
     """
-    from conv2former.plots import plot_runs
+    from conv2former.viz.plots import plot_runs
 
     print(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import conv2former  # noqa: F401  registers the models
-from conv2former.fusing import FusedBlock, FusedDownsample, FusedStem
+from conv2former.models.fused import FusedBlock, FusedDownsample, FusedStem
 
 
 def macs(part, inputs):

@@ -37,8 +37,8 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 import conv2former  # noqa: F401  registers the names
-from conv2former.heads.detector import Detections, Detector, Target, build_detector, paste_masks
-from conv2former.recipes.detection import DetectorSection
+from conv2former.tasks.detection.config import DetectorSection
+from conv2former.tasks.detection.model.detector import Detections, Detector, Target, build_detector, paste_masks
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CHANNELS, HIDDEN = 64, 256  # widths of the compared detectors; everything else is as in the configuration files

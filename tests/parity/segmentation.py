@@ -37,14 +37,14 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
 
 import conv2former  # noqa: F401  registers the names
-from conv2former.data.labels import IGNORED
+from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
-from conv2former.data.pairs import PairSource, open_pairs
-from conv2former.data.segmentation import TrainPairs, views
-from conv2former.heads.upernet import UperNet, build_upernet, pixel_loss
-from conv2former.recipes.sections import ModelSection
-from conv2former.recipes.segmentation import SegmentationAugmentSection, SegmentationDataSection, SegmenterSection
-from conv2former.tasks.segmentation import SegmentationCounts, padded_with_mean, probability_bands, weighted_loss
+from conv2former.tasks.segmentation.config import SegmentationAugmentSection, SegmentationDataSection, SegmenterSection
+from conv2former.tasks.segmentation.data import TrainPairs, views
+from conv2former.tasks.segmentation.folders import PairSource, open_pairs
+from conv2former.tasks.segmentation.masks import IGNORED
+from conv2former.tasks.segmentation.task import SegmentationCounts, padded_with_mean, probability_bands, weighted_loss
+from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, pixel_loss
 
 CONFIG = Path(mmseg.__file__).parent / ".mim/configs/convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py"
 SECTION = SegmenterSection(channels=64, aux_channels=32)  # widths; everything else is as in the configuration file

@@ -15,10 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCE
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from conv2former import variants as hierarchical
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
 from conv2former.checkpoints.reading import StrPath, extract_weights, read_checkpoint
 from conv2former.errors import UserError, some
+from conv2former.models import variants as hierarchical
 
 # The authors' modules and ours. {i}: stage, {j}: block, {n}: LayerNorm 0 or convolution 1 of a downsampling. The last
 # column marks the 1x1 convolutions, (out, in, 1, 1) with them and (out, in) with us. The first match counts, so that

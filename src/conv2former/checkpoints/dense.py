@@ -25,8 +25,8 @@ from conv2former.checkpoints.hub import (
     written_whole,
 )
 from conv2former.checkpoints.reading import StrPath, read_state_dict
+from conv2former.config import ModelSection, Recipe
 from conv2former.errors import UserError, some
-from conv2former.recipes.sections import ModelSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def save_dense(
 
 def read_dense(path: StrPath, task: str) -> SavedDense:
     """What a saved model says of itself; raises UserError where it is none of that task."""
-    from conv2former.recipes.schema import parse_recipe
+    from conv2former.recipes.load import parse_recipe
 
     folder, weights = find_model(Path(path))
     config = read_json(folder)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
 from conv2former.errors import UserError, nearest, some
 from conv2former.files import flush
-from conv2former.meta import build_on_meta
+from conv2former.models.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"

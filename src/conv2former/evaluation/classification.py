@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 
-from conv2former import plots
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import ImageDataset, eval_transform
 from conv2former.data.images import MAX_PIXELS
 from conv2former.data.loading import Normalizer, eval_loader
 from conv2former.data.sampling import EvalSampler
-from conv2former.data.sources import ImageSource
-from conv2former.data.splits import open_eval_source
-from conv2former.devices import pick_device
+from conv2former.engine.devices import pick_device
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError, one_line
 from conv2former.evaluation.common import EvaluateOptions, announced, report_folder, validation_set
 from conv2former.files import replace_text
-from conv2former.labels import class_names
-from conv2former.run import RunFolder
-from conv2former.tasks.classification import ClassificationCounts
+from conv2former.tasks.classification.data import ImageDataset, eval_transform
+from conv2former.tasks.classification.names import class_names
+from conv2former.tasks.classification.sources import ImageSource
+from conv2former.tasks.classification.splits import open_eval_source
+from conv2former.tasks.classification.task import ClassificationCounts
+from conv2former.viz import plots
 
 MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits a picture nor, at 21,841 classes, the memory
 SHEET_IMAGES = 16  # pictures in each block of the sheet of predictions

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conv2former.data.loading import checked
-from conv2former.data.splits import AnySplits
+from conv2former.engine.resuming import recorded_data
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError
-from conv2former.resuming import recorded_data
-from conv2former.run import RunFolder
+from conv2former.tasks.classification.splits import AnySplits
 
 
 @dataclass(frozen=True)

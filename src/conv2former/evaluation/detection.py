@@ -13,23 +13,23 @@ import torch
 from PIL import Image
 
 from conv2former.checkpoints.dense import SavedDense, load_dense, read_dense
-from conv2former.data.coco import CocoSource, open_eval_coco
-from conv2former.data.detection import EvalObjects, eval_view, pack
 from conv2former.data.loading import Normalizer, eval_loader
 from conv2former.data.rle import decode_mask
 from conv2former.data.sampling import EvalSampler
-from conv2former.devices import pick_device
-from conv2former.drawing import objects as draw_objects
-from conv2former.drawing import side_by_side
+from conv2former.engine.devices import pick_device
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError, one_line
 from conv2former.evaluation.common import EvaluateOptions, announced, report_folder, validation_set
 from conv2former.files import replace_text
-from conv2former.heads.detector import Detector, build_on_backbone
-from conv2former.recipes.detection import DetectionDataSection
-from conv2former.recipes.schema import with_settings
-from conv2former.run import RunFolder
-from conv2former.tasks.detection import CocoResults, coco_rows, figures_line
-from conv2former.tasks.segmentation import padded_with_mean
+from conv2former.recipes.load import with_settings
+from conv2former.tasks.detection.coco import CocoSource, open_eval_coco
+from conv2former.tasks.detection.config import DetectionDataSection
+from conv2former.tasks.detection.data import EvalObjects, eval_view, pack
+from conv2former.tasks.detection.model.detector import Detector, build_on_backbone
+from conv2former.tasks.detection.task import CocoResults, coco_rows, figures_line
+from conv2former.tasks.segmentation.task import padded_with_mean
+from conv2former.viz.drawing import objects as draw_objects
+from conv2former.viz.drawing import side_by_side
 
 SHOWN = 0.3  # least score of what is drawn
 SHEET_IMAGES = 6

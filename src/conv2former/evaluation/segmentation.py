@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conv2former import plots
 from conv2former.checkpoints.dense import SavedDense, load_dense, read_dense
 from conv2former.data.loading import Normalizer, eval_loader
-from conv2former.data.pairs import PairSource, open_eval_pairs
 from conv2former.data.sampling import EvalSampler
-from conv2former.data.segmentation import EvalPairs, views
-from conv2former.devices import pick_device
-from conv2former.drawing import label_overlay, legend, side_by_side
+from conv2former.engine.devices import pick_device
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError, one_line
 from conv2former.evaluation.common import EvaluateOptions, announced, report_folder, validation_set
 from conv2former.files import replace_text
-from conv2former.heads.upernet import UperNet, build_upernet
-from conv2former.recipes.schema import with_settings
-from conv2former.recipes.segmentation import SegmentationDataSection
-from conv2former.run import RunFolder
-from conv2former.tasks.segmentation import SegmentationCounts, probability_bands
+from conv2former.recipes.load import with_settings
+from conv2former.tasks.segmentation.config import SegmentationDataSection
+from conv2former.tasks.segmentation.data import EvalPairs, views
+from conv2former.tasks.segmentation.folders import PairSource, open_eval_pairs
+from conv2former.tasks.segmentation.task import SegmentationCounts, probability_bands
+from conv2former.tasks.segmentation.upernet import UperNet, build_upernet
+from conv2former.viz import plots
+from conv2former.viz.drawing import label_overlay, legend, side_by_side
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation (Sec. 4.6)
 SHEET_IMAGES = 6

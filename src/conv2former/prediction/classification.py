@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
-from conv2former.data.classification import eval_transform
 from conv2former.data.loading import Normalizer
-from conv2former.devices import pick_device
+from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError
-from conv2former.labels import class_names
 from conv2former.prediction.common import Finding
+from conv2former.tasks.classification.data import eval_transform
+from conv2former.tasks.classification.names import class_names
 
 PICTURE_SIDE = 512  # longer side of an annotated picture; smaller ones are drawn up to it
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from conv2former.devices import pick_device
+from conv2former.engine.devices import pick_device
 from conv2former.evaluation.detection import detect, draw_rows, load_detector
 from conv2former.prediction.common import Finding
 

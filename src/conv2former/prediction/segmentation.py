@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conv2former.devices import pick_device
-from conv2former.drawing import label_overlay, legend, side_by_side
+from conv2former.engine.devices import pick_device
 from conv2former.evaluation.segmentation import load_segmenter, segment
 from conv2former.prediction.common import Finding
+from conv2former.viz.drawing import label_overlay, legend, side_by_side
 
 
 class Segmenter:

@@ -1,6 +1,6 @@
 """Experiments as data: one YAML file each, checked by ``schema``."""
 
-from conv2former.recipes.schema import load_recipe, recipe_names
-from conv2former.recipes.sections import Recipe
+from conv2former.config import Recipe
+from conv2former.recipes.load import load_recipe, recipe_names
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]

@@ -10,10 +10,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from conv2former.config import Recipe
 from conv2former.data.loading import Normalizer
-from conv2former.recipes.batch import plan_batch
-from conv2former.recipes.sections import Recipe
-from conv2former.tasks.optim import build_optimizer, scaled_lr
+from conv2former.engine.batch import plan_batch
+from conv2former.engine.optim import build_optimizer, scaled_lr
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Result:
 
 
 class Task(L.LightningModule):
-    """A network with its recipe; ``conv2former.train`` runs it on Fabric.
+    """A network with its recipe; ``conv2former.engine.train`` runs it on Fabric.
 
     With ``optim.ema_decay`` the moving average of the weights is what is validated; the engine updates it.
     Under Lightning's Trainer it trains at the recipe's peak rate: the schedule is the engine's.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from conv2former.recipes.sections import Recipe
+from conv2former.config import Recipe
 from conv2former.workflows.base import AnyEvaluation, Workflow
 
 __all__ = ["AnyEvaluation", "Workflow", "workflow"]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from conv2former import checkpoints
+from conv2former.config import ModelSection
 from conv2former.data.loading import KeyedDataset
-from conv2former.data.splits import AnySplits
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError
-from conv2former.recipes.sections import ModelSection
-from conv2former.run import RunFolder
 from conv2former.tasks.base import Task
+from conv2former.tasks.classification.splits import AnySplits
 
 
 class AnyEvaluation(Protocol):

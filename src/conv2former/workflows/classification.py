@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conv2former import checkpoints, zoo
-from conv2former.data.classification import ImageDataset, eval_transform, train_transform
-from conv2former.data.sources import ImageSource
-from conv2former.data.splits import Splits, open_splits
+from conv2former import checkpoints
+from conv2former.config import ModelSection
+from conv2former.engine.run_dir import RunFolder
 from conv2former.evaluation.classification import Evaluation, evaluate_source, write_report
-from conv2former.recipes.sections import ModelSection
-from conv2former.run import RunFolder
-from conv2former.tasks.classification import ClassificationTask, build_model
+from conv2former.models import zoo
+from conv2former.tasks.classification.data import ImageDataset, eval_transform, train_transform
+from conv2former.tasks.classification.sources import ImageSource
+from conv2former.tasks.classification.splits import Splits, open_splits
+from conv2former.tasks.classification.task import ClassificationTask, build_model
 from conv2former.workflows.base import Workflow
 
 SAMPLES = 8  # held-out pictures that the quick start leaves as files

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from conv2former.checkpoints.dense import save_dense, start_from, with_saved_args
+from conv2former.config import ModelSection
 from conv2former.data.loading import KeyedDataset
-from conv2former.processes import say_once
-from conv2former.recipes.sections import ModelSection
+from conv2former.engine.distributed import say_once
 from conv2former.workflows.base import Workflow
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conv2former.data.coco import CocoSource, CocoSplits, open_coco
-from conv2former.data.detection import EvalObjects, TrainObjects
+from conv2former.config import ModelSection
+from conv2former.engine.run_dir import RunFolder
 from conv2former.evaluation.detection import DetectionEvaluation, evaluate_objects, load_detector, write_report
-from conv2former.heads.detector import Detector, build_on_backbone
-from conv2former.recipes.sections import ModelSection
-from conv2former.run import RunFolder
-from conv2former.tasks.detection import DetectionTask
+from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco
+from conv2former.tasks.detection.data import EvalObjects, TrainObjects
+from conv2former.tasks.detection.model.detector import Detector, build_on_backbone
+from conv2former.tasks.detection.task import DetectionTask
 from conv2former.workflows.dense import DenseWorkflow
 
 COUNTED = (800, 1280)  # the image by which the paper's toolbox counts multiply-adds

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conv2former.data.pairs import PairSource, PairSplits, open_pairs
-from conv2former.data.segmentation import EvalPairs, TrainPairs
+from conv2former.config import ModelSection
+from conv2former.engine.run_dir import RunFolder
 from conv2former.errors import UserError
 from conv2former.evaluation.segmentation import SegmentationEvaluation, evaluate_pairs, load_segmenter, write_report
-from conv2former.heads.upernet import UperNet, build_upernet
-from conv2former.recipes.sections import ModelSection
-from conv2former.run import RunFolder
-from conv2former.tasks.segmentation import SegmentationTask, weighted_loss
+from conv2former.tasks.segmentation.data import EvalPairs, TrainPairs
+from conv2former.tasks.segmentation.folders import PairSource, PairSplits, open_pairs
+from conv2former.tasks.segmentation.task import SegmentationTask, weighted_loss
+from conv2former.tasks.segmentation.upernet import UperNet, build_upernet
 from conv2former.workflows.dense import DenseWorkflow
 
 

@@ -1,0 +1,59 @@
+"""How the images of an optimizer step are dealt out to processes and forward passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conv2former.config import Recipe
+from conv2former.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One optimizer step.
+
+    Attributes:
+        per_process: Images per process and forward pass.
+        world: Processes.
+        accumulate: Forward passes.
+    """
+
+    per_process: int
+    world: int
+    accumulate: int
+
+    @property
+    def total(self) -> int:
+        """Images per optimizer step; the learning rate is scaled by it."""
+        return self.per_process * self.world * self.accumulate
+
+    def __str__(self) -> str:
+        return f"{self.per_process} x {self.world} processes x {self.accumulate} accumulated = {self.total}"
+
+
+def plan_batch(recipe: Recipe, *, world: int) -> BatchPlan:
+    """The recipe's batch on ``world`` processes.
+
+    Without ``optim.global_batch`` the total grows with the processes. With it the total stays: each process takes its
+    share in as few forward passes as ``optim.batch_size`` allows.
+
+    Raises:
+        UserError: ``optim.global_batch`` cannot be dealt out evenly, or leaves an odd batch to MixUp.
+    """
+    optim = recipe.optim
+    if optim.global_batch is None:
+        return BatchPlan(optim.batch_size, world, optim.accumulate)
+    share, left = divmod(optim.global_batch, world)
+    if left or not share:
+        raise UserError(
+            f"optim.global_batch={optim.global_batch} cannot be shared by {world} processes: "
+            f"give --set optim.global_batch={max(round(optim.global_batch / world), 1) * world}"
+        )
+    step = 2 if recipe.pairs else 1
+    fitting = [size for size in range(step, min(optim.batch_size, share) + 1, step) if share % size == 0]
+    if not fitting:
+        raise UserError(
+            f"a process's share of {share} images cannot be mixed in pairs: give an optim.global_batch that is a "
+            f"multiple of {2 * world}, --set optim.global_batch={(share + 1) * world} for example"
+        )
+    return BatchPlan(fitting[-1], world, share // fitting[-1])

@@ -1,0 +1,349 @@
+"""The dry run: what a training would do, worked out without data, without a GPU and without a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conv2former.config import OptimSection, Recipe
+from conv2former.data.sampling import steps_per_epoch
+from conv2former.engine.batch import BatchPlan, plan_batch
+from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.errors import UserError, one_line
+from conv2former.models.meta import SkipFilling
+from conv2former.viz import plots
+from conv2former.workflows import Workflow, workflow
+from conv2former.workflows.classification import classification_loss
+
+ASSUMED_CLASSES = dict(classification=1000, detection=80, segmentation=150)
+OTHER_WORLDS = (1, 8, 32)
+POINTS = 1000  # of the drawn curves
+LEFT_OUT = (
+    "An estimate; it leaves out what the backward pass holds for a moment, DDP's buckets (as much as the gradients),\n"
+    "with gradient checkpointing the block that is recomputed, the libraries' workspaces, fragmentation and the CUDA "
+    "context."
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The training set.
+
+    Attributes:
+        count: Training images; None where nobody has said.
+        classes: Classes; None likewise.
+        origin: A sentence that says where the numbers are from.
+    """
+
+    count: int | None
+    classes: int | None
+    origin: str
+
+
+def plan(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
+    """Works out what training ``recipe`` would do, and draws its learning rate and weight decay.
+
+    ``model.weights`` is not looked at: it may be the result of a run that has not happened yet.
+
+    Args:
+        recipe: What would be trained.
+        data: Folder of images to count; None for the numbers of the recipe's claim.
+        out: Picture to write (.png), or a folder; None for ``RECIPE.schedule.png`` here.
+
+    Returns:
+        The text to print.
+
+    Raises:
+        UserError: Anything that would stop the training before its first step, as far as it can be seen here.
+    """
+    images = _images(recipe, data)
+    batch = plan_batch(recipe, world=recipe.claim.processes)
+    work = workflow(recipe)
+    classes = images.classes or ASSUMED_CLASSES[recipe.task]
+    model = build_without_memory(work, classes=classes)
+    optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, batch))
+    per_epoch = None if images.count is None else _steps_per_epoch(images.count, batch)
+    # where the images are unknown the curve is drawn with enough steps to be smooth
+    schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
+    network = _network(work, model, classes)
+    memory = _memory(work, model, batch)
+    picture = _picture(recipe, out)
+    parts = [
+        ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
+        ["data", images.origin],
+        ["batch", *_batch(recipe, batch), *_worlds(recipe, images.count)],
+        ["steps", *_steps(recipe, images.count, batch, per_epoch)],
+        ["parameter groups", *_groups(optimizer)],
+        ["network", *network],
+        ["memory per process", *memory, LEFT_OUT],
+        ["picture", str(picture)],
+    ]
+    _draw(recipe, optimizer, schedule, per_epoch, picture)
+    head = f"Dry run of {recipe.name}: nothing is trained and no run folder is made."
+    return "\n\n".join([head, *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
+
+
+def build_without_memory(work: Workflow, *, classes: int) -> Any:
+    """The recipe's network on the meta device, whatever its ``weights``.
+
+    Raises:
+        UserError: Unknown model or argument.
+    """
+    section = work.recipe.model.model_copy(update=dict(weights=None))
+    names = [str(index) for index in range(classes)]
+    try:
+        with torch.device("meta"), SkipFilling():
+            return work.build(section, classes=names)[0]
+    except (UserError, NotImplementedError, RuntimeError):
+        # the user's mistake, which comes again below, or a network that looks at values meanwhile
+        return work.build(section, classes=names)[0].to("meta")
+
+
+def saved_bytes(
+    model: nn.Module, images: Tensor, *, half: bool, loss: Callable[[Any, Tensor], Tensor] = classification_loss
+) -> int:
+    """Bytes that a forward pass with its loss keeps for the backward pass, each storage counted once.
+
+    Parameters and buffers are not counted, autocast's copies of them are. The tensors may be fake: autocast on the
+    CPU then stands for the GPU's, whose lists of operations differ in little that these networks use.
+
+    Args:
+        model: The network.
+        images: (B, 3, H, W), of the model's kind.
+        half: Whether autocast computes in 16 bits.
+        loss: What is computed with them.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that its address is not given to another
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=half),
+    ):
+        loss(model, images)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def activation_bytes(work: Workflow, model: Any) -> tuple[int, int]:
+    """What training keeps for the backward pass: bytes whatever the batch, and bytes for each image of it.
+
+    Args:
+        work: Gives size, precision, gradient checkpointing and the loss.
+        model: The network on the meta device; its tensors are replaced by fake ones.
+
+    Raises:
+        UserError: The network does not take images of that size.
+    """
+    recipe, (height, width) = work.recipe, work.train_shape()
+    half = recipe.engine.precision != "32"
+    try:
+        if recipe.engine.grad_checkpointing:
+            model.set_grad_checkpointing()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu").train()
+            # one image would be too few for batch norm on a map of one position
+            two, four = (
+                saved_bytes(model, torch.empty(n, 3, height, width), half=half, loss=work.trial_loss) for n in (2, 4)
+            )
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{recipe.model.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+    per_image = (four - two) // 2
+    return two - 2 * per_image, per_image
+
+
+def state_bytes(optim: OptimSection) -> dict[int, float] | None:
+    """Bytes of optimizer state for each value of a parameter, by the parameter's dimensions.
+
+    Found by a step on a network of a few weights, because optimizers differ even between matrices and vectors (muon).
+    Those that store rows and columns in place of matrices come out too large.
+
+    Returns:
+        For 1, 2 and 4 dimensions; None where the optimizer needs more than gradients to step.
+    """
+    tiny = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 16))
+    optimizer = build_optimizer(tiny, optim.model_copy(update=dict(layer_decay=None)), lr=1e-3)
+    try:
+        tiny(torch.ones(2, 4, 3, 3)).square().mean().backward()
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    found = {}
+    for parameter in tiny.parameters():
+        tensors = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
+        # what is not as large as a vector is a step counter
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
+        found[parameter.ndim] = held / parameter.numel()
+    return found
+
+
+def _images(recipe: Recipe, data: Path | None) -> Images:
+    work = workflow(recipe)
+    if data is not None or work.brings_data:
+        splits = work.open_splits(data)
+        train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
+        where = data or "the recipe's own images"
+        return Images(
+            train, classes, f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}"
+        )
+    claim, fraction = recipe.claim, getattr(recipe.data, "val_fraction", 0.0)
+    if claim.images is None:
+        known = (
+            f"{claim.classes:,} classes" if claim.classes else f"{ASSUMED_CLASSES[recipe.task]:,} classes are assumed"
+        )
+        return Images(None, claim.classes, f"number of images unknown ({known}): --data DIR tells it")
+    held = round(claim.images * fraction)
+    classes = claim.classes or ASSUMED_CLASSES[recipe.task]
+    text = f"{claim.images:,} images of {classes:,} classes, by the recipe's claim; --data DIR counts"
+    text += f"\nabout {held:,} of them are held out (data.val_fraction={fraction})" if held else ""
+    return Images(claim.images - held, claim.classes, text)
+
+
+def _steps_per_epoch(images: int, batch: BatchPlan) -> int:
+    steps = steps_per_epoch(images, batch.total)
+    if not steps:
+        raise UserError(
+            f"{images} training images are fewer than one batch of {batch.total}: lower optim.batch_size, "
+            "optim.accumulate or optim.global_batch"
+        )
+    return steps
+
+
+def _batch(recipe: Recipe, batch: BatchPlan) -> list[str]:
+    optim = recipe.optim
+    return [
+        f"{batch.per_process} images per process x {batch.world} processes (claim.processes) x {batch.accumulate} "
+        f"forward passes = effective batch {batch.total:,}",
+        f"learning rate: {optim.base_lr:g} x {batch.total:,} / {optim.base_batch:,} = {scaled_lr(optim, batch):g}",
+    ]
+
+
+def _worlds(recipe: Recipe, images: int | None) -> list[str]:
+    rows = []
+    for world in OTHER_WORLDS:
+        try:
+            batch = plan_batch(recipe, world=world)
+        except UserError as error:
+            rows.append([str(world), str(error)])
+            continue
+        steps = "?" if images is None else f"{steps_per_epoch(images, batch.total):,}"
+        rate = f"{scaled_lr(recipe.optim, batch):g}"
+        rows.append(
+            [str(world), str(batch.per_process), str(batch.accumulate), f"{batch.total:,}", rate, steps],
+        )
+    return _table(["processes", "per process", "passes", "effective batch", "learning rate", "steps per epoch"], rows)
+
+
+def _steps(recipe: Recipe, images: int | None, batch: BatchPlan, per_epoch: int | None) -> list[str]:
+    schedule = recipe.schedule
+    if images is None or per_epoch is None:
+        counted = schedule.warmup_steps is not None
+        rise = f"{schedule.warmup_steps:,} steps" if counted else f"{schedule.warmup_epochs:g} epochs"
+        return [f"{schedule.length()}, {rise} of them warm-up; steps unknown without --data"]
+    steps, warmup = schedule.total(per_epoch), schedule.warmup(per_epoch)
+    return [
+        f"{images:,} images / {batch.total:,} = {per_epoch:,} steps per epoch (the rest of an epoch is left out)",
+        f"{warmup:,} steps of warm-up ({warmup / per_epoch:.3g} epochs)",
+        f"{steps:,} steps in all ({steps / per_epoch:.4g} epochs), evaluated every {schedule.interval(per_epoch):,}",
+    ]
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    scales = sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
+    rows = []
+    for group in optimizer.param_groups:
+        scale, decay = group.get("lr_scale", 1.0), group["weight_decay"]
+        name = "decayed" if decay else "not decayed"
+        name = f"layer {scales.index(scale)}, {name}" if len(scales) > 1 else name
+        count = sum(parameter.numel() for parameter in group["params"])
+        rows.append([name, str(len(group["params"])), f"{count:,}", f"{decay:g}", f"{scale:.4g}"])
+    return _table(["group", "tensors", "parameters", "weight decay", "lr scale"], rows)
+
+
+def _network(work: Workflow, model: Any, classes: int) -> list[str]:
+    section = work.recipe.model
+    try:
+        lines = work.counts(model, classes=classes)
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{section.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+    if section.weights:
+        lines.append(f"model.weights ({section.weights}) was not looked at; arguments that it brings are not counted")
+    return lines
+
+
+def _memory(work: Workflow, model: Any, batch: BatchPlan) -> list[str]:
+    recipe = work.recipe
+    parameters = list(model.parameters())
+    weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
+    gradients = sum(parameter.nbytes for parameter in parameters)
+    per_value = state_bytes(recipe.optim)
+    state = sum(p.numel() * (per_value.get(p.ndim) or max(per_value.values())) for p in parameters) if per_value else 0
+    fixed, per_image = activation_bytes(work, model)
+    shards = batch.world if recipe.engine.strategy == "fsdp" else 1
+    sharded = f", 1/{shards} of it by FSDP" if shards > 1 else ""
+    width = "32 bits" if recipe.engine.precision == "32" else "16 bits under autocast"
+    width += ", of checkpointed blocks the inputs" if recipe.engine.grad_checkpointing else ""
+    held = f"{batch.per_process} images x {per_image / 2**20:.1f} MiB + {fixed / 2**20:.0f} MiB; {width}"
+    rows = [
+        ("weights", weights / shards, f"32 bits{sharded}"),
+        ("gradients", gradients / shards, f"32 bits{sharded}"),
+        ("optimizer state", state / shards, recipe.optim.name + (sharded if per_value else ": unknown, not counted")),
+        ("averaged weights", weights if recipe.optim.ema_decay else 0, "" if recipe.optim.ema_decay else "none"),
+        ("activations", fixed + per_image * batch.per_process, held),
+    ]
+    rows.append(("sum", sum(size for _, size, _ in rows), ""))
+    return _table(["what", "size", ""], [[name, _size(size), note] for name, size, note in rows])
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _picture(recipe: Recipe, out: Path | None) -> Path:
+    """Where the picture goes; never into a new folder, which a training would then find in its way."""
+    if out is None:
+        return Path(f"{recipe.name}.schedule.png")
+    if out.suffix.lower() == ".png":
+        return out
+    return out / "schedule.png" if out.is_dir() else out.with_name(f"{out.name}.schedule.png")
+
+
+def _draw(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, picture: Path
+) -> None:
+    scale = per_epoch or POINTS
+    steps = np.unique(np.linspace(0, recipe.schedule.total(scale) - 1, POINTS).round().astype(int))
+    rates, decay = [], []
+    for step in steps:
+        schedule.step_update(int(step))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        decay.append(max(group["weight_decay"] for group in optimizer.param_groups))
+    highest, lowest = np.max(rates, axis=1), np.min(rates, axis=1)
+    curves: dict[str, Any] = {"learning rate": highest}
+    if (lowest < highest).any():
+        curves = {"last layer": highest, "first layer": lowest}
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        plots.schedule((steps / scale).tolist(), curves, decay, picture, steps_per_epoch=per_epoch)
+    except OSError as error:
+        raise UserError(f"cannot write {picture}: {error.strerror or error}") from None
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines; a row may be shorter than the columns, its last cell then runs on."""
+    full = [row for row in (columns, *rows) if len(row) == len(columns)]
+    widths = [max(len(row[i]) for row in full) for i in range(len(columns))]
+    lines = (zip(row, widths, strict=False) for row in (columns, *rows))
+    return ["  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines]

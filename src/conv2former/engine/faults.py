@@ -1,0 +1,76 @@
+"""What a run passes over and lists: images that cannot be read, steps whose loss is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from conv2former.config import Recipe
+from conv2former.data.images import BadImage
+from conv2former.data.loading import AnyBatch
+from conv2former.engine.distributed import Processes, agreed
+from conv2former.engine.run_dir import RunFolder
+from conv2former.errors import UserError, some
+from conv2former.tasks.classification.splits import AnySource
+
+
+class Incidents:
+    """The lists of a run and their limits, the same on all processes; the first one writes them.
+
+    Args:
+        run: The run folder.
+        recipe: Gives the limits.
+        images: The training images.
+        processes: Of this run.
+        say: Shows a line to the user.
+    """
+
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, images: AnySource, processes: Processes, say: Callable[[str], None]
+    ) -> None:
+        self.run, self.recipe, self.images, self.processes, self.say = run, recipe, images, processes, say
+        self.bad_images = run.bad_images()
+
+    def new_bad_images(self, parts: list[AnyBatch]) -> list[BadImage]:
+        """Those of this process's batches that are not listed yet."""
+        return [image for part in parts for image in part.bad if image.file not in self.bad_images]
+
+    def note_bad_images(self, bad: list[BadImage]) -> None:
+        """Lists what any process has found; to be called on all of them."""
+        for rows in self.processes.gather([(image.file, image.reason) for image in bad]):
+            for file, reason in rows:
+                if file not in self.bad_images:
+                    self.bad_images.add(file)
+                    self.say(f"skipping {file}: {reason}")
+                    if self.processes.rank == 0:
+                        self.run.add_bad_image(file, reason)
+
+    def too_many_bad_images(self) -> Exception | None:
+        """The error where the limit is passed."""
+        if len(self.bad_images) <= self.recipe.data.max_bad_images:
+            return None
+        return agreed(
+            UserError(
+                f"{len(self.bad_images)} images cannot be read, more than data.max_bad_images: see "
+                f"{self.run.bad_images_jsonl}, raise the limit with --set and continue with --resume"
+            )
+        )
+
+    def note_skipped_step(self, parts: list[AnyBatch], *, step: int, lr: float, in_row: int) -> None:
+        """Lists a step whose loss was not finite, with the images of all processes; to be called on all of them.
+
+        Raises:
+            UserError: It is the last of as many in a row as the recipe allows.
+        """
+        indices = [index for part in parts for index in part.indices.tolist()]
+        files = [self.images.name(i) for share in self.processes.gather(indices) for i in share]
+        if self.processes.rank == 0:
+            self.run.add_skipped_step(dict(step=step, lr=lr, files=files))
+        self.say(f"step {step} skipped: its loss is not finite")
+        if in_row >= self.recipe.engine.max_skipped_steps:
+            raise agreed(
+                UserError(
+                    f"the loss was not finite in {in_row} steps in a row, up to step {step} (learning rate {lr:.3g}; "
+                    f"{some(files, 3)}; all in {self.run.skipped_steps_jsonl}): continue from the last checkpoint with "
+                    "--resume --force and --set optim.base_lr lower, optim.clip_grad=1 or engine.precision=32"
+                )
+            )

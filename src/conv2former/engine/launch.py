@@ -1,0 +1,114 @@
+"""Devices and processes of a run, from the recipe and from what torchrun or SLURM says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from conv2former.config import EngineSection, Recipe
+from conv2former.engine.torch_settings import is_nvidia
+from conv2former.errors import UserError, one_line
+from conv2former.models.conv2former import Block
+
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
+
+
+def make_fabric(recipe: Recipe) -> L.Fabric:
+    """Lightning Fabric for a recipe, not launched yet.
+
+    Raises:
+        UserError: Devices that are not there, or settings that do not go together.
+    """
+    # Lightning's tips and device report are left out; our own summary says what matters
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    engine = recipe.engine
+    accelerator = _accelerator(engine)
+    if accelerator == "cpu" and engine.precision == "16":
+        raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
+    devices, nodes = _layout(engine)
+    if devices == "auto" and accelerator == "cpu":
+        devices = 1
+    several = nodes > 1 or (devices if devices != "auto" else torch.cuda.device_count()) > 1
+    strategy: Any = "auto"
+    if engine.strategy == "fsdp":
+        if recipe.optim.ema_decay:
+            raise UserError("optim.ema_decay does not work with engine.strategy=fsdp: use ddp")
+        if engine.precision == "16":
+            raise UserError("engine.precision=16 does not work with engine.strategy=fsdp: use bf16")
+        if several:
+            world = nodes * (devices if devices != "auto" else torch.cuda.device_count())
+            strategy = ModelParallelStrategy(
+                shard,
+                data_parallel_size=world,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,
+                timeout=TIMEOUT,
+            )
+    elif several:
+        strategy = DDPStrategy(timeout=TIMEOUT)
+    try:
+        return L.Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+            precision=PRECISIONS[engine.precision],
+        )
+    except Exception as error:  # Lightning has several kinds for devices that are not there
+        raise UserError(
+            f"engine.accelerator={engine.accelerator} with engine.devices={engine.devices}: {one_line(error)}"
+        ) from None
+
+
+def on_nvidia_gpu(recipe: Recipe) -> bool:
+    """Whether ``make_fabric`` would take an NVIDIA GPU here."""
+    return is_nvidia(torch.device(_accelerator(recipe.engine)))
+
+
+def _accelerator(engine: EngineSection) -> Literal["cpu", "cuda"]:
+    if engine.accelerator == "auto":  # Lightning's own choice may fall on Apple's MPS, which lacks float64
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return engine.accelerator
+
+
+def _layout(engine: EngineSection) -> tuple[Any, int]:
+    """Processes per machine and machines: torchrun's or SLURM's where one of them has started this process."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        devices = int(environment["LOCAL_WORLD_SIZE"])
+        found, by = (devices, int(environment["WORLD_SIZE"]) // devices), "torchrun"
+    elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(environment.get("SLURM_NNODES", "1"))
+        found, by = (int(environment["SLURM_NTASKS"]) // nodes, nodes), "SLURM"
+    else:
+        return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
+    for name, given, real in (("devices", engine.devices, found[0]), ("nodes", engine.nodes, found[1])):
+        if given not in ("auto", real):
+            raise UserError(f"engine.{name}={given}, but {by} has started {real}: add --set engine.{name}=auto")
+    return found
+
+
+def shard(task: nn.Module, mesh: Any) -> nn.Module:
+    """FSDP: every block, then the rest, has its weights shared out and gathered when it computes."""
+    from torch.distributed.fsdp import fully_shard
+
+    network: Any = task.get_submodule("model")
+    for child in task.children():  # the strategy moves what is sharded alone
+        if child is not network:
+            child.to(mesh.device_type)
+    for module in network.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(network, mesh=mesh["data_parallel"])
+    return task

@@ -1,0 +1,199 @@
+"""Model cards in the Hugging Face layout: what a model is for, what it was made of, what it reaches, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conv2former.checkpoints.hub import CARD_FILE, find_model, read_json
+from conv2former.engine.figures import Figure, recorded_figures
+from conv2former.engine.run_dir import RunFolder
+from conv2former.errors import UserError, one_line, some
+from conv2former.files import replace_text
+
+TAGS = dict(
+    classification=["image-classification", "timm"], detection=["object-detection"], segmentation=["image-segmentation"]
+)
+PURPOSE = dict(
+    classification="to say which one of its classes a picture shows",
+    detection="to find objects of its classes on a picture, with a box and a mask for each",
+    segmentation="to give each pixel of a picture one of its classes",
+)
+UNKNOWN = dict(
+    classification="every picture gets a class",
+    detection="it may be taken for something else, or be passed over",
+    segmentation="every pixel gets a class",
+)
+PAPER = """```bibtex
+@article{hou2022conv2former,
+  title   = {Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition},
+  author  = {Hou, Qibin and Lu, Cheng-Ze and Cheng, Ming-Ming and Feng, Jiashi},
+  journal = {arXiv preprint arXiv:2211.11943},
+  year    = {2022}
+}
+```"""
+MAX_CLASSES = 50  # named in a card
+MARK = "<!-- Written by conv2former. A card without this line is somebody's own and is left alone. -->"
+
+
+def write_card(
+    folder: Path, checkpoint: Path, run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Writes the card of a saved model, or of files made from it; one that is there is replaced if it has ``MARK``.
+
+    Args:
+        folder: Where to.
+        checkpoint: The model.
+        run: Where it was trained; None where that is not known.
+        exported: Rows of exported files, as ``Exported.to_json`` gives them; the card is then about them.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    path = folder / CARD_FILE
+    try:
+        if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            return
+        replace_text(path, card(read_json(find_model(checkpoint)[0]), run, exported=exported))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+
+
+def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()) -> str:
+    """The text; see ``write_card``. ``config`` is the model's ``config.json``."""
+    task = config.get("task", "classification")
+    facts, figures = (run.facts(), recorded_figures(run.path, task)) if run else ({}, [])
+    data = Path(str(facts["data"])).name if facts.get("data") else None
+    recipe = run.recipe() if run else None
+    name = f"{config['architecture']}{f' on {data}' if data else ''}"
+    parts = [
+        _front_matter(task, name, data, figures, exported),
+        f"# {name}",
+        _intended(config, task),
+        _use(task, exported),
+        "## Training",
+        _training(recipe, facts) if run and recipe else "Not recorded.",
+        "## Figures",
+        _results(figures, facts, exported) if figures else "None recorded.",
+        *([_files(exported)] if exported else []),
+        "## Limits",
+        _limits(task, facts),
+        "## Licence",
+        "The code is under Apache-2.0. The weights carry what the terms of the images and weights that they were made "
+        "from allow; whoever publishes them says so here.",
+        "## How to cite",
+        PAPER,
+        MARK,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(
+    task: str,
+    name: str,
+    data: str | None,
+    figures: list[tuple[Figure, float]],
+    exported: Sequence[dict[str, Any]],
+) -> str:
+    tags = [tag for tag in TAGS[task] if not (exported and tag == "timm")]
+    head: dict[str, Any] = dict(tags=[*tags, "conv2former"], pipeline_tag=TAGS[task][0])
+    if not exported:
+        head["library_name"] = "timm" if task == "classification" else "conv2former"
+    if figures and data and not exported:  # what the figures were measured with is the trained model, not its files
+        metrics = [dict(type=f.metric, name=f.title, value=round(value, 2)) for f, value in figures]
+        result = dict(task=dict(type=TAGS[task][0]), dataset=dict(name=data, type=data), metrics=metrics)
+        head["model-index"] = [dict(name=name, results=[result])]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _intended(config: dict[str, Any], task: str) -> str:
+    classes = [str(label) for label in config.get("label_names") or []]
+    known = f" There are {len(classes)}: {some(classes, MAX_CLASSES)}." if classes else ""
+    return (
+        f"## Intended use\n\nA {config['architecture']}, trained with the package conv2former {PURPOSE[task]}.{known} "
+        "For pictures like those that it was trained on; not for decisions about people, and not where a mistake does "
+        "harm."
+    )
+
+
+def _use(task: str, exported: Sequence[dict[str, Any]]) -> str:
+    if exported:
+        text = (
+            "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
+            "the metadata key `conv2former`."
+        )
+        if task == "classification" and any(row["format"] == "onnx" for row in exported):
+            text += (
+                " For `model.onnx` the project's `examples/onnx_classify.py` shows the whole way with numpy, Pillow "
+                "and onnxruntime alone."
+            )
+        return text
+    if task == "classification":
+        code = (
+            "import conv2former  # registers the architecture\nimport timm\n\n"
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"\n'
+            "config = timm.data.resolve_model_data_config(model)\n"
+            "transform = timm.data.create_transform(**config, is_training=False)"
+        )
+        return f"## How to use\n\n```python\n{code}\n```"
+    return "## How to use\n\n```sh\nconv2former predict FOLDER photo.jpg --out annotated\n```"
+
+
+def _training(recipe: Any, facts: dict[str, Any]) -> str:
+    images = facts.get("images", {})
+    count = " and ".join(
+        f"{number:,} {'training' if key == 'train' else 'validation'}" for key, number in images.items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    machine = facts.get("machine", {})
+    place = ", ".join(machine.get("gpus", [])) or f"{machine.get('cpus', '?')} CPU cores"
+    start = f"; started from {Path(recipe.model.weights).name}" if recipe.model.weights else "; from random weights"
+    rows = [
+        ("data", f"{Path(str(facts.get('data') or 'built in')).name}: {count} images"),
+        ("recipe", f"`{recipe.name}` (settings {facts.get('recipe_hash')}, seed {recipe.engine.seed}){start}"),
+        ("length", recipe.schedule.length()),
+        (
+            "optimizer",
+            f"{recipe.optim.name}, base rate {recipe.optim.base_lr:g}, weight decay {recipe.optim.weight_decay:g}",
+        ),
+        ("precision", recipe.engine.precision),
+        ("machine", place),
+        ("software", versions + (f"; commit {facts['commit']}" if facts.get("commit") else "")),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _results(figures: list[tuple[Figure, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
+    lines = ["| figure | value |", "|---|---:|", *(f"| {f.title} | {value:.2f} |" for f, value in figures)]
+    count = facts.get("images", {}).get("val")
+    on = f"on the {count:,} validation images" if count else "on the validation images"
+    what = " Of the trained model in PyTorch, not of the files." if exported else ""
+    return "\n".join([*lines, "", f"By `conv2former evaluate RUN`, {on}, whose results also chose the weights.{what}"])
+
+
+def _files(exported: Sequence[dict[str, Any]]) -> str:
+    counted = "top1" in exported[0]
+    head = ["file", "format", "MB", "largest difference to PyTorch", *(["top-1, %", "in PyTorch"] if counted else [])]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for row in exported:
+        line = [Path(row["file"]).name, row["format"], f"{row['bytes'] / 1e6:.1f}", f"{row['difference']:.1e}"]
+        lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
+    note = (
+        f"Differences as a share of the largest output, on {exported[0]['pictures']} pictures; by `conv2former export`."
+    )
+    return "\n".join(["## Files", "", *(f"| {' | '.join(line)} |" for line in lines), "", note])
+
+
+def _limits(task: str, facts: dict[str, Any]) -> str:
+    lines = [
+        f"- What is on no training picture is unknown to it, and nothing says so: {UNKNOWN[task]}.",
+        "- Other cameras, sizes, light and scenes than in training lower the figures; by how much nobody has measured.",
+        "- Balance over groups of people, and resistance to pictures made to mislead, were not examined.",
+    ]
+    train = facts.get("images", {}).get("train")
+    if train and train < 10_000:
+        lines.append(f"- It has seen {train:,} training images, which is few.")
+    return "\n".join(lines)

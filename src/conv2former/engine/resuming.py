@@ -1,0 +1,89 @@
+"""What may change when a run goes on, and what may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conv2former.config import Recipe
+from conv2former.engine.run_dir import RunFolder
+from conv2former.errors import UserError
+
+# another network cannot take the checkpoint's weights
+KEPT = ("name", "args", "weights", "freeze_batchnorm")
+HEADS = ("detector", "segmenter")
+
+
+def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:
+    """The recipe to go on with: the run's own, with what a given one changes.
+
+    What moves no weight (``recipes.sections.FREE``) may always change, the rest with ``force``, the network and the
+    optimizer never. What the given one leaves to the machine ('auto') stays as it was decided when the run was started.
+
+    Raises:
+        UserError: The given recipe would do something else.
+    """
+    if given is None:
+        return own
+    given = given.decided(own.engine.compile)
+    if given.digest() == own.digest():
+        return given.model_copy(update=dict(name=own.name, claim=own.claim))
+    if not force:
+        raise UserError(
+            f"the run in {run.path} was made with other settings ({difference(own, given)}): resume it without them, "
+            "start a new run in another folder, or add --force to go on with the new ones"
+        )
+    fixed = ["task"] * (own.task != given.task)
+    fixed += [f"{section}.*" for section in HEADS if getattr(own, section, None) != getattr(given, section, None)]
+    fixed += [f"model.{key}" for key in KEPT if getattr(own.model, key) != getattr(given.model, key)]
+    fixed += [f"optim.{key}" for key in ("name", "layer_decay") if getattr(own.optim, key) != getattr(given.optim, key)]
+    # the optimizer's groups of parameters, which the checkpoint holds, depend on it
+    fixed += ["optim.weight_decay (to or from 0)"] * (bool(own.optim.weight_decay) != bool(given.optim.weight_decay))
+    fixed += ["optim.ema_decay"] * ((own.optim.ema_decay is None) != (given.optim.ema_decay is None))
+    if fixed:
+        raise UserError(f"{fixed[0]} cannot change in a run, not even with --force: start a new one in another folder")
+    return given
+
+
+def difference(own: Recipe, given: Recipe) -> str:
+    """The settings in which two recipes differ, the first five of those that move weights."""
+    mine, other = own.settings(), given.settings()
+    if own.task != given.task:
+        return f"task: run {own.task!r}, given {given.task!r}"
+    changes = [
+        f"{section}.{key}: run {mine[section][key]!r}, given {other[section][key]!r}"
+        for section in mine
+        if isinstance(mine[section], dict)
+        for key in mine[section]
+        if mine[section][key] != other[section][key]
+    ]
+    return "; ".join(changes[:5])
+
+
+def check_same(run: RunFolder, facts: dict[str, Any], found: dict[str, Any], *, force: bool) -> list[str]:
+    """Refuses to resume on other images or another number of processes, with which a step means something else.
+
+    Returns:
+        What differs all the same, with ``force``.
+
+    Raises:
+        UserError: Something differs, and ``force`` is off or it is the classes.
+    """
+    changes = []
+    for key in ("processes", "classes", "images", "images_hash"):
+        then, now = facts.get(key), found[key]
+        if then == now:
+            continue
+        what = "other files" if key == "images_hash" else f"{key} {then}, now they are {now}"
+        if key == "classes" or not force:
+            way = "" if key == "classes" else ", or add --force"
+            raise UserError(
+                f"the run in {run.path} was started with {what}: resume it on what it was started with{way}"
+            )
+        changes.append(f"{key}: {then}, now {now}")
+    return changes
+
+
+def recorded_data(facts: dict[str, Any]) -> Path | None:
+    """The data that a run was started on."""
+    return Path(facts["data"]) if facts.get("data") else None

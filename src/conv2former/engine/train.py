@@ -1,0 +1,207 @@
+"""Training: everything is checked first, then the run folder is made, then the loop runs."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from conv2former.config import Recipe
+from conv2former.data.loading import KILLED_WORKER, is_killed_worker, leave_killed_workers
+from conv2former.data.sampling import Purpose, derive_seed, seed_all
+from conv2former.engine.batch import plan_batch
+from conv2former.engine.batchnorm import freeze
+from conv2former.engine.checkpointing import Snapshots
+from conv2former.engine.distributed import Processes, say_once
+from conv2former.engine.launch import make_fabric, on_nvidia_gpu
+from conv2former.engine.logging import check_loggers
+from conv2former.engine.machine import machine_facts
+from conv2former.engine.report import write_final_report
+from conv2former.engine.resuming import check_same, difference, recorded_data, resumed_recipe
+from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.signals import Interrupted, StopRequest
+from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
+from conv2former.engine.trainer import Loop
+from conv2former.errors import UserError, one_line
+from conv2former.tasks.classification.splits import AnySplits
+from conv2former.workflows import AnyEvaluation, Workflow, workflow
+
+__all__ = ["Interrupted", "train"]
+
+
+def train(
+    recipe: Recipe | None,
+    *,
+    data: Path | None,
+    out: Path,
+    resume: bool | Literal["auto"] = False,
+    overwrite: bool = False,
+    force: bool = False,
+) -> AnyEvaluation | None:
+    """Trains, evaluates and reports one recipe.
+
+    Args:
+        recipe: What to do; None with ``resume`` for the run's own recipe.
+        data: Folder of images; None for recipes that bring their data, or with ``resume``.
+        out: The run folder.
+        resume: Continue the run in ``out``; 'auto' starts it where there is none yet.
+        overwrite: Replace a run in ``out``.
+        force: Go on with settings or images that differ from the run's.
+
+    Returns:
+        The best weights' evaluation; None on all processes but the first.
+
+    Raises:
+        UserError: Anything wrong with what was given.
+        Interrupted: Stopped by a signal, state saved.
+    """
+    run, facts = RunFolder(out), {}
+    own: Recipe | None = None
+    resume = run.exists() if resume == "auto" else resume
+    if resume:
+        facts = RunFolder.open(out).facts()
+        own = run.recipe()
+        recipe = resumed_recipe(run, own, recipe, force=force)
+        data = data or recorded_data(facts)
+    if recipe is None:
+        raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
+    asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
+    check_loggers(recipe.engine.loggers)
+    work = workflow(recipe)
+    splits = work.open_splits(data)
+    if not resume:
+        _refuse_overlap(out, recipe, data)
+    seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
+    model, model_args = _build(work, splits, run, facts)
+
+    fabric = make_fabric(recipe)
+    fabric.launch()
+    found = dict(
+        data=_recorded(data),
+        classes=splits.train.classes,
+        images=dict(train=len(splits.train), val=len(splits.val)),
+        images_hash=splits.digest(),
+        processes=fabric.world_size,
+        model_args=model_args,
+    )
+    with StopRequest() as stop, contextlib.ExitStack() as ending:  # a stop comes too late while the report is written
+        ending.callback(lambda: run.unlock())
+        try:
+            with Processes(fabric) as processes, _one_line_errors(run):
+                _check_batch(work, len(splits.train), fabric)
+                changes = check_same(run, facts, found, force=force) if resume else []
+                if own and own.digest() != recipe.digest():
+                    changes.append(difference(own, recipe))
+                loop = Loop(work, splits, model, model_args, fabric, processes, stop)
+                if resume:
+                    if fabric.is_global_zero:
+                        run.lock()
+                    loop.load(run)
+                if fabric.is_global_zero:
+                    if not resume:
+                        run = RunFolder.create(out, recipe, found, overwrite=overwrite)
+                    elif own != recipe or facts != facts | found:
+                        run.change(recipe, facts | found)
+                    facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
+                    run.add_event("resumed" if resume else "started", **facts_now)
+                fabric.barrier()
+                for line in start_lines(asked, recipe, fabric.device):
+                    say_once(line)
+                _fit(loop, run, resumed=resume)
+        except (UserError, Interrupted) as error:
+            if not fabric.is_global_zero and getattr(error, "agreed", False):
+                return None  # the first process reports what all have met
+            raise
+        if not fabric.is_global_zero:
+            return None
+        with _one_line_errors(run):
+            size = loop.batch.per_process
+            evaluation = write_final_report(run, work, splits.val, batch_size=size, device=str(fabric.device))
+            run.add_event("finished", step=loop.position.step, **evaluation.figures())
+        return evaluation
+
+
+def _fit(loop: Loop, run: RunFolder, *, resumed: bool) -> None:
+    """Trains; the run's history gets the reason where it does not come to its end."""
+    try:
+        with applied(loop.recipe):
+            loop.fit(run, resumed=resumed)
+    except (UserError, Interrupted) as error:
+        if loop.fabric.is_global_zero:
+            with contextlib.suppress(OSError):  # the disk may be what has failed
+                run.add_event("stopped", step=loop.position.step, reason=one_line(error))
+        raise
+
+
+@contextlib.contextmanager
+def _one_line_errors(run: RunFolder) -> Any:
+    """Turns what a disk, a GPU or the memory may refuse into the line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot go on in the run folder {run.path}: {one_line(error)}") from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "out of GPU memory: lower optim.batch_size, raise optim.accumulate (it follows from optim.global_batch), "
+            "or set engine.grad_checkpointing=true"
+        ) from None
+    except RuntimeError as error:
+        if failure := compiler_failure(error):
+            raise UserError(failure) from None
+        if not is_killed_worker(error):  # met at any moment: PyTorch raises it from a signal handler
+            raise
+        leave_killed_workers()
+        raise UserError(KILLED_WORKER) from None
+
+
+def _recorded(data: Path | None) -> str | None:
+    if data is None:
+        return None
+    return str(data.resolve() if data.exists() else data)  # what is not a path here is a name on a hub
+
+
+def _build(work: Workflow, splits: AnySplits, run: RunFolder, facts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The network and the arguments that rebuild it; a run that has a checkpoint no longer needs its first weights."""
+    recipe = work.recipe
+    section = recipe.model
+    if facts and Snapshots(run.checkpoints).newest_first():
+        section = section.model_copy(update=dict(weights=None, args=facts["model_args"]))
+    elif section.weights:
+        work.check_weights()
+    model, model_args = work.build(section, classes=splits.train.classes)
+    try:
+        if recipe.engine.grad_checkpointing:
+            model.set_grad_checkpointing()
+        work.try_out(model)
+    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(f"{section.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+    if section.freeze_batchnorm:
+        freeze(getattr(model, "backbone", model))
+    return model, model_args
+
+
+def _check_batch(work: Workflow, images: int, fabric: L.Fabric) -> None:
+    """Refuses a batch that the training set cannot fill once, or the network cannot be trained on."""
+    recipe: Recipe = work.recipe
+    world = fabric.world_size
+    batch = plan_batch(recipe, world=world)
+    work.check_batch(batch.per_process, world)
+    check_cuda_graphs(recipe, accumulate=batch.accumulate, device=fabric.device)
+    if images >= batch.total:
+        return
+    if recipe.optim.global_batch is not None:
+        raise UserError(f"{images} training images are fewer than one batch of {batch.total}: lower optim.global_batch")
+    fitting = images // (batch.accumulate * world)
+    fitting -= fitting % 2 if recipe.pairs else 0
+    advice = f"lower it with --set optim.batch_size={fitting}" if fitting else "use fewer processes or more images"
+    raise UserError(f"{images} training images are fewer than one batch of {batch.total}: {advice}")
+
+
+def _refuse_overlap(out: Path, recipe: Recipe, data: Path | None) -> None:
+    """Refuses a run folder that holds what the run reads: --overwrite would delete it."""
+    for what, path in (("--data", data), ("model.weights", recipe.model.weights)):
+        if path and Path(path).resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{what} ({path}) lies in the run folder {out}: choose another --out")

@@ -1,0 +1,146 @@
+"""The family in figures: parameters, multiply-adds, and what the paper reports for each model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conv2former.errors import UserError, nearest
+from conv2former.models.ablations import ROWS
+from conv2former.models.meta import build_on_meta
+from conv2former.models.variants import SIZES
+
+# ImageNet-1k top-1 in percent, 224 px, 300 epochs: Tables 3, 6 and 7
+PAPER_TOP1 = {
+    "conv2former_n": 81.5,
+    "conv2former_t": 83.2,
+    "conv2former_s": 84.1,
+    "conv2former_b": 84.4,
+    "conv2former_is": 81.2,
+    "conv2former_is_conv3": 82.0,
+    "conv2former_ib": 82.7,
+    "conv2former_ib_conv3": 83.0,
+    "conv2former_t_sum": 82.7,
+    "conv2former_t_sigmoid": 82.3,
+    "conv2former_t_l1": 82.8,
+    "conv2former_t_linear": 82.2,
+}
+# the same by kernel size: Table 5, and Sec. 3.3 for the ends of Fig. 4a, which prints no numbers itself
+PAPER_TOP1_KERNEL = {
+    ("conv2former_b", 7): 84.2,
+    ("conv2former_b", 5): 84.1,
+    ("conv2former_b", 21): 84.5,
+    ("conv2former_t", 5): 82.8,
+    ("conv2former_t", 21): 83.4,
+}
+# with ImageNet-22k pre-training, by size of the fine-tuning image: Table 4
+PAPER_TOP1_22K = {
+    ("conv2former_s", 224): 84.9,
+    ("conv2former_b", 224): 86.2,
+    ("conv2former_b", 384): 87.0,
+    ("conv2former_l", 224): 87.0,
+    ("conv2former_l", 384): 87.7,
+}
+
+PAPER_MODELS = [f"conv2former_{size}" for size in (*SIZES, "is", "is_conv3", "ib", "ib_conv3")]
+SMALL_MODELS = ["conv2former_pico", "conv2former_femto", "conv2former_atto", "conv2former_test"]
+ABLATIONS = [f"conv2former_{size}_{weighting}" for size, weighting in ROWS]
+
+# Sec. 4.3 and Tables 4 and 5: (model, kernel size, image size) beside the registered defaults
+VARIANTS = [
+    ("conv2former_n", 11, 224),
+    *(("conv2former_t", k, 224) for k in (5, 7, 9, 15, 21)),
+    *(("conv2former_b", k, 224) for k in (5, 7, 9, 15, 21)),
+    ("conv2former_b", 11, 384),
+    ("conv2former_l", 11, 384),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        name: timm's name.
+        kernel_size: Side of the modulation kernel.
+        image_size: Side of the image, pixels.
+        params: Parameters with 1,000 classes.
+        macs: Multiply-adds of convolutions and linear layers; what the paper calls FLOPs.
+        paper_top1: The paper's ImageNet-1k accuracy in percent, None where it gives none.
+        paper_top1_22k: The same with ImageNet-22k pre-training.
+        origin: 'paper', 'paper, ablation' or 'ours'.
+    """
+
+    name: str
+    kernel_size: int
+    image_size: int
+    params: int
+    macs: int
+    paper_top1: float | None
+    paper_top1_22k: float | None
+    origin: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a dictionary."""
+        return asdict(self)
+
+
+def count(name: str, *, image_size: int, **model_args: Any) -> tuple[int, int]:
+    """Parameters and multiply-adds of any timm model, counted on the meta device without computing anything.
+
+    Multiply-adds are those of convolutions and matrix products (attention's included); biases, norms and element-wise
+    work are not counted, as in the paper.
+
+    Raises:
+        UserError: Unknown model.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
+    return _count(build_on_meta(name, **model_args), image_size, model_args.get("in_chans", 3))
+
+
+def _count(model: Any, image_size: int, in_chans: int = 3) -> tuple[int, int]:
+    image = torch.empty(1, in_chans, image_size, image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def rows(*, variants: bool = False) -> list[Row]:
+    """All registered models; with ``variants`` also the paper's other kernel and image sizes."""
+    result = []
+    for name in PAPER_MODELS + ABLATIONS + SMALL_MODELS:
+        cfg: Any = timm.get_pretrained_cfg(name)
+        origin = "ours" if name in SMALL_MODELS else "paper, ablation" if name in ABLATIONS else "paper"
+        result.append(_row(name, None, cfg.input_size[-1], origin))
+    for name, kernel_size, size in VARIANTS if variants else []:
+        result.append(_row(name, kernel_size, size, "paper, ablation" if size == 224 else "paper"))
+    return result
+
+
+def _row(name: str, kernel_size: int | None, image_size: int, origin: str) -> Row:
+    model = build_on_meta(name, **({} if kernel_size is None else dict(kernel_size=kernel_size)))
+    params, macs = _count(model, image_size)
+    side = model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
+    top1 = PAPER_TOP1.get(name) if kernel_size is None else PAPER_TOP1_KERNEL.get((name, side))
+    pretrained = PAPER_TOP1_22K.get((name, image_size)) if side == 11 else None
+    return Row(name, side, image_size, params, macs, top1, pretrained, origin)
+
+
+def to_markdown(table: list[Row]) -> str:
+    """The table for a document."""
+    lines = [
+        "| model | kernel | image | parameters | MACs (G) | paper top-1 | paper top-1, 22k | origin |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table:
+        top1, pretrained = (f"{value:.1f}" if value is not None else "" for value in (r.paper_top1, r.paper_top1_22k))
+        lines.append(
+            f"| {r.name} | {r.kernel_size} | {r.image_size} | {r.params:,} | {r.macs / 1e9:.3f} "
+            f"| {top1} | {pretrained} | {r.origin} |"
+        )
+    return "\n".join(lines)

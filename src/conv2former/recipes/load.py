@@ -1,0 +1,168 @@
+"""Reads recipes: shipped ones by name and files of one's own, with what the command line changes."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from conv2former.config import Recipe
+from conv2former.errors import UserError, nearest, one_line
+from conv2former.tasks.classification.config import ClassificationRecipe
+from conv2former.tasks.detection.config import DetectionRecipe
+from conv2former.tasks.segmentation.config import SegmentationRecipe
+
+TASKS: dict[str, type[Recipe]] = dict(
+    classification=ClassificationRecipe, detection=DetectionRecipe, segmentation=SegmentationRecipe
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that reads ``1e-6`` as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    folder = resources.files("conv2former.recipes")
+    names = (entry.name for entry in folder.iterdir())
+    # a leading underscore marks what others are based on and is no experiment by itself
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and not name.startswith("_"))
+
+
+def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Recipe:
+    """Reads a shipped recipe by name, or a file of one's own by its path (it must end in .yaml or .yml).
+
+    Args:
+        name: Name or path.
+        overrides: Assignments ``section.key=value``, the value in YAML.
+
+    Raises:
+        UserError: No such recipe, not YAML, unknown key or wrong type; the message names the nearest right one.
+    """
+    raw = _raw(str(name), ())
+    for assignment in overrides or []:
+        _assign(raw, assignment)
+    return parse_recipe(raw, str(name))
+
+
+def with_settings(recipe: Recipe, settings: list[str], *, section: str | None = None) -> Any:
+    """The recipe with settings ``SECTION.key=value`` changed, of one section alone if it is named.
+
+    Raises:
+        UserError: Another section, unknown key or wrong type.
+    """
+    raw = recipe.model_dump(mode="json")
+    for setting in settings:
+        if section and not setting.startswith(f"{section}."):
+            raise UserError(f"--set {setting!r}: only {section}.key=value can be changed here")
+        _assign(raw, setting)
+    return parse_recipe(raw, recipe.name)
+
+
+def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe as it is written, laid over the one that it names as its ``base``."""
+    try:
+        raw = parse_yaml(_read(name))
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name} is not YAML: {one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {name} holds no sections: it must start with name:, claim:, model:")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or base in (name, *above):
+        raise UserError(f"recipe {name}: base must name another recipe, not {base!r}")
+    below = _raw(base, (name, *above))
+    if name.endswith((".yaml", ".yml")):  # what the paper claims of the base says nothing of somebody's own recipe
+        command = f"conv2former train --recipe {name} --data DIR --out RUN"
+        own = dict(source=f"based on {base}", command=command, notes="", paper=None, measured="not run")
+        below["claim"] = below.get("claim", {}) | own
+    return _laid_over(below, raw)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _laid_over(below[key], above[key])
+    return merged
+
+
+def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
+    """Checks a recipe that is already parsed; ``origin`` stands in error messages."""
+    task = raw.get("task", "classification") if isinstance(raw, dict) else "classification"
+    if not isinstance(task, str) or task not in TASKS:
+        raise UserError(f"recipe {origin}: unknown task {task!r}; there are: {', '.join(TASKS)}")
+    try:
+        return TASKS[task].model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"recipe {origin}: {'; '.join(_explain(e, TASKS[task]) for e in error.errors())}") from None
+
+
+def _read(name: str) -> str:
+    if name.endswith((".yaml", ".yml")):
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read recipe {name}: {getattr(error, 'strerror', None) or error}") from None
+    file = resources.files("conv2former.recipes").joinpath(f"{name}.yaml")
+    if not file.is_file():
+        names = recipe_names()
+        hint = nearest(name, names) or f"; there are: {', '.join(names)}"
+        raise UserError(f"unknown recipe {name!r}{hint} (a file of your own must end in .yaml)")
+    return file.read_text(encoding="utf-8")
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"--set {assignment!r} is not of the form section.key=value")
+    target = raw
+    for part in path[:-1]:
+        # a section that the file leaves out, or writes as an empty line, starts empty
+        child = target.get(part)
+        target[part] = child = {} if child is None else child
+        if not isinstance(child, dict):
+            raise UserError(f"--set {assignment!r}: {part!r} holds a value, not a section")
+        target = child
+    try:
+        target[path[-1]] = parse_yaml(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {assignment!r}: the value is not YAML") from None
+
+
+def _explain(error: Any, recipe: type[Recipe]) -> str:
+    path = [str(part) for part in error["loc"][:2]]  # behind section and key pydantic names members of a union or tuple
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _fields(recipe, path[:-1])
+        return f"unknown key {key!r}{nearest(path[-1], known) or '; there are: ' + ', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    if error["type"] == "value_error":  # from a validator above, whose message names the keys itself
+        return str(error["ctx"]["error"])
+    return f"{key!r}: {error['msg']}, got {error['input']!r}"
+
+
+def _fields(recipe: type[Recipe], path: list[str]) -> list[str]:
+    model: Any = recipe
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), recipe)
+        if not issubclass(model, BaseModel):
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,109 @@
+"""A timm backbone under a detector or a segmenter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models._manipulate import group_with_matcher
+from torch import Tensor, nn
+
+from conv2former.config import ModelSection
+from conv2former.errors import UserError, nearest, one_line
+from conv2former.tasks.classification.task import RESERVED
+
+STRIDES = [4, 8, 16, 32]
+LAST_LAYER = 10_000  # of the heads, in layer-wise decay
+
+
+class Backbone(nn.Module):
+    """Four maps of stride 4, 8, 16 and 32 from any timm model that has them; names of the weights as in ``model``.
+
+    What only a classifier needs, timm's head and norms behind the last stage, is taken off.
+
+    Attributes:
+        widths: Channels of the four maps.
+
+    Args:
+        section: Name, arguments and stochastic depth; its weights are not looked at.
+
+    Raises:
+        UserError: Unknown model or argument, or one without such maps.
+    """
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.model: Any = _create(section)
+        # some models keep a list of dictionaries, some an object around one
+        info = [dict(entry) for entry in getattr(self.model.feature_info, "info", self.model.feature_info)]
+        strides = [entry["reduction"] for entry in info]
+        if not set(STRIDES) <= set(strides):
+            found = ", ".join(str(stride) for stride in sorted(set(strides)))
+            raise UserError(
+                f"{section.name} has maps of stride {found}; detectors and segmenters need 4, 8, 16 and 32: take a "
+                "hierarchical model with the paper's stem, conv2former_t for example"
+            )
+        # the last entry of each stride
+        self.indices = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]
+        self.widths = [info[index]["num_chs"] for index in self.indices]
+        self.model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> four maps (B, C, H / stride, W / stride)."""
+        return self.model.forward_intermediates(
+            images, indices=self.indices, intermediates_only=True, output_fmt="NCHW"
+        )
+
+
+def _create(section: ModelSection) -> Any:
+    if not timm.is_model(section.name):
+        raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
+    reserved = sorted(RESERVED & section.args.keys())
+    if reserved:
+        raise UserError(f"model.args cannot hold {', '.join(reserved)}: weights are given as model.weights")
+    options: dict[str, Any] = dict(section.args, num_classes=0)
+    if section.drop_path_rate:
+        options["drop_path_rate"] = section.drop_path_rate
+    if section.drop_rate:
+        raise UserError("model.drop_rate is a classifier's: leave it out")
+    try:
+        try:
+            # Swin and its kin take any size only when told so; others do not know the argument
+            model = timm.create_model(section.name, strict_img_size=False, **options)
+        except TypeError:
+            model = timm.create_model(section.name, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
+    for needed in ("feature_info", "forward_intermediates", "prune_intermediate_layers"):
+        if not hasattr(model, needed):
+            raise UserError(f"{section.name} gives no maps of its stages (timm): take another model as backbone")
+    return model
+
+
+class OnBackbone(nn.Module):
+    """What stands on a ``Backbone``, with the methods that the engine asks of a timm model."""
+
+    backbone: Any
+    num_classes: int
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Layers for layer-wise decay: the backbone's own, then all that stands on it."""
+        model = self.backbone.model
+        layers = group_with_matcher(model.named_parameters(), model.group_matcher(coarse=coarse), reverse=True)
+
+        def layer(name: str) -> int:
+            return layers.get(name.removeprefix("backbone.model."), LAST_LAYER)
+
+        return layer
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's."""
+        own: set[str] = getattr(self.backbone.model, "no_weight_decay", set)()
+        return {f"backbone.model.{name}" for name in own}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the backbone's activations in the backward pass instead of storing them."""
+        self.backbone.model.set_grad_checkpointing(enable)

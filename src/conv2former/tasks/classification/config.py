@@ -1,0 +1,57 @@
+"""What a recipe for image classification may say beside what all recipes share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from conv2former.config import ImagesSection, Recipe, Section
+
+
+class DataSection(ImagesSection):
+    """Images in and how they are read."""
+
+    source: Literal["folder", "tar", "wds", "hfds", "digits"] = Field(
+        default="folder",
+        description="'folder' for class folders, 'tar' for tar files of them, 'wds' for webdataset shards, 'hfds' for "
+        "a Hugging Face dataset, 'digits' for scikit-learn's handwritten digits",
+    )
+    input_size: int = Field(default=224, ge=8, description="side of the square that the network sees, pixels")
+    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no val/ folder")
+    crop_pct: float = Field(default=0.9, gt=0, le=1, description="share of the resized image kept in evaluation")
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+class AugmentSection(Section):
+    """Training augmentation, all of timm's. The defaults leave everything off but the crop and the flip."""
+
+    scale: tuple[float, float] = Field(default=(0.08, 1.0), description="area of the random crop")
+    ratio: tuple[float, float] = Field(default=(0.75, 1.3333333), description="aspect ratio of the random crop")
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    color_jitter: float = Field(default=0.0, ge=0, description="used where auto_augment is not")
+    auto_augment: str | None = Field(default=None, description="timm's policy string, rand-m9-mstd0.5-inc1 for example")
+    random_erasing: float = Field(default=0.0, ge=0, le=1)
+    mixup: float = Field(default=0.0, ge=0, description="alpha of MixUp")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix")
+    mix_prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed at all")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ClassificationRecipe(Recipe):
+    """One experiment in image classification; the headline figure is top-1 accuracy."""
+
+    task: Literal["classification"] = "classification"
+    data: DataSection = DataSection()
+    augment: AugmentSection = AugmentSection()
+
+    @property
+    def pairs(self) -> bool:
+        """MixUp and CutMix mix the images of a forward pass in pairs."""
+        return bool(self.augment.mixup or self.augment.cutmix)
+
+    @model_validator(mode="after")
+    def _mixing_needs_pairs(self) -> ClassificationRecipe:
+        if self.pairs and self.optim.batch_size % 2:
+            raise ValueError(f"optim.batch_size ({self.optim.batch_size}) must be even with augment.mixup or cutmix")
+        return self

@@ -1,0 +1,73 @@
+"""What a recipe for object detection and instance segmentation may say beside what all recipes share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from conv2former.config import ImagesSection, Recipe, Section
+
+
+class DetectionDataSection(ImagesSection):
+    """Images with COCO annotations. Paths are below the folder given with ``--data``."""
+
+    train_images: str = "train2017"
+    train_annotations: str = "annotations/instances_train2017.json"
+    val_images: str = "val2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    short_side: int = Field(default=800, ge=32, description="short side of an image in evaluation, pixels")
+    long_side: int = Field(default=1333, ge=32, description="most that the long side may then have")
+    keep_empty: bool = Field(default=False, description="whether images without objects are trained on")
+
+
+class DetectionAugmentSection(Section):
+    """Multi-scale training with resize-crop-resize and flips (Sec. 4.5, Swin's and DETR's)."""
+
+    short_sides: list[PositiveInt] = Field(
+        default=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], description="of which one is drawn, pixels"
+    )
+    long_side: PositiveInt = Field(default=1333, description="most that the long side may then have, pixels")
+    crop_prob: float = Field(default=0.5, ge=0, le=1, description="images that are first resized, and cropped")
+    crop_short_sides: list[PositiveInt] = Field(default=[400, 500, 600], description="of which that resize draws one")
+    crop_sizes: tuple[PositiveInt, PositiveInt] = Field(
+        default=(384, 600), description="least and most height and width of that crop, pixels"
+    )
+    hflip: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _there_are_sizes(self) -> DetectionAugmentSection:
+        if not self.short_sides or not self.crop_short_sides:
+            raise ValueError("augment.short_sides and augment.crop_short_sides need at least one size")
+        if self.crop_sizes[0] > self.crop_sizes[1]:
+            raise ValueError(f"augment.crop_sizes {self.crop_sizes} must be the least and the most")
+        return self
+
+
+class DetectorSection(Section):
+    """What stands on the backbone; the defaults are those of Mask R-CNN in the paper's toolbox."""
+
+    kind: Literal["mask_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
+    channels: PositiveInt = Field(default=256, description="width of the pyramid, the RPN and the heads' convolutions")
+    box_head: Literal["2fc", "4conv1fc"] = Field(
+        default="2fc", description="two linear layers, or four convolutions with batch norm and one linear layer"
+    )
+    box_head_channels: PositiveInt = Field(default=1024, description="width of the linear layers")
+    box_loss: Literal["l1", "giou"] = Field(
+        default="l1", description="of the box heads: L1 on deltas, or GIoU (weight 10) on decoded boxes"
+    )
+    rpn_loss: Literal["l1", "smooth_l1"] = Field(default="l1", description="of the RPN's boxes; smooth with beta 1/9")
+    train_proposals: PositiveInt = Field(default=1000, description="boxes of the RPN for each image in training")
+    rois: PositiveInt = Field(default=512, description="boxes of each image that the heads are trained on")
+    score_threshold: float = Field(default=0.05, ge=0, lt=1, description="less certain boxes are no detections")
+    nms_threshold: float = Field(default=0.5, gt=0, le=1, description="of two boxes that overlap more one is dropped")
+    max_detections: PositiveInt = Field(default=100, description="for each image")
+
+
+class DetectionRecipe(Recipe):
+    """One experiment in detection and instance segmentation; the headline figure is box AP."""
+
+    task: Literal["detection"] = "detection"
+    data: DetectionDataSection = DetectionDataSection()
+    augment: DetectionAugmentSection = DetectionAugmentSection()
+    detector: DetectorSection = DetectorSection()

@@ -1,0 +1,163 @@
+"""One stage of the detector's second half: proposals are compared with the truth, named, corrected and masked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
+
+from conv2former.tasks.detection.config import DetectorSection
+from conv2former.tasks.detection.model import box_head as roi
+from conv2former.tasks.detection.model import mask_head as mask_ops
+from conv2former.tasks.detection.model.box_ops import clip, decode, encode, match, sample
+
+FRACTION = 0.25  # of the boxes that are learned from, most with an object
+GIOU_WEIGHT = 10.0
+
+
+class Target(NamedTuple):
+    """What is in one image. Crowd regions are not in it.
+
+    Attributes:
+        boxes: (N, 4) float, x0, y0, x1, y1 in pixels of the network's input, of positive area, within the image.
+        labels: (N,) long, classes from 0.
+        masks: (N, h, w) uint8, of the size of the image without the batch's padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+class StageSettings(NamedTuple):
+    """What differs between stages."""
+
+    overlap: float  # least IoU of a proposal with the object it has found
+    deviations: tuple[float, float, float, float]  # unit of the offsets dx, dy, dw, dh
+    weight: float  # of the losses
+    claims: bool  # whether an object claims the proposals that overlap it most, even those nearer to another object
+
+
+class Samples(NamedTuple):
+    """Boxes that a stage learns from, those of all images in a row, in each image objects before background."""
+
+    boxes: Tensor  # (S, 4)
+    images: Tensor  # (S,) long
+    labels: Tensor  # (S,) long; background is the number of classes
+    given: Tensor  # (S,) bool: the truth itself, which is among the proposals of each stage
+    objects: Tensor  # (P,) long, index into the image's objects, of the P boxes with an object
+    truth: Tensor  # (P, 4), box of that object
+
+
+class Stage(nn.Module):
+    """A box head and a mask head with their losses."""
+
+    def __init__(self, section: DetectorSection, num_classes: int, settings: StageSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.num_classes = num_classes
+        self.rois = section.rois
+        self.box_loss = section.box_loss
+        self.box_head = roi.BoxHead(section.channels, section.box_head_channels, num_classes, kind=section.box_head)
+        self.mask_head = mask_ops.MaskHead(section.channels, num_classes)
+
+    def boxes(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, num_classes + 1) and offsets (N, num_classes, 4) of boxes (N, 4) of images (N,)."""
+        return self.box_head(roi.pool(maps, boxes, images, roi.POOL))
+
+    def masks(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Logits (N, 28, 28) of the masks of boxes (N, 4) of images (N,) that show objects of classes (N,)."""
+        logits = self.mask_head(roi.pool(maps, boxes, images, mask_ops.POOL))
+        return logits[torch.arange(len(labels), device=labels.device), labels].float()
+
+    def corrected(self, boxes: Tensor, offsets: Tensor) -> Tensor:
+        """(N, 4) boxes and (N, 4) offsets of their classes -> (N, 4) boxes, not clipped."""
+        return decode(boxes, offsets, self.settings.deviations)
+
+    @torch.no_grad()
+    def refine(self, boxes: Tensor, logits: Tensor, offsets: Tensor, limits: Tensor, labels: Tensor | None) -> Tensor:
+        """The boxes that the next stage starts from.
+
+        Args:
+            boxes: (N, 4).
+            logits: (N, num_classes + 1).
+            offsets: (N, num_classes, 4).
+            limits: Height and width of each box's image, (N, 2).
+            labels: True classes, (N,), the number of classes for background; None if unknown. Where there is none, a
+                box is corrected for the likeliest class.
+
+        Returns:
+            (N, 4), clipped to the image.
+        """
+        chosen = logits[:, :-1].argmax(dim=1)
+        if labels is not None:
+            chosen = torch.where(labels < self.num_classes, labels, chosen)
+        rows = torch.arange(len(boxes), device=boxes.device)
+        return clip(self.corrected(boxes, offsets[rows, chosen]), limits)
+
+    @torch.no_grad()
+    def draw(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> Samples:
+        """Compares the proposals of each image with its objects, and draws those to learn from."""
+        parts = []
+        overlap = self.settings.overlap
+        for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
+            given = len(target.boxes)
+            matches = match(
+                target.boxes, boxes, low=overlap, high=overlap, weakest=overlap if self.settings.claims else None
+            )
+            matches = torch.cat([torch.arange(given, device=boxes.device), matches])
+            found, background = sample(matches, self.rois, FRACTION)
+            objects, drawn = matches[found], torch.cat([found, background])
+            parts.append(
+                Samples(
+                    boxes=torch.cat([target.boxes, boxes])[drawn],
+                    images=torch.full_like(drawn, image),
+                    labels=F.pad(target.labels[objects], (0, len(background)), value=self.num_classes),
+                    given=drawn < given,
+                    objects=objects,
+                    truth=target.boxes[objects],
+                )
+            )
+        return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def losses(
+        self,
+        maps: Sequence[Tensor],
+        samples: Samples,
+        logits: Tensor,
+        offsets: Tensor,
+        targets: Sequence[Target],
+        padded: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """The weighted losses ``class``, ``box`` and ``mask``; 0, but with a gradient, where nothing was drawn.
+
+        Args:
+            maps: Of the pyramid, float32.
+            samples: Of this stage.
+            logits: The box head's for these samples, (S, num_classes + 1).
+            offsets: Likewise, (S, num_classes, 4).
+            targets: One for each image.
+            padded: Height and width of the images in the batch.
+        """
+        count = max(len(samples.boxes), 1)
+        rows = (samples.labels < self.num_classes).nonzero().squeeze(1)
+        boxes, images, labels = samples.boxes[rows], samples.images[rows], samples.labels[rows]
+        class_loss = F.cross_entropy(logits, samples.labels, reduction="sum") / count
+        own = offsets[rows, labels]
+        if self.box_loss == "giou":
+            box_loss = generalized_box_iou_loss(self.corrected(boxes, own), samples.truth, reduction="sum")
+            box_loss = box_loss * GIOU_WEIGHT
+        else:
+            box_loss = F.l1_loss(own, encode(boxes, samples.truth, self.settings.deviations), reduction="sum")
+        predicted = self.masks(maps, boxes, images, labels)
+        wanted = [
+            mask_ops.mask_targets(target.masks, boxes[mine], samples.objects[mine], padded)
+            for target, mine in ((target, images == image) for image, target in enumerate(targets))
+        ]
+        mask_loss = F.binary_cross_entropy_with_logits(predicted, torch.cat(wanted), reduction="sum")
+        terms = {"class": class_loss, "box": box_loss / count, "mask": mask_loss / max(predicted.numel(), 1)}
+        return {name: term * self.settings.weight for name, term in terms.items()}

@@ -1,0 +1,86 @@
+"""What a recipe for semantic segmentation may say beside what all recipes share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from conv2former.config import ImagesSection, Recipe, Section
+
+
+class SegmentationDataSection(ImagesSection):
+    """Images with a map of labels each."""
+
+    source: Literal["ade20k", "pairs"] = Field(
+        default="ade20k",
+        description="'ade20k' for images/ and annotations/ with training/ and validation/ in each, 'pairs' for images/ "
+        "and masks/ alone or in train/ and val/",
+    )
+    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no validation set")
+    classes: PositiveInt | None = Field(
+        default=None, description="number of classes; needed where no classes.txt (or ADE20K's list) names them"
+    )
+    reduce_zero_label: bool = Field(
+        default=False, description="label 0 is no class and is ignored, label 1 is the first class (ADE20K)"
+    )
+    short_side: PositiveInt = Field(default=512, description="of an image before the random scale, and in evaluation")
+    long_side: PositiveInt = Field(default=2048, description="most that the long side may then have, pixels")
+    crop_size: int = Field(default=512, ge=32, description="side of the square that is trained on, pixels")
+    window: Literal["whole", "slide"] = Field(
+        default="whole", description="evaluation of the whole image at once, or by windows of crop_size"
+    )
+    stride: PositiveInt | None = Field(
+        default=None, description="from window to window, pixels; two thirds of crop_size unless given"
+    )
+
+    @model_validator(mode="after")
+    def _windows_overlap(self) -> SegmentationDataSection:
+        if self.stride is not None and self.window != "slide":
+            raise ValueError("data.stride goes with data.window=slide")
+        if self.step > self.crop_size:
+            raise ValueError(f"data.stride ({self.stride}) would leave gaps between windows of {self.crop_size}")
+        return self
+
+    @property
+    def step(self) -> int:
+        """From window to window, pixels."""
+        return self.stride or 2 * self.crop_size // 3
+
+
+class SegmentationAugmentSection(Section):
+    """Random scale, crop, flip and photometric distortion (Sec. 4.5, mmseg's)."""
+
+    scale: tuple[float, float] = Field(default=(0.5, 2.0), description="range of the random scale")
+    max_class_share: float = Field(
+        default=0.75, gt=0, le=1, description="most of a crop that one class may fill; ten crops are tried"
+    )
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    photometric: float = Field(
+        default=0.5, ge=0, le=1, description="probability of each change of brightness, contrast, saturation and hue"
+    )
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> SegmentationAugmentSection:
+        if not 0 < self.scale[0] <= self.scale[1] < 100:
+            raise ValueError(f"augment.scale {self.scale} must be the least and the most, above 0 and below 100")
+        return self
+
+
+class SegmenterSection(Section):
+    """What stands on the backbone: UperNet with an auxiliary FCN head, the paper's toolbox's settings as defaults."""
+
+    channels: PositiveInt = Field(default=512, description="width of the decoder")
+    pool_scales: list[PositiveInt] = Field(default=[1, 2, 3, 6], description="of the pyramid pooling")
+    aux_channels: PositiveInt = Field(default=256, description="width of the auxiliary head, on the stage-3 map")
+    aux_weight: float = Field(default=0.4, ge=0, description="of its loss; 0 leaves it out")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="of channels, before both classifiers")
+
+
+class SegmentationRecipe(Recipe):
+    """One experiment in semantic segmentation; the headline figure is mIoU."""
+
+    task: Literal["segmentation"] = "segmentation"
+    data: SegmentationDataSection = SegmentationDataSection()
+    augment: SegmentationAugmentSection = SegmentationAugmentSection()
+    segmenter: SegmenterSection = SegmenterSection()

@@ -1,0 +1,1 @@
+"""What is built on trained models; nothing imports it but the command line."""

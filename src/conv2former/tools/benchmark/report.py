@@ -1,0 +1,111 @@
+"""The rows for people: a table, a file of JSON lines, profiles as text, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conv2former.errors import UserError, one_line
+from conv2former.files import append_line, replace_text
+from conv2former.tools.benchmark.measure import Row
+from conv2former.tools.benchmark.profiling import to_text
+
+COLUMNS = ["model", "mode", "dtype", "batch", "px", "ms", "quartiles", "images/s"]
+LAST_COLUMNS = ["memory MB", "parameters M", "MACs G", "GMAC/s", "% of peak", "note"]
+RIGHT = range(3, 14)  # columns of numbers
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The table's head; the ratio's column names the model that all are compared with."""
+    return [*COLUMNS, f"x of {rows[0].model}", *LAST_COLUMNS]
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table."""
+    low, high = row.quartiles or (None, None)
+    return [
+        row.model,
+        row.mode,
+        row.dtype,
+        str(row.batch_size),
+        str(row.image_size),
+        _number(row.seconds, 1e3, 2),
+        f"{_number(low, 1e3, 2)}-{_number(high, 1e3, 2)}" if row.quartiles else "",
+        _number(row.images_per_second, 1, 1),
+        _number(row.ratio, 1, 2),
+        _number(row.memory, 1e-6, 0),
+        _number(row.params, 1e-6, 1),
+        _number(row.macs, 1e-9, 2),
+        _number(row.macs_per_second, 1e-9, 1),
+        _number(row.peak_share, 100, 1),
+        row.error or "",
+    ]
+
+
+def _number(value: float | None, factor: float, digits: int) -> str:
+    return "" if value is None else f"{value * factor:.{digits}f}"
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """A line of what all rows share."""
+    r = next(row for row in rows if row.error is None)
+    peaks = {row.dtype: f"{row.peak / 1e9:.0f} GMAC/s in {row.dtype}" for row in rows if row.peak}
+    parts = [
+        f"{r.task}, medians of {r.rounds} rounds",
+        f"{r.device}, threads: {r.threads}",
+        f"operations by {', '.join(dict.fromkeys(row.ops for row in rows))}",
+        *(["fused"] if r.fused else []),
+        f"peak {', '.join(peaks.values()) or 'not measured'}",
+        f"PyTorch {r.versions.get('torch')}",
+        *([f"commit {r.commit}"] if r.commit else []),
+        r.date,
+    ]
+    return "; ".join(parts)
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The table for a document, with its conditions above it."""
+    head = columns(rows)
+    marks = ["---:" if index in RIGHT else "---" for index in range(len(head))]
+    lines = [f"| {' | '.join(line)} |" for line in (head, marks, *map(cells, rows))]
+    return "\n".join([conditions(rows), "", *lines, ""])
+
+
+def profiles(rows: Sequence[Row]) -> str:
+    """The tables of operations, empty where none were asked for."""
+    tables = [
+        to_text(f"{r.model}, {r.mode}, {r.dtype}, batch size {r.batch_size}, {r.image_size} px", r.profile)
+        for r in rows
+        if r.profile
+    ]
+    return "\n\n".join(tables)
+
+
+def write(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes what belongs into ``--out``.
+
+    Args:
+        rows: Are appended to ``benchmark.jsonl``; all else is of them alone and replaces what is there.
+        folder: Exists.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    from conv2former.tools.benchmark import pictures  # matplotlib is needed here alone
+
+    jsonl, table, text = (folder / name for name in ("benchmark.jsonl", "benchmark.md", "profile.txt"))
+    files = [jsonl, table]
+    try:
+        for row in rows:
+            append_line(jsonl, row.to_json())
+        replace_text(table, to_markdown(rows))
+        if operations := profiles(rows):
+            replace_text(text, operations + "\n")
+            files.append(text)
+        files += [path for draw in (pictures.speed, pictures.resolution) if (path := draw(rows, folder))]
+    except OSError as error:
+        raise UserError(f"cannot write to --out {folder}: {one_line(error)}") from None
+    return files

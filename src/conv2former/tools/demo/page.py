@@ -1,0 +1,185 @@
+"""The page: choosers, pictures in, answers out.
+
+Gradio gets pictures to the server and HTML back to the page, and nothing more: what the browser sends is taken raw
+(``preprocess=False``), else Gradio would have Pillow open a file before ``conv2former.data.images`` has looked at it.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from conv2former.data.images import BadImage, decode
+from conv2former.errors import UserError
+from conv2former.tools.demo import results
+from conv2former.tools.demo.models import Models
+
+MOST_PICTURES = 16  # of one answer
+KEPT_SECONDS = 1800  # that an upload is kept
+SWEEP_SECONDS = 60  # between two looks for older ones
+WAITING = 20  # requests, before others are turned away
+OUR_FAULT = "Something went wrong here: the terminal that runs the demo says what."
+UNUSABLE = "This model cannot be used: the terminal that runs the demo says why."
+FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is taken.
+
+    Attributes:
+        file_bytes: Of a picture's file.
+        pixels: Of a picture.
+    """
+
+    file_bytes: int
+    pixels: int
+
+    @property
+    def upload_bytes(self) -> int:
+        """Of one upload, with all its pictures."""
+        return MOST_PICTURES * self.file_bytes
+
+
+class Answers:
+    """From what the page sends to HTML.
+
+    Args:
+        models: That may be chosen.
+        folder: Where uploads lie; no other file is read.
+        limits: See there.
+    """
+
+    def __init__(self, models: Models, *, folder: Path, limits: Limits) -> None:
+        self.models, self.folder, self.limits = models, folder.resolve(), limits
+
+    def __call__(self, files: Any, camera: Any, first: Any, second: Any, maps: Any) -> str:
+        """HTML for what the page's components hold; whatever goes wrong is a sentence in it."""
+        try:
+            return "".join(self._parts(files, camera, [first, second], maps=bool(maps)))
+        except Exception:
+            return results.notice(_reported())
+
+    def _parts(self, files: Any, camera: Any, names: list[Any], *, maps: bool) -> Iterator[str]:
+        given = [*(files if isinstance(files, list) else [files]), camera]
+        uploads = [upload for upload in given if isinstance(upload, dict)]
+        if not uploads:
+            yield results.hint("Choose pictures or take one with the camera: the answers appear here.")
+            return
+        if len(uploads) > MOST_PICTURES:
+            yield results.notice(f"These are {len(uploads)} pictures: the first {MOST_PICTURES} are shown.")
+        chosen = [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
+        for upload in uploads[:MOST_PICTURES]:
+            name = "camera" if upload is camera else str(upload.get("orig_name") or "picture")[:200]
+            try:
+                picture = self._picture(upload.get("path"))
+            except BadImage as error:
+                yield results.picture_card(name, None, [results.failure(_sentence(error.reason))])
+            else:
+                answers = [self._answer(model, picture, maps=maps) for model in chosen]
+                yield results.picture_card(name, picture.size, answers)
+
+    def _picture(self, path: Any) -> Image.Image:
+        """The picture of an upload; raises BadImage."""
+        try:
+            file = Path(path).resolve()
+            known = file.is_relative_to(self.folder) and file.is_file()
+        except (TypeError, ValueError, OSError):  # no path, or one with a null in it
+            known = False
+        if not known:
+            raise BadImage("upload", "it is not here any more: choose it again")
+        size = file.stat().st_size
+        if size > self.limits.file_bytes:
+            raise BadImage("upload", f"its {size / 1e6:.1f} MB are more than the limit of {self._megabytes}")
+        return decode(file.read_bytes(), max_pixels=self.limits.pixels)
+
+    @property
+    def _megabytes(self) -> str:
+        return f"{self.limits.file_bytes / 1e6:g} MB"
+
+    def _answer(self, name: str, picture: Image.Image, *, maps: bool) -> str:
+        try:
+            model = self.models.get(name)
+        except UserError as error:  # which says where the model lies
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return results.failure(UNUSABLE)
+        except Exception:
+            return results.failure(_reported())
+        try:
+            return results.answer(name, model.note, model.look(picture, maps=maps))
+        except Exception:
+            return results.failure(_reported())
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _reported() -> str:
+    """Prints the error of now for whoever runs the demo, and gives a sentence for who looks at the page."""
+    print(traceback.format_exc(), file=sys.stderr, flush=True)
+    return OUR_FAULT
+
+
+def build_page(models: Models, answers: Answers) -> gr.Blocks:
+    """The page with its one action, which every change starts."""
+    limits = answers.limits
+    words = f"up to {MOST_PICTURES} pictures of {limits.file_bytes / 1e6:g} MB and {limits.pixels / 1e6:g} megapixels"
+    with gr.Blocks(
+        analytics_enabled=False, title="Conv2Former", fill_width=True, delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)
+    ) as page:
+        gr.HTML("<h1>Conv2Former</h1>", elem_id="heading")
+        with gr.Row(equal_height=True):
+            with gr.Column(min_width=240):
+                first = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="first")
+                second = gr.Dropdown([("none", ""), *models.names], value="", label="Compare with", elem_id="second")
+                maps = gr.Checkbox(True, label="Modulation maps", elem_id="maps")
+            with gr.Column(scale=2, min_width=300):
+                files = gr.File(file_count="multiple", label=f"Pictures: {words}", height=214, elem_id="files")
+            with gr.Column(min_width=240):
+                camera = gr.Image(
+                    sources=["webcam"], type="filepath", label="Camera", height=214, elem_id="camera", buttons=[]
+                )
+        inputs = [files, camera, first, second, maps]
+        answered = gr.HTML(answers(None, None, None, None, None), elem_id="answers")
+        gr.on(
+            [files.change, camera.change, first.input, second.input, maps.input],
+            answers,
+            inputs=inputs,
+            outputs=answered,
+            preprocess=False,
+            api_visibility="private",
+            trigger_mode="always_last",
+            concurrency_limit=1,  # two at a time would spoil each other's times
+        )
+        page.queue(max_size=WAITING)
+    return page
+
+
+def mounted(page: gr.Blocks) -> Any:
+    """The page as an ASGI application."""
+    from fastapi import FastAPI
+
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="/",
+        theme=gr.themes.Default(**FONTS),  # type: ignore[arg-type]
+        css=results.STYLE,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+    )
+    page.has_launched = True  # else Gradio's own check of which files a request may name is off
+    return app

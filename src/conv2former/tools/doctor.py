@@ -1,0 +1,87 @@
+"""What ``conv2former doctor`` says: what is installed, what computes the operations and why; and compiling ahead."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+import conv2former  # noqa: F401  registers the names
+from conv2former import ops
+from conv2former.engine.machine import machine_facts
+from conv2former.errors import UserError, nearest
+from conv2former.models.meta import build_on_meta
+from conv2former.ops import backend
+from conv2former.ops.triton import Maps
+
+MOST = 8  # processes that compile
+
+
+def report() -> list[str]:
+    """The lines, one fact each."""
+    facts = machine_facts()
+    machine = facts["machine"]
+    lines = [
+        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        f"{machine['system']}, {machine['cpus']} processors, GPUs: {', '.join(machine['gpus']) or 'none'}",
+    ]
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        lines.append(f"operations on {device}: {_operations(device)}")
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if torch.cuda.is_available():
+        lines.append(f"compiled GPU kernels are kept in {cache}")
+    return lines
+
+
+def _operations(device: str) -> str:
+    """What computes them, and why it is not the fused code where it is not."""
+    try:
+        chosen = ops.backend_for(device)
+    except UserError as error:
+        return f"none, because {error}"
+    if backend.current() != "auto":
+        return f"{chosen}, because {backend.VARIABLE} says so"
+    why = backend.module(backend.BY_DEVICE[device]).unusable(torch.device(device))
+    return f"{chosen}, because {why}" if why else chosen
+
+
+def warm(name: str, *, size: int, dtype: str) -> str:
+    """Compiles the GPU kernels that training a network needs; what it has done, in a line.
+
+    Args:
+        name: A network of ours.
+        size: Side of the images, pixels.
+        dtype: 'bfloat16', 'float16' or 'float32'.
+
+    Raises:
+        UserError: No such network or dtype, or no GPU that the kernels run on.
+    """
+    known = timm.list_models("conv2former_*")
+    if name not in known:
+        raise UserError(f"--warm {name}: there is no such network of ours{nearest(name, known)}")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("--warm compiles nothing under Triton's interpreter: unset TRITON_INTERPRET")
+    if why := backend.module("triton").unusable(torch.device("cuda")):
+        raise UserError(f"--warm needs an NVIDIA GPU that the kernels run on: {why}")
+    from conv2former.ops.triton.warm import warm
+
+    began = time.perf_counter()
+    count = warm(maps(name, size=size, dtype=getattr(torch, dtype)), processes=min(MOST, os.cpu_count() or 1))
+    seconds = time.perf_counter() - began
+    return f"{count} programs of {name} at {size} pixels in {dtype} are compiled, in {seconds:.0f} s"
+
+
+def maps(name: str, *, size: int, dtype: torch.dtype) -> list[Maps]:
+    """The maps of a network's stages."""
+    model = build_on_meta(name)
+    found = []
+    for stage, info in zip(model.stages, model.feature_info[-len(model.stages) :], strict=True):
+        mod, mlp = stage.blocks[0].mod, stage.blocks[0].mlp
+        sizes = info["num_chs"], mlp.fc1.out_features, mod.dwconv.kernel_size[0]
+        found.append(Maps(size // info["reduction"], *sizes, dtype))
+    return found

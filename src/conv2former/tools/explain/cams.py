@@ -1,0 +1,232 @@
+"""Class activation maps over pictures: where in a stage's map it lies what speaks for a class.
+
+The methods are those of the library pytorch-grad-cam (the package ``grad-cam``). For a classifier the logit of the
+class is explained, for a segmenter the sum of the class's logits over the pixels that are found to be of it
+(Vinogradova et al., "Towards Interpretable Semantic Segmentation via Gradient-weighted Class Activation Mapping",
+arXiv:2002.11434). A detector selects boxes by hard decisions before it classifies them, which gradients do not pass: of
+its backbone's map EigenCAM alone is drawn, which knows no class, and whose sign is arbitrary like that of every
+principal component. A segmenter sees the picture whole, whatever its recipe says of windows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from conv2former.errors import UserError, one_line
+from conv2former.models.isotropic import Conv2FormerIsotropic
+from conv2former.tasks.segmentation.upernet import resize
+from conv2former.tools.explain.opening import Explained, open_explained
+from conv2former.tools.explain.sheets import NotShown, each_picture, over, sheet
+from conv2former.tools.explain.subjects import stage_indices
+from conv2former.viz.drawing import label_overlay
+
+# our name -> the library's class: Selvaraju et al. 2017, Chattopadhay et al. 2018, Fu et al. 2020, Draelos and Carin
+# 2020, Jiang et al. 2021, Muhammad and Yeasin 2020
+METHODS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "xgradcam": "XGradCAM",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+}
+CLASSLESS = "eigencam"
+MOST_POSITIONS = 10_000  # of a map for EigenCAM, whose decomposition takes their square in memory
+
+
+class ClassSum(nn.Module):
+    """A segmenter as a classifier: for each class the sum of its logits over the pixels that are found to be of it.
+
+    Attributes:
+        labels: What was found at the last call, (H, W), the padding cut off.
+        size: Height and width of the picture without padding.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.labels = torch.empty(0)
+        self.size = (0, 0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(1, 3, H, W) -> (1, K)."""
+        logits = resize(self.network(image), image)[..., : self.size[0], : self.size[1]]
+        self.labels = logits[0].argmax(dim=0)
+        found = torch.stack([self.labels == index for index in range(logits.shape[1])])
+        return (logits * found[None]).sum(dim=(2, 3))
+
+
+def target_layer(model: Explained, stage: int | None) -> tuple[nn.Module, Any]:
+    """The layer whose output is the map of a stage, and what turns that output into (1, C, h, w).
+
+    Networks of tokens get the first norm of their last block, as the library advises: what comes behind mixes no
+    positions any more, so that the class token's gradient would miss them.
+
+    Raises:
+        UserError: There is no such stage, or the network gives no maps.
+    """
+    indices, _ = stage_indices(str(model.checkpoint), model.backbone)
+    if stage is not None and not 1 <= stage <= len(indices):
+        raise UserError(f"{model.checkpoint} has no stage {stage}: use 1 to {len(indices)}")
+    info = [dict(entry) for entry in getattr(model.backbone.feature_info, "info", model.backbone.feature_info)]
+    layer = model.backbone.get_submodule(info[indices[(stage or len(indices)) - 1]]["module"])
+    if hasattr(model.backbone, "num_prefix_tokens"):
+        layer = getattr(layer, "norm1", layer)
+    return layer, lambda output: as_map(model.backbone, output)
+
+
+def as_map(backbone: Any, output: Tensor) -> Tensor:
+    """A layer's output in timm's layouts, NCHW, NHWC or tokens, as (1, C, h, w)."""
+    if output.ndim == 3:
+        tokens = output[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        grid = backbone.patch_embed.grid_size
+        return tokens.transpose(1, 2).unflatten(2, grid)
+    channels_last = isinstance(backbone, Conv2FormerIsotropic) or getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+    return output.permute(0, 3, 1, 2) if channels_last else output
+
+
+def choose_method(model: Explained, method: str | None, target: str | None) -> str:
+    """The method, checked; raises UserError."""
+    if method is not None and method not in METHODS:
+        raise UserError(f"--method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    detector = model.task == "detection"
+    if detector and method not in (None, CLASSLESS):
+        raise UserError(f"--method {method} needs gradients, which a detector's boxes do not pass: use {CLASSLESS}")
+    chosen = method or (CLASSLESS if detector else "gradcam")
+    if chosen == CLASSLESS and target is not None:
+        raise UserError(f"{CLASSLESS} knows no classes: leave --class out" + ("" if detector else ", or take gradcam"))
+    return chosen
+
+
+def library() -> Any:
+    """pytorch-grad-cam; raises UserError where it is not installed."""
+    try:
+        return importlib.import_module("pytorch_grad_cam")
+    except ImportError as error:
+        raise UserError(
+            f"class activation maps need the package grad-cam ({one_line(error)}): pip install 'conv2former[explain]'"
+        ) from None
+
+
+class ActivationMaps:
+    """Class activation maps of a model.
+
+    Args:
+        model: Of any task.
+        method: A key of ``METHODS``; None for 'gradcam', of a detector 'eigencam'.
+        target: Name or number of a class; None for the one that the model finds: the most probable of a classifier,
+            the largest of a segmenter.
+        stage: Whose map is taken, from 1; None for the last.
+
+    Raises:
+        UserError: A method, class or stage that the model does not have, or the library is missing.
+    """
+
+    def __init__(self, model: Explained, *, method: str | None, target: str | None, stage: int | None) -> None:
+        self.model = model
+        self.method = choose_method(model, method, target)
+        self.target = None if target is None else model.class_index(target)
+        self.layer, self.as_map = target_layer(model, stage)
+        self.network = ClassSum(model.network) if model.task == "segmentation" else model.trunk
+        self.make = getattr(library(), METHODS[self.method])
+
+    def compute(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, int | None, np.ndarray | None]:
+        """The view (h, w, 3), its map (h, w) from 0 to 1, the class, and a segmenter's labels (h, w).
+
+        Raises:
+            NotShown: A segmenter finds no pixel of the class.
+            UserError: A stage's map is too large for EigenCAM.
+        """
+        view = self.model.view(picture)
+        height, width = view.shape[:2]
+        image = self.model.tensor(view)
+        index, labels = self._chosen(image, (height, width))
+        with self.make(self.network, [self.layer], reshape_transform=self.as_map) as method, torch.enable_grad():
+            values = method(image, [] if index is None else [lambda output: output[index]])[0]
+        return view, np.clip(values[:height, :width], 0, 1), index, labels
+
+    def _chosen(self, image: Tensor, size: tuple[int, int]) -> tuple[int | None, np.ndarray | None]:
+        """The class, and a segmenter's labels; checks what can be checked before gradients are computed."""
+        network: Any = self.network
+        positions = 0
+
+        def count(module: nn.Module, given: Any, output: Tensor) -> None:
+            nonlocal positions
+            positions = self.as_map(output)[0, 0].numel()
+
+        if self.model.task == "segmentation":
+            network.size = size
+        handle = self.layer.register_forward_hook(count)
+        try:
+            with torch.no_grad():
+                scores = network(image)
+        finally:
+            handle.remove()
+        if self.method == CLASSLESS:
+            if positions > MOST_POSITIONS:
+                raise UserError(
+                    f"{CLASSLESS} takes maps of up to {MOST_POSITIONS:,} positions, not {positions:,}: give a later "
+                    "--stage"
+                )
+            return None, None
+        if self.model.task != "segmentation":
+            return (int(scores[0].argmax()) if self.target is None else self.target), None
+        labels = network.labels.cpu().numpy()
+        counts = np.bincount(labels.ravel(), minlength=len(self.model.classes))
+        index = int(counts.argmax()) if self.target is None else self.target
+        if not counts[index]:
+            raise NotShown(f"no pixel of it is found to be {self.model.classes[index]!r}")
+        return index, labels
+
+    def sheet(self, picture: Image.Image) -> tuple[dict[str, Any], Figure]:
+        """Fields for the JSON line, and the picture beside its map, of a segmenter with the class between them.
+
+        ``empty`` says that nothing in the map speaks for the class.
+        """
+        view, values, index, labels = self.compute(picture)
+        name = None if index is None else self.model.classes[index]
+        panels = [("picture", view)]
+        if labels is not None and index is not None:
+            marked = np.where(labels == index, np.uint8(index % 255), np.uint8(255))  # 255: in no colour
+            panels.append((f"found to be {name}", np.asarray(label_overlay(Image.fromarray(view), marked))))
+        empty = not values.any()
+        title = (self.method if name is None else f"{self.method}: {name}") + (" (nothing)" if empty else "")
+        panels.append((title, over(view, values)))
+        return dict(method=self.method, label=name, index=index, empty=empty), sheet([("", panels)])
+
+
+def run_cams(
+    checkpoint: Path,
+    inputs: Sequence[Path],
+    *,
+    out: Path,
+    method: str | None = None,
+    target: str | None = None,
+    stage: int | None = None,
+    device: str = "auto",
+) -> int:
+    """``conv2former explain cam``: a sheet ``NAME.cam.png`` for each picture; returns the exit status.
+
+    Args:
+        checkpoint: Run folder or saved model of any task.
+        inputs: Picture files, and folders of them.
+        out: Folder for the sheets.
+        method: See ``ActivationMaps``.
+        target: See ``ActivationMaps``.
+        stage: See ``ActivationMaps``.
+        device: 'auto', 'cpu', 'cuda', ...
+
+    Raises:
+        UserError: See ``ActivationMaps``; no pictures, or a folder that cannot be written.
+    """
+    maps = ActivationMaps(open_explained(checkpoint, device=device), method=method, target=target, stage=stage)
+    return each_picture(inputs, out, "cam", maps.sheet)

@@ -1,0 +1,134 @@
+"""Networks whose receptive fields are measured: by timm's name with arguments, or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from conv2former import checkpoints
+from conv2former.checkpoints.hub import saved_config
+from conv2former.errors import UserError
+from conv2former.models.meta import build_on_meta
+from conv2former.prediction import open_predictor
+from conv2former.tasks.backbone import STRIDES
+from conv2former.tools.benchmark.options import model_args
+from conv2former.tools.naming import built, built_untrained, read_name
+
+STAGES = 4
+SMALL_SCALE = 1e-3  # of a layer scale: below, blocks change next to nothing
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network as its maps.
+
+    Attributes:
+        name: As the user named it.
+        weights: 'untrained', 'pretrained' or 'trained'.
+        maps: (B, 3, H, W) -> a map (B, C, h, w) for each stage.
+        strides: Of the maps.
+        mean: Of the images that it expects, 0 to 1.
+        std: The same.
+        place: Where it computes.
+        notes: What to know of its numbers.
+    """
+
+    name: str
+    weights: str
+    maps: Callable[[Tensor], Sequence[Tensor]]
+    strides: list[int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    place: torch.device
+    notes: tuple[str, ...] = ()
+
+
+def check_name(name: str, *, size: int) -> None:
+    """Raises what ``open_subject`` would say of a name, without weights and memory for them."""
+    named = read_name(name)
+    if isinstance(named, Path):
+        checkpoints.saved_task(named)
+        return
+    model_name, args = named
+    args = model_args(model_name, size) | args
+    args.pop("pretrained", None)
+    stage_indices(name, built(name, build_on_meta, model_name, args))
+
+
+def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
+    """What the user named.
+
+    Args:
+        name: timm's name, with arguments of ``timm.create_model`` behind a colon
+            (``conv2former_t:kernel_size=21,ls_init_value=1``), or a run folder or saved model of any task.
+        size: Side of the pictures, pixels; networks with positions are told.
+        place: Where it computes.
+
+    Raises:
+        UserError: Unknown model, wrong argument, weights that cannot be had, a checkpoint that cannot be used.
+    """
+    named = read_name(name)
+    if not isinstance(named, Path):
+        model_name, args = named
+        weights = "pretrained" if args.get("pretrained") else "untrained"
+        model = built_untrained(name, model_name, model_args(model_name, size) | args).eval().to(place)
+        config = resolve_model_data_config(model)
+        notes = _notes(model) if weights == "untrained" else ()
+        return _subject(name, weights, model, dict(mean=config["mean"], std=config["std"]), place, notes)
+    normalisation = checkpoints.saved_normalisation(named)
+    if checkpoints.saved_task(named) != "classification":
+        backbone = open_predictor(named, device=str(place)).model.backbone.requires_grad_(False)
+        return Subject(name, "trained", backbone, list(STRIDES), **normalisation, place=place)
+    model = checkpoints.load_pretrained(named, **model_args(saved_config(named)["architecture"], size)).to(place)
+    return _subject(name, "trained", model, normalisation, place, ())
+
+
+def _subject(
+    name: str, weights: str, model: Any, normalisation: dict[str, Any], place: torch.device, notes: tuple[str, ...]
+) -> Subject:
+    indices, strides = stage_indices(name, model)
+
+    def maps(images: Tensor) -> Any:
+        return model.forward_intermediates(images, indices=indices, intermediates_only=True, output_fmt="NCHW")
+
+    model.requires_grad_(False)  # the gradient is that of the picture alone
+    return Subject(name, weights, maps, strides, **normalisation, place=place, notes=notes)
+
+
+def stage_indices(name: str, model: Any) -> tuple[list[int], list[int]]:
+    """Which of timm's intermediate maps are the ends of stages, and their strides.
+
+    In a network that halves its maps, the last map of each of the four largest strides; in one that does not, the map
+    after each quarter of its blocks.
+
+    Raises:
+        UserError: The network gives no such maps.
+    """
+    if not hasattr(model, "feature_info") or not hasattr(model, "forward_intermediates"):
+        raise UserError(f"{name} gives no maps of its stages (timm): take another model")
+    info = [dict(entry) for entry in getattr(model.feature_info, "info", model.feature_info)]
+    strides = [entry["reduction"] for entry in info]
+    if len(set(strides)) == 1:
+        count = len(strides)
+        indices = sorted({max(count * part // STAGES - 1, 0) for part in range(1, STAGES + 1)})
+    else:
+        indices = [len(strides) - 1 - strides[::-1].index(stride) for stride in sorted(set(strides))][-STAGES:]
+    return indices, [strides[index] for index in indices]
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    """What to know of a network without training."""
+    notes: tuple[str, ...] = ("untrained: random weights",)
+    scales = [p.abs().max().item() for name, p in model.named_parameters() if name.endswith(".gamma")]
+    if scales and max(scales) < SMALL_SCALE:
+        notes += (f"a layer scale of {max(scales):.0e} leaves its blocks without effect, ls_init_value=1 does not",)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
+    if any(not norm.weight.any() for norm in norms):
+        notes += ("batch norms that start at 0 leave its blocks without effect, zero_init_last=false does not",)
+    return notes

@@ -1,0 +1,1 @@
+"""Drawing: curves and tables, and results on images."""

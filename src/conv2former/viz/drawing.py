@@ -1,0 +1,96 @@
+"""Results drawn on pictures: overlays of classes with their legend, boxes with masks and labels."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from conv2former.tasks.segmentation.masks import IGNORED
+
+STRENGTH = 0.55  # of an overlay's colour
+LINE = 22  # height of a line of the legend, pixels
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """A colour for a class; neighbours differ (golden ratio over hues, with three strengths)."""
+    hue, value = (index * 0.618034) % 1, (1.0, 0.75, 0.55)[index % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def label_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
+    """The picture with its classes (H, W) in colour; pixels of no class (255) stay as they are."""
+    palette = np.array([colour(index) for index in range(256)], np.uint8)
+    pixels = np.asarray(image)
+    mixed = (pixels * (1 - STRENGTH) + palette[labels] * STRENGTH).astype(np.uint8)
+    return Image.fromarray(np.where((labels == IGNORED)[..., None], pixels, mixed))
+
+
+def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image.Image:
+    """Names of some classes in their colours, as many a line as fit."""
+    font = ImageFont.load_default(14)
+    names = [(int(index), classes[int(index)]) for index in shown if int(index) < len(classes)]
+    lines: list[list[tuple[int, int, str]]] = [[]]
+    left = 6
+    for index, name in names:
+        needed = round(font.getlength(name)) + 36
+        if left + needed > width and lines[-1]:
+            lines.append([])
+            left = 6
+        lines[-1].append((left, index, name))
+        left += needed
+    sheet = Image.new("RGB", (width, LINE * len(lines) + 4), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for row, line in enumerate(lines):
+        top = LINE * row + 4
+        for left, index, name in line:
+            canvas.rectangle((left, top + 2, left + 14, top + 16), fill=colour(index))
+            canvas.text((left + 19, top), name, fill="black", font=font)
+    return sheet
+
+
+def side_by_side(pictures: Sequence[Image.Image], *, vertical: bool = False, gap: int = 4) -> Image.Image:
+    """Pictures in a row or a column, on white."""
+    if not pictures:
+        return Image.new("RGB", (1, 1), "white")
+    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
+    spare = gap * (len(pictures) - 1)
+    size = (max(widths), sum(heights) + spare) if vertical else (sum(widths) + spare, max(heights))
+    sheet = Image.new("RGB", size, "white")
+    at = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, at) if vertical else (at, 0))
+        at += gap + (picture.height if vertical else picture.width)
+    return sheet
+
+
+def objects(
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    captions: Sequence[str],
+    colours: Sequence[int],
+    masks: Iterable[np.ndarray | None],
+) -> Image.Image:
+    """The picture with masks (H, W), boxes (x0, y0, x1, y1 in its pixels) and captions in colours of ``colour``."""
+    pixels = np.array(image)
+    for mask, index in zip(masks, colours, strict=True):
+        if mask is not None:
+            inside = mask.astype(bool)
+            pixels[inside] = (pixels[inside] * (1 - STRENGTH) + np.array(colour(index)) * STRENGTH).astype(np.uint8)
+    sheet = Image.fromarray(pixels)
+    canvas, side = ImageDraw.Draw(sheet), max(image.size)
+    font = ImageFont.load_default(max(12, side // 50))
+    for box, caption, index in zip(boxes, captions, colours, strict=True):
+        left, top, right, bottom = (float(value) for value in box)
+        canvas.rectangle(
+            (left, top, max(right, left), max(bottom, top)), outline=colour(index), width=max(2, side // 400)
+        )
+        frame = canvas.textbbox((left, top), caption, font=font)
+        high = frame[3] - frame[1] + 6
+        above = max(top - high, 0)
+        canvas.rectangle((left, above, left + frame[2] - frame[0] + 6, above + high), fill=colour(index))
+        canvas.text((left + 3, above), caption, fill="white", font=font)
+    return sheet

@@ -1,0 +1,264 @@
+"""Pictures of a run: learning curves, confusion matrix, a sheet of predictions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+
+from conv2former.engine.run_dir import RunFolder
+from conv2former.errors import UserError, one_line
+
+PICTURE_FORMATS = (".png", ".svg", ".pdf")
+X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
+MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
+# columns in percent, of each task
+FIGURES = (
+    [("val_top1", "top-1"), ("val_top5", "top-5")],
+    [("val_box_ap", "box AP"), ("val_mask_ap", "mask AP")],
+    [("val_miou", "mIoU"), ("val_pixel_accuracy", "pixel accuracy")],
+)
+GOOD, BAD = "#1b7f4b", "#b3261e"
+
+
+def learning_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Losses, accuracies, learning rate and speed over epochs, from a run's rows into a picture in its folder."""
+    _draw_curves({path.absolute().parent.name: rows}, path, "epoch")
+
+
+def plot_runs(paths: Sequence[Path], *, out: Path | None = None, x: str = "epoch") -> Path:
+    """Learning curves of one run, or of several in one picture with a colour each.
+
+    Args:
+        paths: Run folders, also of runs that still go on or have stopped half-way.
+        out: Picture to write; by default ``learning_curves.png`` in the one run, ``comparison.png`` here for several.
+        x: A key of ``X_AXES``.
+
+    Returns:
+        The picture.
+
+    Raises:
+        UserError: Not a run folder, a run without rows, no times for "minutes", a picture that cannot be written.
+    """
+    paths = list({os.path.abspath(path): path for path in paths}.values())
+    if out is None:
+        out = paths[0] / "learning_curves.png" if len(paths) == 1 else Path("comparison.png")
+    if out.suffix.lower() not in PICTURE_FORMATS:
+        raise UserError(f"--out {out} must end in {', '.join(PICTURE_FORMATS)}")
+    runs = {name: _rows(path) for name, path in zip(_distinct_names(paths), paths, strict=True)}
+    try:
+        _draw_curves(runs, out, x)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out} ({error.strerror or one_line(error)}): name another file with --out"
+        ) from None
+    return out
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    run = RunFolder.open(path)
+    try:
+        rows = run.rows()
+    except OSError as error:
+        raise UserError(f"cannot read {run.metrics_jsonl}: {one_line(error)}") from None
+    if not rows:
+        raise UserError(f"nothing is logged in {path} yet: plot it once its first loss has been shown")
+    return rows
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above them as tell them apart."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    names = []
+    for own in parts:
+        depth = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        names.append("/".join(own[-depth:]))
+    return names
+
+
+def _draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
+    waiting = speed.twinx()
+    alone = len(runs) == 1
+    legend: dict[str, Any] = {}
+    titles: set[str] = set()
+    for (name, rows), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+        position = _positions(name, rows, x)
+        steps = [row for row in rows if row["kind"] == "step"]
+        epochs = [row for row in rows if row["kind"] == "epoch"]
+        at_steps, at_epochs = position(steps), position(epochs)
+        dots: dict[str, Any] = dict(color=colour, marker=".", markersize=2)  # a lone value has no line to be seen by
+        loss.plot(at_steps, _column(steps, "loss"), **dots, linewidth=1, alpha=0.5, label="training")
+        validation: dict[str, Any] = dict(color="C1" if alone else colour, marker=".")
+        loss.plot(at_epochs, _column(epochs, "val_loss"), **validation, label="validation")
+        (key, title), *others = _figures(epochs)
+        titles.add(title)
+        (line,) = accuracy.plot(at_epochs, _column(epochs, key), color=colour, marker=".", label=title)
+        for number, (other, other_title) in enumerate(others if alone else [], 1):
+            second: dict[str, Any] = dict(color=f"C{number}", marker=".", alpha=0.5, label=other_title)
+            accuracy.plot(at_epochs, _column(epochs, other), **second)
+        rate.plot(at_steps, _column(steps, "lr"), **dots)
+        speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
+        waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
+        legend[f"{name}: {_best(epochs)}".replace("$", r"\$")] = line  # a dollar would begin a formula
+    if alone:
+        loss.legend()
+        accuracy.legend()
+    loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
+    accuracy.set_title("validation figures, %" if alone else f"validation {' or '.join(sorted(titles))}, %")
+    rate.set_title("learning rate")
+    speed.set_title("training speed, images/s")
+    if any(np.isfinite(line.get_ydata()).any() for line in waiting.lines):
+        waiting.set(ylabel="time spent waiting for data, % (dashed)", ylim=(0, 100))
+    else:
+        waiting.remove()
+    speed.set_ylim(bottom=0)
+    for axes in (loss, accuracy, rate, speed):
+        axes.set_xlabel(X_AXES[x])
+        axes.tick_params(labelbottom=True)
+        axes.grid(alpha=0.3)
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=1 if len(runs) < 7 else 2)
+    figure.savefig(path, dpi=110)
+
+
+def _positions(name: str, rows: list[dict[str, Any]], x: str) -> Callable[[list[dict[str, Any]]], np.ndarray]:
+    """What gives rows of a run their places on the x axis."""
+    if x != "minutes":
+        return lambda some_rows: _column(some_rows, x)
+    timed = [row for row in rows if "seconds" in row]
+    if not timed or any("seconds" not in row for row in rows if row["kind"] == "epoch"):
+        raise UserError(
+            f"{name} holds no training times, or not from its start (no evaluation yet, or an older version made it): "
+            "use --x epoch or --x step"
+        )
+    done, minutes = np.array([(row["step"], row["seconds"] / 60) for row in timed], float).T
+    # the losses between two evaluations lie evenly between their times; those after the last go on at the mean speed
+    done, minutes = np.r_[0, done, 2 * done[-1]], np.r_[0, minutes, 2 * minutes[-1]]
+    return lambda some_rows: np.interp(_column(some_rows, "step"), done, minutes)
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """A value of each row, (rows,), NaN where it is null or missing: matplotlib leaves a gap there."""
+    return np.array([row.get(key) for row in rows], float)
+
+
+def _best(epochs: list[dict[str, Any]]) -> str:
+    key, title = _figures(epochs)[0]
+    evaluated = [row for row in epochs if row.get(key) is not None]
+    if not evaluated:
+        return "not evaluated yet"
+    best = max(evaluated, key=lambda row: row[key])
+    return f"best {title} {best[key]:.2f}% at epoch {best['epoch']:g}"
+
+
+def _figures(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The columns of a run's task that are in percent with their names, the headline figure first."""
+    return next((columns for columns in FIGURES if any(columns[0][0] in row for row in epochs)), FIGURES[0])
+
+
+def _colours(count: int) -> list[Any]:
+    if count <= 10:
+        return [f"C{index}" for index in range(count)]
+    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+
+
+def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Rows are true classes, columns predicted ones; colours are shares of the row, numbers are counts.
+
+    Args:
+        matrix: Counts (K, K).
+        classes: K names.
+        path: PNG to write.
+    """
+    count = len(classes)
+    labelled = count <= MAX_LABELLED_CLASSES
+    side = min(max(4.5, 0.45 * count + 2), 24) if labelled else 12
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{int(np.trace(matrix))} of {int(matrix.sum())} correct")
+    if labelled:
+        axes.set_xticks(range(count), classes, rotation=90)
+        axes.set_yticks(range(count), classes)
+    if count <= 25:
+        for i, j in zip(*np.nonzero(matrix), strict=True):
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axes.text(j, i, str(int(matrix[i, j])), ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def prediction_sheet(
+    mistakes: list[tuple[Image.Image, str, bool]], samples: list[tuple[Image.Image, str, bool]], path: Path
+) -> None:
+    """Two blocks of pictures with captions: the worst mistakes, then some others.
+
+    Args:
+        mistakes: (picture, caption, correct), worst first.
+        samples: The same for pictures chosen without regard to the outcome.
+        path: PNG to write.
+    """
+    columns = 8
+    blocks = [(title, items) for title, items in (("worst mistakes", mistakes), ("others", samples)) if items]
+    heights = [-(-len(items) // columns) for _, items in blocks]
+    figure = Figure(figsize=(1.75 * columns, 2.15 * sum(heights) + 0.5 * len(blocks)), layout="constrained")
+    parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (title, items) in zip(parts, blocks, strict=True):
+        part.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        for axes in (grid := part.subplots(-(-len(items) // columns), columns, squeeze=False).ravel()):
+            axes.set_axis_off()
+        for axes, (picture, caption, correct) in zip(grid, items, strict=False):
+            axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 64 else "antialiased")
+            axes.set_title(caption, fontsize=8, color=GOOD if correct else BAD)
+    figure.savefig(path, dpi=110)
+
+
+def schedule(
+    epochs: Sequence[float],
+    rates: dict[str, Sequence[float]],
+    decay: Sequence[float],
+    path: Path,
+    *,
+    steps_per_epoch: int | None = None,
+) -> None:
+    """Learning rate and weight decay over a training that has not begun.
+
+    The axis of the rates is linear, which shows warm-up and cosine as they are, unless the curves' peaks lie so far
+    apart (layer-wise decay) that the lower ones would be flat.
+
+    Args:
+        epochs: Positions on the horizontal axis.
+        rates: Learning rates at them, a named curve for each.
+        decay: Weight decay at them.
+        path: PNG to write.
+        steps_per_epoch: For a second axis in optimizer steps; None where it is not known.
+    """
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    rate, weight = figure.subplots(1, 2)
+    for name, values in rates.items():
+        rate.plot(epochs, values, label=name)
+    peaks = [max(values) for values in rates.values()]
+    rate.set(title="learning rate", yscale="log" if max(peaks) > 20 * min(peaks) else "linear")
+    if len(rates) > 1:
+        rate.legend()
+    weight.plot(epochs, decay)
+    weight.set(title="weight decay (of the tensors that are decayed)", ylim=(0, max(decay) * 1.3 or 1))
+    for axes in (rate, weight):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if steps_per_epoch:
+            steps = axes.secondary_xaxis(
+                -0.22, functions=(lambda epoch: epoch * steps_per_epoch, lambda step: step / steps_per_epoch)
+            )
+            steps.set_xlabel("optimizer step")
+            steps.ticklabel_format(axis="x", style="plain")
+            steps.locator_params(axis="x", nbins=5)
+    figure.savefig(path, dpi=110)
