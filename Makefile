@@ -47,10 +47,11 @@ parity-data:
 	@test -d "$(COCO)" -a -d "$(CAMVID)" || \
 	  { echo 'name the folders of COCO and of CamVid: make parity COCO=DIR CAMVID=DIR' >&2; exit 2; }
 
-lint: $(VENV)/.installed-dev ## style and types
+lint: $(VENV)/.installed-dev ## style, types, and what may import what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev ## put the code into the project's style
 	$(BIN)/ruff check --fix .

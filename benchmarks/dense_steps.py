@@ -49,12 +49,13 @@ from conv2former.data.loading import Normalizer
 from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError
 from conv2former.tasks.backbone import Backbone
+from conv2former.tasks.dense import padded_with_mean, stacked
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection, DetectorSection
-from conv2former.tasks.detection.data import eval_view, pack, view_objects
+from conv2former.tasks.detection.data import eval_view, view_objects
 from conv2former.tasks.detection.model.detector import Target, build_on_backbone
 from conv2former.tasks.segmentation.config import SegmenterSection
-from conv2former.tasks.segmentation.task import padded_with_mean, weighted_loss
+from conv2former.tasks.segmentation.losses import weighted_loss
 from conv2former.tasks.segmentation.upernet import AUX_LEVEL, Classifier, ConvNorm, build_upernet
 
 NUM_CLASSES = 80
@@ -229,12 +230,12 @@ def load_batches(data: Path | None, *, size: int, batch_size: int, device: torch
         part = [
             (image, objects, eval_view(image, view_data)) for image, objects in pictures[start : start + batch_size]
         ]
-        pixels = [view.picture(image) for image, _, view in part]
+        pixels = [view.pixels(image) for image, _, view in part]
         sizes = [(own.shape[0], own.shape[1]) for own in pixels]
         targets = [
             Target(*(column.to(device) for column in view_objects(objects, view, labels))) for _, objects, view in part
         ]
-        packed = pack(pixels)
+        packed = stacked(pixels)
         classes = packed.float().mean(dim=1).mul(NUM_CLASSES / 256).long().to(device)
         images = padded_with_mean(normalizer(packed), sizes).to(device)
         batches.append(Batch(images, sizes, targets, classes))

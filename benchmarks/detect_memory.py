@@ -21,13 +21,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import conv2former  # noqa: F401  registers the names
-from conv2former.config import ModelSection
-from conv2former.evaluation.detection import detect
-from conv2former.tasks.detection.config import DetectionDataSection, DetectorSection
-from conv2former.tasks.detection.model.detector import Detector, build_on_backbone
+from conv2former.recipes import load_recipe
+from conv2former.tasks.detection.task import DetectionTask
 
 MIB = 2**20
-DATA = DetectionDataSection(short_side=240, long_side=320)
+SETTINGS = ["data.short_side=240", "data.long_side=320", "detector.score_threshold=0.0", "model.name=conv2former_atto"]
 
 
 def bound(pixels: int) -> int:
@@ -46,13 +44,13 @@ def status(key: str) -> int:
     return 1024 * int(found[1])
 
 
-def measure(model: Detector, image: Image.Image) -> tuple[int, int]:
+def measure(task: DetectionTask, image: Image.Image) -> tuple[int, int]:
     """Bytes at the peak beyond what was there before, and objects found."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    rows = detect(model, image, DATA)
-    return status("VmHWM") - before, len(rows)
+    (found,) = task.predict([task.preprocess(image)])
+    return status("VmHWM") - before, len(found.fields["objects"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,14 +62,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    section = DetectorSection(channels=16, box_head_channels=32, score_threshold=0.0)
-    model = build_on_backbone(ModelSection(name="conv2former_atto"), section, num_classes=3).eval()
+    recipe = load_recipe("smoke_detection", overrides=SETTINGS)
+    task = DetectionTask.build(recipe, ["a", "b", "c"]).eval()
+    task.threshold = 0.0
     picture = Image.fromarray(load_sample_image("china.jpg"))
     small, large = (picture.resize(size) for size in ((320, 240), (options.width, options.height)))
-    measure(model, small)  # what a first pass allocates for good
+    measure(task, small)  # what a first pass allocates for good
     row = dict(width=options.width, height=options.height, bound_bytes=bound(options.width * options.height))
     for name, image in (("small", small), ("large", large)):
-        row[f"{name}_bytes"], row["objects"] = measure(model, image)
+        row[f"{name}_bytes"], row["objects"] = measure(task, image)
     print(
         f"{options.width} x {options.height}, {row['objects']} objects: {row['large_bytes'] / MIB:.0f} MiB more at the "
         f"peak, of which pasting may take {row['bound_bytes'] / MIB:.0f}; 320 x 240: {row['small_bytes'] / MIB:.0f} MiB"

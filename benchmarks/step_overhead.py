@@ -26,22 +26,22 @@ from torch import nn
 from conv2former.engine.distributed import Processes
 from conv2former.engine.launch import make_fabric
 from conv2former.engine.optim import build_optimizer
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import StopRequest
-from conv2former.engine.trainer import Loop
+from conv2former.engine.trainer import Trainer
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.tasks.classification.data import Batch
+from conv2former.tasks.classification.network import build_model
 from conv2former.tasks.classification.splits import open_splits
-from conv2former.tasks.classification.task import build_model
-from conv2former.workflows import workflow
+from conv2former.tasks.classification.task import ClassificationTask
 
 
 class Enough(Exception):
     """All steps are measured."""
 
 
-class TimedLoop(Loop):
+class TimedLoop(Trainer):
     """The engine's loop on one batch in memory, with a bare step before each of its own."""
 
     def prepare(self, bare: nn.Module, size: int, steps: int) -> None:
@@ -83,14 +83,14 @@ class TimedLoop(Loop):
 def measure(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of each step: ours, the bare loop's."""
     splits = open_splits(recipe.data, None, seed=0)
-    model, model_args = build_model(recipe.model, classes=splits.train.classes)
+    task = ClassificationTask.build(recipe, splits.train.classes)
     bare, _ = build_model(recipe.model, classes=splits.train.classes)
-    bare.load_state_dict(model.state_dict())
+    bare.load_state_dict(task.model.state_dict())
     fabric = make_fabric(recipe)
     fabric.launch()
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop, Processes(fabric) as processes:
-        run = RunFolder.create(Path(folder) / "run", recipe, {}, overwrite=False)
-        loop = TimedLoop(workflow(recipe), splits, model, model_args, fabric, processes, stop)
+        run = RunDir.create(Path(folder) / "run", recipe, {}, overwrite=False)
+        loop = TimedLoop(task, splits, fabric, processes, stop)
         loop.prepare(bare, recipe.data.input_size, steps)
         with contextlib.suppress(Enough):
             loop.fit(run)

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from conv2former.engine import trainer as engine
-from conv2former.engine.checkpointing import Snapshots
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.checkpointing import CheckpointManager
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import Interrupted, train
 from conv2former.recipes import Recipe
 from digits import TINY
@@ -35,7 +35,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def state(run: Path) -> dict[str, Any]:
     """The newest checkpoint."""
-    return torch.load(Snapshots(run / "checkpoints").newest_first()[0], weights_only=True)
+    return torch.load(CheckpointManager(run / "checkpoints").newest_first()[0], weights_only=True)
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -45,20 +45,20 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert mine.keys() == theirs.keys()
         different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
         assert not different, f"{folder}: {len(different)} of {len(mine)} tensors differ: {different[:3]}"
-    rows = [[{k: v for k, v in row.items() if k not in TIMING} for row in RunFolder(r).rows()] for r in (run, other)]
+    rows = [[{k: v for k, v in row.items() if k not in TIMING} for row in RunDir(r).rows()] for r in (run, other)]
     assert rows[0] == rows[1]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGINT) -> None:
     """The run is asked to stop as by a signal once ``step`` steps are done."""
-    original = engine.Loop._step
+    original = engine.Trainer._step
 
-    def stepping(self: engine.Loop, *args: Any) -> None:
+    def stepping(self: engine.Trainer, *args: Any) -> None:
         original(self, *args)
-        if self.position.step == step:
+        if self.state.step == step:
             self.stop.signum = signum
 
-    monkeypatch.setattr(engine.Loop, "_step", stepping)
+    monkeypatch.setattr(engine.Trainer, "_step", stepping)
 
 
 def stopped_run(recipe: Recipe, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, step: int = 5) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from digits import write_digits
 from runs import EVERYTHING, assert_same_run, command, signal_all, start
 
@@ -51,7 +51,7 @@ def killed(arguments: list[str], out: Path, seconds: float) -> str | None:
         return None
     signal_all(process, signal.SIGKILL)
     process.communicate()
-    rows = RunFolder(out).rows()
+    rows = RunDir(out).rows()
     half = " while a checkpoint was being written" * bool(list((out / "checkpoints").glob("*.partial")))
     half += " while weights were being exported" * bool(list(out.glob(".*.new")))
     return f"{seconds:.2f} s into the training, last row at step {rows[-1]['step'] if rows else 0}{half}"

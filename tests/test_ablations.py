@@ -204,7 +204,7 @@ def test_the_model_knows_nothing_of_them():
     tree = ast.parse(inspect.getsource(conv2former.models.conv2former))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    known = {f"conv2former.{name}" for name in ("classifier", "fusing", "layers", "ops")}
+    known = {f"conv2former.{name}" for name in ("models.classifier", "models.fused", "models.layers", "ops")}
     assert {name for name in imported if "conv2former" in (name or "")} == known
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     names |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}

@@ -23,8 +23,8 @@ from conv2former.errors import UserError
 from conv2former.tasks.detection.coco import CocoSource, mask_trouble, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
+from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers, coco_rows
 from conv2former.tasks.detection.model.detector import Detections, paste_masks
-from conv2former.tasks.detection.task import FIGURES, CocoResults, coco_figures, coco_rows
 from scenes import BLUE, RED, coco_entries, scene, write_coco
 
 DATA = DetectionDataSection(short_side=96, long_side=128)
@@ -200,7 +200,7 @@ def test_a_view_moves_picture_boxes_and_masks_together(number: int) -> None:
     )
     view = draw_view(image.size, augment)
     target = view_objects(entries, view, {3: 0, 7: 1})
-    pixels = view.picture(image).astype(int)
+    pixels = view.pixels(image).astype(int)
     assert pixels.shape == (view.size[1], view.size[0], 3) and target.masks.shape[1:] == pixels.shape[:2]
     for box, label, mask in zip(target.boxes.tolist(), target.labels.tolist(), target.masks.numpy(), strict=True):
         inside = mask.astype(bool)
@@ -216,7 +216,7 @@ def test_a_mirrored_view_is_the_mirror_of_the_view() -> None:
     image, block, disc = scene(3)
     entries = coco_entries(3, image, block, disc)
     plain, mirrored = (View((4.0, 2.0, 100.0, 90.0), (120, 110), flag) for flag in (False, True))
-    assert np.array_equal(plain.picture(image)[:, ::-1], mirrored.picture(image))
+    assert np.array_equal(plain.pixels(image)[:, ::-1], mirrored.pixels(image))
     one, other = (view_objects(entries, view, {3: 0, 7: 1}) for view in (plain, mirrored))
     assert torch.allclose(one.boxes[:, [0, 2]], 120 - other.boxes[:, [2, 0]]) and len(one.boxes) == 2
     assert (one.masks.flip(2) != other.masks).float().mean() < 0.01  # rasterised on its own: the edges may differ
@@ -280,7 +280,7 @@ def detections(coco: Path, seed: int) -> tuple[CocoSource, list[dict[str, Any]]]
 def test_figures_equal_pycocotools(coco: Path, kind: str, seed: int) -> None:
     source, rows = detections(coco, seed)
     truth = source.ground_truth(range(len(source)))
-    ours = coco_figures(truth, rows, kind)
+    ours = coco_numbers(truth, rows, kind)
     wanted = COCO()
     wanted.dataset = json.loads(json.dumps(truth))
     wanted.createIndex()
@@ -290,14 +290,14 @@ def test_figures_equal_pycocotools(coco: Path, kind: str, seed: int) -> None:
     theirs.evaluate()
     theirs.accumulate()
     theirs.summarize()
-    for name, value in zip(FIGURES, theirs.stats, strict=True):
+    for name, value in zip(NUMBERS, theirs.stats, strict=True):
         assert ours[name] == (None if value < 0 else pytest.approx(100 * value, abs=1e-9)), name
     assert 5 < (ours["ap"] or 0) < 95
 
 
 def test_perfect_and_empty_results(coco: Path) -> None:
     source = open_coco(DATA, coco).val
-    results = CocoResults(source)
+    results = CocoMetric(source)
     for index in range(len(source)):
         single = [entry for entry in source.objects_of(index) if not entry["iscrowd"]]
         boxes = torch.tensor([entry["bbox"] for entry in single], dtype=torch.float)
@@ -310,7 +310,7 @@ def test_perfect_and_empty_results(coco: Path) -> None:
     assert figures["box"]["ap"] == pytest.approx(100) and figures["box"]["ap_large"] is None
     assert figures["mask"]["ap50"] == pytest.approx(100)  # a disc fills three quarters of its square
     assert (figures["images"], figures["objects"], figures["detections"]) == (2, 4, 4)
-    results.reset()
+    results = CocoMetric(source)
     results.seen = [0, 1]
     assert results.compute()["box"]["ap"] == 0.0
 

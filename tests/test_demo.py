@@ -24,7 +24,7 @@ from command import run_command
 from conv2former.data.images import decode
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.prediction import open_predictor
+from conv2former.tasks import load
 from conv2former.tools.demo.models import KEPT, Models
 from conv2former.tools.demo.server import listen
 from digits import one_picture
@@ -85,9 +85,9 @@ def test_few_models_stay_in_memory(finished: Path, tmp_path: Path) -> None:
 def test_a_classifier_says_what_predict_says(finished: Path, picture: Image.Image) -> None:
     model = Models([str(finished)], device="cpu").get("finished")
     look = model.look(picture, maps=True)
-    predictor = open_predictor(finished, device="cpu")
-    (found,) = predictor.find([predictor.prepare(picture)])
-    assert [(line.label, line.share) for line in look.lines] == [
+    task = load(finished)
+    (found,) = task.predict([task.preprocess(picture)])
+    assert [(line.label, line.value) for line in look.lines] == [
         (row["label"], pytest.approx(row["probability"])) for row in found.fields["top"]
     ]
     assert look.milliseconds > 0 and look.picture is picture
@@ -108,7 +108,7 @@ def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> 
         look = model.look(photograph, maps=True)
         assert look.picture.size == photograph.size and look.picture.tobytes() != photograph.tobytes()
         assert look.lines and all(line.colour for line in look.lines)
-        assert [line.share for line in look.lines] == sorted((line.share for line in look.lines), reverse=True)
+        assert [line.value for line in look.lines] == sorted((line.value for line in look.lines), reverse=True)
         assert len(look.maps) == 4 and look.milliseconds > 0
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from browser import Visit, chromium, demo, visit
+from conv2former.engine.predict import predict
 from conv2former.engine.train import train
-from conv2former.prediction import predict
 from digits import one_picture
 from scenes import scene, small_detector, small_segmenter, write_coco, write_pairs
 
@@ -71,7 +71,7 @@ def test_two_models_on_the_same_picture(page: Visit, tmp_path: Path) -> None:
         page.choose("second", "detector")
     (card,) = page.cards()
     regions, objects = card["answers"]
-    assert (regions["model"], regions["heading"]) == ("segmenter", "Share of the pixels")
+    assert (regions["model"], regions["heading"]) == ("segmenter", "Fraction of the pixels")
     assert (objects["model"], objects["heading"]) == ("detector", "Objects")
     assert {label for label, _ in regions["lines"]} <= {"ground", "block", "disc"} and regions["maps"] == 12
     assert sum(float(share.strip("%")) for _, share in regions["lines"]) == pytest.approx(100, abs=0.3)

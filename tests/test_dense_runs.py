@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from conv2former import checkpoints
 from conv2former.data.rle import decode_mask
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.evaluate import evaluate
+from conv2former.engine.predict import predict, run_predict
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.evaluation import evaluate
-from conv2former.prediction import predict, run_predict
 from conv2former.recipes import Recipe
 from digits import tiny_recipe
 from runs import assert_same_run, start, stopped_run, weights
@@ -50,7 +50,7 @@ def runs(scenes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_leaves_what_it_must(runs: dict[str, Path], task: str) -> None:
-    run = RunFolder.open(runs[task])
+    run = RunDir.open(runs[task])
     rows = run.rows("epoch")
     headline = "val_box_ap" if task == "detection" else "val_miou"
     assert [row["epoch"] for row in rows] == [1, 2] and all(row[headline] is not None for row in rows)
@@ -85,7 +85,7 @@ def test_detections_are_coco_results(runs: dict[str, Path], scenes: dict[str, Pa
     recipe = small_detector("detector.score_threshold=0.0", "detector.max_detections=5", "schedule.epochs=1")
     evaluation = train(recipe, data=scenes["detection"], out=tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "detections.json").read_text())
-    assert evaluation is not None and len(rows) == 10 == evaluation.to_json()["detections"]
+    assert evaluation is not None and len(rows) == 10 == evaluation.details["detections"]
     assert {row["image_id"] for row in rows} == {100, 101} and {row["category_id"] for row in rows} <= {3, 7}
     assert decode_mask(rows[0]["segmentation"]).shape == (96, 128)
 
@@ -96,17 +96,17 @@ def test_evaluation_repeats_the_run_and_takes_other_data(
 ) -> None:
     again, folder = evaluate(runs[task], workers=0, out=tmp_path / "again")
     kept = json.loads((runs[task] / "evaluation.json").read_text())
-    found = again.to_json()
+    found = again.details
     for key in ("box", "mask", "miou", "pixel_accuracy", "matrix"):
         assert found.get(key) == kept.get(key), key
     assert folder == tmp_path / "again" and (folder / "predictions.png").is_file()
     model, _ = evaluate(runs[task] / "best", data=scenes[task], workers=0)
-    assert model.to_json()["images"] == (2 if task == "detection" else 6)
+    assert model.details["images"] == (2 if task == "detection" else 6)
 
 
 def test_multi_scale_is_for_segmentation(runs: dict[str, Path]) -> None:
     evaluation, folder = evaluate(runs["segmentation"], workers=0, multi_scale=True)
-    assert evaluation.multi_scale and evaluation.line().startswith("multi-scale mIoU")
+    assert evaluation.details["multi_scale"] and evaluation.line.startswith("multi-scale mIoU")
     assert folder == runs["segmentation"] / "evaluations" / "multi_scale"
     for given in (dict(multi_scale=True), dict(source="tar"), dict(batch_size=2)):
         with pytest.raises(UserError, match=r"is for (segmentation|classification), this is a detection model"):
@@ -228,7 +228,7 @@ def test_a_batch_of_one_is_refused_where_batch_norm_needs_two(scenes: dict[str, 
 def test_evaluation_is_told_how_data_lies(runs: dict[str, Path], scenes: dict[str, Path], tmp_path: Path) -> None:
     train_set = ("data.val_images=train2017", "data.val_annotations=annotations/instances_train2017.json")
     found, _ = evaluate(runs["detection"] / "best", data=scenes["detection"], workers=0, settings=train_set)
-    assert found.to_json()["images"] == 4
+    assert found.details["images"] == 4
     for settings, message in ((("optim.base_lr=1",), "only data.key=value"), (("data.nothing=1",), "unknown key")):
         with pytest.raises(UserError, match=message):
             evaluate(runs["detection"] / "best", data=scenes["detection"], settings=settings)
@@ -254,7 +254,7 @@ def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
         assert "300 detections on 3 images" in said, said
-        rows.append(RunFolder(out).rows("epoch")[0])
+        rows.append(RunDir(out).rows("epoch")[0])
     keys = [key for key in rows[0] if key.startswith("val_")]
     assert len(keys) == 6 and all(rows[0][key] == pytest.approx(rows[1][key], abs=1e-6) for key in keys)
     assert rows[0]["val_box_ap"] > 0 and np.isfinite(rows[0]["train_loss"])

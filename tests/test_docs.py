@@ -34,7 +34,7 @@ def test_the_table_of_models_is_what_the_command_prints(table: str) -> None:
 
 
 def test_the_table_of_recipes_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    conv2former_cli.catalogue.recipes(markdown=True, json_=False)
+    conv2former_cli.recipes.recipes(markdown=True, json_=False)
     assert (ROOT / "docs/results/recipes.md").read_text() == capsys.readouterr().out, "run `make docs-tables`"
 
 

@@ -14,17 +14,18 @@ import torch._inductor.config
 import yaml
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, fused_optimizer, start_lines
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe, load_recipe
+from conv2former.tasks import task_class
 from conv2former.tasks.classification.task import ClassificationTask
 from conv2former.tools.reproduce.jobs import Job, _finished
-from conv2former.workflows import workflow
 from digits import tiny_recipe
 from runs import assert_same_run, state, stopped_run
 from scenes import small_detector, small_segmenter
@@ -93,9 +94,9 @@ def test_auto_is_off_on_a_cpu_and_the_run_says_so(
     train(recipe, data=data, out=tmp_path / "run")
     lines = [line for line in capfd.readouterr().err.splitlines() if "engine.compile" in line]
     assert lines == ["engine.compile=auto is off: the run is not on an NVIDIA GPU, so nothing is compiled"]
-    own = RunFolder(tmp_path / "run").recipe()
+    own = RunDir(tmp_path / "run").recipe()
     assert own == tiny_recipe()
-    assert RunFolder(tmp_path / "run").facts()["recipe_hash"] == tiny_recipe().digest()
+    assert RunDir(tmp_path / "run").facts()["recipe_hash"] == tiny_recipe().digest()
     assert_same_run(finished, tmp_path / "run")
 
 
@@ -120,10 +121,10 @@ def test_a_run_goes_on_with_what_auto_came_to(
         patch.setattr("conv2former.engine.train.on_nvidia_gpu", lambda recipe: True)
         stopped_run(recipe, data, tmp_path / "run", monkeypatch)
     assert "engine.compile=auto is on" in capfd.readouterr().err
-    assert RunFolder(tmp_path / "run").recipe() == tiny_recipe("engine.compile=true")
+    assert RunDir(tmp_path / "run").recipe() == tiny_recipe("engine.compile=true")
     train(recipe, data=None, out=tmp_path / "run", resume=True)
     assert "engine.compile=auto" not in capfd.readouterr().err, "nothing is decided a second time"
-    assert RunFolder(tmp_path / "run").recipe().engine.compile is True
+    assert RunDir(tmp_path / "run").recipe().engine.compile is True
     assert compiled == [dict(mode="default")] * 2
     assert not (tmp_path / "run" / "recipes").exists(), "the recipe has not changed"
     with pytest.raises(UserError, match=r"engine.compile: run True, given False.*--force"):
@@ -145,10 +146,10 @@ def test_reproduce_knows_its_runs_whatever_auto_came_to(finished: Path, tmp_path
 def test_the_mode_reaches_the_compiler(
     recipe: Callable[..., Recipe], mode: str, compiled: list[dict[str, Any]]
 ) -> None:
-    work = workflow(recipe("engine.compile=true", f"engine.compile_mode={mode}"))
+    chosen = recipe("engine.compile=true", f"engine.compile_mode={mode}")
     model = nn.Module()
-    model.backbone = nn.Identity()
-    work.compile(model)
+    model.backbone, model.num_classes = nn.Identity(), 2
+    task_class(chosen.task)(model, chosen, ["a", "b"]).compile(mode=chosen.engine.compile_mode)
     assert compiled == [dict(mode=mode) | (dict(dynamic=True) if recipe is small_detector else {})]
 
 
@@ -201,13 +202,16 @@ def restored() -> Iterator[None]:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Settings]]:
     """The settings that training and validation steps have met."""
-    met: dict[str, set[Settings]] = dict(training_step=set(), validation_step=set())
+    met: dict[str, set[Settings]] = dict(training_step=set(), eval_step=set())
     for name, found in met.items():
         original = getattr(ClassificationTask, name)
 
         def spying(*args: Any, original: Any = original, found: set[Settings] = found) -> Any:
-            found.add(settings())
-            return original(*args)
+            result = original(*args)
+            # neither the trial before the first step nor the report at the end
+            if not isinstance(result, FakeTensor) and not torch.is_inference_mode_enabled():
+                found.add(settings())
+            return result
 
         monkeypatch.setattr(ClassificationTask, name, spying)
     return met
@@ -220,7 +224,7 @@ def test_the_precision_of_products_is_the_recipes_and_is_put_back(
 ) -> None:
     torch.set_float32_matmul_precision(before)
     train(tiny_recipe(f"engine.float32_matmul_precision={wanted}", *SHORT), data=data, out=tmp_path / "run")
-    assert seen == dict(training_step={(wanted, False)}, validation_step={(wanted, False)})
+    assert seen == dict(training_step={(wanted, False)}, eval_step={(wanted, False)})
     assert settings() == (before, False)
 
 
@@ -231,7 +235,7 @@ def test_settings_are_put_back_when_a_run_fails(
     recipe = tiny_recipe("engine.float32_matmul_precision=high", "engine.cudnn_benchmark=true")
     stopped_run(recipe, data, tmp_path / "run", monkeypatch)
     # the search is for training alone
-    assert seen == dict(training_step={("high", True)}, validation_step={("high", False)})
+    assert seen == dict(training_step={("high", True)}, eval_step={("high", False)})
     assert settings() == ("highest", False)
 
 

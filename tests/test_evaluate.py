@@ -12,9 +12,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine.devices import pick_device
+from conv2former.engine.evaluate import evaluate
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.evaluation import evaluate
 from conv2former.tasks.classification.sources import FolderSource
 from digits import tiny_recipe, write_digits
 
@@ -42,16 +42,17 @@ def test_counts_equal_a_plain_loop_whatever_batch_and_workers(run: Path, data: P
         expected[target, guess] += 1
     for batch_size, workers in ((1, 0), (7, 0), (64, 2)):
         result, _ = evaluate(run, data=data, batch_size=batch_size, workers=workers)
-        assert result.counts["images"] == 36
-        assert np.array_equal(result.matrix(), expected)
-        assert result.counts["correct"] == np.trace(expected)
-        assert result.counts["per_class"] == [(int(expected[i, i]), 9) for i in range(4)]
+        assert result.details["images"] == 36
+        assert np.array_equal(result.records.matrix(4), expected)
+        assert result.details["correct"] == np.trace(expected)
+        assert [row["correct"] for row in result.details["per_class"].values()] == expected.diagonal().tolist()
+        assert all(row["images"] == 9 for row in result.details["per_class"].values())
 
 
 def test_without_data_a_run_is_evaluated_on_its_own_validation_set(run: Path) -> None:
     before = json.loads((run / "evaluation.json").read_text())
     result, folder = evaluate(run, data=None, workers=0)
-    after = json.loads(json.dumps(result.to_json()))
+    after = json.loads(json.dumps(result.details))
     assert folder == run and after.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-6) and after == before
     assert before["per_class"]["digit-0"]["images"] == 9
 

@@ -21,6 +21,7 @@ from conv2former import checkpoints
 from conv2former.checkpoints.dense import save_dense
 from conv2former.errors import UserError
 from conv2former.models.ablations import WEIGHTINGS
+from conv2former.tasks.classification.task import ClassificationTask
 from conv2former.tasks.detection.model.detector import build_on_backbone
 from conv2former.tasks.segmentation.upernet import build_upernet, resize
 from conv2former.tools.explain import cams, field_report, kernels, maps, receptive_field, sheets, subjects
@@ -67,7 +68,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def open_network(network: nn.Module) -> Explained:
     """A network as an explained classifier."""
-    return Explained(Path("some"), "classification", network.eval(), network, CLASSES, np.asarray, None, CPU)  # type: ignore[arg-type]
+    task = ClassificationTask.of(network)
+    task.classes = CLASSES
+    return Explained("some", task)
 
 
 # modulation
@@ -197,10 +200,10 @@ def test_grad_cam_of_a_classifier(name: str, saved: dict[str, Path], photos: Pat
     picture = Image.open(photos / "1.png")
     view, values, index, labels = cams.ActivationMaps(model, method=None, target="disc", stage=2).compute(picture)
     assert index == 2 and labels is None and values.shape == view.shape[:2]
-    image = model.tensor(model.view(picture))
+    image = model.task.inputs(model.task.preprocess(picture).pixels)
     kept = []
-    handle = model.network.stages[1].register_forward_hook(lambda module, given, output: kept.append(output))
-    logits = model.network(image)
+    handle = model.task.model.stages[1].register_forward_hook(lambda module, given, output: kept.append(output))
+    logits = model.task.model(image)
     handle.remove()
     expected = weighted(kept[0], logits[0, 2], view.shape[:2])
     assert expected.std() > 0.05
@@ -214,18 +217,18 @@ def test_grad_cam_of_a_segmenter_is_of_the_pixels_found(saved: dict[str, Path], 
     picture = Image.open(photos / "1.png")
     explainer = cams.ActivationMaps(model, method="gradcam", target=None, stage=3)
     view, values, index, labels = explainer.compute(picture)
-    image = model.tensor(model.view(picture))
+    image = model.task.inputs(model.task.preprocess(picture).pixels)
     assert view.shape == (72, 96, 3) and image.shape == (1, 3, 96, 96)
     kept = []
-    handle = model.backbone.stages[2].register_forward_hook(lambda module, given, output: kept.append(output))
-    logits = resize(model.network(image), image)[0, :, :72]
+    handle = model.task.backbone.stages[2].register_forward_hook(lambda module, given, output: kept.append(output))
+    logits = resize(model.task.model(image), image)[0, :, :72]
     handle.remove()
     assert labels is not None and index == np.bincount(labels.ravel()).argmax()
     np.testing.assert_array_equal(labels, logits.argmax(dim=0).numpy())
     expected = weighted(kept[0], logits[index][torch.from_numpy(labels) == index].sum(), (96, 96))[:72]
     np.testing.assert_allclose(values, expected, atol=2e-3)
     with torch.no_grad():
-        model.network.classifier[1].bias[1] = -1e4
+        model.task.model.classifier[1].bias[1] = -1e4
     explainer.target = 1
     with pytest.raises(sheets.NotShown, match="no pixel of it is found to be 'block'"):
         explainer.compute(picture)
@@ -255,11 +258,11 @@ def test_maps_of_every_layout(name: str, given: dict[str, Any], size: int, fill:
     layer.register_forward_hook(lambda module, x, output: kept.append(as_map(output)))
     picture = torch.zeros(1, 3, size, size)
     with torch.no_grad():
-        model.network(picture)
+        model.task.model(picture)
         picture[:, :, : size // 4, : size // 4] = 1
-        model.network(picture)
-    side = size // model.backbone.feature_info[-1]["reduction"]
-    assert kept[0].shape == (1, model.backbone.num_features, side, side)
+        model.task.model(picture)
+    side = size // model.task.backbone.feature_info[-1]["reduction"]
+    assert kept[0].shape == (1, model.task.backbone.num_features, side, side)
     changed = (kept[1] - kept[0]).abs().sum(dim=1)[0]
     assert changed[: side // 2, : side // 2].mean() > 1.5 * changed[side // 2 :, side // 2 :].mean()
 
@@ -537,7 +540,10 @@ BAD = [
     ([*CAM, "--class", "3"], "knows no class '3': it knows ground, block, disc"),
     ([*CAM, "--stage", "7"], "has no stage 7: use 1 to 4"),
     ([*CAM, "--method", "eigencam", "--class", "disc"], "leave --class out, or take gradcam"),
-    (["cam", "{detection}", "{photos}", "--out", "{new}", "--method", "gradcam"], "a detector's boxes do not pass"),
+    (
+        ["cam", "{detection}", "{photos}", "--out", "{new}", "--method", "gradcam"],
+        "which a detection model does not have",
+    ),
     (["cam", "{detection}", "{photos}", "--out", "{new}", "--class", "disc"], "eigencam knows no classes"),
     (FIELD, "say --images 3"),
     ([*FIELD, "conv2former_tt"], "did you mean 'conv2former_t"),

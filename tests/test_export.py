@@ -18,13 +18,14 @@ from PIL import Image
 
 from command import run_command
 from conv2former.data.images import decode
+from conv2former.engine.predict import predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.prediction import predict
+from conv2former.tasks.detection.task import EXPORT_NOTE
 from conv2former.tools.export import FORMATS, Exported, ExportOptions, export
 from conv2former.tools.export.check import compare
 from conv2former.tools.export.formats import Format
-from conv2former.tools.export.subjects import DETECTOR_NOTE, open_subject
+from conv2former.tools.export.subjects import open_subject
 from scenes import small_detector, small_segmenter, write_coco, write_pairs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_classify.py"
@@ -143,7 +144,7 @@ def test_a_segmenter(segmenter: Path, tmp_path: Path) -> None:
 def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
     said: list[str] = []
     (found,) = export(str(detector), tmp_path, ExportOptions(size=(64, 96)), say=said.append)
-    assert said == [f"note: {DETECTOR_NOTE}"] and found.ok and found.comparison.agreement is None
+    assert said == [f"note: {EXPORT_NOTE}"] and found.ok and found.comparison.agreement is None
     names = [output.name for output in onnx.load(tmp_path / "model.onnx").graph.output]
     assert names == ["p2", "p3", "p4", "p5", "p6"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -13,14 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine import trainer as engine
-from conv2former.engine.checkpointing import Snapshots
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.checkpointing import CheckpointManager
+from conv2former.engine.evaluate import evaluate
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.evaluation import evaluate
 from conv2former.tasks.classification.task import ClassificationTask
 from digits import tiny_recipe, write_digits
 from runs import state
@@ -49,7 +51,7 @@ def test_broken_images_are_listed_and_passed_over(damaged: Path, tmp_path: Path)
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_images.jsonl").open()]
     assert sorted(Path(row["file"]).parent.name for row in rows) == ["digit-0", "digit-1", "digit-2"]
     assert all(row["reason"] for row in rows)
-    assert result is not None and result.counts["images"] == 15  # one of sixteen does not count
+    assert result is not None and result.details["images"] == 15  # one of sixteen does not count
     assert (tmp_path / "run" / "predictions.png").exists()
 
 
@@ -65,7 +67,7 @@ def test_too_many_broken_images_end_the_run(damaged: Path, tmp_path: Path) -> No
     recipe = tiny_recipe("data.on_bad_image=skip", "data.max_bad_images=1")
     with pytest.raises(UserError, match=r"2 images cannot be read, more than data.max_bad_images"):
         train(recipe, data=damaged, out=tmp_path / "run")
-    assert Snapshots(tmp_path / "run" / "checkpoints").newest_first()
+    assert CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()
 
 
 def test_a_picture_beyond_the_limit_counts_as_broken(tmp_path: Path) -> None:
@@ -80,16 +82,16 @@ def test_an_evaluation_can_leave_out_what_cannot_be_read(finished: Path, damaged
     with pytest.raises(UserError, match="cannot read"):
         evaluate(finished / "best", data=damaged, workers=0)
     result, _ = evaluate(finished / "best", data=damaged, workers=0, on_bad_image="skip")
-    assert result.counts["images"] == 15 and len(result.predicted) == 15
+    assert result.details["images"] == 15 and len(result.records.predicted) == 15
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The losses of some steps are not finite, and what the batch norms saw in them is not either."""
-    original = ClassificationTask.training_step
+    original, number = ClassificationTask.training_step, itertools.count()
 
-    def step(self: ClassificationTask, batch: Any, number: int) -> Tensor:
-        loss = original(self, batch, number)
-        if number in steps:
+    def step(self: ClassificationTask, batch: Any) -> Tensor:
+        loss = original(self, batch)
+        if not isinstance(loss, FakeTensor) and next(number) in steps:  # the trial before the first step is none
             self.model.stem.norm1.running_mean.data.fill_(float("nan"))
             return loss * float("inf")
         return loss
@@ -102,31 +104,31 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
 ) -> None:
     poison(monkeypatch, 2, 5, 6)
     result = train(tiny_recipe("engine.max_skipped_steps=3"), data=data, out=tmp_path / "run")
-    run = RunFolder(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
     assert [row["skipped"] for row in run.rows("epoch")] == [1, 3, 3]
     rows = [json.loads(line) for line in run.skipped_steps_jsonl.open()]
     assert [row["step"] for row in rows] == [3, 6, 7] and all(len(row["files"]) == 16 for row in rows)
     assert all((data / "train" / name).is_file() for name in rows[0]["files"])
     assert all(torch.isfinite(t).all() for t in load_pretrained(tmp_path / "run").state_dict().values())
-    assert result is not None and result.counts["top1"] > 50
+    assert result is not None and result.details["top1"] > 50
 
 
 def test_a_skipped_step_changes_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 2)
     same: list[bool] = []
-    original = engine.Loop._step
+    original = engine.Trainer._step
 
-    def everything(self: engine.Loop) -> list[Tensor]:
+    def everything(self: engine.Trainer) -> list[Tensor]:
         moments = [value for entry in self.optimizer.state.values() for value in entry.values()]
         return [tensor.clone() for tensor in [*self.task.state_dict().values(), *moments]]
 
-    def watched(self: engine.Loop, *args: Any) -> None:
+    def watched(self: engine.Trainer, *args: Any) -> None:
         before = everything(self)
         original(self, *args)
-        if self.position.step in (3, 4):
+        if self.state.step in (3, 4):
             same.append(all(map(torch.equal, before, everything(self))))
 
-    monkeypatch.setattr(engine.Loop, "_step", watched)
+    monkeypatch.setattr(engine.Trainer, "_step", watched)
     train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
     assert same == [True, False]
 
@@ -147,21 +149,24 @@ def test_a_rate_that_explodes_leaves_no_poisoned_checkpoint(data: Path, tmp_path
     settings = ["optim.name=sgd", "optim.base_lr=1e30", "schedule.warmup_epochs=0", *clip]
     with pytest.raises(UserError, match="not finite"):
         train(tiny_recipe(*settings), data=data, out=tmp_path / "run")
-    assert not Snapshots(tmp_path / "run" / "checkpoints").newest_first() and not (tmp_path / "run" / "best").exists()
+    assert (
+        not CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()
+        and not (tmp_path / "run" / "best").exists()
+    )
 
 
 def test_the_last_step_cannot_poison_the_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The losses of an epoch are finite; its last update is not."""
-    original = engine.Loop._log
+    original = engine.Trainer._log
 
-    def poisoning(self: engine.Loop, *times: float) -> None:
-        if self.position.step == 8:
+    def poisoning(self: engine.Trainer, *times: float) -> None:
+        if self.state.step == 8:
             self.model.head.fc.weight.data.fill_(float("nan"))
         original(self, *times)
 
-    monkeypatch.setattr(engine.Loop, "_log", poisoning)
+    monkeypatch.setattr(engine.Trainer, "_log", poisoning)
     with pytest.raises(UserError, match=r"weights are not finite after step 8.*--resume --force"):
         train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert state(tmp_path / "run")["position"]["step"] == 4
@@ -170,7 +175,7 @@ def test_the_last_step_cannot_poison_the_checkpoint(
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk."""
     train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
-    newest = Snapshots(tmp_path / "run" / "checkpoints").newest_first()[0]
+    newest = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()[0]
     content, size = newest.read_bytes(), newest.stat().st_size
     arguments = ["conv2former", "train", f"--out={tmp_path / 'run'}", "--resume", "--force", "--set=schedule.epochs=5"]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
@@ -182,14 +187,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(data: Path, tmp
 
 
 def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = engine.Loop._step
+    original = engine.Trainer._step
 
-    def step(self: engine.Loop, *args: Any) -> None:
+    def step(self: engine.Trainer, *args: Any) -> None:
         original(self, *args)
-        if self.position.step == 6:
+        if self.state.step == 6:
             shutil.rmtree(self.run.path)
 
-    monkeypatch.setattr(engine.Loop, "_step", step)
+    monkeypatch.setattr(engine.Trainer, "_step", step)
     with pytest.raises(UserError, match=r"cannot (go on in the run folder|write) .*(No such file|folder is gone)"):
         train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -198,15 +203,15 @@ def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypat
 def test_a_reader_that_is_killed_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import multiprocessing
 
-    original = engine.Loop._step
+    original = engine.Trainer._step
 
-    def step(self: engine.Loop, *args: Any) -> None:
+    def step(self: engine.Trainer, *args: Any) -> None:
         original(self, *args)
-        if self.position.step == 2:
+        if self.state.step == 2:
             for worker in multiprocessing.active_children():
                 worker.kill()
 
-    monkeypatch.setattr(engine.Loop, "_step", step)
+    monkeypatch.setattr(engine.Trainer, "_step", step)
     with pytest.raises(UserError, match=r"a process that reads images was killed"):
         train(tiny_recipe("data.workers=2", "schedule.epochs=50"), data=data, out=tmp_path / "run")
 
@@ -227,7 +232,7 @@ def test_a_logger_that_fails_does_not_end_the_run(
 
 
 def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.add_bad_image("a.png", "why")
     with run.bad_images_jsonl.open("a") as file:
         file.write('{"file": "b.p')

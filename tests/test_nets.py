@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import nets
+from conv2former.engine.evaluate import evaluate
+from conv2former.engine.predict import predict
 from conv2former.engine.train import train
-from conv2former.evaluation import evaluate
-from conv2former.prediction import predict
 from conv2former.tools.explain.maps import run_maps
 from conv2former.tools.export import ExportOptions, export
 
@@ -55,7 +55,7 @@ def test_a_run_of_an_earlier_release_works(task: str, earlier: Any, tmp_path: Pa
     (found,) = predict(run, [picture])
     assert found["ok"]
     evaluation, _ = evaluate(run, data=folder, workers=0)
-    assert evaluation.to_json()["images"] > 0
+    assert evaluation.details["images"] > 0
     assert run_maps(run, [picture], out=tmp_path / "maps") == 0
     (exported,) = export(str(run), tmp_path / "exported", ExportOptions(("torch",), [picture], size=(64, 64)))
     assert exported.ok

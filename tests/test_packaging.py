@@ -45,8 +45,8 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
 def test_the_quickstart_reaches_97_percent(tmp_path: Path) -> None:
     """The recipe as it is shipped, on the real digits; about a minute."""
     result = train(load_recipe("quickstart"), data=None, out=tmp_path / "run")
-    assert result is not None and result.counts["images"] >= 350
-    assert result.counts["top1"] >= 97
+    assert result is not None and result.details["images"] >= 350
+    assert result.details["top1"] >= 97
     assert len(list((tmp_path / "run" / "samples").iterdir())) >= 8
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True)
     assert model.num_classes == 10

@@ -17,14 +17,16 @@ from PIL import Image
 from conv2former.data.images import BadImage
 from conv2former.data.sampling import SampleKey
 from conv2former.errors import UserError
+from conv2former.tasks.dense import padded_with_mean
+from conv2former.tasks.segmentation import inference as segmentation
 from conv2former.tasks.segmentation.config import SegmentationAugmentSection, SegmentationDataSection
 from conv2former.tasks.segmentation.data import EvalPairs, TrainPairs, crop_box
 from conv2former.tasks.segmentation.folders import open_eval_pairs, open_pairs
+from conv2former.tasks.segmentation.inference import class_probabilities, slide, whole
+from conv2former.tasks.segmentation.losses import pixel_loss
 from conv2former.tasks.segmentation.masks import read_labels, to_classes
-from conv2former.tasks.segmentation.task import SegmentationCounts, class_probabilities, padded_with_mean, slide, whole
-from conv2former.tasks.segmentation.task import task as segmentation
-from conv2former.tasks.segmentation.upernet import pixel_loss
-from conv2former.workflows import workflow
+from conv2former.tasks.segmentation.metrics import SegmentationMetric
+from conv2former.tasks.segmentation.task import SegmentationTask
 from scenes import BLUE, RED, small_segmenter, write_ade20k, write_pairs
 
 PAIRS = SegmentationDataSection(source="pairs", val_fraction=0.34, short_side=72, long_side=96, crop_size=64)
@@ -189,8 +191,8 @@ def test_batches_are_padded_with_what_does_not_count(pairs: Path) -> None:
     augment = SegmentationAugmentSection(scale=(0.5, 0.6))
     dataset = TrainPairs(open_pairs(data, pairs, seed=0).train, data, augment)
     batch = dataset.collate([dataset[SampleKey(0, index)] for index in range(3)])
-    assert batch.images[0].shape == (3, 3, 96, 96) and batch.labels.shape == (3, 96, 96)
-    for labels, (height, width) in zip(batch.labels, batch.sizes, strict=True):
+    assert batch.images[0].shape == (3, 3, 96, 96) and batch.masks.shape == (3, 96, 96)
+    for labels, (height, width) in zip(batch.masks, batch.sizes, strict=True):
         assert (labels[height:] == 255).all() and (labels[:, width:] == 255).all() and height < 96
     images = padded_with_mean(torch.ones(3, 3, 96, 96), batch.sizes)
     assert float(images[0].sum()) == 3 * batch.sizes[0][0] * batch.sizes[0][1]
@@ -234,13 +236,14 @@ def test_counts_by_hand() -> None:
     truth = torch.tensor([[[0, 0, 0], [1, 1, 1], [1, 1, 255]]], dtype=torch.uint8)
     found = one_hot(torch.tensor([[[0, 0, 1], [1, 1, 1], [0, 1, 0]]]))
     bands = [(slice(0, 2), found[:, :, :2]), (slice(2, 3), found[:, :, 2:])]
-    counts = SegmentationCounts(3)
+    counts = SegmentationMetric(["a", "b", "c"])
     counts.update(bands, truth)
     counts.update(bands, torch.full_like(truth, 255))  # nothing counts
     result = counts.compute()
     assert (result["images"], result["pixels"]) == (1, 8)
-    assert result["iou"] == [pytest.approx(50.0), pytest.approx(100 * 4 / 6), None]
-    assert result["accuracy"][:2] == [pytest.approx(100 * 2 / 3), pytest.approx(80.0)]
+    rows = [*result["per_class"].values()]
+    assert [row["iou"] for row in rows] == [pytest.approx(50.0), pytest.approx(100 * 4 / 6), None]
+    assert [row["accuracy"] for row in rows[:2]] == [pytest.approx(100 * 2 / 3), pytest.approx(80.0)]
     assert result["miou"] == pytest.approx((50 + 100 * 4 / 6) / 2) and result["pixel_accuracy"] == pytest.approx(75.0)
     counts.reset()
     counts.update([(slice(0, 3), one_hot(truth))], truth)
@@ -248,7 +251,7 @@ def test_counts_by_hand() -> None:
 
 
 def test_nothing_counted_has_no_miou() -> None:
-    counts = SegmentationCounts(3)
+    counts = SegmentationMetric(["a", "b", "c"])
     counts.update([(slice(0, 1), torch.ones(1, 3, 1, 2) / 3)], torch.full((1, 1, 2), 255, dtype=torch.uint8))
     assert counts.compute()["miou"] is None and counts.compute()["images"] == 0
 
@@ -280,14 +283,13 @@ def test_the_loss_is_divided_by_all_pixels() -> None:
 def model() -> Any:
     torch.manual_seed(0)
     recipe = small_segmenter()
-    built, _ = workflow(recipe).build(recipe.model, classes=["ground", "block", "disc"])
-    return built
+    return SegmentationTask.build(recipe, ["ground", "block", "disc"]).model
 
 
 def test_every_parameter_gets_a_gradient(model: Any) -> None:
-    recipe = small_segmenter()
-    model.train()
-    workflow(recipe).trial_loss(model, torch.randn(2, 3, 64, 64)).backward()
+    task = SegmentationTask(model, small_segmenter(), ["ground", "block", "disc"])
+    batch = task.example_batch(2)
+    task.train().training_step(batch._replace(images=[torch.randint_like(batch.images[0], 256)])).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not without
     model.zero_grad()
@@ -325,6 +327,6 @@ def test_evaluation_sees_pictures_at_every_scale(pairs: Path) -> None:
     dataset = EvalPairs(source, PAIRS, scales=(0.5, 1.0))
     batch = dataset.collate([dataset[SampleKey(0, 0)]])
     assert [tuple(view.shape) for view in batch.images] == [(1, 3, 36, 48), (1, 3, 72, 96)]
-    assert batch.labels.shape == (1, 96, 128)
+    assert batch.masks.shape == (1, 96, 128)
     padding = dataset.collate([dataset[SampleKey(0, 0, padding=True)]])
-    assert (padding.labels == 255).all()
+    assert (padding.masks == 255).all()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import timm
-import torch
 from PIL import Image
 
 from command import run_command
-from conv2former.engine.dry_run import activation_bytes, build_without_memory, plan, saved_bytes, state_bytes
+from conv2former.engine.dry_run import activations, build_without_memory, dry_run, saved_bytes, state_bytes
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe, load_recipe
-from conv2former.workflows import workflow
+from conv2former.tasks.classification.task import ClassificationTask
 from digits import write_digits
 
 SMALL = ["model.name=conv2former_test", "model.args={}"]
@@ -30,7 +30,7 @@ def section(text: str, title: str) -> str:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return plan(small(), data=None, out=tmp_path_factory.mktemp("plan"))
+    return dry_run(small(), data=None, out=tmp_path_factory.mktemp("plan"))
 
 
 def test_the_recipe_and_its_hash(text: str, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_images_batch_and_steps(text: str) -> None:
     assert section(text, "data").startswith("1,281,167 images of 1,000 classes, by the recipe's claim")
     lines = section(text, "batch").splitlines()
     assert lines[0].startswith("128 images per process x 8 processes")
-    assert lines[0].endswith("x 1 forward passes = effective batch 1,024")
+    assert lines[0].endswith("x 1 micro-batches = effective batch 1,024")
     assert lines[1] == "learning rate: 0.001 x 1,024 / 1,024 = 0.001"
     assert [line.split() for line in lines[3:]] == [
         ["1", "128", "8", "1,024", "0.001", "1,251"],
@@ -57,7 +57,7 @@ def test_images_batch_and_steps(text: str) -> None:
 
 
 def test_the_rate_grows_with_the_batch_and_the_claim_counts_what_is_held_out(tmp_path: Path) -> None:
-    text = plan(small("imagenet22k_s"), data=None, out=tmp_path)
+    text = dry_run(small("imagenet22k_s"), data=None, out=tmp_path)
     assert "0.001 x 4,096 / 1,024 = 0.004" in text and "about 70,986 of them are held out" in text
     assert "14,126,136 images / 4,096 = 3,448 steps per epoch" in text and "310,320 steps in all (90 epochs)" in text
     assert "parameters" in section(text, "network") and "1,484" not in section(text, "network")
@@ -66,25 +66,25 @@ def test_the_rate_grows_with_the_batch_and_the_claim_counts_what_is_held_out(tmp
 def test_images_are_counted_where_there_are_some(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "digits")
     train = len(list((data / "train").rglob("*.png")))
-    text = plan(small("finetune", "optim.batch_size=4"), data=data, out=tmp_path)
+    text = dry_run(small("finetune", "optim.batch_size=4"), data=data, out=tmp_path)
     assert f"{train} training and 16 validation images" in section(text, "data")
     assert f"{train} images / 4 = {train // 4} steps per epoch" in section(text, "steps")
     with pytest.raises(UserError, match=rf"{train} training images are fewer than one batch of 1024: lower optim"):
-        plan(small(), data=data, out=tmp_path)
+        dry_run(small(), data=data, out=tmp_path)
 
 
 def test_without_data_or_claim_it_says_so(tmp_path: Path) -> None:
-    text = plan(small("finetune"), data=None, out=tmp_path)
+    text = dry_run(small("finetune"), data=None, out=tmp_path)
     assert "number of images unknown" in section(text, "data") and "--data DIR tells it" in text
     assert "steps unknown without --data" in section(text, "steps")
     assert (tmp_path / "schedule.png").exists()
 
 
 def test_a_number_of_processes_that_cannot_share_the_batch(tmp_path: Path) -> None:
-    rows = section(plan(small("imagenet1k_t", "optim.global_batch=1040"), data=None, out=tmp_path), "batch")
+    rows = section(dry_run(small("imagenet1k_t", "optim.global_batch=1040"), data=None, out=tmp_path), "batch")
     assert "32  " in rows and "cannot be shared by 32 processes" in rows
     with pytest.raises(UserError, match="cannot be shared by 7 processes"):
-        plan(small("imagenet1k_t", "claim.processes=7"), data=None, out=tmp_path)
+        dry_run(small("imagenet1k_t", "claim.processes=7"), data=None, out=tmp_path)
 
 
 def test_groups_by_layer(text: str, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_groups_by_layer(text: str, tmp_path: Path) -> None:
     rows = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in table}
     assert rows["decayed"] == [str(len(rest)), f"{sum(p.numel() for p in rest):,}", "0.05", "1"]
     assert rows["not decayed"] == [str(len(vectors)), f"{sum(p.numel() for p in vectors):,}", "0", "1"]
-    layered = section(plan(small("finetune"), data=None, out=tmp_path), "parameter groups")
+    layered = section(dry_run(small("finetune"), data=None, out=tmp_path), "parameter groups")
     scales = {int(m[1]): float(m[2]) for m in re.finditer(r"layer (\d+),.*  (\S+)$", layered, re.M)}
     deepest = max(scales)
     assert scales == pytest.approx({k: 0.8 ** (deepest - k) for k in range(deepest + 1)}, rel=1e-3)
@@ -103,17 +103,20 @@ def test_groups_by_layer(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_activations_are_those_of_a_real_pass(precision: str) -> None:
     recipe = small("imagenet1k_t", f"engine.precision={precision}")
-    fixed, per_image = activation_bytes(workflow(recipe), build_without_memory(workflow(recipe), classes=10))
-    model = timm.create_model("conv2former_test", num_classes=10, drop_path_rate=recipe.model.drop_path_rate).train()
-    for batch in (1, 6):
-        real = saved_bytes(model, torch.zeros(batch, 3, 64, 64), half=precision != "32")
-        assert fixed + batch * per_image == pytest.approx(real, rel=0.01)
+    found = activations(build_without_memory(recipe, classes=10))
+    model = timm.create_model("conv2former_test", num_classes=10, drop_path_rate=recipe.model.drop_path_rate)
+    task = ClassificationTask(model, recipe).train()
+    for batch in (2, 6):
+        step = functools.partial(task.training_step, task.example_batch(batch))
+        real = saved_bytes(task, step, half=precision != "32")
+        assert found.fixed + batch * found.per_image == pytest.approx(real, rel=0.01)
+    assert found.whole
 
 
 def test_half_width_and_checkpointing_save_activations() -> None:
     def per_image(*overrides: str) -> int:
         recipe = small("imagenet1k_t", *overrides)
-        return activation_bytes(workflow(recipe), build_without_memory(workflow(recipe), classes=10))[1]
+        return activations(build_without_memory(recipe, classes=10)).per_image
 
     full, half = per_image("engine.precision=32"), per_image()
     assert 0.5 * full < half < 0.75 * full
@@ -135,31 +138,31 @@ def sizes(text: str) -> dict[str, float]:
 
 def test_memory_adds_up_and_fsdp_shares_it(tmp_path: Path) -> None:
     overrides = ["model.name=conv2former_atto", "optim.batch_size=2", "optim.ema_decay=0.999"]
-    plain = sizes(plan(small("imagenet1k_t", *overrides), data=None, out=tmp_path))
+    plain = sizes(dry_run(small("imagenet1k_t", *overrides), data=None, out=tmp_path))
     weights = sum(p.numel() for p in timm.create_model("conv2former_atto").parameters()) * 4 / 2**20
     assert plain["weights"] == plain["gradients"] == plain["averaged weights"] == pytest.approx(weights, abs=0.06)
     assert plain["optimizer state"] == pytest.approx(2 * weights, abs=0.06)
     assert plain["sum"] == pytest.approx(sum(size for what, size in plain.items() if what != "sum"), abs=0.3)
-    shared = sizes(plan(small("imagenet1k_t", *overrides, "engine.strategy=fsdp"), data=None, out=tmp_path))
+    shared = sizes(dry_run(small("imagenet1k_t", *overrides, "engine.strategy=fsdp"), data=None, out=tmp_path))
     assert shared["weights"] == shared["gradients"] == pytest.approx(weights / 8, abs=0.06)
     assert shared["optimizer state"] == pytest.approx(2 * weights / 8, abs=0.06)
     assert shared["activations"] == plain["activations"] > 1
 
 
 def test_weights_need_not_exist(tmp_path: Path) -> None:
-    text = plan(small("imagenet1k_ft224_s"), data=None, out=tmp_path)
+    text = dry_run(small("imagenet1k_ft224_s"), data=None, out=tmp_path)
     assert "model.weights (runs/imagenet22k_s) was not looked at" in text
 
 
 def test_mistakes_are_found(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be trained at data.input_size=16: the image is smaller than 32"):
-        plan(small("imagenet1k_t", "data.input_size=16"), data=None, out=tmp_path)
+    with pytest.raises(UserError, match=r"cannot be trained on images of 16 x 16 pixels: the image is smaller than 32"):
+        dry_run(small("imagenet1k_t", "data.input_size=16"), data=None, out=tmp_path)
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"model.args of conv2former_test: kernel_size is 4"):
-        plan(small("imagenet1k_t", "model.args.kernel_size=4"), data=None, out=tmp_path)
+        dry_run(small("imagenet1k_t", "model.args.kernel_size=4"), data=None, out=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*schedule.png"):
-        plan(small(), data=None, out=tmp_path / "file" / "schedule.png")
+        dry_run(small(), data=None, out=tmp_path / "file" / "schedule.png")
 
 
 def test_the_picture_goes_where_it_is_told_and_no_folder_is_in_a_trainings_way(
@@ -170,7 +173,7 @@ def test_the_picture_goes_where_it_is_told_and_no_folder_is_in_a_trainings_way(
         (None, "imagenet1k_t.schedule.png"),
         (Path("runs/new"), "runs/new.schedule.png"),
     ):
-        assert section(plan(small(), data=None, out=out), "picture") == picture
+        assert section(dry_run(small(), data=None, out=out), "picture") == picture
         assert Image.open(picture).size[0] > 800
     assert not (tmp_path / "runs" / "new").exists()
 
@@ -205,7 +208,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 )
 def test_detectors_and_segmenters_are_planned(recipe: str, parameters: str, tmp_path: Path) -> None:
     """Exact parameters of the paper's networks without data; the parts add up."""
-    planned = plan(load_recipe(recipe), data=None, out=tmp_path)
+    planned = dry_run(load_recipe(recipe), data=None, out=tmp_path)
     found = re.match(r"conv2former_[ts]: ([\d,]+) parameters \((.*)\)", section(planned, "network"))
     assert found and found[1] == parameters
     parts = [

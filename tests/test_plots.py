@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from command import run_command
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
+from conv2former.tools.plot import plot_runs
 from conv2former.viz import plots
 
 STEPS = 6  # logged losses per epoch
@@ -56,7 +58,7 @@ def legend(figure: Figure) -> list[str]:
 
 def test_one_run_is_drawn_into_its_folder(tmp_path: Path, drawn: list[Figure]) -> None:
     run = write_run(tmp_path / "run")
-    assert plots.plot_runs([run]) == run / "learning_curves.png"
+    assert plot_runs([run]) == run / "learning_curves.png"
     assert Image.open(run / "learning_curves.png").size[0] > 800
     shown = panels(drawn[0])
     assert set(shown) == {"loss", "validation", "learning", "training", "time"}
@@ -70,8 +72,8 @@ def test_one_run_is_drawn_into_its_folder(tmp_path: Path, drawn: list[Figure]) -
 
 def test_the_end_of_a_run_draws_the_same(tmp_path: Path, drawn: list[Figure]) -> None:
     run = write_run(tmp_path / "run")
-    plots.plot_runs([run], out=tmp_path / "one.png")
-    plots.learning_curves(plots.RunFolder(run).rows(), run / "learning_curves.png")
+    plot_runs([run], out=tmp_path / "one.png")
+    plots.learning_curves(RunDir(run).rows(), run / "learning_curves.png")
     assert (run / "learning_curves.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
@@ -80,7 +82,7 @@ def test_several_runs_have_a_colour_and_a_name_each(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runs = [write_run(Path(name)) for name in ("a/same", "b/same", "other", "$x$_{")]
-    assert plots.plot_runs([*runs, Path("a/../other")]) == Path("comparison.png")
+    assert plot_runs([*runs, Path("a/../other")]) == Path("comparison.png")
     assert Path("comparison.png").is_file()
     assert [text.split(":")[0] for text in legend(drawn[0])] == ["a/same", "b/same", "other", r"\$x\$_{"]
     lines = panels(drawn[0])["validation"].lines
@@ -88,20 +90,18 @@ def test_several_runs_have_a_colour_and_a_name_each(
 
 
 def test_more_runs_than_the_usual_colours(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.plot_runs([write_run(tmp_path / str(i), epochs=1) for i in range(12)], out=tmp_path / "all.svg")
+    plot_runs([write_run(tmp_path / str(i), epochs=1) for i in range(12)], out=tmp_path / "all.svg")
     lines = panels(drawn[0])["validation"].lines
     assert len({tuple(line.get_color()) for line in lines}) == 12
 
 
 def test_a_run_before_its_first_evaluation(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.plot_runs(
-        [write_run(tmp_path / "new", epochs=0, steps=1), write_run(tmp_path / "old")], out=tmp_path / "x.pdf"
-    )
+    plot_runs([write_run(tmp_path / "new", epochs=0, steps=1), write_run(tmp_path / "old")], out=tmp_path / "x.pdf")
     assert legend(drawn[0])[0] == "new: not evaluated yet"
 
 
 def test_rows_of_older_runs_and_lost_losses(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.plot_runs([write_run(tmp_path / "old", timed=False, loss=None)])
+    plot_runs([write_run(tmp_path / "old", timed=False, loss=None)])
     shown = panels(drawn[0])
     assert "time" not in shown  # nothing is known of waiting
     assert np.isnan(shown["loss"].lines[0].get_ydata()).all()
@@ -110,7 +110,7 @@ def test_rows_of_older_runs_and_lost_losses(tmp_path: Path, drawn: list[Figure])
 @pytest.mark.parametrize(("x", "expected"), [("epoch", [1 / 6, 2.5]), ("step", [10, 150]), ("minutes", [1 / 6, 2.5])])
 def test_what_is_drawn_over(x: str, expected: list[float], tmp_path: Path, drawn: list[Figure]) -> None:
     # half an epoch beyond the last time: it goes on at the mean speed
-    plots.plot_runs([write_run(tmp_path / "run", steps=3)], x=x)
+    plot_runs([write_run(tmp_path / "run", steps=3)], x=x)
     places = panels(drawn[0])["loss"].lines[0].get_xdata()
     np.testing.assert_allclose([places[0], places[-1]], expected)
 
@@ -127,7 +127,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (dict(paths=[run], out=tmp_path / "none" / "curves.png"), "No such file or directory.*--out"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            plots.plot_runs(**arguments)  # type: ignore[arg-type]
+            plot_runs(**arguments)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
 
 

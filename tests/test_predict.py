@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from conv2former.engine.predict import predict, run_predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.prediction import predict, run_predict
 from digits import one_picture, tiny_recipe, write_digits
 
 

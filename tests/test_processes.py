@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
 from conv2former.engine.train import train
 from digits import tiny_recipe, write_digits
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> str:
 
 
 def assert_same_figures(mine: Path, theirs: Path) -> None:
-    for row, other in zip(RunFolder(mine).rows(), RunFolder(theirs).rows(), strict=True):
+    for row, other in zip(RunDir(mine).rows(), RunDir(theirs).rows(), strict=True):
         assert row.keys() == other.keys()
         for key in row.keys() - TIMING - {"kind"}:
             assert row[key] == pytest.approx(other[key], rel=TOLERANCE), key
@@ -62,7 +62,7 @@ def test_two_processes_are_one(one: Path, uneven: Path, tmp_path: Path) -> None:
     assert "batch 8 x 2 processes x 1 accumulated = 16" in errors
     assert_same_figures(one, tmp_path / "two")
     # every validation image counted once, in the loop and in the report
-    assert "of 19)" in errors and json.loads((tmp_path / "two" / "evaluation.json").read_text())["images"] == 19
+    assert "of 19 images)" in errors and json.loads((tmp_path / "two" / "evaluation.json").read_text())["images"] == 19
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_accumulation_is_the_large_batch(uneven: Path, tmp_path: Path, settings:
     whole, parts = tiny_recipe(*PLAIN, *settings), tiny_recipe(*PLAIN, *settings, "optim.batch_size=4")
     train(whole, data=uneven, out=tmp_path / "whole")
     train(parts, data=uneven, out=tmp_path / "parts")
-    losses = [[row["loss"] for row in RunFolder(tmp_path / name).rows("step")] for name in ("whole", "parts")]
+    losses = [[row["loss"] for row in RunDir(tmp_path / name).rows("step")] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE if settings else 0.05)
     assert losses[0] != losses[1] or settings
 

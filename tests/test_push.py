@@ -15,7 +15,7 @@ import yaml
 
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine.model_card import card
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 from conv2former.tools.push import push as push_here
 from hub import TOKEN, Hub
@@ -92,4 +92,4 @@ def test_a_card_of_a_bare_model_says_what_is_not_known(finished: Path, tmp_path:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     text = card(config, None)
     assert "Not recorded." in text and "None recorded." in text and "model-index" not in text
-    assert card(config, RunFolder(finished)) == (finished / "best" / "README.md").read_text()
+    assert card(config, RunDir(finished)) == (finished / "best" / "README.md").read_text()

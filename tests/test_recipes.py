@@ -18,8 +18,7 @@ from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.errors import UserError
 from conv2former.models.conv2former import ConvMod
 from conv2former.recipes import Recipe, load_recipe, recipe_names
-from conv2former.tasks.classification.task import build_model
-from conv2former.workflows import workflow
+from conv2former.tasks.classification.network import build_model
 
 # the paper's rows, typed from its tables: (model, kernel, stochastic depth, top-1)
 SIZES = {"n": (7, 0.1, 81.5), "t": (11, 0.15, 83.2), "s": (11, 0.3, 84.1), "b": (11, 0.7, 84.4)}  # Tables 3 and 10
@@ -113,7 +112,7 @@ PEERS = [
 
 def builds(recipe: Recipe, classes: int) -> Any:
     """Builds network, optimizer and schedule of a recipe, checks their rates and returns the network."""
-    model = build_without_memory(workflow(recipe), classes=classes)
+    model = build_without_memory(recipe, classes=classes).model
     peak = scaled_lr(recipe.optim, plan_batch(recipe, world=recipe.claim.processes))
     optimizer = build_optimizer(model, recipe.optim, lr=peak)
     schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=10)
@@ -170,7 +169,7 @@ def test_rows_trained_on_imagenet_1k(name: str) -> None:
     recipe = load_recipe(name)
     model, kernel, rate, top1 = SCRATCH[name]
     assert (recipe.model.name, recipe.model.drop_path_rate, recipe.claim.paper) == (model, rate, top1)
-    built = build_without_memory(workflow(recipe), classes=1000)
+    built = build_without_memory(recipe, classes=1000).model
     assert {m.dwconv.kernel_size[0] for m in built.modules() if isinstance(m, ConvMod)} == {kernel}
     assert recipe.model.weights is None
     assert (recipe.claim.images, recipe.claim.classes, recipe.claim.processes) == (1_281_167, 1000, 8)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from command import run_command
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.files import append_line, read_lines
@@ -147,7 +147,7 @@ def test_seeds_that_hold_other_images_out_are_one_table(tmp_path: Path, quick: l
         "table6", data=tmp_path / "classes", out=tmp_path / "out", only=ROWS[1:], settings=settings, seeds=2
     )
     outcome, (_, table, _) = reproduce(request)
-    hashes = {RunFolder(job.run).facts()["images_hash"] for job in quick}
+    hashes = {RunDir(job.run).facts()["images_hash"] for job in quick}
     assert outcome.trained == 2 and len(hashes) == 2, "the seeds split differently"
     with table.open() as file:
         assert [row["seeds"] for row in csv.DictReader(file)][-1] == "2"

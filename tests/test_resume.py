@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from conv2former.engine import trainer as engine
-from conv2former.engine.checkpointing import Snapshots
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.checkpointing import CheckpointManager
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
 from conv2former.engine.train import train
 from conv2former.errors import UserError
@@ -54,7 +54,7 @@ def test_a_stop_during_the_evaluation_loses_nothing(
 ) -> None:
     # the last step of the second epoch: the evaluation meets the stop first
     stopped_run(tiny_recipe(*EVERYTHING), data, tmp_path / "parts", monkeypatch, step=8)
-    assert [row["epoch"] for row in RunFolder(tmp_path / "parts").rows("epoch")] == [1]
+    assert [row["epoch"] for row in RunDir(tmp_path / "parts").rows("epoch")] == [1]
     train(None, data=None, out=tmp_path / "parts", resume=True)
     assert_same_run(whole, tmp_path / "parts")
 
@@ -81,9 +81,9 @@ def test_killed_while_a_checkpoint_is_written(
     def die(*args: Any) -> None:
         raise Killed
 
-    original = Snapshots.write
+    original = CheckpointManager.write
 
-    def write(self: Snapshots, step: int, save: Any, *, first: bool) -> Any:
+    def write(self: CheckpointManager, step: int, save: Any, *, first: bool) -> Any:
         if step == 8:
             if moment == "after it":
                 original(self, step, save, first=first)
@@ -92,7 +92,7 @@ def test_killed_while_a_checkpoint_is_written(
         return original(self, step, save, first=first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Snapshots, "write", write)
+        patch.setattr(CheckpointManager, "write", write)
         with pytest.raises(Killed):
             train(tiny_recipe(*EVERYTHING), data=data, out=tmp_path / "parts")
     assert state(tmp_path / "parts")["position"]["step"] == (4 if moment == "fsync" else 8)
@@ -104,15 +104,15 @@ def test_killed_while_a_checkpoint_is_written(
 def test_killed_between_the_evaluation_and_its_checkpoint(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine.Loop._evaluate
+    original = engine.Trainer._evaluate
 
-    def evaluate(self: engine.Loop) -> None:
+    def evaluate(self: engine.Trainer) -> None:
         original(self)
-        if self.position.step == 8:
+        if self.state.step == 8:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Loop, "_evaluate", evaluate)
+        patch.setattr(engine.Trainer, "_evaluate", evaluate)
         with pytest.raises(Killed):
             train(tiny_recipe(*EVERYTHING), data=data, out=tmp_path / "parts")
     train(None, data=None, out=tmp_path / "parts", resume=True)
@@ -154,7 +154,7 @@ def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum
 
 
 def test_the_last_two_checkpoints_are_kept(finished: Path) -> None:
-    assert [path.name for path in Snapshots(finished / "checkpoints").newest_first()] == [
+    assert [path.name for path in CheckpointManager(finished / "checkpoints").newest_first()] == [
         "save-000003-step-00000012.ckpt",
         "save-000002-step-00000008.ckpt",
     ]
@@ -163,13 +163,13 @@ def test_the_last_two_checkpoints_are_kept(finished: Path) -> None:
 
 def test_checkpoints_come_by_the_clock_too(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    original = Snapshots.write
+    original = CheckpointManager.write
 
-    def write(self: Snapshots, step: int, save: Any, *, first: bool) -> Any:
+    def write(self: CheckpointManager, step: int, save: Any, *, first: bool) -> Any:
         written.append(step)
         return original(self, step, save, first=first)
 
-    monkeypatch.setattr(Snapshots, "write", write)
+    monkeypatch.setattr(CheckpointManager, "write", write)
     train(tiny_recipe("engine.checkpoint_minutes=1e-9"), data=data, out=tmp_path / "often")
     assert written == list(range(13))
     written.clear()
@@ -183,7 +183,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    newest = Snapshots(tmp_path / "run" / "checkpoints").newest_first()[0]
+    newest = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()[0]
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 4
     newest.write_bytes({"cut off": content[:1000], "a flipped bit": content, "empty": b""}[damage])
@@ -191,12 +191,14 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert_same_run(finished, tmp_path / "run")
     assert newest.with_name(newest.name + ".damaged").exists()
-    assert len(Snapshots(tmp_path / "run" / "checkpoints").newest_first()) == 2  # which the damaged one is none of
+    assert (
+        len(CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()) == 2
+    )  # which the damaged one is none of
 
 
 def test_when_all_checkpoints_are_damaged_it_is_one_line(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    for path in Snapshots(tmp_path / "run" / "checkpoints").newest_first():
+    for path in CheckpointManager(tmp_path / "run" / "checkpoints").newest_first():
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged") as error:
         train(None, data=None, out=tmp_path / "run", resume=True)
@@ -227,7 +229,7 @@ def test_a_folder_that_was_left_before_it_was_a_run_is_started_anew(data: Path, 
 def test_a_finished_run_resumes_to_its_report(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     result = train(None, data=None, out=tmp_path / "run", resume=True)
-    assert result is not None and result.counts["images"] == 16
+    assert result is not None and result.details["images"] == 16
     assert_same_run(finished, tmp_path / "run")
 
 
@@ -249,7 +251,7 @@ def test_forced_to_go_on_with_another_recipe(data: Path, tmp_path: Path, monkeyp
     stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
     longer = tiny_recipe("optim.base_lr=5e-4", "schedule.epochs=4")
     train(longer, data=None, out=tmp_path / "run", resume=True, force=True)
-    run = RunFolder(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
     assert run.recipe() == longer and run.facts()["recipe_hash"] == longer.digest()
     assert [row["epoch"] for row in run.rows("epoch")] == [1, 2, 3, 4]
     assert "epochs: 3" in (tmp_path / "run" / "recipes" / "recipe.1.yaml").read_text()
@@ -262,7 +264,7 @@ def test_forced_to_another_batch_the_run_goes_on_where_it_was_in_the_data(
 ) -> None:
     stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch, step=6)  # in the middle of the second epoch
     train(tiny_recipe(f"optim.batch_size={batch}"), data=None, out=tmp_path / "run", resume=True, force=True)
-    rows, steps = RunFolder(tmp_path / "run").rows("epoch"), 64 // batch
+    rows, steps = RunDir(tmp_path / "run").rows("epoch"), 64 // batch
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, steps), (2, 2 * steps), (3, 3 * steps)]
     # the newest checkpoint is the last one written, whatever number its step has
     assert state(tmp_path / "run")["position"]["step"] == 3 * steps
@@ -290,14 +292,14 @@ def test_an_evaluation_that_is_done_twice_leaves_one_row(
 ) -> None:
     """Stopped in the evaluation, continued, killed between its row and its checkpoint."""
     stopped_run(tiny_recipe(*EVERYTHING), data, tmp_path / "parts", monkeypatch, step=8)
-    original = engine.Loop._evaluate
+    original = engine.Trainer._evaluate
 
-    def evaluate(self: engine.Loop) -> None:
+    def evaluate(self: engine.Trainer) -> None:
         original(self)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Loop, "_evaluate", evaluate)
+        patch.setattr(engine.Trainer, "_evaluate", evaluate)
         with pytest.raises(Killed):
             train(None, data=None, out=tmp_path / "parts", resume=True)
     train(None, data=None, out=tmp_path / "parts", resume=True)
@@ -336,7 +338,7 @@ def test_a_resumed_run_needs_its_first_weights_no_more(
     stopped_run(recipe, data, tmp_path / "run", monkeypatch)
     shutil.rmtree(tmp_path / "weights")
     result = train(None, data=None, out=tmp_path / "run", resume=True)
-    assert result is not None and result.counts["images"] == 16
+    assert result is not None and result.details["images"] == 16
 
 
 def test_other_images_are_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_it_trains(packed: Callable[[str], Path], tmp_path: Path, layout: str) -
     settings = ["schedule.epochs=1", "schedule.warmup_epochs=0", "data.workers=2", "model.name=conv2former_test"]
     recipe = tiny_recipe(f"data.source={KINDS[layout]}", *settings, "model.args={}", "data.input_size=32")
     evaluation = train(recipe, data=packed(layout), out=tmp_path / "run")
-    assert evaluation is not None and evaluation.counts["images"] == 8
+    assert evaluation is not None and evaluation.details["images"] == 8
 
 
 @pytest.mark.parametrize("layout", ["tar_per_class", "wds", "parquet"])

@@ -69,16 +69,16 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What each training step of the test notes between its forward pass and the end of the optimizer's step."""
     found: list[list[str]] = []
     watched: list[Operations] = []
-    step, log, backward = engine.Loop._step, engine.Loop._log, L.Fabric.backward
+    step, log, backward = engine.Trainer._step, engine.Trainer._log, L.Fabric.backward
 
-    def watched_step(self: engine.Loop, *args: Any) -> None:
+    def watched_step(self: engine.Trainer, *args: Any) -> None:
         operations = Operations(self.optimizer)
         watched.append(operations)
         found.append(operations.noted)
         with operations, Methods(operations):
             step(self, *args)
 
-    def unwatched_log(self: engine.Loop, *args: Any) -> None:
+    def unwatched_log(self: engine.Trainer, *args: Any) -> None:
         watched[-1].on = False  # the optimizer's step is over; every 20 steps the mean loss is fetched here
         log(self, *args)
 
@@ -86,8 +86,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         watched[-1].noted.append("backward")
         backward(self, *args, **kwargs)
 
-    monkeypatch.setattr(engine.Loop, "_step", watched_step)
-    monkeypatch.setattr(engine.Loop, "_log", unwatched_log)
+    monkeypatch.setattr(engine.Trainer, "_step", watched_step)
+    monkeypatch.setattr(engine.Trainer, "_log", unwatched_log)
     monkeypatch.setattr(L.Fabric, "backward", noted_backward)
     return found
 
@@ -142,10 +142,10 @@ def test_nothing_waits_on_a_gpu(data: Path, tmp_path: Path, monkeypatch: pytest.
     """PyTorch raises an error at what waits, copies from the CPU among it, but not at the event of ``Fetched``."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    step, log, watched = engine.Loop._step, engine.Loop._log, []
+    step, log, watched = engine.Trainer._step, engine.Trainer._log, []
 
-    def watched_step(self: engine.Loop, *args: Any) -> None:
-        warm = self.position.step >= 2  # the first steps load kernels and make the optimizer's state
+    def watched_step(self: engine.Trainer, *args: Any) -> None:
+        warm = self.state.step >= 2  # the first steps load kernels and make the optimizer's state
         watched.append(warm)
         torch.cuda.set_sync_debug_mode("error" if warm else "default")
         try:
@@ -153,12 +153,12 @@ def test_nothing_waits_on_a_gpu(data: Path, tmp_path: Path, monkeypatch: pytest.
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def unwatched_log(self: engine.Loop, *args: Any) -> None:
+    def unwatched_log(self: engine.Trainer, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
         log(self, *args)
 
-    monkeypatch.setattr(engine.Loop, "_step", watched_step)
-    monkeypatch.setattr(engine.Loop, "_log", unwatched_log)
+    monkeypatch.setattr(engine.Trainer, "_step", watched_step)
+    monkeypatch.setattr(engine.Trainer, "_log", unwatched_log)
     settings = [*EVERYTHING, *STEP, "engine.accelerator=cuda", "engine.devices=1", f"engine.precision={precision}"]
     train(tiny_recipe(*settings), data=data, out=tmp_path / "run")
     assert watched == [False, False, True, True]

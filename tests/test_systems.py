@@ -14,7 +14,7 @@ import torch
 from conv2former.__main__ import main
 from conv2former.engine import machine
 from conv2former.engine.logging import peak_memory_gb
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 from conv2former.version import __version__
 
@@ -58,7 +58,7 @@ def test_training_says_in_one_line_that_it_does(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         UserError, match=r"^training needs Linux or macOS: on Windows use the Windows Subsystem for Linux$"
     ):
-        RunFolder(tmp_path).lock()
+        RunDir(tmp_path).lock()
     monkeypatch.setitem(sys.modules, "resource", None)
     assert math.isnan(peak_memory_gb(torch.device("cpu")))
 

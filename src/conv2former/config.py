@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from conv2former.errors import UserError, nearest
 
 
 class Section(BaseModel):
@@ -222,6 +233,11 @@ class Recipe(Section):
         """Whether the images of a forward pass are mixed in pairs, so that it needs an even number of them."""
         return False
 
+    @property
+    def brings_data(self) -> bool:
+        """Whether it needs no ``--data``."""
+        return False
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
@@ -262,3 +278,43 @@ FREE: dict[str, Any] = dict(
 
 # settings of the engine that came later, with what was done before: a recipe with these values keeps its hash
 LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False)
+
+
+def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> Any:
+    """A recipe of a task, checked.
+
+    Args:
+        config_class: Of the task.
+        raw: As it is written.
+        origin: What messages call it.
+
+    Raises:
+        UserError: Unknown key or wrong type; the message names the nearest right one.
+    """
+    try:
+        return config_class.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"recipe {origin}: {'; '.join(_explain(e, config_class) for e in error.errors())}") from None
+
+
+def _explain(error: Any, recipe: type[Recipe]) -> str:
+    path = [str(part) for part in error["loc"][:2]]  # behind section and key pydantic names members of a union or tuple
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _fields(recipe, path[:-1])
+        return f"unknown key {key!r}{nearest(path[-1], known) or '; there are: ' + ', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    if error["type"] == "value_error":  # from a validator above, whose message names the keys itself
+        return str(error["ctx"]["error"])
+    return f"{key!r}: {error['msg']}, got {error['input']!r}"
+
+
+def _fields(recipe: type[Recipe], path: list[str]) -> list[str]:
+    model: Any = recipe
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), recipe)
+        if not issubclass(model, BaseModel):
+            return []
+    return list(model.model_fields)

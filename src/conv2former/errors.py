@@ -1,9 +1,13 @@
-"""The one exception that stands for a user's mistake, and the wording of its messages."""
+"""The one exception that stands for a user's mistake, the wording of its messages, and lines that are said once."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Sequence
+
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
 
 class UserError(ValueError):
@@ -28,3 +32,9 @@ def some(items: Sequence[str], limit: int = 5) -> str:
 def one_line(error: BaseException) -> str:
     """An exception's text without line breaks; its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def say_once(line: str) -> None:
+    """Prints a line to stderr, on the first process alone, also before the processes know of each other."""
+    if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
+        print(line, file=sys.stderr, flush=True)

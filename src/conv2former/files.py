@@ -51,3 +51,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def free_name(stem: str, ending: str, taken: set[str]) -> str:
+    """A name for what is made of an image file, which is ``taken`` from then on.
+
+    It has an ending of its own, because it may go to the folder of the inputs, and a number where two folders hold
+    files of one name.
+    """
+    name, number = f"{stem}{ending}", 2
+    while name in taken:
+        name, number = f"{stem}-{number}{ending}", number + 1
+    taken.add(name)
+    return name

@@ -11,13 +11,15 @@ import os
 import sys
 
 # isort: off
-# each adds its commands to the program; --help lists them in this order
-from conv2former_cli import training, trained, looking, page, experiments, shipping, catalogue, speed
+# each adds its command to the program; --help lists them in this order
+from conv2former_cli import (  # noqa: F401
+    train, plot, evaluate, predict, explain, demo, reproduce, export, push, models, recipes, convert, benchmark, doctor
+)  # fmt: skip
 
 # isort: on
 from conv2former_cli.common import app
 
-__all__ = ["app", "catalogue", "experiments", "looking", "main", "page", "shipping", "speed", "trained", "training"]
+__all__ = ["app", "main"]
 
 
 def main() -> None:

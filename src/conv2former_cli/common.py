@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +19,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    import_: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import this module of yours first: it may register a task."),
+    ] = None,
+) -> None:
+    for name in import_ or []:
+        sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            from conv2former.errors import UserError
+
+            raise UserError(f"--import {name}: {error}") from None
+
 
 DataOption = Annotated[Path | None, typer.Option(help="Folder of images.", show_default=False)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -32,21 +53,12 @@ class BadImages(StrEnum):
     skip = "skip"
 
 
-class Source(StrEnum):
-    """How labelled images lie."""
-
-    folder = "folder"
-    tar = "tar"
-    wds = "wds"
-    hfds = "hfds"
-
-
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
 def result_line(evaluation: Any, what: str, folder: Path | None) -> str:
-    return evaluation.line() + (f"; {what} are in {folder}" if folder else "")
+    return evaluation.line + (f"; {what} are in {folder}" if folder else "")
 
 
 def print_table(columns: list[str], cells: list[list[str]], *, right: Any = ()) -> None:

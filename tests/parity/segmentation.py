@@ -38,13 +38,16 @@ from mmseg.utils import register_all_modules
 
 import conv2former  # noqa: F401  registers the names
 from conv2former.config import ModelSection
+from conv2former.data.images import IGNORED
 from conv2former.data.loading import Normalizer
+from conv2former.tasks.dense import padded_with_mean
 from conv2former.tasks.segmentation.config import SegmentationAugmentSection, SegmentationDataSection, SegmenterSection
 from conv2former.tasks.segmentation.data import TrainPairs, views
 from conv2former.tasks.segmentation.folders import PairSource, open_pairs
-from conv2former.tasks.segmentation.masks import IGNORED
-from conv2former.tasks.segmentation.task import SegmentationCounts, padded_with_mean, probability_bands, weighted_loss
-from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, pixel_loss
+from conv2former.tasks.segmentation.inference import probability_bands
+from conv2former.tasks.segmentation.losses import pixel_loss, weighted_loss
+from conv2former.tasks.segmentation.metrics import SegmentationMetric
+from conv2former.tasks.segmentation.upernet import UperNet, build_upernet
 
 CONFIG = Path(mmseg.__file__).parent / ".mim/configs/convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py"
 SECTION = SegmenterSection(channels=64, aux_channels=32)  # widths; everything else is as in the configuration file
@@ -144,7 +147,7 @@ def training_batch(source: PairSource, images: Sequence[int]) -> dict[str, Any]:
     return dict(
         rounding=float((images - theirs["inputs"]).abs().max()),
         images=theirs["inputs"],
-        labels=batch.labels.long(),
+        labels=batch.masks.long(),
         samples=theirs["data_samples"],
     )
 
@@ -219,7 +222,10 @@ class Inference:
     def __init__(self, ours: UperNet, theirs: Any, mode: str, num_classes: int) -> None:
         self.ours, self.theirs, self.mode, self.num_classes = ours.eval(), theirs.eval(), mode, num_classes
         self.data, self.scales, self.mirror = MODES[mode]
-        self.counts, self.areas = SegmentationCounts(num_classes), [torch.zeros(num_classes)] * 4
+        self.counts, self.areas = (
+            SegmentationMetric([str(i) for i in range(num_classes)]),
+            [torch.zeros(num_classes)] * 4,
+        )
         self.probability, self.wrong, self.pixels = 0.0, 0, 0
         self.shares = torch.zeros(num_classes)
 

@@ -1,4 +1,4 @@
-"""Detectors and segmenters on disk: a folder with ``config.json`` and ``model.safetensors``, like a classifier's."""
+"""Networks that timm does not know, on disk: ``config.json`` and ``model.safetensors``, like a classifier's folder."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from conv2former.errors import UserError, some
 
 @dataclass(frozen=True)
 class SavedDense:
-    """What the folder of a detector or segmenter holds beside the weights.
+    """What such a folder holds beside the weights.
 
     Attributes:
-        folder: The folder.
+        config_file: Where it is from.
         weights: The file of the weights.
-        recipe: What it was trained with; ``model.args`` are those that rebuild the backbone.
+        recipe: What it was trained with, not checked; ``model.args`` are those that rebuild the backbone.
         classes: K names.
     """
 
-    folder: Path
+    config_file: Path
     weights: Path
-    recipe: Any
+    recipe: dict[str, Any]
     classes: list[str]
 
 
@@ -90,17 +90,15 @@ def save_dense(
 
 def read_dense(path: StrPath, task: str) -> SavedDense:
     """What a saved model says of itself; raises UserError where it is none of that task."""
-    from conv2former.recipes.load import parse_recipe
-
     folder, weights = find_model(Path(path))
     config = read_json(folder)
     found = config.get("task", "classification")
     if found != task:
         raise UserError(f"{folder} holds a {found} model: {task} needs one that was trained for it")
-    recipe, classes = parse_recipe(config.get("recipe") or {}, str(folder / CONFIG_FILE)), config.get("label_names")
+    recipe, classes = config.get("recipe") or {}, config.get("label_names")
     if not isinstance(classes, list) or not classes:
         raise UserError(f"{folder / CONFIG_FILE} names no classes: save the model again")
-    return SavedDense(folder, weights, recipe, [str(name) for name in classes])
+    return SavedDense(folder / CONFIG_FILE, weights, recipe, [str(name) for name in classes])
 
 
 def load_dense(saved: SavedDense, model: nn.Module) -> nn.Module:
@@ -130,7 +128,7 @@ def with_saved_args(section: ModelSection) -> ModelSection:
     if config.get("task", "classification") == "classification":
         args = saved_model_args(section.weights)
     else:
-        args = read_dense(section.weights, str(config["task"])).recipe.model.args
+        args = read_dense(section.weights, str(config["task"])).recipe["model"].get("args", {})
     return section.model_copy(update=dict(args=args | section.args))
 
 

@@ -47,6 +47,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from conv2former.errors import UserError
 
+IGNORED = 255  # in a mask: of no class
 MAX_PIXELS = 1 << 27
 """The most pixels, width times height, that `decode` takes unless told otherwise.
 

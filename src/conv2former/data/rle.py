@@ -1,16 +1,27 @@
-"""Masks as COCO's run lengths, on faster-coco-eval's code."""
+"""Masks as COCO's run lengths, by faster-coco-eval."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
+
+from conv2former.errors import UserError
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        from faster_coco_eval.core import mask
+    except ImportError:
+        raise UserError("COCO's masks and metrics need faster-coco-eval: pip install 'conv2former[coco]'") from None
+    return mask
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """A mask (H, W) as compressed run lengths: ``size`` [H, W] and ``counts``, a string, as in COCO's results."""
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    encoded = _library().encode(np.asfortranarray(mask.astype(np.uint8)))
     counts = encoded["counts"]
     return dict(
         size=[int(side) for side in encoded["size"]], counts=counts if isinstance(counts, str) else counts.decode()
@@ -22,13 +33,13 @@ def decode_mask(encoded: dict[str, Any]) -> np.ndarray:
     height, width = encoded["size"]
     counts = encoded["counts"]
     if isinstance(counts, list):
-        encoded = coco_mask.frPyObjects(dict(size=[height, width], counts=counts), height, width)
+        encoded = _library().frPyObjects(dict(size=[height, width], counts=counts), height, width)
     else:
         encoded = dict(size=[height, width], counts=counts.encode() if isinstance(counts, str) else counts)
-    return np.asarray(coco_mask.decode(encoded))
+    return np.asarray(_library().decode(encoded))
 
 
 def polygons_to_mask(polygons: list[Any], height: int, width: int) -> np.ndarray:
     """The union of polygons [x0, y0, x1, y1, ...] in pixels as a mask (H, W) of uint8."""
-    parts = coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)
-    return np.asarray(coco_mask.decode(coco_mask.merge(parts)))
+    parts = _library().frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)
+    return np.asarray(_library().decode(_library().merge(parts)))

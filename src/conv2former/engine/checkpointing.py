@@ -18,7 +18,7 @@ KEEP = 2
 _NAME = re.compile(r"save-(\d+)-step-\d+\.ckpt")
 
 
-class Snapshots:
+class CheckpointManager:
     """Files ``save-000012-step-00001234.ckpt`` in a folder; their order is that of the saves.
 
     A file is written beside its place under another name, flushed to the disk and moved there, so that whoever is
@@ -78,7 +78,7 @@ class Snapshots:
                     file.unlink(missing_ok=True)
         return path
 
-    def newest_whole(self, processes: Processes, *, say: Callable[[str], None]) -> Path | None:
+    def latest_valid(self, processes: Processes, *, say: Callable[[str], None]) -> Path | None:
         """The newest file that is what was written, the same on all processes; None where there are no files.
 
         Damaged ones get another name, so that they do not count as one of the last two.

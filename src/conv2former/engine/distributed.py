@@ -17,17 +17,10 @@ import torch.distributed as dist
 
 from conv2former.errors import UserError, one_line
 
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 30.0  # seconds after which a process that gives none is taken for dead
 GRACE = 3.0  # seconds that a process has to end by itself when another has failed
 HELP = "what was saved is kept: continue with --resume"
-
-
-def say_once(line: str) -> None:
-    """Prints a line to stderr, on the first process alone, also before the processes know of each other."""
-    if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
-        print(line, file=sys.stderr, flush=True)
 
 
 class Processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from conv2former.config import OptimSection, Recipe
 from conv2former.data.sampling import steps_per_epoch
+from conv2former.engine import trial
 from conv2former.engine.batch import BatchPlan, plan_batch
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError
 from conv2former.models.meta import SkipFilling
+from conv2former.tasks import task_class
+from conv2former.tasks.base import Task
 from conv2former.viz import plots
-from conv2former.workflows import Workflow, workflow
-from conv2former.workflows.classification import classification_loss
 
-ASSUMED_CLASSES = dict(classification=1000, detection=80, segmentation=150)
 OTHER_WORLDS = (1, 8, 32)
 POINTS = 1000  # of the drawn curves
 LEFT_OUT = (
@@ -47,7 +49,7 @@ class Images:
     origin: str
 
 
-def plan(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
+def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     """Works out what training ``recipe`` would do, and draws its learning rate and weight decay.
 
     ``model.weights`` is not looked at: it may be the result of a run that has not happened yet.
@@ -65,15 +67,13 @@ def plan(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     """
     images = _images(recipe, data)
     batch = plan_batch(recipe, world=recipe.claim.processes)
-    work = workflow(recipe)
-    classes = images.classes or ASSUMED_CLASSES[recipe.task]
-    model = build_without_memory(work, classes=classes)
-    optimizer = build_optimizer(model, recipe.optim, lr=scaled_lr(recipe.optim, batch))
+    task = build_without_memory(recipe, classes=images.classes or task_class(recipe.task).assumed_classes)
+    optimizer = build_optimizer(task.model, recipe.optim, lr=scaled_lr(recipe.optim, batch))
     per_epoch = None if images.count is None else _steps_per_epoch(images.count, batch)
     # where the images are unknown the curve is drawn with enough steps to be smooth
     schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
-    network = _network(work, model, classes)
-    memory = _memory(work, model, batch)
+    network = _network(task)
+    memory = _memory(task, batch)
     picture = _picture(recipe, out)
     parts = [
         ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
@@ -90,37 +90,34 @@ def plan(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     return "\n\n".join([head, *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
 
 
-def build_without_memory(work: Workflow, *, classes: int) -> Any:
-    """The recipe's network on the meta device, whatever its ``weights``.
+def build_without_memory(recipe: Recipe, *, classes: int) -> Task:
+    """The task on the meta device, whatever its ``model.weights``.
 
     Raises:
         UserError: Unknown model or argument.
     """
-    section = work.recipe.model.model_copy(update=dict(weights=None))
-    names = [str(index) for index in range(classes)]
+    section = recipe.model.model_copy(update=dict(weights=None))
+    names, build = [str(index) for index in range(classes)], task_class(recipe.task).build
     try:
         with torch.device("meta"), SkipFilling():
-            return work.build(section, classes=names)[0]
+            return build(recipe, names, section=section)
     except (UserError, NotImplementedError, RuntimeError):
         # the user's mistake, which comes again below, or a network that looks at values meanwhile
-        return work.build(section, classes=names)[0].to("meta")
+        return build(recipe, names, section=section).to("meta")
 
 
-def saved_bytes(
-    model: nn.Module, images: Tensor, *, half: bool, loss: Callable[[Any, Tensor], Tensor] = classification_loss
-) -> int:
+def saved_bytes(module: nn.Module, step: Callable[[], Any], *, half: bool) -> int:
     """Bytes that a forward pass with its loss keeps for the backward pass, each storage counted once.
 
     Parameters and buffers are not counted, autocast's copies of them are. The tensors may be fake: autocast on the
     CPU then stands for the GPU's, whose lists of operations differ in little that these networks use.
 
     Args:
-        model: The network.
-        images: (B, 3, H, W), of the model's kind.
+        module: Whose parameters and buffers are not counted.
+        step: Computes the loss.
         half: Whether autocast computes in 16 bits.
-        loss: What is computed with them.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -131,37 +128,50 @@ def saved_bytes(
 
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(images.device.type, torch.bfloat16, enabled=half),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
-        loss(model, images)
+        step()
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def activation_bytes(work: Workflow, model: Any) -> tuple[int, int]:
-    """What training keeps for the backward pass: bytes whatever the batch, and bytes for each image of it.
+@dataclass(frozen=True)
+class Activations:
+    """What training keeps for the backward pass.
+
+    Attributes:
+        fixed: Bytes, whatever the batch.
+        per_image: Bytes for each image of it.
+        whole: Whether they are those of the whole network; else of the part that can be exported.
+    """
+
+    fixed: int
+    per_image: int
+    whole: bool
+
+
+def activations(task: Task) -> Activations:
+    """What training a task keeps, found by training steps on fake tensors.
 
     Args:
-        work: Gives size, precision, gradient checkpointing and the loss.
-        model: The network on the meta device; its tensors are replaced by fake ones.
+        task: On the meta device; its tensors are replaced by fake ones.
 
     Raises:
         UserError: The network does not take images of that size.
     """
-    recipe, (height, width) = work.recipe, work.train_shape()
-    half = recipe.engine.precision != "32"
-    try:
-        if recipe.engine.grad_checkpointing:
-            model.set_grad_checkpointing()
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu").train()
-            # one image would be too few for batch norm on a map of one position
-            two, four = (
-                saved_bytes(model, torch.empty(n, 3, height, width), half=half, loss=work.trial_loss) for n in (2, 4)
-            )
-    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{recipe.model.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+    half, whole = task.recipe.engine.precision != "32", True
+
+    def step(count: int) -> None:
+        nonlocal whole
+        whole = trial.loss(task, count)[1]
+
+    with trial.refusals(task), FakeTensorMode(allow_non_fake_inputs=True):
+        if task.recipe.engine.grad_checkpointing:
+            task.model.set_grad_checkpointing()
+        task.to_empty(device="cpu").train()
+        # one image would be too few for batch norm on a map of one position, and for mixing in pairs
+        two, four = (saved_bytes(task, partial(step, count), half=half) for count in (2, 4))
     per_image = (four - two) // 2
-    return two - 2 * per_image, per_image
+    return Activations(two - 2 * per_image, per_image, whole)
 
 
 def state_bytes(optim: OptimSection) -> dict[int, float] | None:
@@ -190,9 +200,9 @@ def state_bytes(optim: OptimSection) -> dict[int, float] | None:
 
 
 def _images(recipe: Recipe, data: Path | None) -> Images:
-    work = workflow(recipe)
-    if data is not None or work.brings_data:
-        splits = work.open_splits(data)
+    kind = task_class(recipe.task)
+    if data is not None or recipe.brings_data:
+        splits = kind.open_splits(recipe, data)
         train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
         where = data or "the recipe's own images"
         return Images(
@@ -200,12 +210,10 @@ def _images(recipe: Recipe, data: Path | None) -> Images:
         )
     claim, fraction = recipe.claim, getattr(recipe.data, "val_fraction", 0.0)
     if claim.images is None:
-        known = (
-            f"{claim.classes:,} classes" if claim.classes else f"{ASSUMED_CLASSES[recipe.task]:,} classes are assumed"
-        )
+        known = f"{claim.classes:,} classes" if claim.classes else f"{kind.assumed_classes:,} classes are assumed"
         return Images(None, claim.classes, f"number of images unknown ({known}): --data DIR tells it")
     held = round(claim.images * fraction)
-    classes = claim.classes or ASSUMED_CLASSES[recipe.task]
+    classes = claim.classes or kind.assumed_classes
     text = f"{claim.images:,} images of {classes:,} classes, by the recipe's claim; --data DIR counts"
     text += f"\nabout {held:,} of them are held out (data.val_fraction={fraction})" if held else ""
     return Images(claim.images - held, claim.classes, text)
@@ -225,7 +233,7 @@ def _batch(recipe: Recipe, batch: BatchPlan) -> list[str]:
     optim = recipe.optim
     return [
         f"{batch.per_process} images per process x {batch.world} processes (claim.processes) x {batch.accumulate} "
-        f"forward passes = effective batch {batch.total:,}",
+        f"micro-batches = effective batch {batch.total:,}",
         f"learning rate: {optim.base_lr:g} x {batch.total:,} / {optim.base_batch:,} = {scaled_lr(optim, batch):g}",
     ]
 
@@ -243,7 +251,9 @@ def _worlds(recipe: Recipe, images: int | None) -> list[str]:
         rows.append(
             [str(world), str(batch.per_process), str(batch.accumulate), f"{batch.total:,}", rate, steps],
         )
-    return _table(["processes", "per process", "passes", "effective batch", "learning rate", "steps per epoch"], rows)
+    return _table(
+        ["processes", "per process", "accumulate", "effective batch", "learning rate", "steps per epoch"], rows
+    )
 
 
 def _steps(recipe: Recipe, images: int | None, batch: BatchPlan, per_epoch: int | None) -> list[str]:
@@ -272,36 +282,47 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[str]:
     return _table(["group", "tensors", "parameters", "weight decay", "lr scale"], rows)
 
 
-def _network(work: Workflow, model: Any, classes: int) -> list[str]:
-    section = work.recipe.model
-    try:
-        lines = work.counts(model, classes=classes)
-    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{section.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+def _network(task: Task) -> list[str]:
+    """Parameters of each part, and multiply-adds of the part that can be exported."""
+    section, model = task.recipe.model, task.model
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    total = sum(p.numel() for p in model.parameters())
+    own = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
+    with trial.refusals(task):
+        part = task.exportable()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            part.network.eval()(torch.empty(1, 3, *part.size, device="meta"))
+    macs, (height, width) = counter.get_total_flops() / 2e9, part.size
+    of = f" in {part.part}" if part.part else ""
+    lines = [
+        f"{section.name}: {total:,} parameters ({own})",
+        f"{macs:.3f} G multiply-adds{of} for an image of {height} x {width} pixels",
+    ]
     if section.weights:
         lines.append(f"model.weights ({section.weights}) was not looked at; arguments that it brings are not counted")
     return lines
 
 
-def _memory(work: Workflow, model: Any, batch: BatchPlan) -> list[str]:
-    recipe = work.recipe
+def _memory(task: Task, batch: BatchPlan) -> list[str]:
+    recipe, model = task.recipe, task.model
     parameters = list(model.parameters())
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
     gradients = sum(parameter.nbytes for parameter in parameters)
     per_value = state_bytes(recipe.optim)
     state = sum(p.numel() * (per_value.get(p.ndim) or max(per_value.values())) for p in parameters) if per_value else 0
-    fixed, per_image = activation_bytes(work, model)
+    found = activations(task)
     shards = batch.world if recipe.engine.strategy == "fsdp" else 1
     sharded = f", 1/{shards} of it by FSDP" if shards > 1 else ""
     width = "32 bits" if recipe.engine.precision == "32" else "16 bits under autocast"
     width += ", of checkpointed blocks the inputs" if recipe.engine.grad_checkpointing else ""
-    held = f"{batch.per_process} images x {per_image / 2**20:.1f} MiB + {fixed / 2**20:.0f} MiB; {width}"
+    held = f"{batch.per_process} images x {found.per_image / 2**20:.1f} MiB + {found.fixed / 2**20:.0f} MiB; {width}"
+    held += "" if found.whole else f"; of {task.exportable().part} alone, the rest depends on values"
     rows = [
         ("weights", weights / shards, f"32 bits{sharded}"),
         ("gradients", gradients / shards, f"32 bits{sharded}"),
         ("optimizer state", state / shards, recipe.optim.name + (sharded if per_value else ": unknown, not counted")),
         ("averaged weights", weights if recipe.optim.ema_decay else 0, "" if recipe.optim.ema_decay else "none"),
-        ("activations", fixed + per_image * batch.per_process, held),
+        ("activations", found.fixed + found.per_image * batch.per_process, held),
     ]
     rows.append(("sum", sum(size for _, size, _ in rows), ""))
     return _table(["what", "size", ""], [[name, _size(size), note] for name, size, note in rows])

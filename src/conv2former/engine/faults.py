@@ -7,13 +7,13 @@ from collections.abc import Callable
 from conv2former.config import Recipe
 from conv2former.data.images import BadImage
 from conv2former.data.loading import AnyBatch
+from conv2former.data.sources import Source
 from conv2former.engine.distributed import Processes, agreed
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, some
-from conv2former.tasks.classification.splits import AnySource
 
 
-class Incidents:
+class Faults:
     """The lists of a run and their limits, the same on all processes; the first one writes them.
 
     Args:
@@ -25,7 +25,7 @@ class Incidents:
     """
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, images: AnySource, processes: Processes, say: Callable[[str], None]
+        self, run: RunDir, recipe: Recipe, images: Source, processes: Processes, say: Callable[[str], None]
     ) -> None:
         self.run, self.recipe, self.images, self.processes, self.say = run, recipe, images, processes, say
         self.bad_images = run.bad_images()

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from timm.models._manipulate import group_parameters
 from torch import nn
 
 from conv2former.config import EngineSection, Recipe
 from conv2former.engine.torch_settings import is_nvidia
 from conv2former.errors import UserError, one_line
-from conv2former.models.conv2former import Block
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
@@ -100,15 +100,32 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
 
 
 def shard(task: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP: every block, then the rest, has its weights shared out and gathered when it computes."""
+    """FSDP: every block, then the rest, has its weights sharded and gathered when it computes."""
     from torch.distributed.fsdp import fully_shard
 
     network: Any = task.get_submodule("model")
     for child in task.children():  # the strategy moves what is sharded alone
         if child is not network:
             child.to(mesh.device_type)
-    for module in network.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh["data_parallel"])
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(network, mesh=mesh["data_parallel"])
     return task
+
+
+def blocks(network: Any) -> list[nn.Module]:
+    """The repeated parts of a network with timm's ``group_matcher``, as its layer-wise decay knows them."""
+    if not hasattr(network, "group_matcher"):
+        return []
+    found: dict[str, nn.Module] = {}
+    for names in group_parameters(network, network.group_matcher(coarse=False)).values():
+        for name in names:
+            parts = name.split(".")
+            # the outermost entry of a list that lies in this group whole
+            for end in [end for end, part in enumerate(parts) if part.isdecimal()]:
+                path = ".".join(parts[: end + 1])
+                block = network.get_submodule(path)
+                if any(block.children()) and {f"{path}.{own}" for own, _ in block.named_parameters()} <= set(names):
+                    found[path] = block
+                    break
+    return [*found.values()]

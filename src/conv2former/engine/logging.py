@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from conv2former.config import LoggerSection, Recipe
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, nearest, one_line
 
 
@@ -28,7 +28,7 @@ class RunLog:
         UserError: A logger whose package is not installed, or that does not start.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, *, step: int | None, enabled: bool) -> None:
+    def __init__(self, run: RunDir, recipe: Recipe, *, step: int | None, enabled: bool) -> None:
         self.run, self.enabled = run, enabled
         self.loggers: list[Any] = []
         if not enabled:
@@ -85,7 +85,7 @@ def check_loggers(sections: list[LoggerSection]) -> None:
             raise UserError(f"engine.loggers: unknown logger {section.name!r}{hint}")
 
 
-def _lightning_logger(section: LoggerSection, run: RunFolder) -> Any:
+def _lightning_logger(section: LoggerSection, run: RunDir) -> Any:
     kind = getattr(lightning_loggers, section.name)
     folder = run.path / "loggers"
     folder.mkdir(exist_ok=True)

@@ -6,27 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from conv2former.checkpoints.hub import CARD_FILE, find_model, read_json
-from conv2former.engine.figures import Figure, recorded_figures
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, one_line, some
 from conv2former.files import replace_text
+from conv2former.tasks import task_class
+from conv2former.tasks.base import Reported, Task
 
-TAGS = dict(
-    classification=["image-classification", "timm"], detection=["object-detection"], segmentation=["image-segmentation"]
-)
-PURPOSE = dict(
-    classification="to say which one of its classes a picture shows",
-    detection="to find objects of its classes on a picture, with a box and a mask for each",
-    segmentation="to give each pixel of a picture one of its classes",
-)
-UNKNOWN = dict(
-    classification="every picture gets a class",
-    detection="it may be taken for something else, or be passed over",
-    segmentation="every pixel gets a class",
-)
 PAPER = """```bibtex
 @article{hou2022conv2former,
   title   = {Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition},
@@ -39,9 +27,7 @@ MAX_CLASSES = 50  # named in a card
 MARK = "<!-- Written by conv2former. A card without this line is somebody's own and is left alone. -->"
 
 
-def write_card(
-    folder: Path, checkpoint: Path, run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()
-) -> None:
+def write_card(folder: Path, checkpoint: Path, run: RunDir | None, *, exported: Sequence[dict[str, Any]] = ()) -> None:
     """Writes the card of a saved model, or of files made from it; one that is there is replaced if it has ``MARK``.
 
     Args:
@@ -62,22 +48,22 @@ def write_card(
         raise UserError(f"cannot write {path}: {one_line(error)}") from None
 
 
-def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[dict[str, Any]] = ()) -> str:
+def card(config: dict[str, Any], run: RunDir | None, *, exported: Sequence[dict[str, Any]] = ()) -> str:
     """The text; see ``write_card``. ``config`` is the model's ``config.json``."""
-    task = config.get("task", "classification")
-    facts, figures = (run.facts(), recorded_figures(run.path, task)) if run else ({}, [])
+    task = task_class(config.get("task", "classification"))
+    facts, metrics = (run.facts(), run.recorded(task.reported)) if run else ({}, [])
     data = Path(str(facts["data"])).name if facts.get("data") else None
     recipe = run.recipe() if run else None
     name = f"{config['architecture']}{f' on {data}' if data else ''}"
     parts = [
-        _front_matter(task, name, data, figures, exported),
+        _front_matter(task, name, data, metrics, exported),
         f"# {name}",
         _intended(config, task),
         _use(task, exported),
         "## Training",
         _training(recipe, facts) if run and recipe else "Not recorded.",
-        "## Figures",
-        _results(figures, facts, exported) if figures else "None recorded.",
+        "## Metrics",
+        _results(metrics, facts, exported) if metrics else "None recorded.",
         *([_files(exported)] if exported else []),
         "## Limits",
         _limits(task, facts),
@@ -92,46 +78,56 @@ def card(config: dict[str, Any], run: RunFolder | None, *, exported: Sequence[di
 
 
 def _front_matter(
-    task: str,
+    task: type[Task],
     name: str,
     data: str | None,
-    figures: list[tuple[Figure, float]],
+    metrics: list[tuple[Reported, float]],
     exported: Sequence[dict[str, Any]],
 ) -> str:
-    tags = [tag for tag in TAGS[task] if not (exported and tag == "timm")]
-    head: dict[str, Any] = dict(tags=[*tags, "conv2former"], pipeline_tag=TAGS[task][0])
+    in_timm = "timm" in task.words.tags
+    tags = [tag for tag in task.words.tags if not (exported and tag == "timm")]
+    head: dict[str, Any] = dict(tags=[*tags, "conv2former"], pipeline_tag=tags[0])
     if not exported:
-        head["library_name"] = "timm" if task == "classification" else "conv2former"
-    if figures and data and not exported:  # what the figures were measured with is the trained model, not its files
-        metrics = [dict(type=f.metric, name=f.title, value=round(value, 2)) for f, value in figures]
-        result = dict(task=dict(type=TAGS[task][0]), dataset=dict(name=data, type=data), metrics=metrics)
-        head["model-index"] = [dict(name=name, results=[result])]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+        head["library_name"] = "timm" if in_timm else "conv2former"
+    if metrics and data and not exported:  # measured with the trained model, not with its files
+        head["model_name"] = name
+        head["eval_results"] = [
+            EvalResult(
+                task_type=tags[0],
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=metric.metric,
+                metric_name=metric.title,
+                metric_value=round(value, 2),
+            )
+            for metric, value in metrics
+        ]
+    return f"---\n{ModelCardData(**head).to_yaml()}\n---"
 
 
-def _intended(config: dict[str, Any], task: str) -> str:
+def _intended(config: dict[str, Any], task: type[Task]) -> str:
     classes = [str(label) for label in config.get("label_names") or []]
     known = f" There are {len(classes)}: {some(classes, MAX_CLASSES)}." if classes else ""
     return (
-        f"## Intended use\n\nA {config['architecture']}, trained with the package conv2former {PURPOSE[task]}.{known} "
-        "For pictures like those that it was trained on; not for decisions about people, and not where a mistake does "
-        "harm."
+        f"## Intended use\n\nA {config['architecture']}, trained with the package conv2former {task.words.purpose}."
+        f"{known} For images like those that it was trained on; not for decisions about people, and not where a "
+        "mistake does harm."
     )
 
 
-def _use(task: str, exported: Sequence[dict[str, Any]]) -> str:
+def _use(task: type[Task], exported: Sequence[dict[str, Any]]) -> str:
     if exported:
         text = (
             "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
             "the metadata key `conv2former`."
         )
-        if task == "classification" and any(row["format"] == "onnx" for row in exported):
+        if "timm" in task.words.tags and any(row["format"] == "onnx" for row in exported):
             text += (
                 " For `model.onnx` the project's `examples/onnx_classify.py` shows the whole way with numpy, Pillow "
                 "and onnxruntime alone."
             )
         return text
-    if task == "classification":
+    if "timm" in task.words.tags:
         code = (
             "import conv2former  # registers the architecture\nimport timm\n\n"
             'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"\n'
@@ -157,7 +153,8 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
         ("length", recipe.schedule.length()),
         (
             "optimizer",
-            f"{recipe.optim.name}, base rate {recipe.optim.base_lr:g}, weight decay {recipe.optim.weight_decay:g}",
+            f"{recipe.optim.name}, base learning rate {recipe.optim.base_lr:g}, "
+            f"weight decay {recipe.optim.weight_decay:g}",
         ),
         ("precision", recipe.engine.precision),
         ("machine", place),
@@ -166,8 +163,8 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
-def _results(figures: list[tuple[Figure, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
-    lines = ["| figure | value |", "|---|---:|", *(f"| {f.title} | {value:.2f} |" for f, value in figures)]
+def _results(metrics: list[tuple[Reported, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
+    lines = ["| metric | value |", "|---|---:|", *(f"| {m.title} | {value:.2f} |" for m, value in metrics)]
     count = facts.get("images", {}).get("val")
     on = f"on the {count:,} validation images" if count else "on the validation images"
     what = " Of the trained model in PyTorch, not of the files." if exported else ""
@@ -182,16 +179,16 @@ def _files(exported: Sequence[dict[str, Any]]) -> str:
         line = [Path(row["file"]).name, row["format"], f"{row['bytes'] / 1e6:.1f}", f"{row['difference']:.1e}"]
         lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
     note = (
-        f"Differences as a share of the largest output, on {exported[0]['pictures']} pictures; by `conv2former export`."
+        f"Differences as a share of the largest output, on {exported[0]['pictures']} images; by `conv2former export`."
     )
     return "\n".join(["## Files", "", *(f"| {' | '.join(line)} |" for line in lines), "", note])
 
 
-def _limits(task: str, facts: dict[str, Any]) -> str:
+def _limits(task: type[Task], facts: dict[str, Any]) -> str:
     lines = [
-        f"- What is on no training picture is unknown to it, and nothing says so: {UNKNOWN[task]}.",
-        "- Other cameras, sizes, light and scenes than in training lower the figures; by how much nobody has measured.",
-        "- Balance over groups of people, and resistance to pictures made to mislead, were not examined.",
+        f"- What is on no training image is unknown to it, and nothing says so: {task.words.unknown}.",
+        "- Other cameras, sizes, light and scenes than in training lower the metrics; by how much nobody has measured.",
+        "- Balance over groups of people, and resistance to images made to mislead, were not examined.",
     ]
     train = facts.get("images", {}).get("train")
     if train and train < 10_000:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from conv2former.engine.evaluate import evaluate_task, write_report
 from conv2former.engine.model_card import write_card
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
+from conv2former.tasks import load
+from conv2former.tasks.base import Evaluation
 from conv2former.viz import plots
-from conv2former.workflows import AnyEvaluation, Workflow
+
+SAMPLES = 8  # held-out images that a recipe with data of its own leaves as files
 
 
-def write_final_report(
-    run: RunFolder, workflow: Workflow, source: Any, *, batch_size: int, device: str
-) -> AnyEvaluation:
+def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: torch.device) -> Evaluation:
     """Evaluates ``best/`` on the validation set and draws.
 
     Raises:
@@ -21,7 +25,21 @@ def write_final_report(
     """
     if not run.best.is_dir():
         raise UserError(f"no evaluation of {run.path} had a finite loss: there are no best weights to report on")
-    evaluation = workflow.report(run, source, batch_size=batch_size, device=device)
+    task, recipe = load(run.best).to(device), run.recipe()
+    data = recipe.data
+    options: Any = dict(workers=data.workers, on_bad_image=data.on_bad_image, max_pixels=data.max_pixels)
+    evaluation = evaluate_task(task, source, batch_size=batch_size, **options)
+    write_report(task, evaluation, source, run.path)
+    if recipe.brings_data:
+        _write_samples(run, source)
     plots.learning_curves(run.rows(), run.path / "learning_curves.png")
     write_card(run.best, run.best, run)
     return evaluation
+
+
+def _write_samples(run: RunDir, source: Any) -> None:
+    """A few held-out images as files, to try ``predict`` on."""
+    folder = run.path / "samples"
+    folder.mkdir(exist_ok=True)
+    for index in range(0, len(source), -(-len(source) // SAMPLES)):
+        source.load(index).save(folder / source.name(index))

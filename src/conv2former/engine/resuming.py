@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.config import Recipe
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 
 # another network cannot take the checkpoint's weights
 KEPT = ("name", "args", "weights", "freeze_batchnorm")
-HEADS = ("detector", "segmenter")
 
 
-def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:
+def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:
     """The recipe to go on with: the run's own, with what a given one changes.
 
     What moves no weight (``recipes.sections.FREE``) may always change, the rest with ``force``, the network and the
@@ -34,7 +33,8 @@ def resumed_recipe(run: RunFolder, own: Recipe, given: Recipe | None, *, force: 
             "start a new run in another folder, or add --force to go on with the new ones"
         )
     fixed = ["task"] * (own.task != given.task)
-    fixed += [f"{section}.*" for section in HEADS if getattr(own, section, None) != getattr(given, section, None)]
+    heads = sorted({*type(own).model_fields, *type(given).model_fields} - {*Recipe.model_fields, "augment"})
+    fixed += [f"{section}.*" for section in heads if getattr(own, section, None) != getattr(given, section, None)]
     fixed += [f"model.{key}" for key in KEPT if getattr(own.model, key) != getattr(given.model, key)]
     fixed += [f"optim.{key}" for key in ("name", "layer_decay") if getattr(own.optim, key) != getattr(given.optim, key)]
     # the optimizer's groups of parameters, which the checkpoint holds, depend on it
@@ -60,7 +60,7 @@ def difference(own: Recipe, given: Recipe) -> str:
     return "; ".join(changes[:5])
 
 
-def check_same(run: RunFolder, facts: dict[str, Any], found: dict[str, Any], *, force: bool) -> list[str]:
+def check_same(run: RunDir, facts: dict[str, Any], found: dict[str, Any], *, force: bool) -> list[str]:
     """Refuses to resume on other images or another number of processes, with which a step means something else.
 
     Returns:

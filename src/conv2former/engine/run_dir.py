@@ -25,6 +25,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError, one_line, some
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.recipes.load import parse_recipe
+from conv2former.tasks.base import Reported
 
 # what a run and the commands on it write; nothing else is ever deleted
 CONTENTS = {
@@ -50,7 +52,7 @@ CONTENTS = {
 LEFTOVERS = {"recipe.yaml", "recipe.yaml.partial", "run.json.partial", "checkpoints", "schedule.png", ".lock"}
 
 
-class RunFolder:
+class RunDir:
     """Paths and files of one run.
 
     Args:
@@ -66,7 +68,7 @@ class RunFolder:
         self.bad_images_jsonl, self.skipped_steps_jsonl = path / "bad_images.jsonl", path / "skipped_steps.jsonl"
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> RunFolder:
+    def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> RunDir:
         """Makes the folder and writes what is known before the first step.
 
         Raises:
@@ -93,7 +95,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path) -> RunDir:
         """An existing run.
 
         Raises:
@@ -182,6 +184,28 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {one_line(error)}") from None
+
+    def recorded(self, reported: Sequence[Reported]) -> list[tuple[Reported, float]]:
+        """What the report says, the first metric first; none where there is no report.
+
+        Raises:
+            UserError: The report is damaged.
+        """
+        path = self.path / "evaluation.json"
+        if not path.is_file():
+            return []
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        rows = []
+        for metric in reported:
+            value = found
+            for key in metric.keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, (int, float)):
+                rows.append((metric, float(value)))
+        return rows
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file of the run, whole or not at all."""

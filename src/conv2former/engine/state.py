@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Position:
+class TrainState:
     """How far a run is; with the weights and the optimizer this is all its state.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Training: everything is checked first, then the run folder is made, then the loop runs."""
+"""Training: everything is checked first, then the run folder is made, then the trainer runs."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from conv2former.checkpoints import saved_normalisation
 from conv2former.config import Recipe
 from conv2former.data.loading import KILLED_WORKER, is_killed_worker, leave_killed_workers
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
-from conv2former.engine.checkpointing import Snapshots
-from conv2former.engine.distributed import Processes, say_once
+from conv2former.engine.checkpointing import CheckpointManager
+from conv2former.engine.distributed import Processes
 from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
 from conv2former.engine.machine import machine_facts
 from conv2former.engine.report import write_final_report
 from conv2former.engine.resuming import check_same, difference, recorded_data, resumed_recipe
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
-from conv2former.engine.trainer import Loop
-from conv2former.errors import UserError, one_line
-from conv2former.tasks.classification.splits import AnySplits
-from conv2former.workflows import AnyEvaluation, Workflow, workflow
+from conv2former.engine.trainer import Trainer
+from conv2former.engine.trial import try_out
+from conv2former.errors import UserError, one_line, say_once
+from conv2former.tasks import task_class
+from conv2former.tasks.base import Evaluation, Task
 
 __all__ = ["Interrupted", "train"]
 
@@ -35,12 +37,12 @@ __all__ = ["Interrupted", "train"]
 def train(
     recipe: Recipe | None,
     *,
-    data: Path | None,
-    out: Path,
+    data: Path | str | None,
+    out: Path | str,
     resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     force: bool = False,
-) -> AnyEvaluation | None:
+) -> Evaluation | None:
     """Trains, evaluates and reports one recipe.
 
     Args:
@@ -58,11 +60,12 @@ def train(
         UserError: Anything wrong with what was given.
         Interrupted: Stopped by a signal, state saved.
     """
-    run, facts = RunFolder(out), {}
+    data, out = None if data is None else Path(data), Path(out)
+    run, facts = RunDir(out), {}
     own: Recipe | None = None
     resume = run.exists() if resume == "auto" else resume
     if resume:
-        facts = RunFolder.open(out).facts()
+        facts = RunDir.open(out).facts()
         own = run.recipe()
         recipe = resumed_recipe(run, own, recipe, force=force)
         data = data or recorded_data(facts)
@@ -70,12 +73,11 @@ def train(
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
     check_loggers(recipe.engine.loggers)
-    work = workflow(recipe)
-    splits = work.open_splits(data)
+    splits = task_class(recipe.task).open_splits(recipe, data)
     if not resume:
         _refuse_overlap(out, recipe, data)
     seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
-    model, model_args = _build(work, splits, run, facts)
+    task = _build(recipe, splits.train.classes, run, facts)
 
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -85,32 +87,29 @@ def train(
         images=dict(train=len(splits.train), val=len(splits.val)),
         images_hash=splits.digest(),
         processes=fabric.world_size,
-        model_args=model_args,
+        model_args=task.model_args,
     )
     with StopRequest() as stop, contextlib.ExitStack() as ending:  # a stop comes too late while the report is written
         ending.callback(lambda: run.unlock())
         try:
             with Processes(fabric) as processes, _one_line_errors(run):
-                _check_batch(work, len(splits.train), fabric)
+                _check_batch(task, len(splits.train), fabric)
                 changes = check_same(run, facts, found, force=force) if resume else []
                 if own and own.digest() != recipe.digest():
                     changes.append(difference(own, recipe))
-                loop = Loop(work, splits, model, model_args, fabric, processes, stop)
+                trainer = Trainer(task, splits, fabric, processes, stop)
                 if resume:
                     if fabric.is_global_zero:
                         run.lock()
-                    loop.load(run)
+                    trainer.load(run)
                 if fabric.is_global_zero:
-                    if not resume:
-                        run = RunFolder.create(out, recipe, found, overwrite=overwrite)
-                    elif own != recipe or facts != facts | found:
-                        run.change(recipe, facts | found)
-                    facts_now = dict(changes=changes, operations=loop.operations, **machine_facts())
+                    run = _written(run, recipe, own, facts, found, overwrite=overwrite)
+                    facts_now = dict(changes=changes, operations=trainer.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
                 for line in start_lines(asked, recipe, fabric.device):
                     say_once(line)
-                _fit(loop, run, resumed=resume)
+                _fit(trainer, run, resumed=resume)
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
                 return None  # the first process reports what all have met
@@ -118,26 +117,36 @@ def train(
         if not fabric.is_global_zero:
             return None
         with _one_line_errors(run):
-            size = loop.batch.per_process
-            evaluation = write_final_report(run, work, splits.val, batch_size=size, device=str(fabric.device))
-            run.add_event("finished", step=loop.position.step, **evaluation.figures())
+            evaluation = write_final_report(run, splits.val, batch_size=trainer.batch.per_process, device=fabric.device)
+            run.add_event("finished", step=trainer.state.step, **evaluation.metrics)
         return evaluation
 
 
-def _fit(loop: Loop, run: RunFolder, *, resumed: bool) -> None:
+def _written(
+    run: RunDir, recipe: Recipe, own: Recipe | None, facts: dict[str, Any], found: dict[str, Any], *, overwrite: bool
+) -> RunDir:
+    """The run folder with what is known before the first step; ``own`` and ``facts`` are those of a resumed run."""
+    if own is None:
+        return RunDir.create(run.path, recipe, found, overwrite=overwrite)
+    if own != recipe or facts != facts | found:
+        run.change(recipe, facts | found)
+    return run
+
+
+def _fit(trainer: Trainer, run: RunDir, *, resumed: bool) -> None:
     """Trains; the run's history gets the reason where it does not come to its end."""
     try:
-        with applied(loop.recipe):
-            loop.fit(run, resumed=resumed)
+        with applied(trainer.recipe):
+            trainer.fit(run, resumed=resumed)
     except (UserError, Interrupted) as error:
-        if loop.fabric.is_global_zero:
+        if trainer.fabric.is_global_zero:
             with contextlib.suppress(OSError):  # the disk may be what has failed
-                run.add_event("stopped", step=loop.position.step, reason=one_line(error))
+                run.add_event("stopped", step=trainer.state.step, reason=one_line(error))
         raise
 
 
 @contextlib.contextmanager
-def _one_line_errors(run: RunFolder) -> Any:
+def _one_line_errors(run: RunDir) -> Any:
     """Turns what a disk, a GPU or the memory may refuse into the line that says what to do."""
     try:
         yield
@@ -163,32 +172,38 @@ def _recorded(data: Path | None) -> str | None:
     return str(data.resolve() if data.exists() else data)  # what is not a path here is a name on a hub
 
 
-def _build(work: Workflow, splits: AnySplits, run: RunFolder, facts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The network and the arguments that rebuild it; a run that has a checkpoint no longer needs its first weights."""
-    recipe = work.recipe
+def _build(recipe: Recipe, classes: list[str], run: RunDir, facts: dict[str, Any]) -> Task:
+    """The task with its first weights; a run that has a checkpoint no longer needs those of ``model.weights``."""
     section = recipe.model
-    if facts and Snapshots(run.checkpoints).newest_first():
+    if facts and CheckpointManager(run.checkpoints).newest_first():
         section = section.model_copy(update=dict(weights=None, args=facts["model_args"]))
     elif section.weights:
-        work.check_weights()
-    model, model_args = work.build(section, classes=splits.train.classes)
-    try:
-        if recipe.engine.grad_checkpointing:
-            model.set_grad_checkpointing()
-        work.try_out(model)
-    except (AssertionError, RuntimeError, ValueError, AttributeError) as error:
-        raise UserError(f"{section.name} cannot be trained {work.at_size()}: {one_line(error)}") from None
+        _check_normalisation(recipe)
+    task = task_class(recipe.task).build(recipe, classes, section=section)
+    try_out(task)
     if section.freeze_batchnorm:
-        freeze(getattr(model, "backbone", model))
-    return model, model_args
+        freeze(task.backbone)
+    return task
 
 
-def _check_batch(work: Workflow, images: int, fabric: L.Fabric) -> None:
+def _check_normalisation(recipe: Recipe) -> None:
+    """Refuses weights that were trained on images normalised in another way."""
+    weights = recipe.model.weights
+    for key, expected in saved_normalisation(str(weights)).items():
+        given = tuple(getattr(recipe.data, key))
+        if expected != given:
+            raise UserError(
+                f"model.weights ({weights}) expects images of {key} {expected}, the recipe gives {given}: "
+                f"add --set data.{key}={list(expected)}"
+            )
+
+
+def _check_batch(task: Task, images: int, fabric: L.Fabric) -> None:
     """Refuses a batch that the training set cannot fill once, or the network cannot be trained on."""
-    recipe: Recipe = work.recipe
+    recipe: Recipe = task.recipe
     world = fabric.world_size
     batch = plan_batch(recipe, world=world)
-    work.check_batch(batch.per_process, world)
+    task.check_batch(batch.per_process, world)
     check_cuda_graphs(recipe, accumulate=batch.accumulate, device=fabric.device)
     if images >= batch.total:
         return

@@ -8,7 +8,6 @@ devices, processes, precision and checkpoint files are Fabric's.
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import time
@@ -31,124 +30,118 @@ from conv2former.data.loading import (
     train_loader,
 )
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
+from conv2former.data.sources import Splits
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import BatchNormBackup, synchronise
-from conv2former.engine.checkpointing import Snapshots
+from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.distributed import Processes, agreed
-from conv2former.engine.faults import Incidents
+from conv2former.engine.evaluate import count
+from conv2former.engine.faults import Faults
 from conv2former.engine.logging import RunLog, peak_memory_gb
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import TrainingProgress
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
-from conv2former.engine.state import Fetched, Position, full_state_dict, parameter_norm
+from conv2former.engine.state import Fetched, TrainState, full_state_dict, parameter_norm
 from conv2former.engine.torch_settings import cudnn_benchmark, fused_optimizer
 from conv2former.errors import UserError
-from conv2former.models.conv2former import Block
 from conv2former.ops import backend_for
-from conv2former.tasks.classification.splits import AnySplits
-from conv2former.workflows import Workflow
+from conv2former.tasks.base import Task
 
 LOG_INTERVAL = 20  # optimizer steps between logged losses
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale", "initial_lr"}  # of an optimizer's group
 
 
-class Loop:
+class Trainer:
     """One run in progress.
 
     Args:
-        work: What to do.
+        task: On the CPU, with gradient checkpointing where the recipe asks for it.
         splits: The images.
-        model: The network, on the CPU, with gradient checkpointing where the recipe asks for it.
-        model_args: What rebuilds it with ``timm.create_model``.
         fabric: Launched.
         processes: Of this run.
         stop: Says when to stop.
     """
 
-    def __init__(
-        self,
-        work: Workflow,
-        splits: AnySplits,
-        model: Any,
-        model_args: dict[str, Any],
-        fabric: L.Fabric,
-        processes: Processes,
-        stop: StopRequest,
-    ) -> None:
-        recipe = work.recipe
-        self.work, self.recipe, self.splits, self.model_args = work, recipe, splits, model_args
+    def __init__(self, task: Task, splits: Splits, fabric: L.Fabric, processes: Processes, stop: StopRequest) -> None:
+        recipe = task.recipe
+        self.recipe, self.splits = recipe, splits
         self.fabric, self.processes, self.stop = fabric, processes, stop
         self.batch = plan_batch(recipe, world=fabric.world_size)
         self.lr = scaled_lr(recipe.optim, self.batch)
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
         self.steps = recipe.schedule.total(self.steps_per_epoch)
-        self.position = Position(steps_per_epoch=self.steps_per_epoch)
+        self.state = TrainState(steps_per_epoch=self.steps_per_epoch)
         # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
         # double precision, so that the sum is the same wherever a stop cuts it in two
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
 
         engine = recipe.engine
         if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
-            model.to(memory_format=torch.channels_last)
+            task.model.to(memory_format=torch.channels_last)
         if engine.sync_batchnorm and fabric.world_size > 1:
-            model = synchronise(model, fabric.device)
-        self.model = model
-        self.described = copy.copy(model)  # as timm built it: sharding changes the network's class
-        self.dataset = work.train_data(splits.train, on_bad_image="replace" if self._skipping else "error")
-        task = work.task(model, splits)
-        self.average = task.average
+            task.model = synchronise(task.model, fabric.device)
+        if recipe.optim.ema_decay:
+            task.track_average(recipe.optim.ema_decay)
+        skipping = recipe.data.on_bad_image == "skip"
+        self.train_dataset = task.train_dataset(splits.train, on_bad_image="replace" if skipping else "error")
+        self.eval_dataset = task.eval_dataset(
+            splits.val, on_bad_image="mask" if skipping else "error", max_pixels=recipe.data.max_pixels
+        )
+        self.task, self.model, self.average = task, task.model, task.average
         if engine.compile:
-            work.compile(model)
-        self.task: Any = fabric.setup_module(task)
+            task.compile(mode=engine.compile_mode)
+        self.wrapped: Any = fabric.setup_module(task)
+        for step in ("training_step", "eval_step"):  # through DDP's and FSDP's forward
+            self.wrapped.mark_forward_method(step)
         fused = fused_optimizer(recipe, fabric.device)
         # behind the set-up, which may shard the weights
-        optimizer = build_optimizer(model, recipe.optim, lr=self.lr, fused=fused)
+        optimizer = build_optimizer(self.model, recipe.optim, lr=self.lr, fused=fused)
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.statistics = BatchNormBackup(model)
+        self.statistics = BatchNormBackup(self.model)
         self.sharded = engine.strategy == "fsdp" and fabric.world_size > 1
         self.val_loader = self._val_loader()
 
-    def load(self, run: RunFolder) -> None:
+    def load(self, run: RunDir) -> None:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
 
         Raises:
             UserError: There are damaged ones alone, or the recipe ends before it.
         """
-        path = Snapshots(run.checkpoints).newest_whole(self.processes, say=self._say_once)
+        path = CheckpointManager(run.checkpoints).latest_valid(self.processes, say=self._say_once)
         if path:
             self._read(path)
-        position = self.position
+        state = self.state
         if self.fabric.is_global_zero:
             run.tidy()
-            run.drop_rows_after(position.step, evaluated=position.evaluated)
-        if position.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
+            run.drop_rows_after(state.step, evaluated=state.evaluated)
+        if state.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
             if self.recipe.schedule.steps is None:
-                position.rescale(self.steps_per_epoch)
+                state.rescale(self.steps_per_epoch)
                 if self.fabric.is_global_zero:
                     run.renumber_rows(self.steps_per_epoch)
-            position.steps_per_epoch = self.steps_per_epoch
-        if position.step > self.steps:
+            state.steps_per_epoch = self.steps_per_epoch
+        if state.step > self.steps:
             schedule = self.recipe.schedule
             raise agreed(
                 UserError(
-                    f"the run has done {position.step / self.steps_per_epoch:g} epochs and the recipe ends after "
+                    f"the run has done {state.step / self.steps_per_epoch:g} epochs and the recipe ends after "
                     f"{schedule.length()}: raise schedule.{'epochs' if schedule.steps is None else 'steps'}"
                 )
             )
 
     def _read(self, path: Path) -> None:
         groups = [{key: group[key] for key in SETTINGS & group.keys()} for group in self.optimizer.param_groups]
-        state = self._state()
-        self.fabric.load(path, state, weights_only=True)
+        contents = self._contents()
+        self.fabric.load(path, contents, weights_only=True)
         for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(settings)  # the recipe's of now, which may have been forced to others than the checkpoint's
-        self.position = Position(**state["position"])
-        if state["scaler"]:
-            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        self.state = TrainState(**contents["position"])
+        if contents["scaler"]:
+            self.fabric.strategy.precision.load_state_dict(contents["scaler"])
 
-    def fit(self, run: RunFolder, *, resumed: bool = False) -> None:
+    def fit(self, run: RunDir, *, resumed: bool = False) -> None:
         """Trains to the end from where it is.
 
         Args:
@@ -159,17 +152,17 @@ class Loop:
             UserError: An image that cannot be read, losses that are not finite, a folder that cannot be written.
             Interrupted: Stopped by a signal, state saved.
         """
-        self.run, self.snapshots = run, Snapshots(run.checkpoints)
-        self.saved_step, self.saved_at = self.position.step, time.monotonic()
+        self.run, self.checkpoints = run, CheckpointManager(run.checkpoints)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
         self.progress = TrainingProgress(
             self.steps,
             self.steps_per_epoch,
             global_batch=self.batch.total,
-            start=self.position.step,
+            start=self.state.step,
             enabled=self.fabric.is_global_zero,
         )
-        self.incidents = Incidents(run, self.recipe, self.splits.train, self.processes, self.progress.say)
-        step = self.position.step if resumed else None
+        self.faults = Faults(run, self.recipe, self.splits.train, self.processes, self.progress.say)
+        step = self.state.step if resumed else None
         self.log = RunLog(run, self.recipe, step=step, enabled=self.fabric.is_global_zero)
         status = "failed"
         try:
@@ -182,22 +175,22 @@ class Loop:
 
     def _run(self) -> None:
         """Evaluate and save where an epoch has ended, else take a step, until all are done."""
-        position, every = self.position, self.recipe.schedule.interval(self.steps_per_epoch)
-        batches = self._batches(position.step)
+        state, every = self.state, self.recipe.schedule.interval(self.steps_per_epoch)
+        batches = self._batches(state.step)
         while True:
-            due = position.step and (position.step % every == 0 or position.step == self.steps)
-            if due and position.evaluated != position.step:
+            due = state.step and (state.step % every == 0 or state.step == self.steps)
+            if due and state.evaluated != state.step:
                 self._evaluate()
                 self._save()
-            elif position.step % self.steps_per_epoch == 0 and position.step != self.saved_step:
+            elif state.step % self.steps_per_epoch == 0 and state.step != self.saved_step:
                 self._save()
-            if position.step == self.steps:
+            if state.step == self.steps:
                 return
             started = time.perf_counter()
-            parts, error = self._fetch(batches)
+            micro_batches, error = self._fetch(batches)
             waited = time.perf_counter() - started
-            self._agree(parts, error)
-            self._step(parts, started, waited)
+            self._agree(micro_batches, error)
+            self._step(micro_batches, started, waited)
 
     def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[AnyBatch], UserError | None]:
         """The batches of a step, or what kept this process from getting them."""
@@ -211,21 +204,21 @@ class Loop:
             leave_killed_workers()
             return [], UserError(KILLED_WORKER)
 
-    def _agree(self, parts: list[AnyBatch], error: UserError | None) -> None:
+    def _agree(self, micro_batches: list[AnyBatch], error: UserError | None) -> None:
         """All processes learn here, before a step or a batch of the evaluation, what one of them has met.
 
         Raises:
             UserError: One of them cannot go on; the state is saved.
             Interrupted: One of them was asked to stop; the state is saved.
         """
-        bad = self.incidents.new_bad_images(parts)
+        bad = self.faults.new_bad_images(micro_batches)
         late = time.monotonic() - self.saved_at > 60 * self.recipe.engine.checkpoint_minutes
         signum, failed, found, due = self.processes.largest(
-            self.stop.signum or 0, error is not None, len(bad), late and self.task.training
+            self.stop.signum or 0, error is not None, len(bad), late and self.wrapped.training
         )
         if found:
-            self.incidents.note_bad_images(bad)
-        too_many = self.incidents.too_many_bad_images()
+            self.faults.note_bad_images(bad)
+        too_many = self.faults.too_many_bad_images()
         if failed or too_many or signum or due:
             self._save()
         if failed:
@@ -234,22 +227,22 @@ class Loop:
         if too_many:
             raise too_many
         if signum:
-            raise agreed(Interrupted(self.run.path, self.position.step, int(signum)))
+            raise agreed(Interrupted(self.run.path, self.state.step, int(signum)))
 
-    def _step(self, parts: list[AnyBatch], started: float, waited: float) -> None:
-        position, optim = self.position, self.recipe.optim
-        self.schedule.step_update(position.step)
-        self.task.train()
+    def _step(self, micro_batches: list[AnyBatch], started: float, waited: float) -> None:
+        state, optim = self.state, self.recipe.optim
+        self.schedule.step_update(state.step)
+        self.wrapped.train()
         self.statistics.keep()
         losses = torch.zeros_like(self.pending)
-        for part, batch in enumerate(parts):
-            key = (self.recipe.engine.seed, position.step, part, self.fabric.global_rank)
+        for part, batch in enumerate(micro_batches):
+            key = (self.recipe.engine.seed, state.step, part, self.fabric.global_rank)
             seed_all(derive_seed(Purpose.STEP, *key))
-            with self.fabric.no_backward_sync(self.task, enabled=part < len(parts) - 1):
+            with self.fabric.no_backward_sync(self.wrapped, enabled=part < len(micro_batches) - 1):
                 with self.fabric.autocast():  # on one device Fabric calls the step as it is, without its precision
-                    loss = self.task.training_step(batch, position.step) / len(parts)
+                    loss = self.wrapped.training_step(batch) / len(micro_batches)
                 losses += loss.detach()
-                if part == len(parts) - 1:
+                if part == len(micro_batches) - 1:
                     fetched = Fetched(losses)
                 self.fabric.backward(loss)
         (unsound,) = self.processes.largest(not math.isfinite(fetched.value()))
@@ -261,35 +254,35 @@ class Loop:
                 # a gradient that is not finite is float16's business (its scaler skips the step) or shows in the
                 # weights
                 self.fabric.clip_gradients(
-                    self.task, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False
+                    self.wrapped, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:
-                self.average.update(self.model, step=position.step)
+                self.average.update(self.model, step=state.step)
             self.pending += losses
             self.pending_steps += 1
-        position.step += 1
+        state.step += 1
         self._log(time.perf_counter() - started, waited)
-        position.skipped_in_row = position.skipped_in_row + 1 if unsound else 0
+        state.skipped_in_row = state.skipped_in_row + 1 if unsound else 0
         if unsound:
-            position.skipped += 1
-            self.incidents.note_skipped_step(parts, step=position.step, lr=self._rate(), in_row=position.skipped_in_row)
+            state.skipped += 1
+            self.faults.note_skipped_step(micro_batches, step=state.step, lr=self._lr(), in_row=state.skipped_in_row)
 
     def _log(self, seconds: float, waited: float) -> None:
         """Shows the step; every ``LOG_INTERVAL`` steps fetches the mean loss since the last time and records it."""
-        position = self.position
-        position.seconds += seconds
-        lr, loss = self._rate(), None
-        if position.step % LOG_INTERVAL == 0 or position.step % self.steps_per_epoch == 0:
+        state = self.state
+        state.seconds += seconds
+        lr, loss = self._lr(), None
+        if state.step % LOG_INTERVAL == 0 or state.step % self.steps_per_epoch == 0:
             self._flush_loss()
-            loss = position.logged_sum / position.logged_steps if position.logged_steps else None
-            position.logged_sum, position.logged_steps = 0.0, 0
+            loss = state.logged_sum / state.logged_steps if state.logged_steps else None
+            state.logged_sum, state.logged_steps = 0.0, 0
             self._row("step", loss=loss, lr=lr)
-        self.progress.step(position.step, seconds=seconds, waited=waited, memory_gb=self._peak_memory, loss=loss, lr=lr)
+        self.progress.step(state.step, seconds=seconds, waited=waited, memory_gb=self._peak_memory, loss=loss, lr=lr)
 
     def _flush_loss(self) -> None:
-        """Moves the pending losses, averaged over processes, into the position.
+        """Moves the pending losses, averaged over processes, into the state.
 
         Raises:
             UserError: A weight is not finite.
@@ -302,68 +295,67 @@ class Loop:
         if not math.isfinite(parameter_norm(self.model)):
             raise agreed(
                 UserError(
-                    f"the weights are not finite after step {self.position.step}: continue from the last checkpoint, "
+                    f"the weights are not finite after step {self.state.step}: continue from the last checkpoint, "
                     "which is sound, with --resume --force and --set optim.base_lr lower or optim.clip_grad=1"
                 )
             )
-        self.position.add_losses(total, steps)
+        self.state.add_losses(total, steps)
 
     def _evaluate(self) -> None:
-        position = self.position
-        self.task.eval()
-        self.task.on_validation_epoch_start()
-        batches = iter(self.val_loader)
+        state = self.state
+        self.wrapped.eval()
         if self.sharded:
             self.statistics.share()
+        metric = self.task.metric(self.splits.val, distributed=self.fabric.world_size > 1)
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
         # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
         with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False):
-            for i in range(len(self.val_loader)):
-                parts, error = self._fetch(batches, 1)
-                self._agree(parts, error)
-                self.task.validation_step(parts[0], i)
-        result = self.task.result()
-        train_loss = position.loss_sum / position.loss_steps if position.loss_steps else None
-        position.loss_sum, position.loss_steps, position.evaluated = 0.0, 0, position.step
+            evaluation = count(self.wrapped, self._agreed_batches(), metric)
+        train_loss = state.loss_sum / state.loss_steps if state.loss_steps else None
+        state.loss_sum, state.loss_steps, state.evaluated = 0.0, 0, state.step
         row = self._row(
             "epoch",
             train_loss=train_loss,
-            **result.figures,
-            skipped=position.skipped,
-            images_per_second=round(self.progress.images_per_second(position.step), 1),
+            **{f"val_{name}": value for name, value in evaluation.metrics.items()},
+            skipped=state.skipped,
+            images_per_second=round(self.progress.images_per_second(state.step), 1),
             data_wait=round(self.progress.data_wait(), 4),
             memory_gb=round(self._peak_memory(), 3),
-            seconds=round(position.seconds, 1),
+            seconds=round(state.seconds, 1),
         )
-        better = result.headline > position.best and result.sound
+        monitored = evaluation.metrics[self.task.monitor] or 0.0
+        better = monitored > state.best and evaluation.sound
         if better:
-            position.best = result.headline
+            state.best = monitored
         self._export((self.run.last, self.run.best) if better else (self.run.last,), row)
+        loss = evaluation.metrics.get("loss")
         self.progress.say(
             f"epoch {row['epoch']:g}: training loss {train_loss or math.nan:.4f}, "
-            f"{result.line}" + (", the best so far" if better else "")
+            + (f"validation loss {loss:.4f}, " if loss is not None else "")
+            + evaluation.line
+            + (", the best so far" if better else "")
         )
+
+    def _agreed_batches(self) -> Iterator[Any]:
+        """The validation batches of this process; before each all processes agree that they go on."""
+        batches = iter(self.val_loader)
+        for _ in range(len(self.val_loader)):
+            micro_batches, error = self._fetch(batches, 1)
+            self._agree(micro_batches, error)
+            yield micro_batches[0]
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
         """Writes the weights that were evaluated, those of the average where there is one."""
-        network = self.model if self.average is None else self.average.module
-        state = full_state_dict(network, sharded=self.sharded)
+        weights = full_state_dict(self.model if self.average is None else self.average.module, sharded=self.sharded)
         if not self.fabric.is_global_zero:
             return
-        note = {key: row[key] for key in ("step", "epoch", self.work.headline)}
+        note = {key: row[key] for key in ("step", "epoch", f"val_{self.task.monitor}")}
         note |= dict(recipe=self.recipe.name, recipe_hash=self.recipe.digest())
         for folder in folders:
-            self.work.save(
-                self.described,
-                folder,
-                state=state,
-                classes=self.splits.train.classes,
-                model_args=self.model_args,
-                note=note,
-            )
+            self.task.save(folder, state=weights, note=note)
 
     def _row(self, kind: str, **values: Any) -> dict[str, Any]:
-        step = self.position.step
+        step = self.state.step
         return self.log.row(kind, step=step, epoch=step / self.steps_per_epoch, **values)
 
     def _save(self) -> None:
@@ -372,22 +364,22 @@ class Loop:
         self.log.flush()
         if self.sharded:
             self.statistics.share()
-        position = self.position
-        self.snapshots.write(
-            position.step, lambda path: self.fabric.save(path, self._state()), first=self.fabric.is_global_zero
+        state = self.state
+        self.checkpoints.write(
+            state.step, lambda path: self.fabric.save(path, self._contents()), first=self.fabric.is_global_zero
         )
         self.fabric.barrier()
-        self.saved_step, self.saved_at = position.step, time.monotonic()
+        self.saved_step, self.saved_at = state.step, time.monotonic()
 
     def _say_once(self, message: str) -> None:
         if self.fabric.is_global_zero:
             print(message, file=sys.stderr, flush=True)
 
-    def _state(self) -> dict[str, Any]:
+    def _contents(self) -> dict[str, Any]:
         scaler = self.fabric.strategy.precision.state_dict()  # of float16's loss, empty otherwise
-        return dict(task=self.task, optimizer=self.optimizer, position=asdict(self.position), scaler=scaler)
+        return dict(task=self.wrapped, optimizer=self.optimizer, position=asdict(self.state), scaler=scaler)
 
-    def _rate(self) -> float:
+    def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _peak_memory(self) -> float:
@@ -405,25 +397,21 @@ class Loop:
             rank=fabric.global_rank,
             world=fabric.world_size,
         )
-        loader = train_loader(self.dataset, sampler, workers=recipe.data.workers, place=fabric.device)
+        loader = train_loader(self.train_dataset, sampler, workers=recipe.data.workers, place=fabric.device)
         return iter(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
-    @property
-    def _skipping(self) -> bool:
-        return self.recipe.data.on_bad_image == "skip"
-
     def _val_loader(self) -> Any:
-        recipe, fabric = self.recipe, self.fabric
-        dataset = self.work.val_data(self.splits.val, on_bad_image="mask" if self._skipping else "error")
+        fabric, dataset = self.fabric, self.eval_dataset
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
-        size = self.work.val_batch(self.batch.per_process)
-        loader = eval_loader(dataset, sampler, batch_size=size, workers=recipe.data.workers, place=fabric.device)
+        size = 1 if self.task.one_at_a_time else self.batch.per_process
+        workers = self.recipe.data.workers
+        loader = eval_loader(dataset, sampler, batch_size=size, workers=workers, place=fabric.device)
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     @property
     def operations(self) -> str | None:
         """What computes Conv2Former's operations here (``ops``); None for a network without them."""
-        if not any(isinstance(module, Block) for module in self.described.modules()):
+        if not getattr(self.task.backbone, "uses_ops", False):
             return None
         return backend_for(self.fabric.device)
 
@@ -439,5 +427,5 @@ class Loop:
             f"{self.steps} steps ({self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}), "
             f"{recipe.engine.precision} on {fabric.device}"
             + (f", operations by {operations}" if operations else "")
-            + (f", from step {self.position.step}" if self.position.step else "")
+            + (f", from step {self.state.step}" if self.state.step else "")
         )

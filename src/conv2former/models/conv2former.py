@@ -317,6 +317,8 @@ class Conv2Former(nn.Module):
         head_hidden_size: Channels of ``forward_head(..., pre_logits=True)``.
     """
 
+    uses_ops = True  # of ``conv2former.ops``: a training says what computes them
+
     def __init__(
         self,
         in_chans: int = 3,

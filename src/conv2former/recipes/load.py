@@ -5,20 +5,13 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from conv2former.config import Recipe
+from conv2former.config import Recipe, validated
 from conv2former.errors import UserError, nearest, one_line
-from conv2former.tasks.classification.config import ClassificationRecipe
-from conv2former.tasks.detection.config import DetectionRecipe
-from conv2former.tasks.segmentation.config import SegmentationRecipe
-
-TASKS: dict[str, type[Recipe]] = dict(
-    classification=ClassificationRecipe, detection=DetectionRecipe, segmentation=SegmentationRecipe
-)
+from conv2former.tasks import task_class
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,12 +97,11 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
     """Checks a recipe that is already parsed; ``origin`` stands in error messages."""
     task = raw.get("task", "classification") if isinstance(raw, dict) else "classification"
-    if not isinstance(task, str) or task not in TASKS:
-        raise UserError(f"recipe {origin}: unknown task {task!r}; there are: {', '.join(TASKS)}")
     try:
-        return TASKS[task].model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"recipe {origin}: {'; '.join(_explain(e, TASKS[task]) for e in error.errors())}") from None
+        config_class = task_class(str(task)).config_class
+    except UserError as error:
+        raise UserError(f"recipe {origin}: {error}") from None
+    return validated(config_class, raw, origin)
 
 
 def _read(name: str) -> str:
@@ -143,26 +135,3 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
         target[path[-1]] = parse_yaml(value)
     except yaml.YAMLError:
         raise UserError(f"--set {assignment!r}: the value is not YAML") from None
-
-
-def _explain(error: Any, recipe: type[Recipe]) -> str:
-    path = [str(part) for part in error["loc"][:2]]  # behind section and key pydantic names members of a union or tuple
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = _fields(recipe, path[:-1])
-        return f"unknown key {key!r}{nearest(path[-1], known) or '; there are: ' + ', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{key!r} is missing"
-    if error["type"] == "value_error":  # from a validator above, whose message names the keys itself
-        return str(error["ctx"]["error"])
-    return f"{key!r}: {error['msg']}, got {error['input']!r}"
-
-
-def _fields(recipe: type[Recipe], path: list[str]) -> list[str]:
-    model: Any = recipe
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), recipe)
-        if not issubclass(model, BaseModel):
-            return []
-    return list(model.model_fields)

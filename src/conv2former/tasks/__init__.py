@@ -1,1 +1,69 @@
-"""What is learned: losses, metrics and optimizers as LightningModules."""
+"""The tasks. ``TASKS`` is the only table of them; a task of your own comes in by an entry point or by ``register``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conv2former.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from conv2former.tasks.base import Task
+
+__all__ = ["TASKS", "load", "register", "task_class", "task_names"]
+
+GROUP = "conv2former.tasks"  # of entry points, NAME = "MODULE:CLASS"
+TASKS: dict[str, Any] = dict(
+    classification="conv2former.tasks.classification.task:ClassificationTask",
+    detection="conv2former.tasks.detection.task:DetectionTask",
+    segmentation="conv2former.tasks.segmentation.task:SegmentationTask",
+)
+
+
+def register(task: type[Task]) -> type[Task]:
+    """Adds a task under its name; a decorator for its class. ``conv2former --import MODULE`` imports your module."""
+    TASKS[task.name] = task
+    return task
+
+
+def task_names() -> list[str]:
+    """All that are known."""
+    return [*TASKS, *(point.name for point in entry_points(group=GROUP) if point.name not in TASKS)]
+
+
+def task_class(name: str) -> type[Task]:
+    """A task by its name; the others, and the libraries that they need, are not imported.
+
+    Raises:
+        UserError: No such task, or one that cannot be imported.
+    """
+    found: Any = TASKS.get(name)
+    if found is None:
+        points = entry_points(group=GROUP, name=name)
+        if not points:
+            raise UserError(
+                f"unknown task {name!r}; there are: {', '.join(task_names())} (conv2former --import MODULE adds one of "
+                "your own)"
+            )
+        try:
+            found = next(iter(points)).load()
+        except Exception as error:  # whatever somebody's module raises
+            raise UserError(f"the task {name!r} cannot be imported: {one_line(error)}") from error
+    elif isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        found = getattr(import_module(module), attribute)
+    TASKS[name] = found
+    return found
+
+
+def load(path: Path | str) -> Task:
+    """The model of a run folder, of a saved model, or of a folder in timm's layout, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: No such folder, a damaged file, weights that do not fit, an unknown task.
+    """
+    from conv2former.checkpoints.hub import saved_task
+
+    return task_class(saved_task(path)).load(Path(path))

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line
-from conv2former.tasks.classification.task import RESERVED
 
+# arguments of timm.create_model that say where weights come from or what else than a network is built
+RESERVED = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
+    *("features_only", "scriptable", "exportable", "no_jit"),
+}
 STRIDES = [4, 8, 16, 32]
 LAST_LAYER = 10_000  # of the heads, in layer-wise decay
 

@@ -1,80 +1,318 @@
-"""What every task is to the engine: a LightningModule with exact counts, and a result to compare runs by."""
+"""The contract: what the engine and the tools ask of a task. A new task is one class (docs/add_a_task.md)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
-import lightning as L
+import numpy as np
 import torch
+from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from conv2former.config import Recipe
-from conv2former.data.loading import Normalizer
-from conv2former.engine.batch import plan_batch
-from conv2former.engine.optim import build_optimizer, scaled_lr
+from conv2former.config import ModelSection, Recipe
+from conv2former.data.loading import KeyedDataset, Normalizer
+from conv2former.data.sources import Source, Splits
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one pass over the validation set gave, the same on all processes.
+class Evaluation:
+    """What a model reaches on a set of images, over all processes.
 
     Attributes:
-        headline: What is to be maximised, percent.
-        figures: Columns of the run's metrics.
-        line: The result in words.
-        sound: Whether all that was computed was finite; weights of another result are never the best.
+        metrics: The numbers that a run keeps; ``top1`` is the column ``val_top1``. None where a number is not defined.
+        line: The main ones in words.
+        details: All that ``evaluation.json`` holds; ``images`` counts those that were evaluated.
+        records: What the pictures of the report are drawn from.
+        sound: Whether all that was computed was finite; weights of another evaluation are never the best.
     """
 
-    headline: float
-    figures: dict[str, float | None]
+    metrics: dict[str, float | None]
     line: str
+    details: dict[str, Any]
+    records: Any = None
     sound: bool = True
 
 
-class Task(L.LightningModule):
-    """A network with its recipe; ``conv2former.engine.train`` runs it on Fabric.
+class Metric(Protocol):
+    """Counts over images, in any order and any number of batches."""
 
-    With ``optim.ema_decay`` the moving average of the weights is what is validated; the engine updates it.
-    Under Lightning's Trainer it trains at the recipe's peak rate: the schedule is the engine's.
+    def to(self, device: torch.device) -> Any:
+        """Moves the counts."""
+        ...
 
-    Args:
-        model: What is trained.
-        recipe: Gives the loss, the optimizer and the schedule.
+    def result(self) -> Evaluation:
+        """Of all that was counted, over all processes; to be called on all of them."""
+        ...
+
+
+class Prepared(NamedTuple):
+    """An image as the network sees it.
+
+    Attributes:
+        pixels: (h, w, 3) of uint8.
+        size: (H, W) of the image in its file.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Something that was found on an image.
+
+    Attributes:
+        label: Of the class.
+        value: Probability, score or fraction of the pixels, 0 to 1.
+        colour: In which it is drawn, (red, green, blue); None where it is not.
+    """
+
+    label: str
+    value: float
+    colour: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model makes of an image.
+
+    Attributes:
+        fields: For the JSON line of ``conv2former predict``.
+        draw: Turns the image into an annotated one.
+        lines: What was found, the most important first, for the demo.
+        plain: Whether ``draw`` adds nothing but the lines.
+    """
+
+    fields: dict[str, Any]
+    draw: Callable[[Image.Image], Image.Image]
+    lines: list[Line] = field(default_factory=list)
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A metric by which trained models are judged.
+
+    Attributes:
+        metric: The Hugging Face hub's name of it.
+        title: Its name with its unit.
+        keys: Where it stands in ``evaluation.json``.
+    """
+
+    metric: str
+    title: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a model card and the demo say of a task.
+
+    Attributes:
+        tags: Of the Hugging Face hub, the pipeline's first.
+        purpose: What a model is for: "trained ... to say which ...".
+        unknown: What happens to an image unlike those of the training.
+        heading: Above what was found on an image.
+        nothing: In its place.
+    """
+
+    tags: tuple[str, ...]
+    purpose: str
+    unknown: str
+    heading: str
+    nothing: str = "Nothing found."
+
+
+@dataclass
+class Exportable:
+    """The part of a model that other runtimes can take.
+
+    Attributes:
+        network: Normalised images (B, 3, H, W) of float32 -> one tensor for each of ``outputs``.
+        outputs: Their names; ``logits`` are compared by the top class, too.
+        size: (H, W) that it takes.
+        resize: Image to image of that size.
+        config: What a user of the file has to know of the preprocessing, beside the size.
+        part: What of the model this is, where it is not all.
+        note: What of the model is left out, and why.
+    """
+
+    network: nn.Module
+    outputs: list[str]
+    size: tuple[int, int]
+    resize: Callable[[Image.Image], Image.Image]
+    config: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
+    note: str = ""
+
+
+class Task(nn.Module, ABC):
+    """A network with all that is known of its task: data, loss, metric, predictions, files.
+
+    Its state dict has the network under ``model`` and the moving average of its weights, if there is one, under
+    ``average``.
+
+    Attributes:
+        name: Of the task, as recipes say it.
+        config_class: The class of its recipes.
+        monitor: The metric that is maximised.
+        reported: The metrics of model cards and tables, the monitored one first.
+        words: For model cards and the demo.
+        options: Attributes that ``evaluate`` and ``predict`` may set.
+        one_at_a_time: Whether evaluation and prediction take images one by one, because their sizes differ.
+        assumed_classes: Classes of a dry run that knows no data.
+        model: The network.
+        recipe: What it is trained with.
+        classes: Names of the K classes; one name where there is nothing to tell apart.
+        model_args: Arguments of ``timm.create_model`` that rebuild the backbone.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[Recipe]]
+    monitor: ClassVar[str]
+    reported: ClassVar[tuple[Reported, ...]]
+    words: ClassVar[Words]
+    options: ClassVar[frozenset[str]] = frozenset()
+    one_at_a_time: ClassVar[bool] = True
+    assumed_classes: ClassVar[int] = 1
+
+    def __init__(
+        self, model: nn.Module, recipe: Any, classes: Sequence[str], *, model_args: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.recipe: Any = recipe
+        self.model: Any = model
+        self.recipe, self.classes = recipe, list(classes)
+        self.model_args = dict(recipe.model.args if model_args is None else model_args)
         self.normalizer = Normalizer(recipe.data.mean, recipe.data.std)
-        decay = recipe.optim.ema_decay
-        self.average = ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False) if decay else None
+        self.average: ModelEmaV3 | None = None
+        # as it was built: FSDP and the compiler change the network's class; in a tuple, so that it is no second child
+        self._built = (copy.copy(model),)
+
+    # --- the network -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
+        """With new weights, or with those that ``model.weights`` names; raises UserError.
+
+        Args:
+            recipe: What it will be trained with.
+            classes: K names.
+            section: In the place of ``recipe.model``.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: Path) -> Self:
+        """A saved model, in evaluation mode; raises UserError."""
+
+    @abstractmethod
+    def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Writes weights with all that ``load`` needs, whole or not at all; ``note`` is kept beside them."""
 
     @property
-    def validated(self) -> Any:
-        """The network whose weights are validated and saved."""
+    def built(self) -> Any:
+        """The network as it was built."""
+        return self._built[0]
+
+    @property
+    def backbone(self) -> Any:
+        """timm's model in the network: what is frozen, fused, explained."""
+        return self.model
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The part of the network that every image goes through first, up to its last map at least."""
+        return self.model
+
+    @property
+    def evaluated(self) -> Any:
+        """The network whose weights are evaluated and saved."""
         return self.model if self.average is None else self.average.module
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a batch; random choices draw from the generators that the engine has keyed."""
-        raise NotImplementedError
+    def track_average(self, decay: float) -> None:
+        """From now on there is a moving average of the weights, which the trainer updates."""
+        self.average = ModelEmaV3(self.model, decay=decay, use_warmup=True).requires_grad_(False)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Counts a batch."""
-        raise NotImplementedError
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Has the network compiled, in place: the names in the state dict stay."""
+        self.model.compile(*args, **options)
 
-    def result(self) -> Result:
-        """Of all batches since ``on_validation_epoch_start``, over all processes; to be called on all of them."""
-        raise NotImplementedError
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def open_splits(cls, recipe: Any, root: Path | None) -> Splits:
+        """The training and the validation set; raises UserError."""
+
+    @abstractmethod
+    def eval_source(self, root: Path | None) -> Source:
+        """Images of ``evaluate --data``, with the classes of the model in its order; raises UserError."""
+
+    @abstractmethod
+    def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> KeyedDataset:
+        """Augmented images."""
+
+    @abstractmethod
+    def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> KeyedDataset:
+        """Images as ``preprocess`` gives them."""
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image) -> Prepared:
+        """An image in RGB as the network sees it; the processes that read images do it."""
 
     def prepared(self, images: Tensor) -> Tensor:
-        """8-bit pictures (B, 3, H, W) as the network sees them."""
+        """8-bit images (B, 3, H, W), normalised, in the memory layout that the recipe asks for."""
         images = self.normalizer(images)
         return images if self.recipe.engine.channels_last else images.contiguous()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer at the recipe's learning rate for one process; the engine sets each step's rate itself."""
-        optim = self.recipe.optim
-        return build_optimizer(self.model, optim, lr=scaled_lr(optim, plan_batch(self.recipe, world=1)))
+    def inputs(self, pixels: np.ndarray) -> Tensor:
+        """A view (h, w, 3) of uint8 as a batch of one, on the device of the model."""
+        images = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+        return self.prepared(images.to(self.normalizer.mean.device))
+
+    # --- learning and counting -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def example_batch(self, count: int) -> Any:
+        """A batch of ``count`` blank images as in training; with it a network is tried before its first step."""
+
+    @abstractmethod
+    def training_step(self, batch: Any) -> Tensor:
+        """The loss of a batch; random numbers come from the generators that the trainer has keyed."""
+
+    @abstractmethod
+    def metric(self, source: Any, *, distributed: bool = False) -> Metric:
+        """A new one; if ``distributed``, all processes count parts of ``source``."""
+
+    @abstractmethod
+    def eval_step(self, batch: Any, metric: Any) -> None:
+        """Counts a batch of ``eval_dataset``."""
+
+    def check_batch(self, per_process: int, world: int) -> None:
+        """Refuses a batch that the network cannot be trained on; raises UserError."""
+        return
+
+    # --- results ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """One prediction for each preprocessed image."""
+
+    def draw(self, evaluation: Evaluation, source: Any, folder: Path) -> None:
+        """Draws the report's pictures, ``predictions.png`` and others; raises OSError."""
+        return
+
+    def scores(self) -> nn.Module | None:
+        """Normalised images (1, 3, H, W) -> a score for each class (1, K), for class activation maps; None without."""
+        return None
+
+    @abstractmethod
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """The part that can be exported, for images of ``size`` (H, W) or of the model's own; raises UserError."""

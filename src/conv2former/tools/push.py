@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from conv2former.checkpoints.hub import CARD_FILE, CONFIG_FILE, WEIGHT_FILES, find_model, read_json
 from conv2former.engine.model_card import card
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, one_line
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -35,7 +35,7 @@ def push(checkpoint: Path, repo: str, *, private: bool = False, message: str = "
         raise UserError(f"{weights} is a pickle, which is not uploaded: save the model again for {WEIGHT_FILES[0]}")
     if repo.count("/") != 1:
         raise UserError(f"{repo!r} is no repository: give OWNER/NAME")
-    run = RunFolder(checkpoint)
+    run = RunDir(checkpoint)
     sources: dict[str, Path | bytes] = {name: folder / name for name in (CONFIG_FILE, weights.name, CARD_FILE)}
     if not (folder / CARD_FILE).is_file():
         sources[CARD_FILE] = card(read_json(folder), run if run.exists() else None).encode()

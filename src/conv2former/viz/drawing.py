@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from conv2former.tasks.segmentation.masks import IGNORED
+from conv2former.data.images import IGNORED
 
 STRENGTH = 0.55  # of an overlay's colour
 LINE = 22  # height of a line of the legend, pixels
+BARS_SIDE = 512  # longer side of an image with bars below
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -93,4 +94,21 @@ def objects(
         above = max(top - high, 0)
         canvas.rectangle((left, above, left + frame[2] - frame[0] + 6, above + high), fill=colour(index))
         canvas.text((left + 3, above), caption, fill="white", font=font)
+    return sheet
+
+
+def with_bars(image: Image.Image, bars: Sequence[tuple[str, float]]) -> Image.Image:
+    """The image, enlarged where it is small, with names and bars of their probabilities below."""
+    scale = BARS_SIDE / max(image.size)
+    filter_ = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+    image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), filter_)
+    line, font = 26, ImageFont.load_default(16)
+    width = max(image.width, 360)
+    sheet = Image.new("RGB", (width, image.height + line * len(bars) + 8), "white")
+    sheet.paste(image, ((width - image.width) // 2, 0))
+    canvas = ImageDraw.Draw(sheet)
+    for i, (name, probability) in enumerate(bars):
+        above = image.height + 6 + line * i
+        canvas.rectangle((0, above, max(round(width * probability), 1), above + line - 6), fill="#bcd7f0")
+        canvas.text((8, above), f"{name}  {probability:.1%}", fill="black", font=font)
     return sheet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conv2former.engine.run_dir import RunFolder
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError
 
-PICTURE_FORMATS = (".png", ".svg", ".pdf")
 X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 # columns in percent, of each task
@@ -29,60 +26,10 @@ GOOD, BAD = "#1b7f4b", "#b3261e"
 
 def learning_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Losses, accuracies, learning rate and speed over epochs, from a run's rows into a picture in its folder."""
-    _draw_curves({path.absolute().parent.name: rows}, path, "epoch")
+    draw_curves({path.absolute().parent.name: rows}, path, "epoch")
 
 
-def plot_runs(paths: Sequence[Path], *, out: Path | None = None, x: str = "epoch") -> Path:
-    """Learning curves of one run, or of several in one picture with a colour each.
-
-    Args:
-        paths: Run folders, also of runs that still go on or have stopped half-way.
-        out: Picture to write; by default ``learning_curves.png`` in the one run, ``comparison.png`` here for several.
-        x: A key of ``X_AXES``.
-
-    Returns:
-        The picture.
-
-    Raises:
-        UserError: Not a run folder, a run without rows, no times for "minutes", a picture that cannot be written.
-    """
-    paths = list({os.path.abspath(path): path for path in paths}.values())
-    if out is None:
-        out = paths[0] / "learning_curves.png" if len(paths) == 1 else Path("comparison.png")
-    if out.suffix.lower() not in PICTURE_FORMATS:
-        raise UserError(f"--out {out} must end in {', '.join(PICTURE_FORMATS)}")
-    runs = {name: _rows(path) for name, path in zip(_distinct_names(paths), paths, strict=True)}
-    try:
-        _draw_curves(runs, out, x)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out} ({error.strerror or one_line(error)}): name another file with --out"
-        ) from None
-    return out
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    run = RunFolder.open(path)
-    try:
-        rows = run.rows()
-    except OSError as error:
-        raise UserError(f"cannot read {run.metrics_jsonl}: {one_line(error)}") from None
-    if not rows:
-        raise UserError(f"nothing is logged in {path} yet: plot it once its first loss has been shown")
-    return rows
-
-
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above them as tell them apart."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    names = []
-    for own in parts:
-        depth = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
-        names.append("/".join(own[-depth:]))
-    return names
-
-
-def _draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
+def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     waiting = speed.twinx()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from conv2former.config import ImagesSection, Recipe, Section
+from conv2former.config import Claim, ImagesSection, ModelSection, Recipe, Section
 
 
 class DataSection(ImagesSection):
@@ -21,6 +21,17 @@ class DataSection(ImagesSection):
     val_fraction: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no val/ folder")
     crop_pct: float = Field(default=0.9, gt=0, le=1, description="share of the resized image kept in evaluation")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    def timm_config(self) -> dict[str, Any]:
+        """How images are to be prepared for evaluation, in timm's words."""
+        return dict(
+            input_size=(3, self.input_size, self.input_size),
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode="center",
+        )
 
 
 class AugmentSection(Section):
@@ -49,6 +60,17 @@ class ClassificationRecipe(Recipe):
     def pairs(self) -> bool:
         """MixUp and CutMix mix the images of a forward pass in pairs."""
         return bool(self.augment.mixup or self.augment.cutmix)
+
+    @property
+    def brings_data(self) -> bool:
+        """The quick start's digits are in the package."""
+        return self.data.source == "digits"
+
+    @classmethod
+    def around(cls, architecture: str) -> Self:
+        """For a classifier of which nothing but its architecture is known."""
+        claim = Claim(source="not in the paper", command="", hardware="", time="not run")
+        return cls(name=architecture, claim=claim, model=ModelSection(name=architecture))
 
     @model_validator(mode="after")
     def _mixing_needs_pairs(self) -> ClassificationRecipe:

@@ -33,15 +33,6 @@ class ImageSource(Protocol):
         ...
 
 
-def given_folder(root: Path | None, what: str) -> Path:
-    """The folder that the user has named as ``--data``; raises UserError."""
-    if root is None:
-        raise UserError(f"no data given: name the folder of {what} with --data DIR")
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root}" if not root.exists() else f"not a folder: {root}")
-    return root
-
-
 class FolderSource:
     """One folder per class, read with timm's folder reader (nested folders: the innermost names the class).
 

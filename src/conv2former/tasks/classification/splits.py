@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from conv2former.data.sampling import Purpose, derive_seed
+from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, some
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
@@ -22,36 +23,8 @@ from conv2former.tasks.classification.sources import (
     HfdsSource,
     ImageSource,
     SubsetSource,
-    given_folder,
     hfds_splits,
 )
-
-
-class AnySource(Protocol):
-    """What the engine knows of a set of images, of any task."""
-
-    @property
-    def classes(self) -> list[str]: ...
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What to call an image in messages and files."""
-        ...
-
-
-class AnySplits(Protocol):
-    """A training and a validation set, of any task."""
-
-    @property
-    def train(self) -> Any: ...
-
-    @property
-    def val(self) -> Any: ...
-
-    def digest(self) -> str:
-        """A hash of the images and what is known of them, by which a resumed run knows its data."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,187 +1,244 @@
-"""Image classification: loss with MixUp and CutMix, exact counts, the network from the recipe."""
+"""Image classification: loss with MixUp and CutMix, top-1 and top-5, classifiers in timm's layout."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
 
-import timm
+import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
+from PIL import Image
+from timm.data import Mixup, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from conv2former import checkpoints
 from conv2former.config import ModelSection
-from conv2former.errors import UserError, nearest, one_line, some
-from conv2former.tasks.base import Result, Task
-from conv2former.tasks.classification.config import ClassificationRecipe
-from conv2former.tasks.classification.data import Batch
+from conv2former.data.loading import Normalizer
+from conv2former.errors import UserError
+from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
+from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
+from conv2former.tasks.classification.data import Batch, ImageDataset, eval_transform, train_transform
+from conv2former.tasks.classification.metrics import ClassificationMetric
+from conv2former.tasks.classification.network import build_model, class_names
+from conv2former.tasks.classification.sources import ImageSource
+from conv2former.tasks.classification.splits import Splits, open_eval_source, open_splits
+from conv2former.viz import plots
+from conv2former.viz.drawing import with_bars
 
-# arguments of timm.create_model that say where weights come from or what else than a classifier is built
-RESERVED = {
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
-    *("features_only", "scriptable", "exportable", "no_jit"),
-}
-
-
-class ClassificationCounts(Metric):
-    """Counts over all images seen, summed over processes: nothing is averaged before the end.
-
-    Args:
-        num_classes: Classes K. Top-5 is top-K where there are fewer than five.
-        **kwargs: Of torchmetrics, ``sync_on_compute=False`` for the counts of one process.
-    """
-
-    full_state_update = False
-    seen: Tensor
-    correct: Tensor
-    correct_top5: Tensor
-    loss_sum: Tensor
-
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.top_k = min(5, num_classes)
-        per_class = torch.zeros(num_classes, dtype=torch.long)
-        self.add_state("seen", per_class.clone(), dist_reduce_fx="sum")
-        self.add_state("correct", per_class.clone(), dist_reduce_fx="sum")
-        self.add_state("correct_top5", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Logits (B, K) and targets (B,); targets below 0 are not counted."""
-        counted = targets >= 0
-        logits, targets = logits[counted].float(), targets[counted]
-        top = logits.topk(self.top_k, dim=1).indices
-        hits = top == targets[:, None]
-        self.seen += torch.bincount(targets, minlength=len(self.seen))
-        self.correct += torch.bincount(targets[hits[:, 0]], minlength=len(self.correct))
-        self.correct_top5 += hits.any(dim=1).sum()
-        self.loss_sum += F.cross_entropy(logits, targets, reduction="sum").double()
-
-    def compute(self) -> dict[str, Any]:
-        """Accuracies in percent, the mean loss and the counts behind them."""
-        seen = int(self.seen.sum())
-        correct, correct_top5 = int(self.correct.sum()), int(self.correct_top5)
-        share = 100 / max(seen, 1)
-        return dict(
-            images=seen,
-            correct=correct,
-            correct_top5=correct_top5,
-            top1=correct * share,
-            top5=correct_top5 * share,
-            loss=float(self.loss_sum) / max(seen, 1),
-            per_class=[(int(c), int(n)) for c, n in zip(self.correct, self.seen, strict=True)],
-        )
+MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits a picture nor, at 21,841 classes, the memory
+SHEET_IMAGES = 16  # in each block of the sheet of predictions
 
 
 class ClassificationTask(Task):
-    """A classifier with its recipe.
+    """A timm classifier.
+
+    Attributes:
+        top_k: Classes that a prediction names, at most.
+        source: How labelled images lie, a ``data.source``.
 
     Args:
         model: A timm classifier.
         recipe: Gives the loss, the optimizer and the schedule.
+        classes: K names; numbers unless given.
+        model_args: Arguments of ``timm.create_model`` that rebuild it.
+        data_config: How images are prepared, in timm's words; as the recipe says unless given.
     """
 
-    def __init__(self, model: Any, recipe: ClassificationRecipe) -> None:
-        super().__init__(model, recipe)
-        augment = recipe.augment
-        self.mixup = None
-        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
-        if recipe.pairs:
-            self.mixup = Mixup(
-                augment.mixup,
-                augment.cutmix,
-                prob=augment.mix_prob,
-                label_smoothing=augment.label_smoothing,
-                num_classes=model.num_classes,
-            )
-            self.criterion = SoftTargetCrossEntropy()
-        self.counts = ClassificationCounts(model.num_classes)
+    name = "classification"
+    config_class = ClassificationRecipe
+    monitor = "top1"
+    reported = (Reported("accuracy", "top-1, %", ("top1",)), Reported("accuracy", "top-5, %", ("top5",)))
+    words = Words(
+        tags=("image-classification", "timm"),
+        purpose="to say which one of its classes an image shows",
+        unknown="every image gets a class",
+        heading="Top classes",
+    )
+    options = frozenset({"batch_size", "source", "top_k"})
+    one_at_a_time = False
+    assumed_classes = 1000
+    top_k: int = 5
+    source: str = "folder"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> logits (B, K)."""
-        return self.model(images)
+    def __init__(
+        self,
+        model: Any,
+        recipe: ClassificationRecipe,
+        classes: Sequence[str] | None = None,
+        *,
+        model_args: dict[str, Any] | None = None,
+        data_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, recipe, classes or class_names(model), model_args=model_args)
+        self.data_config = data_config or recipe.data.timm_config()
+        self.normalizer = Normalizer(self.data_config["mean"], self.data_config["std"])
+        self.transform = eval_transform(self.data_config)
+        self.mixup, self.criterion = _loss(recipe.augment, model.num_classes)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of a batch; erasing and MixUp draw from the generators that the engine has keyed."""
+    @classmethod
+    def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
+        """See ``build_model``."""
+        model, args = build_model(section or recipe.model, classes=list(classes))
+        return cls(model, recipe, classes, model_args=args)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """A classifier in timm's layout; raises UserError."""
+        return cls.of(checkpoints.load_pretrained(path), name=str(path))
+
+    @classmethod
+    def of(cls, model: Any, *, name: str = "the model") -> Self:
+        """A timm classifier as it is, with the preprocessing that it brings.
+
+        Args:
+            model: Built by timm.
+            name: What messages call it.
+
+        Raises:
+            UserError: It has no classifier.
+        """
+        if not model.num_classes:
+            raise UserError(f"{name} has no classifier: give a model that was trained with classes")
+        recipe = ClassificationRecipe.around(model.pretrained_cfg.get("architecture", ""))
+        return cls(model, recipe, data_config=resolve_model_data_config(model)).eval()
+
+    def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """A folder for timm's ``local-dir:``."""
+        checkpoints.save_pretrained(
+            self.built,
+            folder,
+            state_dict=state,
+            label_names=self.classes,
+            model_args=self.model_args,
+            pretrained_cfg=self.data_config,
+            extra={"conv2former": note},
+        )
+
+    @classmethod
+    def open_splits(cls, recipe: ClassificationRecipe, root: Path | None) -> Splits:
+        """Class folders, archives, datasets: see ``splits``."""
+        return open_splits(recipe.data, root, seed=recipe.engine.seed)
+
+    def eval_source(self, root: Path | None) -> ImageSource:
+        """A validation set, or one set alone."""
+        return open_eval_source(root, self.classes, kind=self.source)
+
+    def train_dataset(self, source: ImageSource, *, on_bad_image: Literal["error", "replace"]) -> ImageDataset:
+        """Augmented images."""
+        recipe = self.recipe
+        return ImageDataset(
+            source,
+            train_transform(recipe.data, recipe.augment),
+            seed=recipe.engine.seed,
+            on_bad_image=on_bad_image,
+            max_pixels=recipe.data.max_pixels,
+        )
+
+    def eval_dataset(
+        self, source: ImageSource, *, on_bad_image: Literal["error", "mask"], max_pixels: int
+    ) -> ImageDataset:
+        """The middle of each image."""
+        return ImageDataset(source, self.transform, on_bad_image=on_bad_image, max_pixels=max_pixels)
+
+    def preprocess(self, image: Image.Image) -> Prepared:
+        """The middle of the image."""
+        return Prepared(np.array(self.transform(image)), (image.height, image.width))
+
+    def example_batch(self, count: int) -> Batch:
+        """Of the training size."""
+        side = self.recipe.data.input_size
+        numbers = torch.zeros(count, dtype=torch.long)
+        return Batch(torch.zeros(count, 3, side, side, dtype=torch.uint8), numbers, numbers)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch; erasing and MixUp take the random numbers that the trainer has keyed."""
         images, targets = self.prepared(batch.images), batch.targets
         if erasing := self.recipe.augment.random_erasing:
             images = RandomErasing(erasing, mode="pixel", device=images.device)(images)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        return self.criterion(self(images), targets)
+        return self.criterion(self.model(images), targets)
 
-    def on_validation_epoch_start(self) -> None:
-        """Counts start anew with every pass."""
-        self.counts.reset()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to ``counts``."""
-        self.counts.update(self.validated(self.prepared(batch.images)), batch.targets)
-
-    def result(self) -> Result:
+    def metric(self, source: Any, *, distributed: bool = False) -> ClassificationMetric:
         """Loss and accuracies."""
-        counts = self.counts.compute()
-        figures = dict(val_loss=counts["loss"], val_top1=counts["top1"], val_top5=counts["top5"])
-        line = (
-            f"validation loss {counts['loss']:.4f}, "
-            f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']})"
-        )
-        return Result(counts["top1"], figures, line, sound=math.isfinite(counts["loss"]))
+        return ClassificationMetric(self.classes, distributed=distributed)
+
+    def eval_step(self, batch: Batch, metric: ClassificationMetric) -> None:
+        """Counts a batch."""
+        metric.update(self.evaluated(self.prepared(batch.images)), batch.targets, batch.indices)
+
+    @torch.inference_mode()
+    def predict(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """The top classes: ``top`` is a list of ``label``, ``index`` and ``probability``, most probable first."""
+        pixels = torch.from_numpy(np.stack([prepared.pixels for prepared in batch])).permute(0, 3, 1, 2)
+        images = self.prepared(pixels.to(self.normalizer.mean.device))
+        found = []
+        for row in self.model(images).float().softmax(dim=1).cpu():
+            values, indices = row.topk(min(self.top_k, len(self.classes)))
+            pairs = zip(values.tolist(), indices.tolist(), strict=True)
+            top = [dict(label=self.classes[index], index=index, probability=value) for value, index in pairs]
+            bars = [(str(entry["label"]), float(entry["probability"])) for entry in top]
+            lines = [Line(*bar) for bar in bars]
+            found.append(Prediction(dict(top=top), partial(with_bars, bars=bars), lines, plain=True))
+        return found
+
+    def draw(self, evaluation: Evaluation, source: ImageSource, folder: Path) -> None:
+        """``confusion_matrix.png`` and ``predictions.png``."""
+        if len(self.classes) <= MAX_MATRIX_CLASSES:
+            matrix = evaluation.records.matrix(len(self.classes))
+            plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
+        _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
+
+    def scores(self) -> nn.Module:
+        """The network itself: its logits."""
+        return self.model
+
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """The whole network."""
+        config = dict(self.data_config)
+        if size:
+            if size[0] != size[1]:
+                raise UserError(
+                    f"--size {size[0]} {size[1]}: a classifier's preprocessing makes squares, give one number twice"
+                )
+            config["input_size"] = (3, *size)
+        own = {key: config[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
+        return Exportable(self.model, ["logits"], config["input_size"][1:], eval_transform(config), own)
 
 
-def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The recipe's network, from scratch or from ``section.weights``.
-
-    The classifier of the weights is kept where its classes have the names of ``classes``, or no names and their number.
-
-    Returns:
-        The network, and the arguments that rebuild it with ``timm.create_model``: those of the weights, changed by
-        ``section.args``.
-
-    Raises:
-        UserError: Unknown model or argument, weights that do not fit.
-    """
-    if not timm.is_model(section.name):
-        raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
-    source: Any = None
-    args = dict(section.args)
-    if section.weights:
-        source = checkpoints.load_pretrained(section.weights)
-        architecture = source.pretrained_cfg["architecture"]
-        if architecture != section.name.split(".")[0]:
-            raise UserError(
-                f"model.weights ({section.weights}) holds a {architecture}, the recipe says {section.name}: "
-                f"give --model {architecture} or other weights"
-            )
-        args = checkpoints.saved_model_args(section.weights) | args
-    rates = (("drop_path_rate", section.drop_path_rate), ("drop_rate", section.drop_rate))
-    reserved = sorted(RESERVED & args.keys())
-    if reserved:
-        raise UserError(f"model.args cannot hold {', '.join(reserved)}: weights are given as model.weights")
-    options: dict[str, Any] = args | {key: rate for key, rate in rates if rate}  # not every timm model takes both
-    try:
-        network = timm.create_model(section.name, num_classes=len(classes), **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
-    if source is not None:
-        _copy_weights(source, network, classes, origin=str(section.weights))
-    return network, args
+def _loss(augment: AugmentSection, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """MixUp with CutMix if the recipe has them, and the loss."""
+    if not (augment.mixup or augment.cutmix):
+        return None, nn.CrossEntropyLoss(label_smoothing=augment.label_smoothing)
+    mixup = Mixup(
+        augment.mixup,
+        augment.cutmix,
+        prob=augment.mix_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=num_classes,
+    )
+    return mixup, SoftTargetCrossEntropy()
 
 
-def _copy_weights(source: Any, target: Any, classes: list[str], *, origin: str) -> None:
-    state, wanted = source.state_dict(), target.state_dict()
-    if list(source.pretrained_cfg.get("label_names") or classes) != classes or source.num_classes != len(classes):
-        classifier = target.pretrained_cfg["classifier"]
-        for name in [classifier] if isinstance(classifier, str) else classifier:
-            # the new classifier stays as it was initialised
-            state |= {key: value for key, value in wanted.items() if key.startswith(f"{name}.")}
-    wrong = [key for key in wanted | state if key not in state or key not in wanted]
-    wrong += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if wrong:
-        raise UserError(f"model.weights ({origin}) does not fit the recipe's model.args: {some(wrong, 3)} differ")
-    target.load_state_dict(state)
+def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path: Path) -> None:
+    targets = records.targets
+    wrong = np.flatnonzero(records.predicted != targets)
+    worst = wrong[np.argsort(records.true_probability[wrong], kind="stable")][:SHEET_IMAGES]
+    # spread evenly over the set, so that every class has its turn
+    others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)
+
+    def entry(row: int) -> tuple[Any, str, bool]:
+        predicted, target = records.predicted[row], targets[row]
+        image = source.load(int(records.indices[row]), sys.maxsize)  # it was read before
+        image.thumbnail((160, 160))
+        caption = f"{classes[predicted]} {records.confidence[row]:.0%}"
+        if predicted != target:
+            caption += f"\nis {classes[target]}"
+        return image, caption, bool(predicted == target)
+
+    plots.prediction_sheet([entry(i) for i in worst], [entry(i) for i in others], path)

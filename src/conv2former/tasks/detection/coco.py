@@ -16,9 +16,8 @@ from PIL import Image
 
 from conv2former.data.images import MAX_PIXELS, BadImage, decode
 from conv2former.data.rle import decode_mask
-from conv2former.engine.distributed import say_once
-from conv2former.errors import UserError, one_line, some
-from conv2former.tasks.classification.sources import given_folder
+from conv2former.data.sources import given_folder
+from conv2former.errors import UserError, one_line, say_once, some
 from conv2former.tasks.detection.config import DetectionDataSection
 
 KEPT = ("category_id", "bbox", "segmentation", "area")  # of an object

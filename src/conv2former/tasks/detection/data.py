@@ -19,11 +19,10 @@ from torch import Tensor
 from conv2former.data.images import BadImage
 from conv2former.data.loading import KeyedDataset
 from conv2former.data.rle import decode_mask, polygons_to_mask
+from conv2former.tasks.dense import DIVISOR, fitted, stacked
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.model.detector import Target
-from conv2former.tasks.segmentation.data import fitted
 
-DIVISOR = 32  # of the sides of a batch
 NO_LIMIT = 1e9
 
 
@@ -61,7 +60,7 @@ class View:
     size: tuple[int, int]
     mirrored: bool = False
 
-    def picture(self, image: Image.Image) -> np.ndarray:
+    def pixels(self, image: Image.Image) -> np.ndarray:
         """(h, w, 3)."""
         return np.ascontiguousarray(
             self._turn(np.asarray(image.resize(self.size, Image.Resampling.BILINEAR, self.box)))
@@ -152,7 +151,7 @@ class TrainObjects(KeyedDataset):
         image, objects = content
         view = draw_view(image.size, self.augment)
         target = view_objects(objects, view, self.labels)
-        return view.picture(image), target, (image.height, image.width)
+        return view.pixels(image), target, (image.height, image.width)
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> DetectionBatch:
         """A batch of the largest sides."""
@@ -172,7 +171,7 @@ class EvalObjects(KeyedDataset):
         if content is None or not counted:
             return np.zeros((DIVISOR, DIVISOR, 3), np.uint8), (0, 0)
         image, _ = content
-        return eval_view(image, self.data).picture(image), (image.height, image.width)
+        return eval_view(image, self.data).pixels(image), (image.height, image.width)
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> DetectionBatch:
         """A batch of the largest sides."""
@@ -193,13 +192,4 @@ def _batch(
     bad: tuple[BadImage, ...],
 ) -> DetectionBatch:
     sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
-    return DetectionBatch(pack(pictures), sizes, targets, originals, indices, bad)
-
-
-def pack(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures (h, w, 3) as one tensor (B, 3, H, W), channels last, sides the next multiples of 32."""
-    height, width = (-(-max(picture.shape[axis] for picture in pictures) // DIVISOR) * DIVISOR for axis in (0, 1))
-    pixels = np.zeros((len(pictures), height, width, 3), np.uint8)
-    for row, picture in zip(pixels, pictures, strict=True):
-        row[: picture.shape[0], : picture.shape[1]] = picture
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return DetectionBatch(stacked(pictures), sizes, targets, originals, indices, bad)

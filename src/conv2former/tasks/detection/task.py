@@ -1,189 +1,206 @@
-"""Object detection and instance segmentation: losses, COCO's figures."""
+"""Object detection and instance segmentation: Mask R-CNN and Cascade Mask R-CNN on any hierarchical backbone."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from faster_coco_eval import COCO, COCOeval_faster
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from conv2former.data.rle import encode_mask
-from conv2former.tasks.base import Result, Task
-from conv2former.tasks.detection.coco import CocoSource
+from conv2former.config import ModelSection
+from conv2former.data.rle import decode_mask
+from conv2former.errors import UserError
+from conv2former.files import replace_text
+from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
+from conv2former.tasks.dense import DIVISOR, DenseTask, padded_with_mean, to_multiple
+from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionRecipe
-from conv2former.tasks.detection.data import DetectionBatch
-from conv2former.tasks.detection.model.detector import Detections, paste_masks
-from conv2former.tasks.segmentation.task import padded_with_mean
+from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainObjects, eval_view
+from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
+from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
+from conv2former.viz.drawing import colour, side_by_side
+from conv2former.viz.drawing import objects as draw_objects
 
-FIGURES = (  # COCO's twelve numbers, in its order
-    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
-    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+SHOWN = 0.3  # least score of what is drawn
+SHEET_IMAGES = 6
+EXPORT_NOTE = (
+    "of a detector the backbone and the pyramid alone: torch.export cannot follow torchvision's non-maximum "
+    "suppression, which branches on how many boxes there are"
 )
 
 
-class CocoResults:
-    """Detections in COCO's form, over all processes at the end.
+class DetectionTask(DenseTask):
+    """A ``Detector``.
 
-    Args:
-        source: The images, with their objects.
+    Attributes:
+        threshold: Least score of what ``predict`` gives out.
     """
 
-    def __init__(self, source: CocoSource) -> None:
-        self.source = source
-        self.group: Any = None
-        self.reset()
+    name = "detection"
+    config_class = DetectionRecipe
+    monitor = "box_ap"
+    reported = (
+        Reported("mean_average_precision", "box AP, %", ("box", "ap")),
+        Reported("mean_average_precision", "mask AP, %", ("mask", "ap")),
+    )
+    words = Words(
+        tags=("object-detection",),
+        purpose="to find objects of its classes on an image, with a box and a mask for each",
+        unknown="it may be taken for something else, or be passed over",
+        heading="Objects",
+        nothing="Nothing found with a score of 30% or more.",
+    )
+    options = DenseTask.options | {"threshold"}
+    assumed_classes = 80
+    threshold: float = SHOWN
+    train_class = TrainObjects
 
-    def reset(self) -> None:
-        """Forgets all."""
-        self.seen: list[int] = []
-        self.rows: list[dict[str, Any]] = []
+    @classmethod
+    def network(cls, recipe: DetectionRecipe, section: ModelSection, classes: Sequence[str]) -> Detector:
+        """The detector with new weights."""
+        return build_on_backbone(section, recipe.detector, num_classes=len(classes))
 
-    def add(self, index: int, found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> None:
-        """The detections on image ``index``, seen at ``size`` (h, w), whose file has ``original`` (h, w)."""
-        self.seen.append(index)
-        ids, number = self.source.category_ids, self.source.entries[index].id
-        for row in coco_rows(found, size=size, original=original):
-            row["category_id"] = ids[row.pop("label")]
-            self.rows.append(dict(image_id=number) | row)
+    def compile(self, *args: Any, **options: Any) -> None:
+        """The backbone alone, for any size: the rest depends on what is found."""
+        self.model.backbone.compile(*args, dynamic=True, **options)
 
-    def over_all(self) -> dict[str, Any]:
-        """``compute`` over all processes, done by the first; to be called on all of them."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self.compute()
-        if self.group is None:
-            self.group = dist.new_group(backend="gloo")  # not through the memory of GPUs
-        first = dist.get_rank() == 0
-        parts: Any = [None] * dist.get_world_size() if first else None
-        dist.gather_object((self.seen, self.rows), parts, group=self.group)
-        figures: list[Any] = [None]
-        if first:
-            self.seen = sorted({index for seen, _ in parts for index in seen})
-            self.rows = [row for _, rows in parts for row in rows]
-            figures = [self.compute()]
-        dist.broadcast_object_list(figures, group=self.group)
-        return figures[0]
+    @classmethod
+    def open_splits(cls, recipe: DetectionRecipe, root: Path | None) -> CocoSplits:
+        """COCO's layout, or files of its format that the recipe names."""
+        return open_coco(recipe.data, root)
 
-    def compute(self) -> dict[str, Any]:
-        """``images``, ``objects``, ``detections``, and ``box`` and ``mask`` with COCO's twelve numbers in percent.
+    def eval_source(self, root: Path | None) -> CocoSource:
+        """The validation set."""
+        return open_eval_coco(self.recipe.data, root, self.classes)
 
-        A number is None where no object is of that size; all are 0 where nothing was detected.
-        """
-        truth = self.source.ground_truth(sorted(self.seen))
-        counted = sum(not entry["iscrowd"] for entry in truth["annotations"])
-        figures: dict[str, Any] = dict(images=len(self.seen), objects=counted, detections=len(self.rows))
-        for name, kind in (("box", "bbox"), ("mask", "segm")):
-            figures[name] = coco_figures(truth, self.rows, kind)
-        return figures
+    def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalObjects:
+        """Whole images."""
+        return EvalObjects(source, self.recipe.data, on_bad_image=on_bad_image, max_pixels=max_pixels)
 
+    def preprocess(self, image: Image.Image) -> Prepared:
+        """The whole image at the size of evaluation."""
+        return Prepared(eval_view(image, self.recipe.data).pixels(image), (image.height, image.width))
 
-def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> list[dict[str, Any]]:
-    """Detections as ``label``, ``score``, ``bbox`` (x, y, width, height) and ``segmentation`` in the original's pixels.
+    def example_batch(self, count: int) -> DetectionBatch:
+        """Of the largest size, landscape, with an object on each."""
+        augment = self.recipe.augment
+        height, width = to_multiple(max(augment.short_sides)), to_multiple(augment.long_side)
+        target = Target(
+            torch.tensor([[0.0, 0.0, width / 2, height / 2]]),
+            torch.zeros(1, dtype=torch.long),
+            torch.ones(1, height, width, dtype=torch.uint8),
+        )
+        images, sizes = torch.zeros(count, 3, height, width, dtype=torch.uint8), [(height, width)] * count
+        return DetectionBatch(images, sizes, [target] * count, sizes, torch.zeros(count, dtype=torch.long))
 
-    Args:
-        found: In pixels of the network's input.
-        size: (h, w) of the input.
-        original: (h, w) of the picture.
-    """
-    height, width = original
-    boxes = (found.boxes * found.boxes.new_tensor([width / size[1], height / size[0]] * 2)).cpu()
-    masks = _encoded(found.masks.cpu(), boxes, original)
-    columns = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True)
-    return [
-        dict(label=label, score=score, bbox=[left, top, right - left, bottom - top], segmentation=mask)
-        for (left, top, right, bottom), score, label, mask in columns
-    ]
-
-
-def _encoded(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Masks (N, 28, 28) of boxes (N, 4) as run lengths in a picture (h, w).
-
-    One after the other, each in the window of its box: no pixel whose centre lies outside of a box belongs to its mask.
-    """
-    canvas = np.zeros(size, np.uint8, order="F")  # the order of run lengths
-    for mask, box in zip(masks, boxes, strict=True):
-        left, top = (int(value) for value in box[:2].floor().clamp_min(0))
-        right, bottom = (min(math.ceil(value), side) for value, side in zip(box[2:], (size[1], size[0]), strict=True))
-        window = (slice(top, bottom), slice(left, right))
-        if top < bottom and left < right:
-            shift = box.new_tensor([left, top, left, top])
-            canvas[window] = paste_masks(mask[None], (box - shift)[None], (bottom - top, right - left))[0].numpy()
-        yield encode_mask(canvas)
-        canvas[window] = 0
-
-
-def coco_figures(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """COCO's twelve numbers in percent, by faster-coco-eval, which agrees with pycocotools.
-
-    Args:
-        truth: COCO's dictionary; its images alone count.
-        rows: COCO's results.
-        kind: 'bbox' or 'segm'.
-    """
-    if not rows or not truth["annotations"]:
-        return dict.fromkeys(FIGURES, 0.0 if truth["annotations"] else None)
-    wanted = COCO(truth, use_deepcopy=True)  # it changes what it is given
-    # of a result with both, COCO takes the box
-    keys = ("image_id", "category_id", "score", dict(bbox="bbox", segm="segmentation")[kind])
-    found = wanted.loadRes(copy.deepcopy([{key: row[key] for key in keys} for row in rows]))
-    evaluation = COCOeval_faster(wanted, found, kind)
-    evaluation.params.imgIds = [image["id"] for image in truth["images"]]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    values = (float(value) for value in evaluation.stats[: len(FIGURES)])
-    return {name: None if value < 0 else 100 * value for name, value in zip(FIGURES, values, strict=True)}
-
-
-class DetectionTask(Task):
-    """A detector with its recipe.
-
-    Args:
-        model: A ``heads.detector.Detector``.
-        recipe: Gives the optimizer and the schedule.
-        val: The validation set.
-    """
-
-    def __init__(self, model: Any, recipe: DetectionRecipe, *, val: CocoSource) -> None:
-        super().__init__(model, recipe)
-        self.results = CocoResults(val)
-
-    def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: DetectionBatch) -> Tensor:
         """The sum of all losses."""
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
         losses: dict[str, Tensor] = self.model(images, batch.sizes, batch.targets)
         return torch.stack([*losses.values()]).sum()
 
-    def on_validation_epoch_start(self) -> None:
-        """Results start anew with every pass."""
-        self.results.reset()
+    def metric(self, source: CocoSource, *, distributed: bool = False) -> CocoMetric:
+        """COCO's numbers."""
+        return CocoMetric(source, distributed=distributed)
 
-    def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
+    def eval_step(self, batch: DetectionBatch, metric: CocoMetric) -> None:
         """Adds the detections on a batch."""
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
-        for row, found in enumerate(self.validated(images, batch.sizes)):
+        for row, found in enumerate(self.evaluated(images, batch.sizes)):
             if batch.originals[row][0]:  # else padding, or an image that cannot be read
                 index = int(batch.indices[row])
-                self.results.add(index, found, size=batch.sizes[row], original=batch.originals[row])
+                metric.add(index, found, size=batch.sizes[row], original=batch.originals[row])
 
-    def result(self) -> Result:
-        """AP of boxes and masks."""
-        found = self.results.over_all()
-        figures = {
-            f"val_{kind}_{name}": found[kind][name] for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")
-        }
-        return Result(found["box"]["ap"] or 0.0, figures, figures_line(found))
+    @torch.inference_mode()
+    def predict(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """Objects, the most certain first.
+
+        ``objects`` is a list of ``label``, ``index``, ``score``, ``box`` (x0, y0, x1, y1 in the pixels of the file)
+        and ``mask`` as COCO's compressed run lengths (``size``, ``counts``).
+        """
+        section = self.model.section
+        least = min(self.threshold, section.score_threshold)
+        self.model.section = section.model_copy(update=dict(score_threshold=least))
+        try:
+            return [self._predicted(prepared) for prepared in batch]
+        finally:
+            self.model.section = section
+
+    def _predicted(self, prepared: Prepared) -> Prediction:
+        height, width = prepared.pixels.shape[:2]
+        (found,) = self.model(self.inputs(prepared.pixels), [(height, width)])
+        rows = coco_rows(found, size=(height, width), original=prepared.size)
+        rows = [row for row in rows if row["score"] >= self.threshold]
+        objects, lines = [], []
+        for row in rows:
+            label, (left, top, across, down) = self.classes[row["label"]], row["bbox"]
+            box = [left, top, left + across, top + down]
+            objects.append(dict(label=label, index=row["label"], score=row["score"], box=box, mask=row["segmentation"]))
+            lines.append(Line(label, row["score"], colour(row["label"])))
+        return Prediction(dict(objects=objects), partial(draw_rows, rows=rows, classes=self.classes), lines)
+
+    def draw(self, evaluation: Evaluation, source: CocoSource, folder: Path) -> None:
+        """``detections.json`` (COCO's results) and ``predictions.png``: ground truth beside detections."""
+        replace_text(folder / "detections.json", json.dumps(evaluation.records) + "\n")
+        _sheet(evaluation.records, source, self.recipe.data.max_pixels).save(folder / "predictions.png")
+
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """Backbone and pyramid."""
+        data = self.recipe.data
+        height, width = size or (to_multiple(data.short_side), to_multiple(data.long_side))
+        if height % DIVISOR or width % DIVISOR:
+            raise UserError(f"--size {height} {width}: a detector takes multiples of {DIVISOR}")
+        outputs = ["p2", "p3", "p4", "p5", "p6"]
+        return self.exported(Maps(self.model), outputs, (height, width), part="backbone and pyramid", note=EXPORT_NOTE)
 
 
-def figures_line(found: dict[str, Any]) -> str:
-    """The main figures in words."""
-    parts = []
-    for kind in ("box", "mask"):
-        ap, ap50, ap75 = (found[kind][name] if found[kind][name] is not None else math.nan for name in FIGURES[:3])
-        parts.append(f"{kind} AP {ap:.2f} (50: {ap50:.2f}, 75: {ap75:.2f})")
-    return f"{', '.join(parts)}, {found['detections']} detections on {found['images']} images"
+class Maps(nn.Module):
+    """The part of a detector that comes before its proposals."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone, self.pyramid = model.backbone, model.pyramid
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> five maps (B, C, H / s, W / s), s = 4, 8, 16, 32, 64."""
+        return tuple(self.pyramid(self.backbone(images)))
+
+
+def draw_rows(image: Image.Image, rows: list[dict[str, Any]], classes: list[str]) -> Image.Image:
+    """The image with ``coco_rows``, the least certain first, so that the others lie on top."""
+    rows = sorted(rows, key=lambda row: row["score"])
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (row["bbox"] for row in rows)]
+    captions = [f"{classes[row['label']]} {row['score']:.0%}" for row in rows]
+    masks = (decode_mask(row["segmentation"]) for row in rows)
+    return draw_objects(image, boxes, captions, [row["label"] for row in rows], masks)
+
+
+def _sheet(results: list[dict[str, Any]], source: CocoSource, max_pixels: int) -> Image.Image:
+    labels = {number: label for label, number in enumerate(source.category_ids)}
+    rows = []
+    for index in np.linspace(0, len(source) - 1, min(SHEET_IMAGES, len(source))).astype(int):
+        try:
+            image, objects = source.load(int(index), max_pixels)
+        except UserError:  # it was reported before
+            continue
+        single = [entry for entry in objects if not entry.get("iscrowd")]
+        boxes = [(x, y, x + width, y + height) for x, y, width, height in (entry["bbox"] for entry in single)]
+        own = [labels[entry["category_id"]] for entry in single]
+        truth = draw_objects(image, boxes, [source.classes[label] for label in own], own, [None] * len(own))
+        number = source.entries[int(index)].id
+        found = [
+            row | dict(label=labels[row["category_id"]])
+            for row in results
+            if row["image_id"] == number and row["score"] >= SHOWN
+        ]
+        pair = [truth, draw_rows(image, found, source.classes)]
+        for image in pair:
+            image.thumbnail((600, 600))
+        rows.append(side_by_side(pair))
+    return side_by_side(rows, vertical=True)

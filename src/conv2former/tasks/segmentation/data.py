@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from conv2former.data.images import BadImage
 from conv2former.data.loading import KeyedDataset
+from conv2former.tasks.dense import fitted
 from conv2former.tasks.segmentation.config import SegmentationAugmentSection, SegmentationDataSection
 from conv2former.tasks.segmentation.masks import IGNORED
 
@@ -28,22 +29,16 @@ class SegmentationBatch(NamedTuple):
     Attributes:
         images: 8-bit pictures (B, 3, H, W) of one size, channels last; in evaluation one for each scale (B = 1).
         sizes: (h, w) of each without the padding at the right and below.
-        labels: Classes (B, H, W) of uint8, 255 for none; in evaluation of the picture as it is in its file.
+        masks: Classes (B, H, W) of uint8, 255 for none; in evaluation of the image as it is in its file.
         indices: Numbers of the images in their source (B,).
         bad: Images that could not be read, and whose place others have taken.
     """
 
     images: list[Tensor]
     sizes: list[tuple[int, int]]
-    labels: Tensor
+    masks: Tensor
     indices: Tensor
     bad: tuple[BadImage, ...] = ()
-
-
-def fitted(size: tuple[int, int], *, short: float, long: float) -> tuple[int, int]:
-    """(width, height) scaled so that neither side exceeds its limit, as the paper's toolboxes do."""
-    factor = min(long / max(size), short / min(size))
-    return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
 
 
 class TrainPairs(KeyedDataset):

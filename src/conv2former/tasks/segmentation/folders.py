@@ -14,8 +14,8 @@ from timm.utils.misc import natural_key
 
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
+from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, some
-from conv2former.tasks.classification.sources import given_folder
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import LABEL_EXTENSIONS, read_labels, to_classes
 

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from conv2former.data.images import MAX_PIXELS, BadImage
+from conv2former.data.images import IGNORED, MAX_PIXELS, BadImage
 from conv2former.errors import one_line
 
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
 FORMATS = ("PNG", "TIFF", "BMP")  # without loss
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of a palette picture the numbers count, not the colours
 SCALED: dict[Any, int] = {"L;2": 85, "L;4": 17}  # by what Pillow multiplies grey of 2 and 4 bits
-IGNORED = 255
 
 
 def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -1,228 +1,213 @@
-"""Semantic segmentation: losses, exact counts, inference on whole images and by windows."""
+"""Semantic segmentation: UperNet on any hierarchical backbone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchmetrics import Metric
+from PIL import Image
+from torch import Tensor, nn
 
-from conv2former.tasks.base import Result, Task
-from conv2former.tasks.segmentation.config import SegmentationDataSection, SegmentationRecipe
-from conv2former.tasks.segmentation.data import SegmentationBatch
-from conv2former.tasks.segmentation.masks import IGNORED
-from conv2former.tasks.segmentation.upernet import pixel_loss, resize
+from conv2former.config import ModelSection
+from conv2former.errors import UserError
+from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
+from conv2former.tasks.dense import DenseTask, padded_with_mean
+from conv2former.tasks.segmentation.config import SegmentationRecipe
+from conv2former.tasks.segmentation.data import EvalPairs, SegmentationBatch, TrainPairs, views
+from conv2former.tasks.segmentation.folders import PairSource, PairSplits, open_eval_pairs, open_pairs
+from conv2former.tasks.segmentation.inference import probability_bands
+from conv2former.tasks.segmentation.losses import weighted_loss
+from conv2former.tasks.segmentation.metrics import SegmentationMetric
+from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, resize
+from conv2former.viz import plots
+from conv2former.viz.drawing import colour, label_overlay, legend, side_by_side
 
-BAND = 2**24  # numbers of a map that are made at a time, 4 bytes each
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation (Sec. 4.6)
+SHEET_IMAGES = 6
 
 
-class SegmentationCounts(Metric):
-    """Pixels by true and predicted class over all images, summed over processes.
+class SegmentationTask(DenseTask):
+    """An ``UperNet``.
 
-    Args:
-        num_classes: Classes K.
-        **kwargs: Of torchmetrics, ``sync_on_compute=False`` for the counts of one process.
+    Attributes:
+        multi_scale: Whether evaluation sees every image at six scales and mirrored.
     """
 
-    full_state_update = False
-    pixels: Tensor
-    images: Tensor
-    loss_sum: Tensor
+    name = "segmentation"
+    config_class = SegmentationRecipe
+    monitor = "miou"
+    reported = (
+        Reported("mean_iou", "mIoU, %", ("miou",)),
+        Reported("accuracy", "pixel accuracy, %", ("pixel_accuracy",)),
+    )
+    words = Words(
+        tags=("image-segmentation",),
+        purpose="to give each pixel of an image one of its classes",
+        unknown="every pixel gets a class",
+        heading="Fraction of the pixels",
+    )
+    options = DenseTask.options | {"multi_scale"}
+    assumed_classes = 150
+    multi_scale: bool = False
+    train_class = TrainPairs
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_classes = num_classes
-        self.add_state("pixels", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+    @classmethod
+    def network(cls, recipe: SegmentationRecipe, section: ModelSection, classes: Sequence[str]) -> UperNet:
+        """The segmentation model with new weights."""
+        return build_upernet(section, recipe.segmenter, num_classes=len(classes))
 
-    def update(self, bands: Iterable[tuple[slice, Tensor]], labels: Tensor) -> None:
-        """Counts an image: its probabilities by bands of rows (1, K, h, W), and classes (1, H, W), 255 for none."""
-        self.images += int((labels != IGNORED).any())
-        for rows, probabilities in bands:
-            truth = labels[:, rows].long()
-            counted = truth != IGNORED
-            cells = (truth * self.num_classes + probabilities.argmax(dim=1))[counted]
-            found = torch.bincount(cells, minlength=self.num_classes**2)
-            self.pixels += found.view(self.num_classes, self.num_classes)
-            likely = probabilities.gather(1, truth.masked_fill(~counted, 0)[:, None])[:, 0][counted]
-            self.loss_sum -= likely.clamp_min(1e-12).log().sum().double()
+    @classmethod
+    def open_splits(cls, recipe: SegmentationRecipe, root: Path | None) -> PairSplits:
+        """ADE20K's layout, or folders of images and masks."""
+        return open_pairs(recipe.data, root, seed=recipe.engine.seed)
 
-    def compute(self) -> dict[str, Any]:
-        """mIoU, accuracies (percent), the mean loss, and the counts behind them.
+    def eval_source(self, root: Path | None) -> PairSource:
+        """The validation set, or the one set that is there."""
+        return open_eval_pairs(self.recipe.data, root, self.classes)
 
-        mIoU is the mean over the classes that occur in truth or prediction, as in mmseg.
-        """
-        pixels = self.pixels.double()
-        hits, truth, predicted = pixels.diag(), pixels.sum(1), pixels.sum(0)
-        iou, accuracy = hits / (truth + predicted - hits), hits / truth  # NaN where a class does not occur
-        seen = float(pixels.sum())
-        return dict(
-            images=int(self.images),
-            pixels=int(seen),
-            miou=_percent(iou.nanmean()),
-            mean_accuracy=_percent(accuracy.nanmean()),
-            pixel_accuracy=_percent(hits.sum() / max(seen, 1)),
-            loss=float(self.loss_sum) / max(seen, 1),
-            iou=[_percent(value) for value in iou],
-            accuracy=[_percent(value) for value in accuracy],
-            matrix=self.pixels.tolist(),
-        )
+    def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalPairs:
+        """Whole images, at one or several scales."""
+        scales = SCALES if self.multi_scale else (1.0,)
+        options: Any = dict(on_bad_image=on_bad_image, max_pixels=max_pixels)
+        return EvalPairs(source, self.recipe.data, scales=scales, **options)
 
+    def preprocess(self, image: Image.Image) -> Prepared:
+        """The whole image at the size of evaluation."""
+        return Prepared(views(image, self.recipe.data, (1.0,))[0], (image.height, image.width))
 
-def _percent(value: Tensor) -> float | None:
-    return None if math.isnan(float(value)) else 100 * float(value)
+    def example_batch(self, count: int) -> SegmentationBatch:
+        """Crops of one class."""
+        side = self.recipe.data.crop_size
+        images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+        return SegmentationBatch([images], [(side, side)] * count, images[:, 0], torch.zeros(count, dtype=torch.long))
 
+    def check_batch(self, per_process: int, world: int) -> None:
+        """Batch norm on the average of a whole map needs two of them."""
+        together = per_process * (world if self.recipe.engine.sync_batchnorm else 1)
+        if together < 2:
+            raise UserError(
+                "a process has one image at a time, on which the decoder's batch norm cannot be trained: raise "
+                "optim.batch_size (and optim.global_batch), or set engine.sync_batchnorm=true on several processes"
+            )
 
-class SegmentationTask(Task):
-    """A segmenter with its recipe.
-
-    Args:
-        model: A ``heads.upernet.UperNet``.
-        recipe: Gives the losses' weights, the optimizer and the schedule.
-        num_classes: Classes K.
-    """
-
-    def __init__(self, model: Any, recipe: SegmentationRecipe, *, num_classes: int) -> None:
-        super().__init__(model, recipe)
-        self.counts = SegmentationCounts(num_classes)
-
-    def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: SegmentationBatch) -> Tensor:
         """The decoder's loss and the weighted auxiliary one."""
-        images, labels = padded_with_mean(self.prepared(batch.images[0]), batch.sizes), batch.labels.long()
-        return weighted_loss(self.model(images), labels, aux_weight=self.recipe.segmenter.aux_weight)
+        images = padded_with_mean(self.prepared(batch.images[0]), batch.sizes)
+        return weighted_loss(self.model(images), batch.masks.long(), aux_weight=self.recipe.segmenter.aux_weight)
 
-    def on_validation_epoch_start(self) -> None:
-        """Counts start anew with every pass."""
-        self.counts.reset()
-
-    def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
-        """Adds an image to ``counts``."""
-        images = [self.prepared(view) for view in batch.images]
-        size: Any = batch.labels.shape[-2:]
-        self.counts.update(probability_bands(self.validated, images, self.recipe.data, size=size), batch.labels)
-
-    def result(self) -> Result:
+    def metric(self, source: Any, *, distributed: bool = False) -> SegmentationMetric:
         """mIoU and accuracies."""
-        counts = self.counts.compute()
-        figures = {f"val_{key}": counts[key] for key in ("loss", "miou", "mean_accuracy", "pixel_accuracy")}
-        line = (
-            f"validation loss {counts['loss']:.4f}, mIoU {counts['miou'] or 0:.2f}%, pixel accuracy "
-            f"{counts['pixel_accuracy'] or 0:.2f}% ({counts['images']} images)"
+        return SegmentationMetric(self.classes, distributed=distributed, multi_scale=self.multi_scale)
+
+    def eval_step(self, batch: SegmentationBatch, metric: SegmentationMetric) -> None:
+        """Counts an image."""
+        images = [self.prepared(view) for view in batch.images]
+        size: Any = batch.masks.shape[-2:]
+        mirror = self.multi_scale
+        metric.update(
+            probability_bands(self.evaluated, images, self.recipe.data, size=size, mirror=mirror), batch.masks
         )
-        return Result(counts["miou"] or 0.0, figures, line, sound=math.isfinite(counts["loss"]))
+
+    def segment(self, prepared: Prepared) -> np.ndarray:
+        """The class of every pixel of an image, (H, W) of uint8."""
+        view = super(DenseTask, self).inputs(prepared.pixels)  # windows are padded one by one
+        bands = probability_bands(self.model, [view], self.recipe.data, size=prepared.size)
+        return torch.cat([band.argmax(dim=1)[0].to(torch.uint8) for _, band in bands]).cpu().numpy()
+
+    @torch.inference_mode()
+    def predict(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """The classes of the pixels.
+
+        ``classes`` is a list of ``label``, ``index``, ``share`` of the pixels and the ``mask`` as COCO's compressed
+        run lengths (``size``, ``counts``), the largest share first.
+        """
+        return [self._predicted(prepared) for prepared in batch]
+
+    def _predicted(self, prepared: Prepared) -> Prediction:
+        from conv2former.data.rle import encode_mask
+
+        mask = self.segment(prepared)
+        indices, counts = np.unique(mask, return_counts=True)
+        found, lines = [], []
+        for index, count in sorted(zip(indices.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]):
+            label, fraction = self.classes[index], count / mask.size
+            found.append(dict(label=label, index=index, share=fraction, mask=encode_mask(mask == index)))
+            lines.append(Line(label, fraction, colour(index)))
+        return Prediction(dict(classes=found), partial(draw_classes, mask=mask, classes=self.classes), lines)
+
+    def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
+        """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""
+        plots.confusion_matrix(np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png")
+        _sheet(self, source).save(folder / "predictions.png")
+
+    def scores(self) -> nn.Module:
+        """For each class the sum of its logits over the pixels that are found to be of it."""
+        return ClassSum(self.model)
+
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """The network without its auxiliary head, its logits at the size of the images."""
+        crop = self.recipe.data.crop_size
+        return self.exported(WholeSize(self.model), ["logits"], size or (crop, crop))
 
 
-def weighted_loss(outputs: tuple[Tensor, Tensor | None], labels: Tensor, *, aux_weight: float) -> Tensor:
-    """The loss of what ``UperNet`` gives in training, against classes (B, H, W)."""
-    logits, auxiliary = outputs
-    loss = pixel_loss(logits, labels, ignore=IGNORED)
-    if auxiliary is not None:
-        loss = loss + aux_weight * pixel_loss(auxiliary, labels, ignore=IGNORED)
-    return loss
+class WholeSize(nn.Module):
+    """A segmentation model whose logits have the size of its images."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone, self.decoder, self.classifier = model.backbone, model.decoder, model.classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, K, H, W)."""
+        return resize(self.classifier(self.decoder(self.backbone(images))), images)
 
 
-def padded_with_mean(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Normalised images (B, 3, H, W) with zeros, the mean colour, outside of each one's (h, w)."""
-    for image, (height, width) in zip(images, sizes, strict=True):
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    return images
+class ClassSum(nn.Module):
+    """A segmentation model as a classifier (Vinogradova et al., arXiv:2002.11434).
 
-
-def probability_bands(
-    model: Any, images: Sequence[Tensor], data: SegmentationDataSection, *, size: tuple[int, int], mirror: bool = False
-) -> Iterator[tuple[slice, Tensor]]:
-    """Probabilities at the size of the picture in its file, averaged over views, by bands of rows.
-
-    With one view no more than ``BAND`` numbers are made at a time, whatever the size of the picture; several are added
-    up at its full size.
-
-    Args:
-        model: A segmenter in evaluation mode.
-        images: One normalised view (1, 3, h, w) for each scale.
-        data: Says whether whole images are taken or windows.
-        size: (H, W).
-        mirror: Whether each view is taken mirrored, too.
-
-    Yields:
-        The rows of a band, and (1, K, rows, W).
+    Attributes:
+        mask: The classes that were found at the last call, (H, W), the padding cut off.
+        size: Height and width of the view without padding.
     """
-    flips = (False, True) if mirror else (False,)
-    views = [(image, flip) for image in images for flip in flips]
-    if len(views) == 1:
-        yield from _bands(_logits(model, *views[0], data), size)
-        return
-    total: Any = None
-    for view in views:
-        for rows, probabilities in _bands(_logits(model, *view, data), size):
-            if total is None:
-                total = probabilities.new_zeros(1, probabilities.shape[1], *size)
-            total[:, :, rows] += probabilities
-    yield slice(0, size[0]), total / len(views)
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.mask = torch.empty(0)
+        self.size = (0, 0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(1, 3, H, W) -> for each class the sum of its logits over the pixels that are found to be of it, (1, K)."""
+        logits = resize(self.network(image), image)[..., : self.size[0], : self.size[1]]
+        self.mask = logits[0].argmax(dim=0)
+        found = torch.stack([self.mask == index for index in range(logits.shape[1])])
+        return (logits * found[None]).sum(dim=(2, 3))
 
 
-def class_probabilities(model: Any, images: Sequence[Tensor], data: SegmentationDataSection, **options: Any) -> Tensor:
-    """``probability_bands`` put together, (1, K, H, W)."""
-    return torch.cat([part for _, part in probability_bands(model, images, data, **options)], dim=2)
+def draw_classes(image: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """The image with its classes in colour, and what the colours mean below."""
+    overlay = label_overlay(image, mask)
+    names = legend(classes, np.unique(mask), width=max(overlay.width, 240))
+    return side_by_side([overlay, names], vertical=True)
 
 
-def _logits(model: Any, image: Tensor, mirrored: bool, data: SegmentationDataSection) -> Tensor:
-    """Logits of a view (1, K, h, w) at its own size, the right way round."""
-    view = image.flip(3) if mirrored else image
-    sliding = data.window == "slide"
-    logits = slide(model, view, side=data.crop_size, stride=data.step) if sliding else whole(model, view)
-    return logits.flip(3) if mirrored else logits
-
-
-def _bands(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Probabilities of logits (1, K, h, w) brought to (H, W) by bilinear interpolation, some rows at a time."""
-    height, width = size
-    step = max(BAND // (logits.shape[1] * width), 1)
-    for start in range(0, height, step):
-        rows = slice(start, min(start + step, height))
-        yield rows, resize(_rows(logits, rows, height), (rows.stop - rows.start, width)).softmax(dim=1)
-
-
-def _rows(x: Tensor, rows: slice, height: int) -> Tensor:
-    """Some rows of (1, K, h, w) interpolated to ``height`` rows, (1, K, rows, w): bilinear along one axis."""
-    if x.shape[2] == height:
-        return x[:, :, rows]
-    places = (torch.arange(rows.start, rows.stop, device=x.device) + 0.5) * (x.shape[2] / height) - 0.5
-    places = places.clamp_min(0)
-    above = places.long().clamp_max(x.shape[2] - 1)
-    below = (above + 1).clamp_max(x.shape[2] - 1)
-    return torch.lerp(x[:, :, above], x[:, :, below], (places - above).to(x.dtype)[:, None])
-
-
-def whole(model: Any, image: Tensor) -> Tensor:
-    """Logits of images (B, 3, h, w) at their size, in float32; sides that are not a multiple of 32 are padded."""
-    height, width = image.shape[-2:]
-    padded = F.pad(image, (0, -width % 32, 0, -height % 32))
-    return resize(model(padded).float(), padded)[..., :height, :width]
-
-
-def slide(model: Any, image: Tensor, *, side: int, stride: int) -> Tensor:
-    """Logits of an image (1, 3, h, w), averaged over overlapping windows; the last ones end at the edge."""
-    height, width = image.shape[-2:]
-    total: Any = None
-    counts = image.new_zeros(1, 1, height, width)
-    for top in _starts(height, side, stride):
-        for left in _starts(width, side, stride):
-            place = (..., slice(top, min(top + side, height)), slice(left, min(left + side, width)))
-            logits = whole(model, image[place])
-            if total is None:
-                total = logits.new_zeros(1, logits.shape[1], height, width)
-            total[place] += logits
-            counts[place] += 1
-    return total / counts
-
-
-def _starts(length: int, side: int, stride: int) -> list[int]:
-    """Where the windows along one side of an image begin."""
-    count = -(-max(length - side, 0) // stride) + 1
-    return sorted({max(min(i * stride, length - side), 0) for i in range(count)})
+@torch.inference_mode()
+def _sheet(task: SegmentationTask, source: PairSource) -> Image.Image:
+    rows, seen = [], set()
+    for index in np.linspace(0, len(source) - 1, min(SHEET_IMAGES, len(source))).astype(int):
+        try:
+            image, truth = source.load(int(index), task.recipe.data.max_pixels)
+        except UserError:  # it was reported before
+            continue
+        found = task.segment(task.preprocess(image))
+        seen |= {*np.unique(truth), *np.unique(found)}
+        small = image.copy()
+        small.thumbnail((400, 400))
+        overlays = (label_overlay(image, mask).resize(small.size) for mask in (truth, found))
+        rows.append(side_by_side([small, *overlays]))
+    sheet = side_by_side(rows, vertical=True)
+    return side_by_side([sheet, legend(task.classes, sorted(seen), width=sheet.width)], vertical=True)

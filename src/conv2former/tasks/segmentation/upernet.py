@@ -127,12 +127,3 @@ def resize(x: Tensor, like: Tensor | tuple[int, int] | Any) -> Tensor:
     """Bilinear to the size of another map, or to (H, W)."""
     size = like.shape[-2:] if isinstance(like, Tensor) else like
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def pixel_loss(logits: Tensor, labels: Tensor, *, ignore: int = 255) -> Tensor:
-    """Cross entropy of logits (B, K, h, w) brought to the size of labels (B, H, W).
-
-    The sum is divided by all pixels, ignored ones included, as in mmseg: a crop that is half void counts half.
-    """
-    scaled = resize(logits.float(), labels)
-    return F.cross_entropy(scaled, labels, ignore_index=ignore, reduction="sum") / labels.numel()

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -16,32 +15,18 @@ import torch
 from PIL import Image
 
 from conv2former import checkpoints
+from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError
-from conv2former.prediction import open_predictor
+from conv2former.tasks import load
+from conv2former.tasks.base import Line, Task, Words
+from conv2former.tasks.classification.task import ClassificationTask
 from conv2former.tools.explain.maps import map_panels
-from conv2former.tools.explain.opening import Explained, Place, as_explained, choose_blocks
+from conv2former.tools.explain.opening import Explained, Place, choose_blocks
 from conv2former.tools.naming import built_untrained, read_name
-from conv2former.viz.drawing import colour
 
 KEPT = 3  # models in memory at a time: two to compare, and the one before
-THRESHOLD = 0.3  # least score of an object that is shown, as in `conv2former predict`
 
 Panels = list[tuple[str, list[tuple[str, np.ndarray]]]]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Something found.
-
-    Attributes:
-        label: Of the class.
-        share: Probability, score or part of the pixels, 0 to 1.
-        colour: In which it is drawn on the picture, (red, green, blue); None where it is not.
-    """
-
-    label: str
-    share: float
-    colour: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,15 +34,15 @@ class Look:
     """What a model makes of a picture.
 
     Attributes:
-        task: Of the model.
-        picture: With boxes and masks, or classes in colour; of a classifier the picture itself.
+        words: Of the model's task.
+        picture: With boxes and masks, or classes in colour; of a classifier the image itself.
         lines: What was found, the most important first.
         milliseconds: In the network.
         maps: A name for each block, and its maps with their titles; none where they were not asked for.
         no_maps: Why this model has none.
     """
 
-    task: str
+    words: Words
     picture: Image.Image
     lines: list[Line]
     milliseconds: float
@@ -71,45 +56,38 @@ class Model:
 
     Attributes:
         name: As the page calls it.
-        task: What it was trained for.
+        task: The model.
         note: What to know of its answers.
-        predictor: Finds.
         explained: Shows its maps.
         places: The blocks that are shown, the last of each stage.
         no_maps: Why there are none.
-        warm: Whether it has seen a picture; the first takes longer.
+        warm: Whether it has seen an image; the first takes longer.
     """
 
     name: str
-    task: str
+    task: Task
     note: str
-    predictor: Any
     explained: Explained
     places: list[Place] = field(default_factory=list)
     no_maps: str = ""
     warm: bool = False
 
-    def look(self, picture: Image.Image, *, maps: bool) -> Look:
-        """The model's finding on a picture, the time of the network alone, and its maps where asked for."""
-        prepared = self.predictor.prepare(picture)
+    def look(self, image: Image.Image, *, maps: bool) -> Look:
+        """The model's prediction on an image, the time of the network alone, and its maps where asked for."""
+        prepared = self.task.preprocess(image)
         if not self.warm:
-            self.predictor.find([prepared])
+            self.task.predict([prepared])
             self.warm = True
-        with _Stopwatch(self.explained.network) as watch:
-            (found,) = self.predictor.find([prepared])
-        if self.task == "classification":
-            drawn, lines = picture, [Line(row["label"], row["probability"]) for row in found.fields["top"]]
-        else:
-            # a segmenter's legend below the picture would be too small to read: the lines have the colours
-            drawn = found.draw(picture).crop((0, 0, *picture.size))
-            rows = found.fields["objects" if self.task == "detection" else "classes"]
-            part = "score" if self.task == "detection" else "share"
-            lines = [Line(row["label"], row[part], colour(row["index"])) for row in rows]
+        with _Stopwatch(self.task.model) as watch:
+            (found,) = self.task.predict([prepared])
+        # as large as the image: a legend below it would be too small to read, and the lines have the colours
+        drawn = image if found.plain else found.draw(image).crop((0, 0, *image.size))
         panels: Panels = []
         if maps and self.places:
-            # without the first panel of each row, the picture
-            panels = [(name, row[1:]) for name, row in map_panels(self.explained, picture, self.places, channels=1)]
-        return Look(self.task, drawn, lines, watch.seconds * 1000, panels, self.no_maps if maps else "")
+            # without the first panel of each row, the image
+            panels = [(name, row[1:]) for name, row in map_panels(self.explained, image, self.places, channels=1)]
+        words, no_maps = self.task.words, self.no_maps if maps else ""
+        return Look(words, drawn, found.lines, watch.seconds * 1000, panels, no_maps)
 
 
 class _Stopwatch:
@@ -180,23 +158,19 @@ class Models:
 def _opened(name: str, source: Path | str, device: str) -> Model:
     note = ""
     if isinstance(source, Path):
-        task, predictor = checkpoints.saved_task(source), open_predictor(source, device=device)
+        task = load(source)
     else:
-        task = "classification"
         model_name, args = cast(tuple[str, dict[str, Any]], read_name(source))
-        with TemporaryDirectory() as folder:
-            network = built_untrained(source, model_name, args)
-            own = {key: value for key, value in args.items() if key != "pretrained"}
-            saved = checkpoints.save_pretrained(network, Path(folder) / "model", model_args=own)
-            predictor = open_predictor(saved, device=device)
+        task = ClassificationTask.of(built_untrained(source, model_name, args), name=source)
         note = "" if args.get("pretrained") else "random weights: it has learned nothing"
+    task.to(pick_device(device))
     # by its name on the page: where it lies is nobody's business there
-    explained = as_explained(Path(name), task, predictor)
-    model = Model(name, task, note, predictor, explained)
+    explained = Explained(name, task)
+    model = Model(name, task, note, explained)
     try:
         model.places = choose_blocks(explained, None, None)
     except UserError:
-        model.no_maps = f"No modulation maps: {type(explained.backbone).__name__} has no modulation, Conv2Former has."
+        model.no_maps = f"No modulation maps: {type(task.backbone).__name__} has no modulation, Conv2Former has."
     return model
 
 

@@ -14,8 +14,6 @@ LARGE, SMALL = 1024, 320  # longest sides of pictures and of maps on the page
 PIXELS = 96  # pictures up to this side are enlarged with their pixels visible
 LINES = 12  # that are shown
 KEY = "From the lowest value, blue, to the highest, red; of one channel blue is below 0, red above."
-HEADINGS = dict(classification="Top classes", detection="Objects", segmentation="Share of the pixels")
-NOTHING = dict(detection="Nothing found with a score of 30% or more.")
 
 STYLE = """
 #heading .html-container, #answers .html-container { padding: 0; }
@@ -92,19 +90,19 @@ def answer(name: str, note: str, look: Look) -> str:
     title += f'<span class="note">{escape(note)}</span>' if note else ""
     tiny = max(look.picture.size) <= PIXELS
     drawn = _image(look.picture, LARGE, f"what {name} found", "tiny" if tiny else "large")
-    found = f"<div><h4>{HEADINGS[look.task]}</h4>{_lines(look)}</div>"
+    found = f"<div><h4>{look.words.heading}</h4>{_lines(look)}</div>"
     return f'<div class="answer"><div class="title">{title}</div><div>{drawn}</div>{found}{_maps(look, name)}</div>'
 
 
 def _lines(look: Look) -> str:
     if not look.lines:
-        return f'<p class="note">{escape(NOTHING.get(look.task, "Nothing found."))}</p>'
+        return f'<p class="note">{escape(look.words.nothing)}</p>'
     rows = []
     for line in look.lines[:LINES]:
         fill = "#" + bytes(line.colour).hex() if line.colour else ""
         swatch = f'<span class="swatch" style="background:{fill}"></span>' if fill else ""
-        bar = f'<div class="bar"><i style="width:{line.share:.1%}{f";background:{fill}" if fill else ""}"></i></div>'
-        words = f'<span class="label">{swatch}{escape(line.label)}</span><span class="share">{line.share:.1%}</span>'
+        bar = f'<div class="bar"><i style="width:{line.value:.1%}{f";background:{fill}" if fill else ""}"></i></div>'
+        words = f'<span class="label">{swatch}{escape(line.label)}</span><span class="share">{line.value:.1%}</span>'
         rows.append(f'<li><div class="row">{words}</div>{bar}</li>')
     more = len(look.lines) - LINES
     rest = f'<p class="note">and {more} more</p>' if more > 0 else ""

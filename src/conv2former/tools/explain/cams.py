@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from conv2former.errors import UserError, one_line
 from conv2former.models.isotropic import Conv2FormerIsotropic
-from conv2former.tasks.segmentation.upernet import resize
 from conv2former.tools.explain.opening import Explained, open_explained
 from conv2former.tools.explain.sheets import NotShown, each_picture, over, sheet
 from conv2former.tools.explain.subjects import stage_indices
@@ -43,28 +42,6 @@ CLASSLESS = "eigencam"
 MOST_POSITIONS = 10_000  # of a map for EigenCAM, whose decomposition takes their square in memory
 
 
-class ClassSum(nn.Module):
-    """A segmenter as a classifier: for each class the sum of its logits over the pixels that are found to be of it.
-
-    Attributes:
-        labels: What was found at the last call, (H, W), the padding cut off.
-        size: Height and width of the picture without padding.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.labels = torch.empty(0)
-        self.size = (0, 0)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (1, K)."""
-        logits = resize(self.network(image), image)[..., : self.size[0], : self.size[1]]
-        self.labels = logits[0].argmax(dim=0)
-        found = torch.stack([self.labels == index for index in range(logits.shape[1])])
-        return (logits * found[None]).sum(dim=(2, 3))
-
-
 def target_layer(model: Explained, stage: int | None) -> tuple[nn.Module, Any]:
     """The layer whose output is the map of a stage, and what turns that output into (1, C, h, w).
 
@@ -74,14 +51,15 @@ def target_layer(model: Explained, stage: int | None) -> tuple[nn.Module, Any]:
     Raises:
         UserError: There is no such stage, or the network gives no maps.
     """
-    indices, _ = stage_indices(str(model.checkpoint), model.backbone)
+    backbone = model.task.backbone
+    indices, _ = stage_indices(model.name, backbone)
     if stage is not None and not 1 <= stage <= len(indices):
-        raise UserError(f"{model.checkpoint} has no stage {stage}: use 1 to {len(indices)}")
-    info = [dict(entry) for entry in getattr(model.backbone.feature_info, "info", model.backbone.feature_info)]
-    layer = model.backbone.get_submodule(info[indices[(stage or len(indices)) - 1]]["module"])
-    if hasattr(model.backbone, "num_prefix_tokens"):
+        raise UserError(f"{model.name} has no stage {stage}: use 1 to {len(indices)}")
+    info = [dict(entry) for entry in getattr(backbone.feature_info, "info", backbone.feature_info)]
+    layer = backbone.get_submodule(info[indices[(stage or len(indices)) - 1]]["module"])
+    if hasattr(backbone, "num_prefix_tokens"):
         layer = getattr(layer, "norm1", layer)
-    return layer, lambda output: as_map(model.backbone, output)
+    return layer, lambda output: as_map(backbone, output)
 
 
 def as_map(backbone: Any, output: Tensor) -> Tensor:
@@ -98,12 +76,15 @@ def choose_method(model: Explained, method: str | None, target: str | None) -> s
     """The method, checked; raises UserError."""
     if method is not None and method not in METHODS:
         raise UserError(f"--method {method!r} is unknown: use one of {', '.join(METHODS)}")
-    detector = model.task == "detection"
-    if detector and method not in (None, CLASSLESS):
-        raise UserError(f"--method {method} needs gradients, which a detector's boxes do not pass: use {CLASSLESS}")
-    chosen = method or (CLASSLESS if detector else "gradcam")
+    classless = model.task.scores() is None
+    if classless and method not in (None, CLASSLESS):
+        raise UserError(
+            f"--method {method} needs scores of classes with gradients, which a {model.task.name} model does not have: "
+            f"use {CLASSLESS}"
+        )
+    chosen = method or (CLASSLESS if classless else "gradcam")
     if chosen == CLASSLESS and target is not None:
-        raise UserError(f"{CLASSLESS} knows no classes: leave --class out" + ("" if detector else ", or take gradcam"))
+        raise UserError(f"{CLASSLESS} knows no classes: leave --class out" + ("" if classless else ", or take gradcam"))
     return chosen
 
 
@@ -136,7 +117,8 @@ class ActivationMaps:
         self.method = choose_method(model, method, target)
         self.target = None if target is None else model.class_index(target)
         self.layer, self.as_map = target_layer(model, stage)
-        self.network = ClassSum(model.network) if model.task == "segmentation" else model.trunk
+        scores = model.task.scores()
+        self.network: Any = model.task.trunk if scores is None else scores
         self.make = getattr(library(), METHODS[self.method])
 
     def compute(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, int | None, np.ndarray | None]:
@@ -146,9 +128,9 @@ class ActivationMaps:
             NotShown: A segmenter finds no pixel of the class.
             UserError: A stage's map is too large for EigenCAM.
         """
-        view = self.model.view(picture)
+        view = self.model.task.preprocess(picture).pixels
         height, width = view.shape[:2]
-        image = self.model.tensor(view)
+        image = self.model.task.inputs(view)
         index, labels = self._chosen(image, (height, width))
         with self.make(self.network, [self.layer], reshape_transform=self.as_map) as method, torch.enable_grad():
             values = method(image, [] if index is None else [lambda output: output[index]])[0]
@@ -156,14 +138,13 @@ class ActivationMaps:
 
     def _chosen(self, image: Tensor, size: tuple[int, int]) -> tuple[int | None, np.ndarray | None]:
         """The class, and a segmenter's labels; checks what can be checked before gradients are computed."""
-        network: Any = self.network
-        positions = 0
+        network, positions = self.network, 0
 
         def count(module: nn.Module, given: Any, output: Tensor) -> None:
             nonlocal positions
             positions = self.as_map(output)[0, 0].numel()
 
-        if self.model.task == "segmentation":
+        if hasattr(network, "mask"):
             network.size = size
         handle = self.layer.register_forward_hook(count)
         try:
@@ -178,13 +159,13 @@ class ActivationMaps:
                     "--stage"
                 )
             return None, None
-        if self.model.task != "segmentation":
+        if not hasattr(network, "mask"):
             return (int(scores[0].argmax()) if self.target is None else self.target), None
-        labels = network.labels.cpu().numpy()
-        counts = np.bincount(labels.ravel(), minlength=len(self.model.classes))
+        labels = network.mask.cpu().numpy()
+        counts = np.bincount(labels.ravel(), minlength=len(self.model.task.classes))
         index = int(counts.argmax()) if self.target is None else self.target
         if not counts[index]:
-            raise NotShown(f"no pixel of it is found to be {self.model.classes[index]!r}")
+            raise NotShown(f"no pixel of it is found to be {self.model.task.classes[index]!r}")
         return index, labels
 
     def sheet(self, picture: Image.Image) -> tuple[dict[str, Any], Figure]:
@@ -193,7 +174,7 @@ class ActivationMaps:
         ``empty`` says that nothing in the map speaks for the class.
         """
         view, values, index, labels = self.compute(picture)
-        name = None if index is None else self.model.classes[index]
+        name = None if index is None else self.model.task.classes[index]
         panels = [("picture", view)]
         if labels is not None and index is not None:
             marked = np.where(labels == index, np.uint8(index % 255), np.uint8(255))  # 255: in no colour

@@ -59,7 +59,7 @@ def modulations(model: Explained, image: Tensor, places: Sequence[Place]) -> lis
     handles = [place.mod.register_forward_pre_hook(keep(index)) for index, place in enumerate(places)]
     try:
         with torch.no_grad():
-            model.trunk(image)
+            model.task.trunk(image)
     finally:
         for handle in handles:
             handle.remove()
@@ -97,8 +97,8 @@ def map_panels(
 
     A panel is a title and (h, w, 3) of uint8.
     """
-    view = model.view(picture)
-    image = model.tensor(view)
+    view = model.task.preprocess(picture).pixels
+    image = model.task.inputs(view)
 
     def drawn(values: Tensor, *, signed: bool = False) -> np.ndarray:
         return over(view, enlarged(values, image.shape[-2:], view.shape[:2]), signed=signed)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from conv2former.data.images import BadImage, decode, find_images
 from conv2former.errors import UserError, one_line
-from conv2former.prediction.common import free_name
+from conv2former.files import free_name
 
 STRENGTH = 0.6  # of a map's colours over the picture
 PANEL = 1.9  # width of a panel, inches

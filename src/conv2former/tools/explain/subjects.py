@@ -15,7 +15,7 @@ from conv2former import checkpoints
 from conv2former.checkpoints.hub import saved_config
 from conv2former.errors import UserError
 from conv2former.models.meta import build_on_meta
-from conv2former.prediction import open_predictor
+from conv2former.tasks import load
 from conv2former.tasks.backbone import STRIDES
 from conv2former.tools.benchmark.options import model_args
 from conv2former.tools.naming import built, built_untrained, read_name
@@ -83,8 +83,8 @@ def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
         return _subject(name, weights, model, dict(mean=config["mean"], std=config["std"]), place, notes)
     normalisation = checkpoints.saved_normalisation(named)
     if checkpoints.saved_task(named) != "classification":
-        backbone = open_predictor(named, device=str(place)).model.backbone.requires_grad_(False)
-        return Subject(name, "trained", backbone, list(STRIDES), **normalisation, place=place)
+        trunk: Any = load(named).to(place).trunk.requires_grad_(False)
+        return Subject(name, "trained", trunk, list(STRIDES), **normalisation, place=place)
     model = checkpoints.load_pretrained(named, **model_args(saved_config(named)["architecture"], size)).to(place)
     return _subject(name, "trained", model, normalisation, place, ())
 

@@ -15,9 +15,8 @@ import numpy as np
 from conv2former import ops
 from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, nearest, one_line
-from conv2former.tasks.classification.splits import open_eval_source
 from conv2former.tools.export.check import Comparison, compare, pictures_in, read, top1, validated_on
 from conv2former.tools.export.formats import FORMATS, trace
 from conv2former.tools.export.subjects import Subject, open_subject
@@ -117,15 +116,15 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
         subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
         if subject.note:
             say(f"note: {subject.note}")
-        if options.data and subject.task != "classification":
-            raise UserError(f"--data counts top-1, {source} holds a {subject.task} model: leave it out")
+        if options.data and subject.task.one_at_a_time:
+            raise UserError(f"--data counts top-1, {source} holds a {subject.task.name} model: leave it out")
         pictures = _pictures(named, options, subject)
         calibration: list[np.ndarray] = []
         if any(format.name.endswith("int8") for format in formats):
             folder = options.calibration
             files = pictures_in([folder], CALIBRATION_PICTURES) if folder else []
             calibration = [picture[None] for picture in (read(files, subject) if files else pictures)]
-        images = open_eval_source(options.data, subject.labels) if options.data else None
+        images: Any = subject.task.eval_source(options.data) if options.data else None
         traced = trace(subject, dynamic_size=options.dynamic_size, calibration=calibration)
         with _workshop(out) as folder:
             found, runtimes = [], []
@@ -156,7 +155,7 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
                     (folder / file.name).replace(file)
     rows = [exported.to_json() for exported in found if exported.ok]
     if rows and isinstance(named, Path):
-        run = RunFolder(named)
+        run = RunDir(named)
         write_card(out, named, run if run.exists() else None, exported=rows)
     return found
 
@@ -183,7 +182,7 @@ def _pictures(named: Any, options: ExportOptions, subject: Subject) -> list[np.n
     chosen = options.pictures or ([options.data] if options.data else [])
     if chosen:
         return read(pictures_in(chosen, options.count), subject)
-    run = RunFolder(named) if isinstance(named, Path) else None
+    run = RunDir(named) if isinstance(named, Path) else None
     if run is None or not run.exists():
         raise UserError("name pictures to compare the exported file on with --pictures (files or folders)")
     return validated_on(run, options.count, subject)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from conv2former.data.images import BadImage, decode, find_images
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.evaluate import validation_set
+from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
-from conv2former.evaluation.common import validation_set
 from conv2former.tasks.classification.sources import ImageSource
 from conv2former.tools.export.formats import Runtime
 from conv2former.tools.export.subjects import Subject
@@ -62,7 +62,7 @@ def pictures_in(paths: Sequence[Path], count: int) -> list[Path]:
     return [files[index] for index in _spread(len(files), count)]
 
 
-def validated_on(run: RunFolder, count: int, subject: Subject) -> list[np.ndarray]:
+def validated_on(run: RunDir, count: int, subject: Subject) -> list[np.ndarray]:
     """Some of the pictures that a run was validated on, as the network takes them.
 
     Raises:
@@ -85,7 +85,7 @@ def compare(
     runtime: Runtime, subject: Subject, pictures: Sequence[np.ndarray], *, dynamic_size: bool = False
 ) -> Comparison:
     """Runs both over the pictures, in batches and the first of them alone, and at another size where that is free."""
-    count = len(subject.outputs)
+    count = len(subject.part.outputs)
     largest, scale = np.zeros(count), np.zeros(count)
     same = total = 0
     first = np.stack(pictures[:1])
@@ -100,7 +100,7 @@ def compare(
                 return Comparison(len(pictures), float("inf"), None)
             largest[i] = max(largest[i], np.abs(one - other).max())
             scale[i] = max(scale[i], np.abs(one).max())
-        if subject.outputs == ["logits"] and number < len(batches):
+        if subject.part.outputs == ["logits"] and number < len(batches):
             equal = ours[0].argmax(axis=1) == theirs[0].argmax(axis=1)
             same, total = same + int(equal.sum()), total + equal.size
     share = np.where(scale > 0, largest / np.where(scale > 0, scale, 1), largest)

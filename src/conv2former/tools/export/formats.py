@@ -81,13 +81,13 @@ class Traced:
 
 def trace(subject: Subject, *, dynamic_size: bool, calibration: Sequence[np.ndarray]) -> Traced:
     """Runs PyTorch's exporter; raises UserError where it cannot follow the network."""
-    size, free = subject.size, {0: cast(Any, Dim("batch", min=1, max=MAX_BATCH))}
+    size, free = subject.part.size, {0: cast(Any, Dim("batch", min=1, max=MAX_BATCH))}
     if dynamic_size:
         size = max(size[0], LEAST_OPEN), max(size[1], LEAST_OPEN)
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     example = torch.zeros(2, 3, *size)  # two images: a batch of one would be taken for a constant
     try:
-        program = torch.export.export(subject.network, (example,), dynamic_shapes=(free,), strict=False)
+        program = torch.export.export(subject.part.network, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # PyTorch names dozens of kinds
         name = subject.metadata["architecture"]
         raise UserError(f"torch.export cannot follow {name}: {one_line(error)[:300]}") from error
@@ -99,7 +99,7 @@ def _write_onnx(traced: Traced, path: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names: Any = dict(input_names=["images"], output_names=traced.subject.outputs)
+        names: Any = dict(input_names=["images"], output_names=traced.subject.part.outputs)
         made = torch.onnx.export(traced.program, (), verbose=False, **names)
     assert made is not None
     model = made.model_proto
@@ -121,9 +121,9 @@ def _openvino_model(traced: Traced) -> Any:
 
     model = openvino.convert_model(traced.program)
     if not traced.dynamic_size:
-        model.reshape([-1, 3, *traced.subject.size])
+        model.reshape([-1, 3, *traced.subject.part.size])
     model.inputs[0].set_names({"images"})
-    for output, name in zip(model.outputs, traced.subject.outputs, strict=True):
+    for output, name in zip(model.outputs, traced.subject.part.outputs, strict=True):
         output.set_names({name})
     model.set_rt_info(traced.metadata, [KEY])
     return model

@@ -18,14 +18,13 @@ from typing import Any
 from safetensors import safe_open
 
 from conv2former.config import Recipe
-from conv2former.engine.figures import recorded_figures
-from conv2former.engine.run_dir import RunFolder
+from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
 from conv2former.errors import UserError, nearest, one_line
 from conv2former.files import append_line, read_lines, replace_text
+from conv2former.tasks import task_class
 from conv2former.tools.reproduce.scales import Scale, at_scale
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
-from conv2former.workflows import workflow
 
 ROWS = "rows.jsonl"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: no parameters
@@ -266,13 +265,13 @@ class Images:
         if key not in self.known:
             engine = job.recipe.engine.model_copy(update=dict(seed=0))
             recipe = job.recipe.model_copy(update=dict(engine=engine))
-            self.known[key] = workflow(recipe).open_splits(job.data).digest()
+            self.known[key] = task_class(recipe.task).open_splits(recipe, job.data).digest()
         return self.known[key]
 
 
 def _finished(job: Job) -> bool:
     """Whether the run has its report; its folder's name stands for its images."""
-    run = RunFolder(job.run)
+    run = RunDir(job.run)
     if not (run.exists() and (job.run / "evaluation.json").is_file()):
         return False
     own = run.recipe()
@@ -326,9 +325,9 @@ def _stop_with_parent() -> None:
 
 def _row(request: Request, job: Job, trained_on: str, pretrained_on: str | None) -> dict[str, Any]:
     """What a finished run has shown."""
-    run = RunFolder(job.run)
+    run = RunDir(job.run)
     facts = run.facts()
-    (_, value), *_ = recorded_figures(job.run, job.recipe.task)
+    (_, value), *_ = run.recorded(task_class(job.recipe.task).reported)
     assert job.row is not None
     return dict(
         key=job.key,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from conv2former.engine.figures import FIGURES
+from conv2former.tasks import task_class
 from conv2former.tools.reproduce.report import Line
 from conv2former.tools.reproduce.tables import PaperTable
 
@@ -33,7 +33,7 @@ def draw(table: PaperTable, lines: Sequence[Line], path: Path) -> None:
             for axes in (paper, ours):
                 axes.axhline(place + 0.5, color="0.8", linewidth=0.8)
     paper.set_yticks(list(places), [line.row.label for line in shown])
-    unit = FIGURES[table.task][0].title
+    unit = task_class(table.task).reported[0].title
     paper.set(title="paper", xlabel=unit)
     ours.set(title="ours (dots: seeds, bar: mean)", xlabel=unit)
     for axes in (paper, ours):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conv2former.engine.figures import FIGURES
 from conv2former.errors import UserError, one_line
 from conv2former.files import replace_text
+from conv2former.tasks import task_class
 from conv2former.tools.reproduce.jobs import Job, Request, changes
 from conv2former.tools.reproduce.scales import in_words
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
@@ -93,8 +93,8 @@ def all_cells(found: Sequence[Line]) -> list[list[str]]:
 
 def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -> str:
     """What all numbers of a table share, in one paragraph."""
-    figure = FIGURES[table.task][0].title
-    parts = [f"**{table.title}**, {figure}. Scale {request.scale}: {in_words(table.task, request.scale)}."]
+    title = task_class(table.task).reported[0].title
+    parts = [f"**{table.title}**, {title}. Scale {request.scale}: {in_words(table.task, request.scale)}."]
     if changed := changes(request, table):
         parts.append(f"Changed in all rows: `{' '.join(changed)}`.")
     if done:

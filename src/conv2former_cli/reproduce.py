@@ -1,4 +1,4 @@
-"""The command that repeats the paper's tables."""
+"""``conv2former reproduce``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that train and show how it went."""
+"""``conv2former train``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ import typer
 from typer.core import TyperCommand
 
 from conv2former_cli.common import BadImages, DataOption, app, result_line
-
-
-class XAxis(StrEnum):
-    """What learning curves are drawn over."""
-
-    epoch = "epoch"
-    step = "step"
-    minutes = "minutes"
 
 
 class Resume(StrEnum):
@@ -86,7 +78,7 @@ def train(
         raise UserError("--force goes with --resume")
     loaded = load_recipe(recipe, overrides=overrides) if recipe else None
     if dry_run:
-        from conv2former.engine.dry_run import plan
+        from conv2former.engine.dry_run import dry_run as plan
 
         if loaded is None or resume or overwrite:
             raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
@@ -106,27 +98,3 @@ def train(
         sys.exit(stop.code)
     if evaluation:
         print(result_line(evaluation, "weights, metrics and pictures", out))
-
-
-@app.command()
-def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, also of runs that still go on.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Picture to write, .png, .svg or .pdf (default: learning_curves.png in the run, comparison.png here "
-            "for several).",
-            show_default=False,
-        ),
-    ] = None,
-    x: Annotated[
-        XAxis, typer.Option("--x", help="What to draw over; minutes are those of training alone.")
-    ] = XAxis.epoch,
-) -> None:
-    """Draw the learning curves of a run, or of several in one picture.
-
-    Example: conv2former plot runs/cifar runs/other --out comparison.png
-    """
-    from conv2former.viz.plots import plot_runs
-
-    print(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")

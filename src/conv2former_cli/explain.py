@@ -1,4 +1,4 @@
-"""Commands that show what a network looks at."""
+"""``conv2former explain``."""
 
 from __future__ import annotations
 

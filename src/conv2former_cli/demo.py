@@ -1,4 +1,4 @@
-"""The command that shows models in the browser."""
+"""``conv2former demo``."""
 
 from __future__ import annotations
 

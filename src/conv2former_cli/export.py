@@ -1,4 +1,4 @@
-"""Commands that make trained models ready for use elsewhere."""
+"""``conv2former export``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from conv2former_cli.common import CheckpointArgument, JsonOption, app, print_table
+from conv2former_cli.common import JsonOption, app, print_table
 
 
 @app.command()
@@ -97,19 +97,3 @@ def export(
             file=sys.stderr,
         )
     sys.exit(1 if failed else 0)
-
-
-@app.command()
-def push(
-    checkpoint: CheckpointArgument,
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.", show_default=False)] = "",
-) -> None:
-    """Upload a trained model to the Hugging Face hub, with its card, as timm's hf-hub: reads it.
-
-    Example: conv2former push runs/cifar OWNER/conv2former-cifar --private
-    """
-    from conv2former.tools.push import push as run_push
-
-    print(run_push(checkpoint, repo, private=private, message=message))

@@ -1,24 +1,24 @@
-"""Commands on a trained model."""
+"""``conv2former evaluate``."""
 
 from __future__ import annotations
 
 import json
-import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from conv2former_cli.common import (
-    BadImages,
-    CheckpointArgument,
-    DataOption,
-    DeviceOption,
-    JsonOption,
-    Source,
-    app,
-    result_line,
-)
+from conv2former_cli.common import BadImages, CheckpointArgument, DataOption, DeviceOption, JsonOption, app, result_line
+
+
+class Source(StrEnum):
+    """How labelled images lie."""
+
+    folder = "folder"
+    tar = "tar"
+    wds = "wds"
+    hfds = "hfds"
 
 
 @app.command()
@@ -50,7 +50,7 @@ def evaluate(
 
     Example: conv2former evaluate runs/cifar --data cifar10
     """
-    from conv2former.evaluation import evaluate as run_evaluate
+    from conv2former.engine.evaluate import evaluate as run_evaluate
 
     evaluation, folder = run_evaluate(
         checkpoint,
@@ -64,30 +64,4 @@ def evaluate(
         multi_scale=multi_scale,
         settings=tuple(set_ or []),
     )
-    print(json.dumps(evaluation.to_json()) if json_ else result_line(evaluation, "figures and pictures", folder))
-
-
-@app.command()
-def predict(
-    checkpoint: CheckpointArgument,
-    inputs: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for an annotated picture each.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Classes that a classifier names (default: 5).")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least score of a detected object (default: 0.3).")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures that a classifier sees at once (default: 16).")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    device: DeviceOption = "auto",
-) -> None:
-    """Say what is on pictures, classes, objects or regions: one JSON line per file on standard output.
-
-    Example: conv2former predict runs/cifar photo.jpg holiday/ --out annotated
-    """
-    from conv2former.prediction import run_predict
-
-    options: dict[str, Any] = dict(batch_size=batch_size, workers=workers, device=device)
-    options |= dict(top_k=top_k, threshold=threshold)
-    sys.exit(run_predict(checkpoint, inputs, out=out, **options))
+    print(json.dumps(evaluation.details) if json_ else result_line(evaluation, "figures and pictures", folder))

@@ -1,0 +1,192 @@
+"""Evaluation: one loop, in training and afterwards, and the report of a trained model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from conv2former.data.loading import checked, eval_loader
+from conv2former.data.sampling import EvalSampler
+from conv2former.data.sources import Source, Splits
+from conv2former.engine.devices import pick_device
+from conv2former.engine.resuming import recorded_data
+from conv2former.engine.run_dir import RunDir
+from conv2former.errors import UserError, one_line
+from conv2former.files import replace_text
+from conv2former.recipes.load import with_settings
+from conv2former.tasks import TASKS, load, task_class, task_names
+from conv2former.tasks.base import Evaluation, Metric, Task
+
+BATCH = 64  # images of a forward pass, of a task that takes several
+
+
+def count(task: Task, batches: Iterable[Any], metric: Metric) -> Evaluation:
+    """The evaluation loop: every batch of ``task.eval_dataset`` once.
+
+    Args:
+        task: In evaluation mode, on the device of the batches.
+        batches: Of this process.
+        metric: A new one; to be called on all processes that share the images.
+    """
+    metric.to(task.normalizer.mean.device)
+    for batch in batches:
+        task.eval_step(batch, metric)
+    return metric.result()
+
+
+@torch.inference_mode()
+def evaluate_task(
+    task: Task,
+    source: Source,
+    *,
+    batch_size: int | None = None,
+    workers: int = 0,
+    on_bad_image: Literal["error", "skip"] = "error",
+    max_pixels: int | None = None,
+) -> Evaluation:
+    """Evaluates a model on all images of a source, on the device where it is.
+
+    Args:
+        task: The model.
+        source: Images that the task knows to read.
+        batch_size: Images of a forward pass (64); of one-at-a-time tasks 1. No metric depends on it.
+        workers: Processes that read images.
+        on_bad_image: 'skip' leaves out those that cannot be read, and says which.
+        max_pixels: Larger images count as such; the recipe's ``data.max_pixels`` unless given.
+
+    Raises:
+        UserError: An image that cannot be read, or none that can.
+    """
+    device = task.normalizer.mean.device
+    dataset = task.eval().eval_dataset(
+        source,
+        on_bad_image="mask" if on_bad_image == "skip" else "error",
+        max_pixels=max_pixels or task.recipe.data.max_pixels,
+    )
+    size = 1 if task.one_at_a_time else batch_size or BATCH
+    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, place=device)
+    evaluation = count(task, _announced(loader, device), task.metric(source))
+    if not evaluation.details["images"]:
+        raise UserError("none of the images can be read, or none counts: nothing was evaluated")
+    return evaluation
+
+
+def _announced(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches of a loader on a device; images that are left out are named."""
+    for batch in loader:
+        batch = checked(batch)
+        for error in batch.bad:
+            print(f"skipping: {error}", file=sys.stderr, flush=True)
+        yield move_data_to_device(batch, device)
+
+
+def evaluate(
+    checkpoint: Path | str,
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    batch_size: int | None = None,
+    workers: int = 2,
+    device: str = "auto",
+    source: Literal["folder", "tar", "wds", "hfds"] | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    multi_scale: bool = False,
+    settings: Sequence[str] = (),
+) -> tuple[Evaluation, Path | None]:
+    """Evaluates a run (its best weights) or a saved model, and writes a report.
+
+    Args:
+        checkpoint: Run folder, folder with ``config.json`` and ``model.safetensors``, or the latter file.
+        data: Folder of images; None for what the run itself was validated on.
+        out: Where the report goes; None for the run folder (``evaluations/NAME`` in it where ``data`` is given), or
+            nowhere for a saved model.
+        batch_size: Images of a forward pass of a classifier (64).
+        workers: Processes that read images.
+        device: 'auto', 'cpu', 'cuda', ...
+        source: How a classifier's ``data`` lies there.
+        on_bad_image: 'error', or 'skip' to leave out what cannot be read.
+        multi_scale: Whether a segmentation model sees every image at six scales and mirrored.
+        settings: Changes ``data.key=value`` to the recipe of a detector or segmentation model.
+
+    Returns:
+        The evaluation, and the folder of its report if one was written.
+
+    Raises:
+        UserError: Anything wrong with what was given.
+    """
+    checkpoint = Path(checkpoint)
+    task = load(checkpoint)
+    set_options(task, batch_size=batch_size, source=source, multi_scale=multi_scale or None)
+    if settings and (data is None or "settings" not in task.options):
+        raise UserError("--set says how the --data of a detector or segmentation model lies: leave it out")
+    if settings:
+        task.recipe = with_settings(task.recipe, [*settings], section="data")
+    run, max_pixels = RunDir(checkpoint), None
+    if data is None and run.exists():
+        images: Any = validation_set(run).val
+        max_pixels = run.recipe().data.max_pixels
+    else:
+        images = task.eval_source(data)
+    task.to(pick_device(device))
+    evaluation = evaluate_task(
+        task, images, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_pixels=max_pixels
+    )
+    folder = out or _report_folder(run, data, multi_scale=multi_scale)
+    if folder:
+        facts = dict(checkpoint=str(checkpoint), data=str(data) if data else None)
+        write_report(task, evaluation, images, folder, **facts)
+    return evaluation, folder
+
+
+def set_options(task: Task, **given: Any) -> None:
+    """Sets what the user has chosen of ``task.options``; None is no choice.
+
+    Raises:
+        UserError: The task does not know an option.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in task.options:
+            known = [other for other in task_names() if other in TASKS and name in task_class(other).options]
+            raise UserError(
+                f"--{name.replace('_', '-')} is for {' and '.join(known)}, this is a {task.name} model: leave it out"
+            )
+        setattr(task, name, value)
+
+
+def write_report(task: Task, evaluation: Evaluation, source: Source, folder: Path, **facts: str | None) -> None:
+    """``evaluation.json`` (with ``facts``) and the task's pictures; raises UserError where they cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
+        task.draw(evaluation, source, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None
+
+
+def _report_folder(run: RunDir, data: Path | None, *, multi_scale: bool) -> Path | None:
+    if not run.exists():
+        return None
+    if data is None:
+        return run.path / "evaluations" / "multi_scale" if multi_scale else run.path
+    return run.path / "evaluations" / (data.resolve().name + ("_multi_scale" if multi_scale else ""))
+
+
+def validation_set(run: RunDir) -> Splits:
+    """What the run was validated on, in ``val``; refuses data that have changed since, whose split would be another.
+
+    Raises:
+        UserError: They have.
+    """
+    recipe, facts = run.recipe(), run.facts()
+    splits = task_class(recipe.task).open_splits(recipe, recorded_data(facts))
+    if facts.get("images_hash") != splits.digest():
+        raise UserError(f"the images in {facts['data']} are not those of the run: name a folder with --data")
+    return splits

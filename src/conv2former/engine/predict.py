@@ -1,0 +1,150 @@
+"""Predictions on image files: one JSON object for each, and an annotated image if asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from conv2former.data.images import BadImage, decode, find_images
+from conv2former.engine.devices import pick_device
+from conv2former.engine.evaluate import set_options
+from conv2former.errors import UserError
+from conv2former.files import free_name
+from conv2former.tasks import load
+from conv2former.tasks.base import Prediction, Task
+
+ANNOTATED = ".predicted.png"
+BATCH = 16  # images of a forward pass, of a task that takes several
+
+
+def predict(
+    checkpoint: Path | str,
+    inputs: Sequence[Path],
+    *,
+    top_k: int | None = None,
+    threshold: float | None = None,
+    batch_size: int | None = None,
+    workers: int = 0,
+    device: str = "auto",
+) -> Iterator[dict[str, Any]]:
+    """One dictionary for each input file, in order: ``file``, ``ok`` and what the task gives, or ``error``.
+
+    A classifier gives ``top``, a detector ``objects``, a segmentation model ``classes``.
+
+    Args:
+        checkpoint: Run folder, saved model folder, or its ``model.safetensors``.
+        inputs: Image files, and folders that are searched for them.
+        top_k: Classes that a classifier names (5).
+        threshold: Least score of what a detector gives out (0.3).
+        batch_size: Images of a forward pass of a classifier (16).
+        workers: Processes that read images.
+        device: 'auto', 'cpu', 'cuda', ...
+
+    Raises:
+        UserError: The checkpoint cannot be used, an option is for another task, or there is no image in the inputs.
+    """
+    task = _opened(checkpoint, device=device, top_k=top_k, threshold=threshold, batch_size=batch_size)
+    for file, found in predictions(task, inputs, batch_size=batch_size, workers=workers):
+        yield _row(file, found)
+
+
+def run_predict(
+    checkpoint: Path | str,
+    inputs: Sequence[Path],
+    *,
+    out: Path | None = None,
+    batch_size: int | None = None,
+    workers: int = 0,
+    device: str = "auto",
+    **options: Any,
+) -> int:
+    """Prints the predictions as JSON lines, draws them into ``out``; returns the exit status, 1 if a file failed.
+
+    Args:
+        checkpoint: As of ``predict``, like all the rest.
+        inputs: See there.
+        out: Folder for an annotated image each.
+        batch_size: See there.
+        workers: See there.
+        device: See there.
+        **options: ``top_k`` and ``threshold``.
+
+    Raises:
+        UserError: As ``predict``, or the images cannot be written.
+    """
+    task = _opened(checkpoint, device=device, batch_size=batch_size, **options)
+    total = failed = 0
+    taken: set[str] = set()
+    for file, found in predictions(task, inputs, batch_size=batch_size, workers=workers):
+        total += 1
+        failed += isinstance(found, BadImage)
+        print(json.dumps(_row(file, found)), flush=True)  # ASCII: file names may hold bytes that no terminal has
+        if out and isinstance(found, Prediction):
+            _write(found.draw(decode(file)), out, free_name(file.stem, ANNOTATED, taken))
+    if failed:
+        print(f"{failed} of {total} files could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _opened(checkpoint: Path | str, *, device: str, **options: Any) -> Task:
+    task = load(checkpoint)
+    set_options(task, **options)
+    return task.to(pick_device(device))
+
+
+class _Files(Dataset):
+    def __init__(self, files: list[Path], preprocess: Callable[[Image.Image], Any]) -> None:
+        self.files, self.preprocess = files, preprocess
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.preprocess(decode(self.files[index]))
+        except BadImage as error:
+            return error
+
+
+def predictions(
+    task: Task, inputs: Sequence[Path], *, batch_size: int | None = None, workers: int = 0
+) -> Iterator[tuple[Path, Prediction | BadImage]]:
+    """Every image file in the inputs, in order, with what was found on it or why it cannot be read.
+
+    Raises:
+        UserError: There is no image in the inputs.
+    """
+    files = find_images(inputs)
+    if not files:
+        raise UserError(f"no images in {', '.join(map(str, inputs))}")
+    size = 1 if task.one_at_a_time else batch_size or BATCH
+    loader = DataLoader(_Files(files, task.preprocess), batch_size=size, num_workers=workers, collate_fn=list)
+    remaining = iter(files)
+    for samples in loader:
+        good = [sample for sample in samples if not isinstance(sample, BadImage)]
+        found = iter(task.predict(good) if good else [])
+        for sample in samples:
+            yield next(remaining), sample if isinstance(sample, BadImage) else next(found)
+
+
+def _row(file: Path, found: Prediction | BadImage) -> dict[str, Any]:
+    if isinstance(found, BadImage):
+        return dict(file=str(file), ok=False, error=found.reason)
+    return dict(file=str(file), ok=True) | found.fields
+
+
+def _write(image: Image.Image, folder: Path, name: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the output folder {folder}: {error.strerror}") from None
+    try:
+        image.save(folder / name)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from None

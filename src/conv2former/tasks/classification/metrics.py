@@ -1,0 +1,111 @@
+"""Accuracies: exact counts over all images, and what single images got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from conv2former.tasks.base import Evaluation
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a classifier made of N images.
+
+    Attributes:
+        indices: Number of every image in its source, (N,).
+        targets: Index of its true class, (N,).
+        predicted: Index of its top class, (N,).
+        confidence: Probability of the top class, (N,).
+        true_probability: Probability of the true class, (N,).
+    """
+
+    indices: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    true_probability: np.ndarray
+
+    def matrix(self, num_classes: int) -> np.ndarray:
+        """The confusion matrix: counts (K, K), rows true, columns predicted."""
+        predicted, targets = torch.from_numpy(self.predicted), torch.from_numpy(self.targets)
+        return multiclass_confusion_matrix(predicted, targets, num_classes, validate_args=False).numpy()
+
+
+class ClassificationMetric(Metric):
+    """Counts over all images seen, summed over processes: nothing is averaged before the end.
+
+    Args:
+        classes: K names. Top-5 is top-K where there are fewer than five.
+        distributed: Whether all processes count, each a part of the images; what single images got is then not kept.
+    """
+
+    full_state_update = False
+    seen: Tensor
+    correct: Tensor
+    correct_top5: Tensor
+    loss_sum: Tensor
+
+    def __init__(self, classes: Sequence[str], *, distributed: bool = False) -> None:
+        super().__init__(sync_on_compute=distributed)
+        self.classes, self.distributed = list(classes), distributed
+        self.top_k = min(5, len(classes))
+        self.rows: list[tuple[Tensor, ...]] = []
+        per_class = torch.zeros(len(classes), dtype=torch.long)
+        self.add_state("seen", per_class.clone(), dist_reduce_fx="sum")
+        self.add_state("correct", per_class.clone(), dist_reduce_fx="sum")
+        self.add_state("correct_top5", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor, indices: Tensor | None = None) -> None:
+        """Logits (B, K), targets (B,) and numbers of the images (B,); targets below 0 are not counted."""
+        counted = targets >= 0
+        logits, targets = logits[counted].float(), targets[counted]
+        top = logits.topk(self.top_k, dim=1).indices
+        hits = top == targets[:, None]
+        self.seen += torch.bincount(targets, minlength=len(self.seen))
+        self.correct += torch.bincount(targets[hits[:, 0]], minlength=len(self.correct))
+        self.correct_top5 += hits.any(dim=1).sum()
+        self.loss_sum += F.cross_entropy(logits, targets, reduction="sum").double()
+        if indices is not None and not self.distributed:
+            probabilities = logits.softmax(dim=1)
+            confidence, predicted = probabilities.max(dim=1)
+            true_probability = probabilities.gather(1, targets[:, None])[:, 0]
+            self.rows.append((indices[counted], targets, predicted, confidence, true_probability))
+
+    def compute(self) -> dict[str, Any]:
+        """Accuracies in percent, the mean loss and the counts behind them."""
+        seen = int(self.seen.sum())
+        correct, correct_top5 = int(self.correct.sum()), int(self.correct_top5)
+        percent = 100 / max(seen, 1)
+        return dict(
+            images=seen,
+            correct=correct,
+            correct_top5=correct_top5,
+            top1=correct * percent,
+            top5=correct_top5 * percent,
+            loss=float(self.loss_sum) / max(seen, 1),
+            per_class={
+                name: dict(correct=int(right), images=int(count), top1=100 * int(right) / int(count) if count else None)
+                for name, right, count in zip(self.classes, self.correct, self.seen, strict=True)
+            },
+        )
+
+    def result(self) -> Evaluation:
+        """Loss and accuracies, also per class."""
+        counts = self.compute()
+        line = f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']} images), "
+        line += f"top-5 {counts['top5']:.2f}%"
+        metrics = {key: counts[key] for key in ("loss", "top1", "top5")}
+        columns = zip(*self.rows, strict=True)
+        records = Records(*(torch.cat(column).cpu().numpy() for column in columns)) if self.rows else None
+        return Evaluation(metrics, line, counts, records, sound=math.isfinite(counts["loss"]))

@@ -1,0 +1,124 @@
+"""What tasks on a ``Backbone`` share: building, files, images of any size one at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from conv2former import config
+from conv2former.checkpoints import dense
+from conv2former.config import ModelSection
+from conv2former.data.loading import KeyedDataset
+from conv2former.errors import say_once
+from conv2former.tasks.base import Exportable, Task
+
+DIVISOR = 32  # of the sides that the networks take
+
+
+class DenseTask(Task):
+    """A task whose network has a ``Backbone`` under the name ``backbone``.
+
+    Attributes:
+        train_class: Augmented images: called with a source, the recipe's ``data`` and ``augment``, and options of
+            ``KeyedDataset``.
+    """
+
+    train_class: ClassVar[Any]
+    options = frozenset({"settings"})
+
+    @classmethod
+    @abstractmethod
+    def network(cls, recipe: Any, section: ModelSection, classes: Sequence[str]) -> nn.Module:
+        """The network with new weights; raises UserError."""
+
+    @classmethod
+    def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
+        """The task; it says what of ``model.weights`` was loaded."""
+        section = dense.with_saved_args(section or recipe.model)
+        model = cls.network(recipe, section, classes)
+        if section.weights:
+            say_once(dense.start_from(section.weights, model, task=cls.name))
+        return cls(model, recipe, classes, model_args=section.args)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """A model that ``save`` has written; raises UserError."""
+        saved = dense.read_dense(path, cls.name)
+        recipe = config.validated(cls.config_class, saved.recipe, str(saved.config_file))
+        model = cls.network(recipe, recipe.model, saved.classes)
+        dense.load_dense(saved, model)
+        return cls(model, recipe, saved.classes).eval()
+
+    def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Our folder for networks that timm does not know."""
+        args = self.model_args
+        dense.save_dense(folder, self.recipe, state=state, classes=self.classes, model_args=args, note=note)
+
+    @property
+    def backbone(self) -> Any:
+        """timm's model under the rest."""
+        return self.model.backbone.model
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The part that gives the four maps."""
+        return self.model.backbone
+
+    def inputs(self, pixels: np.ndarray) -> Tensor:
+        """A view (h, w, 3) as a batch of one, padded at the right and below with zeros, the mean colour."""
+        image = super().inputs(pixels)
+        height, width = pixels.shape[:2]
+        return F.pad(image, (0, -width % DIVISOR, 0, -height % DIVISOR))
+
+    def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> KeyedDataset:
+        """Augmented images."""
+        data = self.recipe.data
+        options: Any = dict(seed=self.recipe.engine.seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
+        return self.train_class(source, data, self.recipe.augment, **options)
+
+    def exported(self, network: nn.Module, outputs: list[str], size: tuple[int, int], **options: str) -> Exportable:
+        """An export whose images are brought to a size, whatever their sides; ``options`` are ``part`` and ``note``."""
+
+        data = self.recipe.data
+        config = dict(interpolation="bilinear", mean=data.mean, std=data.std)
+
+        def squeeze(image: Image.Image) -> Image.Image:
+            return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+        return Exportable(network, outputs, size, squeeze, config, **options)
+
+
+def fitted(size: tuple[int, int], *, short: float, long: float) -> tuple[int, int]:
+    """(width, height) scaled so that neither side exceeds its limit, as the paper's toolboxes do."""
+    factor = min(long / max(size), short / min(size))
+    return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
+
+
+def padded_with_mean(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Normalised images (B, 3, H, W) with zeros, the mean colour, outside of each one's (h, w)."""
+    for image, (height, width) in zip(images, sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return images
+
+
+def to_multiple(side: int) -> int:
+    """The next multiple of ``DIVISOR``."""
+    return -(-side // DIVISOR) * DIVISOR
+
+
+def stacked(views: Sequence[np.ndarray]) -> Tensor:
+    """Views (h, w, 3) as one tensor (B, 3, H, W), channels last, sides the next multiples of ``DIVISOR``."""
+    height, width = (to_multiple(max(view.shape[axis] for view in views)) for axis in (0, 1))
+    pixels = np.zeros((len(views), height, width, 3), np.uint8)
+    for row, view in zip(pixels, views, strict=True):
+        row[: view.shape[0], : view.shape[1]] = view
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)

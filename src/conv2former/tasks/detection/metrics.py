@@ -1,0 +1,149 @@
+"""COCO's metrics of boxes and masks, over all processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conv2former.data.rle import encode_mask
+from conv2former.tasks.base import Evaluation
+from conv2former.tasks.detection.coco import CocoSource
+from conv2former.tasks.detection.model.detector import Detections
+from conv2former.tasks.detection.model.mask_head import paste_masks
+
+NUMBERS = (  # COCO's twelve, in its order
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
+
+
+class CocoMetric:
+    """Detections in COCO's form, over all processes at the end.
+
+    Args:
+        source: The images, with their objects.
+        distributed: Whether all processes look, each at a part of the images.
+    """
+
+    def __init__(self, source: CocoSource, *, distributed: bool = False) -> None:
+        self.source, self.distributed = source, distributed
+        self.seen: list[int] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def to(self, device: torch.device) -> CocoMetric:
+        """Detections stay on the CPU."""
+        return self
+
+    def add(self, index: int, found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> None:
+        """The detections on image ``index``, seen at ``size`` (h, w), whose file has ``original`` (h, w)."""
+        self.seen.append(index)
+        ids, number = self.source.category_ids, self.source.entries[index].id
+        for row in coco_rows(found, size=size, original=original):
+            row["category_id"] = ids[row.pop("label")]
+            self.rows.append(dict(image_id=number) | row)
+
+    def result(self) -> Evaluation:
+        """AP of boxes and masks, computed by the first process."""
+        found = self._over_all()
+        metrics = {f"{kind}_{name}": found[kind][name] for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")}
+        parts = []
+        for kind in ("box", "mask"):
+            ap, ap50, ap75 = (math.nan if found[kind][name] is None else found[kind][name] for name in NUMBERS[:3])
+            parts.append(f"{kind} AP {ap:.2f} (50: {ap50:.2f}, 75: {ap75:.2f})")
+        line = f"{', '.join(parts)}, {found['detections']} detections on {found['images']} images"
+        return Evaluation(metrics, line, found, self.rows)
+
+    def _over_all(self) -> dict[str, Any]:
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.distributed):
+            return self.compute()
+        group: Any = dist.new_group(backend="gloo")  # not through the memory of GPUs
+        first = dist.get_rank() == 0
+        parts: Any = [None] * dist.get_world_size() if first else None
+        dist.gather_object((self.seen, self.rows), parts, group=group)
+        figures: list[Any] = [None]
+        if first:
+            self.seen = sorted({index for seen, _ in parts for index in seen})
+            self.rows = [row for _, rows in parts for row in rows]
+            figures = [self.compute()]
+        dist.broadcast_object_list(figures, group=group)
+        dist.destroy_process_group(group)
+        return figures[0]
+
+    def compute(self) -> dict[str, Any]:
+        """``images``, ``objects``, ``detections``, and ``box`` and ``mask`` with COCO's twelve numbers in percent.
+
+        A number is None where no object is of that size; all are 0 where nothing was detected.
+        """
+        truth = self.source.ground_truth(sorted(self.seen))
+        counted = sum(not entry["iscrowd"] for entry in truth["annotations"])
+        found: dict[str, Any] = dict(images=len(self.seen), objects=counted, detections=len(self.rows))
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            found[name] = coco_numbers(truth, self.rows, kind)
+        return found
+
+
+def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> list[dict[str, Any]]:
+    """Detections as ``label``, ``score``, ``bbox`` (x, y, width, height) and ``segmentation`` in the original's pixels.
+
+    Args:
+        found: In pixels of the network's input.
+        size: (h, w) of the input.
+        original: (h, w) of the image in its file.
+    """
+    height, width = original
+    boxes = (found.boxes * found.boxes.new_tensor([width / size[1], height / size[0]] * 2)).cpu()
+    masks = _encoded(found.masks.cpu(), boxes, original)
+    columns = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True)
+    return [
+        dict(label=label, score=score, bbox=[left, top, right - left, bottom - top], segmentation=mask)
+        for (left, top, right, bottom), score, label, mask in columns
+    ]
+
+
+def _encoded(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Masks (N, 28, 28) of boxes (N, 4) as run lengths in an image (h, w).
+
+    One after the other, each in the window of its box: no pixel whose centre lies outside of a box belongs to its mask.
+    """
+    canvas = np.zeros(size, np.uint8, order="F")  # the order of run lengths
+    for mask, box in zip(masks, boxes, strict=True):
+        left, top = (int(value) for value in box[:2].floor().clamp_min(0))
+        right, bottom = (min(math.ceil(value), side) for value, side in zip(box[2:], (size[1], size[0]), strict=True))
+        window = (slice(top, bottom), slice(left, right))
+        if top < bottom and left < right:
+            shift = box.new_tensor([left, top, left, top])
+            canvas[window] = paste_masks(mask[None], (box - shift)[None], (bottom - top, right - left))[0].numpy()
+        yield encode_mask(canvas)
+        canvas[window] = 0
+
+
+def coco_numbers(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
+    """COCO's twelve numbers in percent, by faster-coco-eval, which agrees with pycocotools.
+
+    Args:
+        truth: COCO's dictionary; its images alone count.
+        rows: COCO's results.
+        kind: 'bbox' or 'segm'.
+    """
+    if not rows or not truth["annotations"]:
+        return dict.fromkeys(NUMBERS, 0.0 if truth["annotations"] else None)
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truths = COCO(truth, use_deepcopy=True)  # it changes what it is given
+    # of a result with both, COCO takes the box
+    keys = ("image_id", "category_id", "score", dict(bbox="bbox", segm="segmentation")[kind])
+    found = truths.loadRes(copy.deepcopy([{key: row[key] for key in keys} for row in rows]))
+    evaluation = COCOeval_faster(truths, found, kind)
+    evaluation.params.imgIds = [image["id"] for image in truth["images"]]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    values = (float(value) for value in evaluation.stats[: len(NUMBERS)])
+    return {name: None if value < 0 else 100 * value for name, value in zip(NUMBERS, values, strict=True)}

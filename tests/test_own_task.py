@@ -1,0 +1,148 @@
+"""A task from outside of the package, ``examples/depth_task.py``: every command knows it, and no file of ours does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from runs import assert_same_run, signal_all, start, wait_for
+from scenes import scene
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPE: dict[str, Any] = dict(
+    name="depth",
+    task="depth",
+    claim=dict(source="not in the paper", command="see docs", hardware="any", time="seconds"),
+    model=dict(name="conv2former_test", args=dict(ls_init_value=0.1)),
+    data=dict(crop_size=64, short_side=64, workers=0),
+    decoder=dict(channels=16, aux_weight=0),
+    optim=dict(batch_size=2, base_batch=2, base_lr=1e-3),
+    schedule=dict(epochs=2),
+    engine=dict(accelerator="cpu"),
+)
+
+
+def conv2former(*arguments: object, imported: bool = True) -> list[str]:
+    program = [sys.executable, "-m", "conv2former_cli"]
+    return [*program, *(["--import", "depth_task"] if imported else []), *map(str, arguments)]
+
+
+def run(*arguments: object, status: int = 0, **options: Any) -> subprocess.CompletedProcess:
+    done = subprocess.run(conv2former(*arguments, **options), cwd=EXAMPLES, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose lower rows are nearer."""
+    root = tmp_path_factory.mktemp("rooms")
+    for folder in ("images", "depth"):
+        (root / folder).mkdir()
+    for number in range(7):
+        image = scene(number)[0]
+        image.save(root / "images" / f"{number}.png")
+        rows = np.linspace(4, 1, image.height, dtype=np.float32)
+        np.save(root / "depth" / f"{number}.npy", np.repeat(rows[:, None], image.width, axis=1))
+    (root / "depth.yaml").write_text(yaml.safe_dump(RECIPE))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "depth"
+    done = run("train", "--recipe", rooms / "depth.yaml", "--data", rooms, "--out", out)
+    assert "delta-1" in done.stdout and "depth: conv2former_test" in done.stderr
+    return out
+
+
+def test_a_run_has_its_report_and_card(trained: Path) -> None:
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert found["images"] == 1 and 0 < found["abs_rel"] < 10
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["val_delta1"] for row in rows if row["kind"] == "epoch"]
+    card = (trained / "best" / "README.md").read_text()
+    assert "pipeline_tag: depth-estimation" in card and "to say how far away each pixel" in card
+    files = [trained / "recipe.yaml", trained / "run.json", trained / "best" / "config.json"]
+    assert not any("depth_task" in path.read_text() for path in files if path.name != "run.json")
+
+
+def test_it_resumes_bit_for_bit(trained: Path, rooms: Path, tmp_path: Path) -> None:
+    options = ["--recipe", rooms / "depth.yaml", "--data", rooms, "--out", tmp_path / "run"]
+    process = start(conv2former("train", *options), cwd=EXAMPLES)
+    wait_for(process, tmp_path / "run")
+    signal_all(process, signal.SIGTERM)
+    assert process.wait(60) in (0, 75)
+    run("train", "--out", tmp_path / "run", "--resume")
+    assert_same_run(trained, tmp_path / "run")
+
+
+def test_two_processes_know_it(rooms: Path, tmp_path: Path) -> None:
+    options = ["--recipe", rooms / "depth.yaml", "--data", rooms, "--out", tmp_path / "run"]
+    run("train", *options, "--set", "engine.devices=2", "--set", "optim.global_batch=4", "--set", "schedule.epochs=1")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+
+
+def test_all_other_commands_take_it(trained: Path, rooms: Path, tmp_path: Path) -> None:
+    image = rooms / "images" / "0.png"
+    assert "delta-1" in run("evaluate", trained, "--data", rooms, "--out", tmp_path / "report").stdout
+    assert Image.open(tmp_path / "report" / "predictions.png").size == (128, 96)
+    row = json.loads(run("predict", trained, image, "--out", tmp_path / "drawn").stdout)
+    assert row["nearest"] <= row["median"] <= row["farthest"] and (tmp_path / "drawn" / "0.predicted.png").is_file()
+    planned = run("train", "--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path / "plan.png").stdout
+    assert "decoder" in planned and "activations" in planned and "alone" not in planned
+    exported = run("export", trained, "--format", "torch", "--pictures", image, "--out", tmp_path / "exported")
+    assert "model.pt2" in exported.stdout and "depth-estimation" in (tmp_path / "exported" / "README.md").read_text()
+    run("explain", "maps", trained, image, "--out", tmp_path / "maps")
+    refused = run("evaluate", trained, "--data", rooms, "--multi-scale", status=1)
+    assert refused.stderr == "error: --multi-scale is for segmentation, this is a depth model: leave it out\n"
+
+
+def test_class_activation_and_the_demo_take_it(
+    trained: Path, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import depth_task  # noqa: F401  registers the task
+
+    image = rooms / "images" / "0.png"
+    pytest.importorskip("pytorch_grad_cam")
+    from conv2former.tools.explain.cams import run_cams
+
+    assert run_cams(trained, [image], out=tmp_path / "cam") == 0
+    pytest.importorskip("gradio")
+    from conv2former.tools.demo import results
+    from conv2former.tools.demo.models import Models
+
+    model = Models([str(trained)], device="cpu").get("depth")
+    page = results.answer("depth", model.note, model.look(Image.open(image), maps=True))
+    assert "From near, dark, to far, bright." in page and "Modulation weights A" in page
+
+
+def test_without_its_module_the_line_says_what_to_do(trained: Path, rooms: Path) -> None:
+    line = run("predict", trained, rooms / "images", status=1, imported=False).stderr
+    assert line.startswith("error: unknown task 'depth'") and "conv2former --import MODULE" in line
+    line = run("--import", "nowhere", "recipes", status=1, imported=False).stderr
+    assert line == "error: --import nowhere: No module named 'nowhere'\n"
+
+
+def test_an_entry_point_registers_it(rooms: Path, tmp_path: Path) -> None:
+    """As an installed package would: its metadata beside its module on the path."""
+    (tmp_path / "depth_task.py").write_text((EXAMPLES / "depth_task.py").read_text().replace("@register\n", ""))
+    metadata = tmp_path / "depth_task-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: depth-task\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[conv2former.tasks]\ndepth = depth_task:DepthTask\n")
+    command = conv2former("train", "--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path, imported=False)
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Dry run of depth" in done.stdout, done.stderr
