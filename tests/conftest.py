@@ -85,7 +85,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[zo
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 training and 16 validation pictures of four digits, in class folders; not to be changed."""
+    """64 training and 16 validation images of four digits, in class folders; not to be changed."""
     from digits import write_digits  # imported here: the kernels' tests run where pydantic is not installed
 
     return write_digits(tmp_path_factory.mktemp("digits"))

@@ -1,4 +1,4 @@
-"""Real pictures for tests: scikit-learn's handwritten digits as PNG files in class folders."""
+"""Real images for tests: scikit-learn's handwritten digits as PNG files in class folders."""
 
 from __future__ import annotations
 

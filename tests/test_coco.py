@@ -1,4 +1,4 @@
-"""COCO annotations: reading, bad input, views of pictures with their boxes and masks, COCO's figures."""
+"""COCO annotations: reading, bad input, views of images with their boxes and masks, COCO's figures."""
 
 from __future__ import annotations
 
@@ -185,13 +185,13 @@ def test_masks_survive_their_codes() -> None:
     assert decode_mask(dict(size=[2, 3], counts=[1, 2, 3])).tolist() == [[0, 1, 0], [1, 0, 0]]
     square = polygons_to_mask([[1, 1, 5, 1, 5, 4, 1, 4]], 6, 8)
     assert square.sum() == 12 and square[1:4, 1:5].all()
-    # what lies outside of the picture is cut off
+    # what lies outside of the image is cut off
     assert polygons_to_mask([[-3, -3, 5, -3, 5, 4, -3, 4]], 6, 8)[:4, :5].all()
 
 
 @pytest.mark.parametrize("number", range(12))
 def test_a_view_moves_picture_boxes_and_masks_together(number: int) -> None:
-    """Where the mask says block or disc, the picture is red or blue; masks fill their boxes."""
+    """Where the mask says block or disc, the image is red or blue; masks fill their boxes."""
     image, block, disc = scene(number)
     entries = coco_entries(number, image, block, disc)
     seed_cpu(1, number)  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ def test_a_mirrored_view_is_the_mirror_of_the_view() -> None:
 
 
 def test_views_keep_to_their_sizes() -> None:
-    """The long side gives way first; crops lie in the picture."""
+    """The long side gives way first; crops lie in the image."""
     assert fitted((640, 480), short=800, long=1333) == (1067, 800)
     assert fitted((1000, 300), short=800, long=1333) == (1333, 400)
     augment = DetectionAugmentSection()

@@ -1,4 +1,4 @@
-"""Mask R-CNN and its cascade: arithmetic on boxes and masks by hand, training and detection on toy pictures.
+"""Mask R-CNN and its cascade: arithmetic on boxes and masks by hand, training and detection on toy images.
 
 That they equal the paper's toolbox is shown by ``tests/parity/detection.py``.
 """
@@ -20,8 +20,8 @@ from conv2former.tasks.detection.model import mask_head as masks
 from conv2former.tasks.detection.model import rpn
 from conv2former.tasks.detection.model.box_ops import BACKGROUND, IGNORED
 from conv2former.tasks.detection.model.detector import STAGES, Detections, Detector, Target, build_detector, paste_masks
-from conv2former.tasks.detection.model.fpn import STRIDES, Pyramid
-from conv2former.tasks.detection.model.roi_heads import Stage
+from conv2former.tasks.detection.model.fpn import STRIDES, FPN
+from conv2former.tasks.detection.model.roi_heads import CascadeStage
 
 WIDTHS = (8, 12, 16, 24)
 SMALL = dict(channels=16, box_head_channels=32, train_proposals=100, rois=64)
@@ -119,23 +119,26 @@ BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [100, 100, 110, 110], [50
     ],
 )
 def test_match(low, high, weakest, expected):
-    assert boxes.match(OBJECTS, BOXES, low=low, high=high, weakest=weakest).tolist() == expected
+    assert boxes.match(OBJECTS, BOXES, neg_iou_thr=low, pos_iou_thr=high, min_pos_iou=weakest).tolist() == expected
 
 
 def test_match_claims_and_ties():
     objects = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9]])
     found = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 1]])
     # The first box is nearest to object 0, but the best of the others as well: the last of them gets it.
-    assert boxes.match(objects, found, low=0.3, high=0.7, weakest=0.3).tolist() == [2, BACKGROUND]
-    assert boxes.match(objects, found, low=0.3, high=0.7).tolist() == [0, BACKGROUND]
+    assert boxes.match(objects, found, neg_iou_thr=0.3, pos_iou_thr=0.7, min_pos_iou=0.3).tolist() == [2, BACKGROUND]
+    assert boxes.match(objects, found, neg_iou_thr=0.3, pos_iou_thr=0.7).tolist() == [0, BACKGROUND]
     # Two boxes that an object overlaps equally are both its own.
     twins = torch.tensor([[0.0, 0, 10, 5], [0, 5, 10, 10]])
-    assert boxes.match(objects[:1], twins, low=0.3, high=0.7, weakest=0.3).tolist() == [0, 0]
+    assert boxes.match(objects[:1], twins, neg_iou_thr=0.3, pos_iou_thr=0.7, min_pos_iou=0.3).tolist() == [0, 0]
 
 
 def test_match_without_objects_or_boxes():
-    assert boxes.match(torch.zeros(0, 4), BOXES, low=0.3, high=0.7, weakest=0.3).tolist() == [BACKGROUND] * 4
-    assert boxes.match(OBJECTS, torch.zeros(0, 4), low=0.3, high=0.7, weakest=0.3).tolist() == []
+    assert (
+        boxes.match(torch.zeros(0, 4), BOXES, neg_iou_thr=0.3, pos_iou_thr=0.7, min_pos_iou=0.3).tolist()
+        == [BACKGROUND] * 4
+    )
+    assert boxes.match(OBJECTS, torch.zeros(0, 4), neg_iou_thr=0.3, pos_iou_thr=0.7, min_pos_iou=0.3).tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -269,21 +272,21 @@ def test_paste_in_chunks():
 
 
 def test_drawn_boxes():
-    stage = Stage(SECTIONS["mask_rcnn"], 3, STAGES["mask_rcnn"][0])
+    stage = CascadeStage(SECTIONS["mask_rcnn"], 3, STAGES["mask_rcnn"][0])
     target = rectangles((64, 64), (0, 0, 20, 20, 2), (30, 30, 60, 60, 1))
     proposals = torch.cat([torch.tensor([[30.0, 30, 60, 55]]), torch.tensor([[40.0, 0, 50, 10]]).expand(200, 4)])
     empty = rectangles((64, 64))
     drawn = stage.draw([proposals, proposals], [target, empty])
     assert len(drawn.boxes) == 2 * 64
     assert drawn.labels[:3].tolist() == [2, 1, 1] and (drawn.labels[3:] == 3).all()
-    assert drawn.given.nonzero().flatten().tolist() == [0, 1]
+    assert drawn.gt_as_proposals.nonzero().flatten().tolist() == [0, 1]
     assert drawn.objects.tolist() == [0, 1, 1]
-    assert torch.equal(drawn.truth, target.boxes[drawn.objects])
+    assert torch.equal(drawn.gt_boxes, target.boxes[drawn.objects])
     assert drawn.images.bincount().tolist() == [64, 64]
 
 
 def test_refined_boxes():
-    stage = Stage(SECTIONS["cascade_mask_rcnn"], 3, STAGES["cascade_mask_rcnn"][1])
+    stage = CascadeStage(SECTIONS["cascade_mask_rcnn"], 3, STAGES["cascade_mask_rcnn"][1])
     start = torch.tensor([[10.0, 10, 30, 30]] * 3)
     offsets = torch.zeros(3, 3, 4)
     offsets[:, 0, 0], offsets[:, 1, 0], offsets[:, 2, 0] = 1, 2, 100  # of 20 * 0.05 pixels
@@ -296,7 +299,7 @@ def test_refined_boxes():
 
 @pytest.mark.parametrize(("overlap", "loss"), [((0, 0, 10, 10), 0.0), ((0, 0, 10, 5), 0.5), ((10, 0, 20, 10), 1.0)])
 def test_giou_by_hand(overlap, loss):
-    stage = Stage(SECTIONS["cascade_mask_rcnn"], 3, STAGES["cascade_mask_rcnn"][0])
+    stage = CascadeStage(SECTIONS["cascade_mask_rcnn"], 3, STAGES["cascade_mask_rcnn"][0])
     maps = [torch.zeros(1, 16, 64 // s or 1, 64 // s or 1) for s in STRIDES]
     target = rectangles((64, 64), (*overlap, 0))
     drawn = stage.draw([torch.zeros(0, 4)], [target])._replace(boxes=torch.tensor([[0.0, 0, 10, 10]]))
@@ -388,7 +391,7 @@ def test_nothing_detected(kind):
 
 
 def test_pyramid_shapes():
-    maps = Pyramid(WIDTHS, 16)(Toy()(torch.randn(2, 3, 96, 160)))
+    maps = FPN(WIDTHS, 16)(Toy()(torch.randn(2, 3, 96, 160)))
     assert [tuple(x.shape) for x in maps] == [(2, 16, math.ceil(96 / s), math.ceil(160 / s)) for s in STRIDES]
     assert torch.equal(maps[4], maps[3][:, :, ::2, ::2])
 

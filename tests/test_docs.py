@@ -56,7 +56,7 @@ def test_the_readmes_table_is_a_part_of_it(table: str) -> None:
 
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace, as a reader would; with small pictures and a short recipe in place of real ones."""
+    """In order, in one namespace, as a reader would; with small images and a short recipe in place of real ones."""
     monkeypatch.chdir(tmp_path)
     write_digits(tmp_path / "photos", train=12)
     small = ["model.name=conv2former_test", "model.args={}", "data.input_size=32", "schedule.epochs=2"]

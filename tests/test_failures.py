@@ -30,7 +30,7 @@ from runs import state
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """A data folder in which two training pictures and a validation picture cannot be read."""
+    """A data folder in which two training images and a validation image cannot be read."""
     data = write_digits(tmp_path / "data")
     for folder in ("train/digit-1", "train/digit-2", "val/digit-0"):
         sorted((data / folder).iterdir())[1].write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -1,4 +1,4 @@
-"""`conv2former.data.images`: every kind of picture file comes out as the right RGB, or as a `BadImage`."""
+"""`conv2former.data.images`: every kind of image file comes out as the right RGB, or as a `BadImage`."""
 
 import errno
 import gzip
@@ -91,7 +91,7 @@ def exif(orientation, order="<", kind=3):
     return b"Exif\0\0" + (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, 1) + entry + bytes(4)
 
 
-# ---- What a picture looks like
+# ---- What a image looks like
 
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
@@ -376,14 +376,14 @@ def test_broken_exif_is_ignored_in_silence(file_format, block):
         assert np.array_equal(pixels(content), expected)
 
 
-# ---- What is no picture
+# ---- What is no image
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"not a picture at all", "'not a picture at all'"),
+        (b"not a image at all", "'not a image at all'"),
         ("text with an é".encode(), "text"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"></svg>', "<svg"),
         (b"<!DOCTYPE html>\n<html>", r"<!DOCTYPE html>\n<html>"),
@@ -448,7 +448,7 @@ def test_failures_of_the_system(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "open", failing(errno.EACCES), raising=False)
     assert rejection(tmp_path / "a.png") == "Permission denied"
     monkeypatch.setattr(images, "open", failing(errno.EMFILE), raising=False)
-    with pytest.raises(OSError, match="open files"):  # would be the fault of every following picture, too
+    with pytest.raises(OSError, match="open files"):  # would be the fault of every following image, too
         decode(tmp_path / "a.png")
 
 
@@ -591,7 +591,7 @@ def test_files_are_closed(tmp_path):
 
 
 def test_random_damage():
-    """Whatever happens to a file, what comes out is a picture or a `BadImage`."""
+    """Whatever happens to a file, what comes out is a image or a `BadImage`."""
     rng = random.Random(0)
     deep = Image.fromarray(DEEP[:24, :16])
     palette = NOISE.quantize(16)

@@ -35,7 +35,7 @@ SHALLOW_ISOTROPIC: dict[str, Any] = dict(dim=16, depth=3, head_hidden_size=20, n
 
 
 def wave(*shape: int) -> Tensor:
-    """A picture by formula, with values of magnitude 1."""
+    """A image by formula, with values of magnitude 1."""
     return torch.sin(0.1 * torch.arange(math.prod(shape), dtype=torch.float64) ** 1.2).view(shape).float()
 
 
@@ -292,7 +292,7 @@ def test_modulation_sees_exactly_its_kernel(kernel_size):
     ],
 )
 def test_pinned_outputs(name, arguments, expected, fill):
-    """Weights and picture by formula: the outputs must never change, or published weights lose their meaning."""
+    """Weights and image by formula: the outputs must never change, or published weights lose their meaning."""
     model = fill(timm.create_model(name, num_classes=6, **arguments)).eval()
     with torch.inference_mode():
         y = model(wave(1, 3, 70, 85))
@@ -438,7 +438,7 @@ def test_channels_of_the_image(name, in_chans):
 
 
 def test_stem_stride_2():
-    """For small pictures: all maps twice as large, the same parameters, as timm is told."""
+    """For small images: all maps twice as large, the same parameters, as timm is told."""
     model, usual = timm.create_model("conv2former_test", stem_stride=2), timm.create_model("conv2former_test")
     assert model.forward_features(torch.randn(1, 3, 64, 64)).shape[-2:] == (4, 4)
     assert [f["reduction"] for f in model.feature_info] == [2, 4, 8, 16]
@@ -515,7 +515,7 @@ PRECISIONS = [(torch.bfloat16, 0.06), (torch.float16, 0.01)]
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["conv2former_t", "conv2former_is_conv3"])
 def test_autocast(name, dtype, tolerance, magnitude, fill):
-    """Outputs near those in float32, gradients in the same direction, also for pictures nobody normalised."""
+    """Outputs near those in float32, gradients in the same direction, also for images nobody normalised."""
     model = fill(timm.create_model(name, **(SHALLOW_ISOTROPIC if "is" in name else SHALLOW))).eval()
     x = magnitude * torch.randn(2, 3, 64, 48)
     target = torch.tensor([3, 5])

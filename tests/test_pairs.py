@@ -1,4 +1,4 @@
-"""Images with label maps: layouts, bad input, augmentation; and what segmentation counts and computes."""
+"""Images with masks: layouts, bad input, augmentation; and what segmentation counts and computes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bad_layouts_are_one_line(pairs: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(pairs, copy)
     (copy / "masks" / "3.png").unlink()
-    assert "1 of 6 images have no label map of their name" in message(PAIRS, copy) and "images/3.png" in message(
+    assert "1 of 6 images have no mask of their name" in message(PAIRS, copy) and "images/3.png" in message(
         PAIRS, copy
     )
     (copy / "classes.txt").unlink()
@@ -91,7 +91,7 @@ def test_bad_layouts_are_one_line(pairs: Path, tmp_path: Path) -> None:
     assert "names 1: make them match" in message(PAIRS.model_copy(update=dict(classes=3)), copy)
     shutil.rmtree(copy / "masks")
     (copy / "classes.txt").write_text("a\nb\n")
-    assert "has no" in message(PAIRS, copy) and "go together" in message(PAIRS, copy)
+    assert "has no" in message(PAIRS, copy) and "each folder of images needs one of masks" in message(PAIRS, copy)
 
 
 def test_bad_label_maps_are_bad_images(pairs: Path, tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_bad_label_maps_are_bad_images(pairs: Path, tmp_path: Path) -> None:
     beyond = np.zeros((96, 128), np.uint8)
     beyond[:2, :3] = 7
     assert "6 pixels hold labels up to 7, the last of the 3 classes is 2" in reason(Image.fromarray(beyond))
-    assert "this is a RGB picture" in reason(Image.new("RGB", (128, 96)))
-    assert "cannot" in reason(b"not a picture") and "cannot" in reason(b"")
+    assert "this is a RGB image" in reason(Image.new("RGB", (128, 96)))
+    assert "cannot" in reason(b"not a image") and "cannot" in reason(b"")
     for bits in (2, 4):  # which PNG optimisers make of small numbers
         write_grey_png(tmp_path / "grey.png", beyond % 3, bits)
         assert Image.open(tmp_path / "grey.png").tile[0][3] == f"L;{bits}"
@@ -153,7 +153,7 @@ def test_other_classes_are_no_silent_mistake(pairs: Path, tmp_path: Path) -> Non
 def test_windows_must_meet() -> None:
     with pytest.raises(ValueError, match="would leave gaps"):
         SegmentationDataSection(window="slide", crop_size=256, stride=341)
-    with pytest.raises(ValueError, match=r"goes with data\.window=slide"):
+    with pytest.raises(ValueError, match=r"requires data\.window=slide"):
         SegmentationDataSection(stride=100)
     assert SegmentationDataSection(window="slide", crop_size=512).step == 341
 

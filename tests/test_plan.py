@@ -1,4 +1,4 @@
-"""The dry run: its arithmetic by hand, its memory against a real pass, and nothing left behind but a picture."""
+"""The dry run: its arithmetic by hand, its memory against a real pass, and nothing left behind but a image."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_the_picture_goes_where_it_is_told_and_no_folder_is_in_a_trainings_way(
         (None, "imagenet1k_t.schedule.png"),
         (Path("runs/new"), "runs/new.schedule.png"),
     ):
-        assert section(dry_run(small(), data=None, out=out), "picture") == picture
+        assert section(dry_run(small(), data=None, out=out), "chart") == picture
         assert Image.open(picture).size[0] > 800
     assert not (tmp_path / "runs" / "new").exists()
 

@@ -1,4 +1,4 @@
-"""Prediction on picture files."""
+"""Prediction on image files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_batch_does_not_change_a_prediction(run: Path, pictures: Path) -> No
 
 
 def test_one_bad_file_does_not_stop_the_rest(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (pictures / "b.jpg").write_text("not a picture")
+    (pictures / "b.jpg").write_text("not a image")
     status = run_predict(run, [pictures / "b.jpg", pictures / "none.png", pictures], out=pictures / "out", batch_size=2)
     output = capsys.readouterr()
     rows = [json.loads(line) for line in output.out.splitlines()]

@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 validation pictures less one: two processes cannot share them evenly."""
+    """20 validation images less one: two processes cannot share them evenly."""
     data = write_digits(tmp_path_factory.mktemp("uneven"), val=5)
     next((data / "val" / "digit-3").iterdir()).unlink()
     return data

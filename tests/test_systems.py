@@ -17,6 +17,7 @@ from conv2former.engine.logging import peak_memory_gb
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 from conv2former.version import __version__
+from scenes import write_coco
 
 HIDE = """
 import os, sys
@@ -51,6 +52,34 @@ def test_networks_need_none_of_them() -> None:
     assert answer.stderr.strip().splitlines() == [
         "operations on cpu are computed by plain PyTorch, because the C++ kernels are made for Linux and macOS"
     ]
+
+
+WITHOUT_COCO = """
+import sys
+sys.modules["faster_coco_eval"] = sys.modules["sklearn"] = None
+import conv2former_cli
+sys.argv = ["conv2former", *sys.argv[1:]]
+conv2former_cli.main()
+"""
+
+
+def test_a_classifier_needs_no_packages_of_other_tasks(tmp_path: Path) -> None:
+    """The quick start trains without them; a detector says in one line what to install."""
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", WITHOUT_COCO, *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=200)
+
+    settings = [f"--set={setting}" for setting in ("schedule.epochs=1", "schedule.warmup_epochs=0", "data.workers=0")]
+    trained = command("train", "--recipe=quickstart", "--out", tmp_path / "run", *settings)
+    assert trained.returncode == 0 and "top-1" in trained.stdout, trained.stderr
+    refused = command(
+        "train", "--recipe=smoke_detection", "--data", write_coco(tmp_path / "coco"), "--out", tmp_path / "no"
+    )
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "error: COCO's masks and metrics need faster-coco-eval: pip install 'conv2former[coco]'\n"
+    )
 
 
 def test_training_says_in_one_line_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_erasing_is_done_on_the_batch() -> None:
     random.seed(0)
     task.training_step(Batch(pixels, targets, targets))
     changed = (seen[0] != task.normalizer(pixels)).any(dim=1).flatten(1).sum(dim=1)
-    assert (changed >= 4).all() and (changed < 256 / 2).all()  # 2% to a third of the picture
+    assert (changed >= 4).all() and (changed < 256 / 2).all()  # 2% to a third of the image
 
 
 def test_mixup_keeps_the_loss_of_the_mixed_labels() -> None:

@@ -38,7 +38,7 @@ class Claim(Section):
     images: PositiveInt | None = Field(default=None, description="training images of the data that the claim is about")
     classes: PositiveInt | None = Field(default=None, description="classes of that data")
     notes: str = Field(default="", description="choices where the paper is silent, with their reasons")
-    paper: float | None = Field(default=None, description="the paper's number: the task's headline figure, in percent")
+    paper: float | None = Field(default=None, description="the paper's number: the task's monitored metric, in percent")
     measured: float | Literal["not run"] = Field(default="not run", description="the same, measured here")
 
 
@@ -59,14 +59,14 @@ class ModelSection(Section):
 
 
 class ImagesSection(Section):
-    """How picture files are read, for every task."""
+    """How image files are read, for every task."""
 
     workers: int = Field(default=2, ge=0, description="processes that read images, per training process")
     on_bad_image: Literal["error", "skip"] = Field(
         default="error", description="what an image that cannot be read does: end the run, or be listed and replaced"
     )
     max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
-    max_pixels: PositiveInt = Field(default=1 << 27, description="larger pictures count as images that cannot be read")
+    max_pixels: PositiveInt = Field(default=1 << 27, description="larger images count as images that cannot be read")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
 
@@ -128,12 +128,12 @@ class ScheduleSection(Section):
         if self.steps is not None and (self.warmup_steps or 0) >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
         if bool(self.milestones) != (self.kind == "multistep"):
-            raise ValueError("schedule.milestones goes with schedule.kind=multistep, and that needs them")
+            raise ValueError("schedule.milestones and schedule.kind=multistep require each other: give both or neither")
         late = [epoch for epoch in self.milestones if epoch <= 0 or (self.steps is None and epoch >= self.epochs)]
         if late:
             raise ValueError(f"schedule.milestones: {late[0]:g} does not lie within the {self.epochs} epochs")
         if self.steps is not None and self.warmup_epochs:
-            raise ValueError("schedule.warmup_steps goes with schedule.steps, not warmup_epochs")
+            raise ValueError("schedule.steps requires schedule.warmup_steps in the place of warmup_epochs")
         for one, other in (("eval_every", self.eval_every_steps), ("epochs", self.steps)):
             if other is not None and getattr(self, one) != type(self).model_fields[one].default:
                 raise ValueError(f"give schedule.{one} or its counterpart in steps, not both")

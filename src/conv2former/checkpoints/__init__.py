@@ -17,17 +17,3 @@ from conv2former.checkpoints.hub import (
     saved_task,
 )
 from conv2former.checkpoints.reading import read_state_dict
-
-__all__ = [
-    "ConvertReport",
-    "authors_state_dict",
-    "convert",
-    "convert_authors_state_dict",
-    "load_pretrained",
-    "read_state_dict",
-    "save_pretrained",
-    "saved_model_args",
-    "saved_normalisation",
-    "saved_pretrained_cfg",
-    "saved_task",
-]

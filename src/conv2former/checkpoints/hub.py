@@ -167,7 +167,7 @@ def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
 
     As ``timm.create_model("local-dir:PATH", pretrained=True, **model_args)``, but the weights go through
     ``read_state_dict``, because timm before 1.0.26 executes the pickles that it finds in such a folder, and they are
-    held against the folder's configuration first, because timm lets missing weights pass when ``num_classes`` changes.
+    compared with the folder's configuration first, because timm lets missing weights pass when ``num_classes`` changes.
 
     Args:
         path: The folder, its weights file, or a training run's folder, of which ``best/`` is taken, else ``last/``.

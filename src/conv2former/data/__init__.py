@@ -1,1 +1,1 @@
-"""Pictures in, batches out: safe decoding, keyed sampling, labelled images."""
+"""Images in, batches out: safe decoding, keyed sampling, labelled images."""

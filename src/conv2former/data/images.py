@@ -1,6 +1,6 @@
-"""The one place where picture files become RGB.
+"""The one place where image files become RGB.
 
-`decode` turns a file, or its bytes, into an 8-bit RGB picture the way a person would see it, or raises `BadImage` with
+`decode` turns a file, or its bytes, into an 8-bit RGB image the way a person would see it, or raises `BadImage` with
 one line that says why not. `find_images` turns what a user typed, files and folders, into the list of files to decode.
 
 What "the way a person would see it" means, where plain `Image.open(file).convert("RGB")` does otherwise:
@@ -9,7 +9,7 @@ What "the way a person would see it" means, where plain `Image.open(file).conver
 - Transparency of every kind is composited on white (Pillow shows whatever colour lies under the transparent pixels).
 - The EXIF orientation is applied. Broken EXIF counts as none, except in AVIF, whose decoder refuses it; an orientation
   that only XMP states is not applied.
-- Of an animation, a multi-page TIFF or a multi-picture JPEG, the first picture is taken.
+- Of an animation, a multi-page TIFF or a multi-image JPEG, the first image is taken.
 - ICC profiles are ignored, as by torchvision and timm: numbers go through unchanged, whatever their colour space.
 
 Only the formats in `FORMATS` are read, and a file's content tells its format, never its extension. Pillow knows more
@@ -17,7 +17,7 @@ than thirty others, one of which starts another program (EPS runs Ghostscript): 
 
 Two things are Pillow's and process-wide, and are left as they are: `PIL.Image.MAX_IMAGE_PIXELS`, whose warning is not
 wanted here as `decode` has a limit of its own, and `PIL.ImageFile.LOAD_TRUNCATED_IMAGES`: a program that sets that one
-gets truncated pictures with their missing part in grey, here as well. Of damaged TIFFs Pillow and libtiff may write a
+gets truncated images with their missing part in grey, here as well. Of damaged TIFFs Pillow and libtiff may write a
 line to stderr, which says nothing that the `BadImage` does not.
 """
 
@@ -51,7 +51,7 @@ IGNORED = 255  # in a mask: of no class
 MAX_PIXELS = 1 << 27
 """The most pixels, width times height, that `decode` takes unless told otherwise.
 
-Half a gigabyte as Pillow holds RGB. While a picture of that size is decoded and converted the process takes 1 GiB, for
+Half a gigabyte as Pillow holds RGB. While an image of that size is decoded and converted the process takes 1 GiB, for
 floating point 1.6 and for an animated WebP nearly 3, which a file of some kilobytes can demand. The 108-megapixel
 cameras of phones stay below the limit.
 """
@@ -86,11 +86,11 @@ IMAGE_EXTENSIONS = (
     ".jpx",
     ".avif",
 )
-"""Which files of a folder are pictures, in lower case; `find_images` takes them in any case."""
+"""Which files of a folder are images, in lower case; `find_images` takes them in any case."""
 
 
 class BadImage(UserError):
-    """A file that cannot be turned into a picture.
+    """A file that cannot be turned into an image.
 
     Attributes:
         file: The file as the user knows it: a path, or the name given to `decode`.
@@ -108,7 +108,7 @@ class BadImage(UserError):
 
 
 class _JpegFile(JpegImageFile):
-    """JPEG, of which a multi-picture file (MPO) is read as the plain JPEG it starts with."""
+    """JPEG, of which a multi-image file (MPO) is read as the plain JPEG it starts with."""
 
     def _read_dpi_from_exif(self) -> None:
         """Does nothing: Pillow parses the EXIF here for a resolution nobody asks for, and warns where it is broken."""
@@ -174,22 +174,22 @@ _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 def decode(
     source: str | Path | bytes | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Reads a picture as 8-bit RGB; the module's text says what that means.
+    """Reads an image as 8-bit RGB; the module's text says what that means.
 
     Args:
         source: A path, the content of a file, or an open binary file, which is read from its position to its end and
             left open.
-        name: What to call the picture in a `BadImage`; the path unless given.
-        max_pixels: Larger pictures are refused before any of their pixels are decoded. Some formats have
+        name: What to call the image in a `BadImage`; the path unless given.
+        max_pixels: Larger images are refused before any of their pixels are decoded. Some formats have
             a limit of Pillow's own, 178,956,970 pixels.
 
     Returns:
-        A picture of mode RGB without metadata, independent of the file.
+        An image of mode RGB without metadata, independent of the file.
 
     Raises:
         BadImage: The file cannot be read, whatever it holds and whyever not.
         TypeError: `source` is none of the above, which is the caller's bug.
-        OSError: The process may open no more files, which is not the picture's fault.
+        OSError: The process may open no more files, which is not the image's fault.
     """
     if isinstance(source, io.TextIOBase) or not (isinstance(source, _PATH | bytes) or hasattr(source, "read")):
         raise TypeError(f"decode needs a path, bytes or a binary file, not {type(source).__name__}")
@@ -201,7 +201,7 @@ def decode(
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Lists the picture files that the given paths stand for.
+    """Lists the image files that the given paths stand for.
 
     A file is taken as it is, whatever its extension. A folder is searched through all its depths for the extensions in
     `IMAGE_EXTENSIONS`, in natural order (`img2` before `img10`); hidden files and folders in it are skipped, links are
@@ -220,7 +220,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 class _Refused(Exception):
-    """A picture that cannot be read; its text is the reason."""
+    """An image that cannot be read; its text is the reason."""
 
 
 def _binary(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
@@ -258,26 +258,26 @@ def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
             raise _Refused(f"{file_format} is not read here; convert it to PNG or JPEG first")
         if file_format != "TIFF" and stream.seek(0, io.SEEK_END) > MAX_FILE_BYTES:
             raise _Refused(f"it is larger than {MAX_FILE_BYTES:,} bytes")
-        # Not through Image.open: that warns of large pictures, and silencing a warning is a change to the whole
+        # Not through Image.open: that warns of large images, and silencing a warning is a change to the whole
         # process, which other threads would feel. The plugins warn by themselves in two rare cases only: a GIF whose
         # first frame exceeds its screen, and a TIFF too large for Pillow's own limit, though not for ours.
         stream.seek(0)
         with _no_size_warning() if file_format == "GIF" else nullcontext():
-            picture = _PLUGINS[file_format](stream, "")
-        width, height = picture.size
+            image = _PLUGINS[file_format](stream, "")
+        width, height = image.size
         if width * height > max_pixels:
             raise _Refused(f"its {width} x {height} pixels are more than the limit of {max_pixels:,}")
-        _scale_transparent_colour(picture)
+        _scale_transparent_colour(image)
         large = Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
         with _no_size_warning() if large else nullcontext():
-            picture.load()
-        rgb = _rgb(picture)
-        turn = _TRANSPOSE.get(_orientation(picture))
+            image.load()
+        rgb = _rgb(image)
+        turn = _TRANSPOSE.get(_orientation(image))
         if turn is not None:
             rgb = rgb.transpose(turn)
-        elif rgb is picture:
+        elif rgb is image:
             rgb = rgb.copy()  # into a plain Image, which holds on to nothing of the file
-        rgb.info = {}  # the EXIF in there would have the next reader turn the picture once more
+        rgb.info = {}  # the EXIF in there would have the next reader turn the image once more
         return rgb
     except _Refused:
         raise
@@ -308,7 +308,7 @@ def _sniff(head: bytes) -> str:
         raise _Refused("it is empty")
     text = head.decode("utf-8", "ignore")
     if len(text.encode()) > len(head) - 4 and all(c.isprintable() or c in "\t\r\n\ufeff" for c in text):
-        raise _Refused(f"it is no picture but text that begins with {text.strip()[:40]!r}")
+        raise _Refused(f"it is no image but text that begins with {text.strip()[:40]!r}")
     raise _Refused(f"it is in none of the formats {', '.join(FORMATS)}")
 
 
@@ -319,24 +319,24 @@ def _no_size_warning() -> Iterator[None]:
         yield
 
 
-def _scale_transparent_colour(picture: ImageFile) -> None:
+def _scale_transparent_colour(image: ImageFile) -> None:
     """Brings a PNG's transparent colour (tRNS) to the depth to which its pixels are decoded; Pillow leaves it."""
-    colour = picture.info.get("transparency")
-    if picture.format != "PNG" or colour is None or not picture.tile:
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None or not image.tile:
         return
-    raw_mode = picture.tile[0][3]
+    raw_mode = image.tile[0][3]
     if raw_mode in ("L;2", "L;4"):
-        picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
     elif raw_mode == "RGB;16B":
-        picture.info["transparency"] = tuple(value >> 8 for value in colour)
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
-def _rgb(picture: ImageFile) -> Image.Image:
-    """Converts a loaded picture of any mode; returns it as it is where nothing is to be done."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        return _deep_grey(picture).convert("RGB")
-    if picture.has_transparency_data:
-        rgba: Image.Image = picture
+def _rgb(image: ImageFile) -> Image.Image:
+    """Converts a loaded image of any mode; returns it as it is where nothing is to be done."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey(image).convert("RGB")
+    if image.has_transparency_data:
+        rgba: Image.Image = image
         if rgba.mode == "La":
             rgba = rgba.convert("LA")  # the only mode that Pillow converts it to
         if rgba.mode != "RGBA":
@@ -344,15 +344,15 @@ def _rgb(picture: ImageFile) -> Image.Image:
         white = Image.new("RGB", rgba.size, (255, 255, 255))
         white.paste(rgba, mask=rgba)
         return white
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _deep_grey(picture: ImageFile) -> Image.Image:
+def _deep_grey(image: ImageFile) -> Image.Image:
     """Scales grey of 12, 16 or 32 bits, or floating point, to 8 bits."""
-    values = np.asarray(picture)
-    tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
+    values = np.asarray(image)
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     low, high = values.min(), values.max()
-    if picture.mode == "F":
+    if image.mode == "F":
         if not (np.isfinite(low) and np.isfinite(high)):
             raise _Refused("its floating-point values are not all finite numbers")
         if low < 0 or high > 1:
@@ -370,19 +370,19 @@ def _deep_grey(picture: ImageFile) -> Image.Image:
         grey = scaled.astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for up to 8 bits
         grey = 255 - grey
-    if isinstance(transparent := picture.info.get("transparency"), int):
+    if isinstance(transparent := image.info.get("transparency"), int):
         grey[values == transparent] = 255
     return Image.fromarray(grey)
 
 
-def _orientation(picture: ImageFile) -> int:
+def _orientation(image: ImageFile) -> int:
     """The EXIF orientation, 1 to 8, or some other number where there is none or the EXIF is broken.
 
     Pillow's own reader parses everything that is in the EXIF, raises on some broken ones and warns on others. A TIFF
     has been turned already, while it was loaded.
     """
-    exif = picture.info.get("exif")
-    if exif is None and isinstance(text := picture.info.get("Raw profile type exif"), str):  # ImageMagick's PNG
+    exif = image.info.get("exif")
+    if exif is None and isinstance(text := image.info.get("Raw profile type exif"), str):  # ImageMagick's PNG
         try:
             exif = bytes.fromhex("".join(text.split("\n")[3:]))
         except ValueError:

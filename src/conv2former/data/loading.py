@@ -1,6 +1,6 @@
 """Samples to read and batch under keyed randomness, for every task.
 
-Workers hand out 8-bit pictures, a quarter of the bytes of normalised ones; ``Normalizer`` turns a whole batch into what
+Workers hand out 8-bit images, a quarter of the bytes of normalised ones; ``Normalizer`` turns a whole batch into what
 the network sees, on the network's device (as timm's prefetching loader does).
 """
 
@@ -55,7 +55,7 @@ class KeyedDataset(Dataset):
         seed: Of the run.
         on_bad_image: 'error' gives out the ``BadImage``; 'replace' the next image that can be read, with it (the same
             one whenever the key is the same); 'mask' a blank one that does not count, with it.
-        max_pixels: Larger pictures count as broken.
+        max_pixels: Larger images count as broken.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class KeyedDataset(Dataset):
 
 
 class Normalizer(nn.Module):
-    """8-bit pictures (B, 3, H, W) to what a network expects: scaled to 0..1, minus mean, over std, in float32."""
+    """8-bit images (B, 3, H, W) to what a network expects: scaled to 0..1, minus mean, over std, in float32."""
 
     mean: Tensor
     std: Tensor
@@ -158,27 +158,27 @@ def leave_killed_workers() -> None:
 
 
 def train_loader(
-    dataset: KeyedDataset, sampler: TrainSampler, *, workers: int, place: torch.device = CPU
+    dataset: KeyedDataset, sampler: TrainSampler, *, workers: int, device: torch.device = CPU
 ) -> DataLoader:
     """One endless pass: the sampler runs through all epochs, so that workers never restart."""
-    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(dataset, workers, place))
+    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(dataset, workers, device))
 
 
 def eval_loader(
-    dataset: KeyedDataset, sampler: EvalSampler, *, batch_size: int, workers: int, place: torch.device = CPU
+    dataset: KeyedDataset, sampler: EvalSampler, *, batch_size: int, workers: int, device: torch.device = CPU
 ) -> DataLoader:
     """Every image of the sampler once, in order, the last batch smaller."""
-    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, **_loader_options(dataset, workers, place))
+    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, **_loader_options(dataset, workers, device))
 
 
-def _loader_options(dataset: KeyedDataset, workers: int, place: torch.device) -> dict[str, Any]:
+def _loader_options(dataset: KeyedDataset, workers: int, device: torch.device) -> dict[str, Any]:
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
     return dict(
         num_workers=workers,
         collate_fn=dataset.collate,
-        pin_memory=place.type == "cuda",
+        pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
     )

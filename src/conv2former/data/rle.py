@@ -11,7 +11,8 @@ from conv2former.errors import UserError
 
 
 @functools.cache
-def _library() -> Any:
+def library() -> Any:
+    """faster-coco-eval's masks; raises UserError where it is not installed."""
     try:
         from faster_coco_eval.core import mask
     except ImportError:
@@ -21,7 +22,7 @@ def _library() -> Any:
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """A mask (H, W) as compressed run lengths: ``size`` [H, W] and ``counts``, a string, as in COCO's results."""
-    encoded = _library().encode(np.asfortranarray(mask.astype(np.uint8)))
+    encoded = library().encode(np.asfortranarray(mask.astype(np.uint8)))
     counts = encoded["counts"]
     return dict(
         size=[int(side) for side in encoded["size"]], counts=counts if isinstance(counts, str) else counts.decode()
@@ -33,13 +34,13 @@ def decode_mask(encoded: dict[str, Any]) -> np.ndarray:
     height, width = encoded["size"]
     counts = encoded["counts"]
     if isinstance(counts, list):
-        encoded = _library().frPyObjects(dict(size=[height, width], counts=counts), height, width)
+        encoded = library().frPyObjects(dict(size=[height, width], counts=counts), height, width)
     else:
         encoded = dict(size=[height, width], counts=counts.encode() if isinstance(counts, str) else counts)
-    return np.asarray(_library().decode(encoded))
+    return np.asarray(library().decode(encoded))
 
 
 def polygons_to_mask(polygons: list[Any], height: int, width: int) -> np.ndarray:
     """The union of polygons [x0, y0, x1, y1, ...] in pixels as a mask (H, W) of uint8."""
-    parts = _library().frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)
-    return np.asarray(_library().decode(_library().merge(parts)))
+    parts = library().frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)
+    return np.asarray(library().decode(library().merge(parts)))

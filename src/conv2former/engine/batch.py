@@ -1,4 +1,4 @@
-"""How the images of an optimizer step are dealt out to processes and forward passes."""
+"""How the images of an optimizer step are divided among processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class BatchPlan:
     """One optimizer step.
 
     Attributes:
-        per_process: Images per process and forward pass.
+        per_process: Images of a micro-batch of one process.
         world: Processes.
-        accumulate: Forward passes.
+        accumulate: Micro-batches of a step.
     """
 
     per_process: int
@@ -35,25 +35,25 @@ def plan_batch(recipe: Recipe, *, world: int) -> BatchPlan:
     """The recipe's batch on ``world`` processes.
 
     Without ``optim.global_batch`` the total grows with the processes. With it the total stays: each process takes its
-    share in as few forward passes as ``optim.batch_size`` allows.
+    share in as few micro-batches as ``optim.batch_size`` allows.
 
     Raises:
-        UserError: ``optim.global_batch`` cannot be dealt out evenly, or leaves an odd batch to MixUp.
+        UserError: ``optim.global_batch`` cannot be divided evenly, or leaves an odd batch to MixUp.
     """
     optim = recipe.optim
     if optim.global_batch is None:
         return BatchPlan(optim.batch_size, world, optim.accumulate)
-    share, left = divmod(optim.global_batch, world)
-    if left or not share:
+    images, left = divmod(optim.global_batch, world)
+    if left or not images:
         raise UserError(
             f"optim.global_batch={optim.global_batch} cannot be shared by {world} processes: "
             f"give --set optim.global_batch={max(round(optim.global_batch / world), 1) * world}"
         )
     step = 2 if recipe.pairs else 1
-    fitting = [size for size in range(step, min(optim.batch_size, share) + 1, step) if share % size == 0]
+    fitting = [size for size in range(step, min(optim.batch_size, images) + 1, step) if images % size == 0]
     if not fitting:
         raise UserError(
-            f"a process's share of {share} images cannot be mixed in pairs: give an optim.global_batch that is a "
-            f"multiple of {2 * world}, --set optim.global_batch={(share + 1) * world} for example"
+            f"a process's {images} images cannot be mixed in pairs: give an optim.global_batch that is a "
+            f"multiple of {2 * world}, --set optim.global_batch={(images + 1) * world} for example"
         )
-    return BatchPlan(fitting[-1], world, share // fitting[-1])
+    return BatchPlan(fitting[-1], world, images // fitting[-1])

@@ -119,7 +119,7 @@ class BatchNormBackup:
         """After one that does not count."""
         self._copy(self.live, self.kept)
 
-    def share(self) -> None:
+    def broadcast(self) -> None:
         """All processes take the first one's, which are what is saved; DDP does so by itself, FSDP does not."""
         for group in self.live:
             for buffer in group:

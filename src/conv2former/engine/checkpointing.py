@@ -99,7 +99,7 @@ class CheckpointManager:
                 damaged += 1
                 say(f"{path} is damaged ({trouble}): taking the one before")
                 path.replace(path.with_name(path.name + ".damaged"))
-        found, damaged = processes.gather((found, damaged))[0]
+        found, damaged = processes.all_gather((found, damaged))[0]
         if damaged and not found:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged: copy one back from elsewhere, if there is one"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from conv2former.errors import UserError, one_line
 
-BEAT = 1.0  # seconds between signs of life
+BEAT = 1.0  # seconds between heartbeats
 SILENCE = 30.0  # seconds after which a process that gives none is taken for dead
 GRACE = 3.0  # seconds that a process has to end by itself when another has failed
 HELP = "what was saved is kept: continue with --resume"
@@ -60,16 +60,16 @@ class Processes:
         if self.world > 1 and isinstance(value, RuntimeError) and _is_lost_connection(value):
             raise UserError(f"the connection to another process broke, it was probably killed; {HELP}") from None
 
-    def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all processes."""
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """The maximum of each value over all processes."""
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.double)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, in the order of the ranks."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value of each process, by rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -92,7 +92,7 @@ class Watch:
     """Ends this process when another one has failed, has died or is silent, with a line that says so.
 
     A collective that waits for a dead process may wait for ever (NCCL, a machine that is gone), and no Python code runs
-    meanwhile; so a thread of each process gives signs of life in a store that the first process keeps.
+    meanwhile; so a thread of each process gives heartbeats in a store that the first process keeps.
     """
 
     def __init__(self, fabric: L.Fabric) -> None:
@@ -112,7 +112,7 @@ class Watch:
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begins to give and look for signs of life."""
+        """Starts the heartbeat and the look-out for those of the others."""
         self.store.set(f"beat/{self.rank}", "0")
         self.thread.start()
 
@@ -156,7 +156,7 @@ class Watch:
             if said != heard[rank][0]:
                 heard[rank] = said, now
             elif said != "done" and now - heard[rank][1] > SILENCE:
-                self._fail(f"process {rank} has given no sign of life for {SILENCE:.0f} seconds")
+                self._fail(f"process {rank} has given no heartbeat for {SILENCE:.0f} seconds")
         for child in self.children:
             if child.poll():
                 self._fail(f"a process ended with status {child.returncode}")

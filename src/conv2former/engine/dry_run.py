@@ -57,7 +57,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     Args:
         recipe: What would be trained.
         data: Folder of images to count; None for the numbers of the recipe's claim.
-        out: Picture to write (.png), or a folder; None for ``RECIPE.schedule.png`` here.
+        out: Image to write (.png), or a folder; None for ``RECIPE.schedule.png`` here.
 
     Returns:
         The text to print.
@@ -74,7 +74,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
     network = _network(task)
     memory = _memory(task, batch)
-    picture = _picture(recipe, out)
+    chart = _chart_path(recipe, out)
     parts = [
         ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
         ["data", images.origin],
@@ -83,9 +83,9 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
         ["parameter groups", *_groups(optimizer)],
         ["network", *network],
         ["memory per process", *memory, LEFT_OUT],
-        ["picture", str(picture)],
+        ["chart", str(chart)],
     ]
-    _draw(recipe, optimizer, schedule, per_epoch, picture)
+    _draw(recipe, optimizer, schedule, per_epoch, chart)
     head = f"Dry run of {recipe.name}: nothing is trained and no run folder is made."
     return "\n\n".join([head, *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
 
@@ -332,8 +332,8 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _picture(recipe: Recipe, out: Path | None) -> Path:
-    """Where the picture goes; never into a new folder, which a training would then find in its way."""
+def _chart_path(recipe: Recipe, out: Path | None) -> Path:
+    """Where the image goes; never into a new folder, which a training would then find in its way."""
     if out is None:
         return Path(f"{recipe.name}.schedule.png")
     if out.suffix.lower() == ".png":
@@ -342,7 +342,7 @@ def _picture(recipe: Recipe, out: Path | None) -> Path:
 
 
 def _draw(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, picture: Path
+    recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, chart: Path
 ) -> None:
     scale = per_epoch or POINTS
     steps = np.unique(np.linspace(0, recipe.schedule.total(scale) - 1, POINTS).round().astype(int))
@@ -356,10 +356,10 @@ def _draw(
     if (lowest < highest).any():
         curves = {"last layer": highest, "first layer": lowest}
     try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plots.schedule((steps / scale).tolist(), curves, decay, picture, steps_per_epoch=per_epoch)
+        chart.parent.mkdir(parents=True, exist_ok=True)
+        plots.schedule((steps / scale).tolist(), curves, decay, chart, steps_per_epoch=per_epoch)
     except OSError as error:
-        raise UserError(f"cannot write {picture}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {chart}: {error.strerror or error}") from None
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

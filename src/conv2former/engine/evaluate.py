@@ -70,7 +70,7 @@ def evaluate_task(
         max_pixels=max_pixels or task.recipe.data.max_pixels,
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
-    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, place=device)
+    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, device=device)
     evaluation = count(task, _announced(loader, device), task.metric(source))
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
@@ -162,7 +162,7 @@ def set_options(task: Task, **given: Any) -> None:
 
 
 def write_report(task: Task, evaluation: Evaluation, source: Source, folder: Path, **facts: str | None) -> None:
-    """``evaluation.json`` (with ``facts``) and the task's pictures; raises UserError where they cannot be written."""
+    """``evaluation.json`` (with ``facts``) and the task's images; raises UserError where they cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")

@@ -36,7 +36,7 @@ class Faults:
 
     def note_bad_images(self, bad: list[BadImage]) -> None:
         """Lists what any process has found; to be called on all of them."""
-        for rows in self.processes.gather([(image.file, image.reason) for image in bad]):
+        for rows in self.processes.all_gather([(image.file, image.reason) for image in bad]):
             for file, reason in rows:
                 if file not in self.bad_images:
                     self.bad_images.add(file)
@@ -62,7 +62,7 @@ class Faults:
             UserError: It is the last of as many in a row as the recipe allows.
         """
         indices = [index for part in parts for index in part.indices.tolist()]
-        files = [self.images.name(i) for share in self.processes.gather(indices) for i in share]
+        files = [self.images.name(i) for own in self.processes.all_gather(indices) for i in own]
         if self.processes.rank == 0:
             self.run.add_skipped_step(dict(step=step, lr=lr, files=files))
         self.say(f"step {step} skipped: its loss is not finite")

@@ -26,7 +26,7 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     """Lightning Fabric for a recipe, not launched yet.
 
     Raises:
-        UserError: Devices that are not there, or settings that do not go together.
+        UserError: Devices that are not there, or settings that exclude each other.
     """
     # Lightning's tips and device report are left out; our own summary says what matters
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

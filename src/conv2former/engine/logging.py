@@ -1,4 +1,4 @@
-"""Where the figures of a run go while it goes on."""
+"""Where the metrics of a run go while it goes on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunLog:
             self.loggers.append(logger)
 
     def row(self, kind: str, *, step: int, epoch: float, **values: Any) -> dict[str, Any]:
-        """One row of figures; what is None is not known and not drawn."""
+        """One row of metrics; what is None is not known and not drawn."""
         row = dict(kind=kind, step=step, epoch=round(epoch, 4)) | values
         if self.enabled:
             self.run.add_row(row)

@@ -145,7 +145,7 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     machine = facts.get("machine", {})
-    place = ", ".join(machine.get("gpus", [])) or f"{machine.get('cpus', '?')} CPU cores"
+    machine_words = ", ".join(machine.get("gpus", [])) or f"{machine.get('cpus', '?')} CPU cores"
     start = f"; started from {Path(recipe.model.weights).name}" if recipe.model.weights else "; from random weights"
     rows = [
         ("data", f"{Path(str(facts.get('data') or 'built in')).name}: {count} images"),
@@ -157,7 +157,7 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
             f"weight decay {recipe.optim.weight_decay:g}",
         ),
         ("precision", recipe.engine.precision),
-        ("machine", place),
+        ("machine", machine_words),
         ("software", versions + (f"; commit {facts['commit']}" if facts.get("commit") else "")),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
@@ -179,7 +179,7 @@ def _files(exported: Sequence[dict[str, Any]]) -> str:
         line = [Path(row["file"]).name, row["format"], f"{row['bytes'] / 1e6:.1f}", f"{row['difference']:.1e}"]
         lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
     note = (
-        f"Differences as a share of the largest output, on {exported[0]['pictures']} images; by `conv2former export`."
+        f"Differences as a fraction of the largest output, on {exported[0]['pictures']} images; by `conv2former export`."
     )
     return "\n".join(["## Files", "", *(f"| {' | '.join(line)} |" for line in lines), "", note])
 

@@ -16,7 +16,7 @@ from conv2former.errors import UserError, one_line
 
 
 def scaled_lr(optim: OptimSection, batch: BatchPlan) -> float:
-    """Sec. 4.1: the base rate times the effective batch over ``base_batch``."""
+    """Sec. 4.1: the base learning rate times the effective batch over ``base_batch``."""
     return optim.base_lr * batch.total / optim.base_batch
 
 
@@ -65,7 +65,7 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleSection, *, steps_per_epoch: int) -> Scheduler:
-    """Linear warm-up, then what ``schedule.kind`` says; ``step_update(step)`` sets a step's rate, whatever came before.
+    """Linear warm-up, then what ``schedule.kind`` says; ``step_update(step)`` sets a step's learning rate, whatever came before.
 
     The cosine begins behind the warm-up (ConvNeXt, Swin). The other two count from step 0 and are cut into by it, as
     in the detection and segmentation toolboxes that the paper used.

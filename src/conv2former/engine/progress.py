@@ -92,7 +92,7 @@ class TrainingProgress:
         return (done - self.first_step) * self.global_batch / max(self.train_seconds, 1e-9)
 
     def data_wait(self) -> float:
-        """Share of the training time since this process started that was spent waiting for images."""
+        """Fraction of the training time since this process started that was spent waiting for images."""
         return self.wait_seconds / max(self.train_seconds, 1e-9)
 
     def say(self, message: str) -> None:

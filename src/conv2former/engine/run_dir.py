@@ -13,7 +13,7 @@ checkpoints/           the last two of weights, optimizer and step, to resume fr
 best/ last/            model.safetensors and config.json, for timm's local-dir:; in best/ the model card, README.md
 evaluation.json        the best weights' counts, also per class
 evaluations/           the same on other data, by ``conv2former evaluate``
-samples/ predictions/  pictures to try, and what was made of them (quick start)
+samples/ predictions/  images to try, and what was made of them (quick start)
 detections.json         a detector's results in COCO's form
 *.png                  learning curves, confusion matrix, predictions
 """

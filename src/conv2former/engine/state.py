@@ -17,7 +17,7 @@ class TrainState:
         step: Optimizer steps done, skipped ones included.
         steps_per_epoch: Of the run that got here.
         evaluated: The step of the last evaluation.
-        best: Best validation result so far (the task's headline figure), percent.
+        best: Best validation result so far (the task's monitored metric), percent.
         loss_sum: Sum of the losses since the last evaluation.
         loss_steps: Their number.
         logged_sum: Sum of the losses since the last logged one.

@@ -34,7 +34,7 @@ def applied(recipe: Recipe) -> Iterator[None]:
     """PyTorch's global settings while a run trains; at the end, whatever ends it, they are as they were before.
 
     Raises:
-        UserError: The caller has set TF32 by PyTorch's newer settings, which do not go together with this one.
+        UserError: The caller has set TF32 by PyTorch's newer settings, which exclude this one.
     """
     wanted = recipe.engine.float32_matmul_precision
     try:

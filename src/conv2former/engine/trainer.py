@@ -213,7 +213,7 @@ class Trainer:
         """
         bad = self.faults.new_bad_images(micro_batches)
         late = time.monotonic() - self.saved_at > 60 * self.recipe.engine.checkpoint_minutes
-        signum, failed, found, due = self.processes.largest(
+        signum, failed, found, due = self.processes.all_reduce_max(
             self.stop.signum or 0, error is not None, len(bad), late and self.wrapped.training
         )
         if found:
@@ -222,7 +222,7 @@ class Trainer:
         if failed or too_many or signum or due:
             self._save()
         if failed:
-            messages = [message for message in self.processes.gather(str(error) if error else None) if message]
+            messages = [message for message in self.processes.all_gather(str(error) if error else None) if message]
             raise agreed(error or UserError(messages[0]))
         if too_many:
             raise too_many
@@ -245,7 +245,7 @@ class Trainer:
                 if part == len(micro_batches) - 1:
                     fetched = Fetched(losses)
                 self.fabric.backward(loss)
-        (unsound,) = self.processes.largest(not math.isfinite(fetched.value()))
+        (unsound,) = self.processes.all_reduce_max(not math.isfinite(fetched.value()))
         if unsound:
             self.optimizer.zero_grad(set_to_none=True)
             self.statistics.restore()
@@ -305,7 +305,7 @@ class Trainer:
         state = self.state
         self.wrapped.eval()
         if self.sharded:
-            self.statistics.share()
+            self.statistics.broadcast()
         metric = self.task.metric(self.splits.val, distributed=self.fabric.world_size > 1)
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
         # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
@@ -363,7 +363,7 @@ class Trainer:
             self._flush_loss()
         self.log.flush()
         if self.sharded:
-            self.statistics.share()
+            self.statistics.broadcast()
         state = self.state
         self.checkpoints.write(
             state.step, lambda path: self.fabric.save(path, self._contents()), first=self.fabric.is_global_zero
@@ -397,7 +397,7 @@ class Trainer:
             rank=fabric.global_rank,
             world=fabric.world_size,
         )
-        loader = train_loader(self.train_dataset, sampler, workers=recipe.data.workers, place=fabric.device)
+        loader = train_loader(self.train_dataset, sampler, workers=recipe.data.workers, device=fabric.device)
         return iter(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
     def _val_loader(self) -> Any:
@@ -405,7 +405,7 @@ class Trainer:
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
         size = 1 if self.task.one_at_a_time else self.batch.per_process
         workers = self.recipe.data.workers
-        loader = eval_loader(dataset, sampler, batch_size=size, workers=workers, place=fabric.device)
+        loader = eval_loader(dataset, sampler, batch_size=size, workers=workers, device=fabric.device)
         return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     @property

@@ -50,7 +50,7 @@ class L1Mod(WeightingMod):
     """L1-normalised A, ``Z = A / ||A||_1 * V`` (Table 6, row 3).
 
     The paper leaves the axis open. Ours is the channels of each position: what one position gets then does not depend
-    on the picture's size (over the positions, weights trained at 224 would shrink threefold at 384), and it is the axis
+    on the image's size (over the positions, weights trained at 224 would shrink threefold at 384), and it is the axis
     of the network's LayerNorms.
     """
 

@@ -163,7 +163,7 @@ class Stem(nn.Module):
     """Patch embedding of the hierarchical models: three convolutions without bias, stride 4 in all.
 
     3x3 s2, GELU, BatchNorm, 3x3 s1, GELU, BatchNorm, 2x2 s2. ``stride=2`` leaves the first convolution at stride 1:
-    for small pictures (CIFAR), not in the paper.
+    for small images (CIFAR), not in the paper.
 
     Args:
         in_chans: Channels of the image.

@@ -1,4 +1,4 @@
-"""The family in figures: parameters, multiply-adds, and what the paper reports for each model."""
+"""The family in numbers: parameters, multiply-adds, and what the paper reports for each model."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 ``modulation`` and ``mlp_middle`` choose what computes them (``backend``): plain PyTorch, which is the specification,
 Triton on NVIDIA GPUs, C++ on CPUs. Fused or not, parameters and their names are the same; ``guard`` says when the
-network's modules may be left uncalled. ``stem``, ``blocks``,
-``downsample`` and ``head`` are all of a network that was fused for inference (``fusing``), in C++ on CPUs.
+network's modules may be left uncalled. A network that was fused for inference (``models.fused``) consists of ``stem``,
+``blocks``, ``downsample`` and ``head``, which have C++ forms for CPUs.
 """
 
 from conv2former.ops.backend import BACKENDS, backend_for, passes_by, set_backend, use_backend
@@ -13,26 +13,3 @@ from conv2former.ops.head import head, head_reference
 from conv2former.ops.mlp import mlp_middle, mlp_middle_fused, mlp_middle_reference
 from conv2former.ops.modulation import modulation, modulation_fused, modulation_reference
 from conv2former.ops.stem import stem, stem_reference
-
-__all__ = [
-    "BACKENDS",
-    "backend_for",
-    "block_weights",
-    "blocks",
-    "downsample",
-    "downsample_reference",
-    "head",
-    "head_reference",
-    "join_block_weights",
-    "mlp_middle",
-    "mlp_middle_fused",
-    "mlp_middle_reference",
-    "modulation",
-    "modulation_fused",
-    "modulation_reference",
-    "passes_by",
-    "set_backend",
-    "stem",
-    "stem_reference",
-    "use_backend",
-]

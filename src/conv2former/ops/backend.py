@@ -248,9 +248,9 @@ _library = torch.library.Library("conv2former", "DEF")
 
 def operator(
     schema: str,
-    compute: Callable[..., Any],
     shapes: Callable[..., Any],
     *,
+    compute: Callable[..., Any] | None = None,
     gradients: Callable[..., Any] | None = None,
     save: Callable[..., Any] | None = None,
     flops: Callable[..., int],
@@ -261,13 +261,18 @@ def operator(
 
     Args:
         schema: Name, arguments and results.
-        compute: What computes it, on any device.
         shapes: What tells the results' shapes.
+        compute: What computes it, on any device; unless given, the function of its name in the device's ``kernels``.
         gradients: The backward pass; without one, which is for evaluation, inputs that want gradients are refused.
         save: What it keeps of the forward pass.
         flops: Twice the multiply-adds, from the arguments' shapes, for ``torch.utils.flop_counter``.
     """
     name = schema.partition("(")[0]
+
+    def kernel(x: Tensor, *rest: Any) -> Any:
+        return getattr(kernels(x.device), name)(x, *rest)
+
+    compute = compute or kernel
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ("CPU", "CUDA"):
         _library.impl(name, compute if gradients else _without_gradients(compute), device)

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import in_evaluation, kernels, operator
+from conv2former.ops.backend import in_evaluation, operator
 from conv2former.ops.mlp import mlp_middle
 from conv2former.ops.modulation import modulation
-
-__all__ = ["block_weights", "blocks", "join_block_weights"]
 
 
 def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size: int, eps: float) -> Tensor:
@@ -101,10 +99,6 @@ def _size(dim: int, hidden: int, kernel_size: int) -> int:
     return sum((size + 63) // 64 * 64 for size in sizes)
 
 
-def _blocks(x: Tensor, weights: list[Tensor], *numbers: Any) -> Tensor:
-    return kernels(x.device).blocks(x, weights, *numbers)
-
-
 def _shape(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -117,7 +111,6 @@ def _flops(x: Any, weights: Any, dim: int, hidden: int, kernel_size: int, *_: An
 
 _BLOCKS = operator(
     "blocks(Tensor x, Tensor[] weights, int dim, int hidden, int kernel_size, float eps) -> Tensor",
-    _blocks,
     _shape,
     flops=_flops,
 )

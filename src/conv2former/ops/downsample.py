@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import in_evaluation, kernels, operator
-
-__all__ = ["downsample", "downsample_reference"]
+from conv2former.ops.backend import in_evaluation, operator
 
 
 def downsample_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -46,10 +44,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return in_evaluation("downsample", x, (weight, bias), channels=min(weight.shape[:2]), kernel_size=3)
 
 
-def _downsample(x: Tensor, *arguments: Any) -> Tensor:
-    return kernels(x.device).downsample(x, *arguments)
-
-
 def _shape(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, weight.shape[0])
 
@@ -58,6 +52,4 @@ def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * x[0] * (x[1] // 2) * (x[2] // 2) * math.prod(weight)
 
 
-_DOWNSAMPLE = operator(
-    "downsample(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _downsample, _shape, flops=_flops
-)
+_DOWNSAMPLE = operator("downsample(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _shape, flops=_flops)

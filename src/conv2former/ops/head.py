@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import in_evaluation, kernels, operator
-
-__all__ = ["head", "head_reference"]
+from conv2former.ops.backend import in_evaluation, operator
 
 
 def head_reference(
@@ -56,10 +54,6 @@ def _fits(x: Tensor, *weights: Tensor) -> bool:
     return in_evaluation("head", x, weights, channels=min(c, d), kernel_size=1)
 
 
-def _head(x: Tensor, *arguments: Any) -> Tensor:
-    return kernels(x.device).head(x, *arguments)
-
-
 def _shape(
     x: Tensor, weight1: Tensor, bias1: Tensor, scale: Tensor, offset: Tensor, weight2: Tensor, bias2: Tensor, eps: float
 ) -> Tensor:
@@ -73,7 +67,6 @@ def _flops(x: Any, weight1: Any, bias1: Any, scale: Any, offset: Any, weight2: A
 _HEAD = operator(
     "head(Tensor x, Tensor weight1, Tensor bias1, Tensor scale, Tensor offset, Tensor weight2, Tensor bias2, "
     "float eps) -> Tensor",
-    _head,
     _shape,
     flops=_flops,
 )

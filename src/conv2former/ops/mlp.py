@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, second_derivative
 
-__all__ = ["mlp_middle", "mlp_middle_fused", "mlp_middle_reference"]
-
 
 def mlp_middle_reference(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``mlp_middle`` in plain PyTorch: the specification."""
@@ -45,15 +43,11 @@ def mlp_middle_fused(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _FORWARD(u, weight, bias)
 
 
-def _mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return kernels(u.device).mlp_middle(u, weight, bias)
-
-
 def _shape(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return u.new_empty(u.shape)
 
 
-def _mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     du, dweight, dbias = kernels(u.device).mlp_middle_backward(g, u, weight, bias)
     return du, in_layout_of(weight, dweight), dbias
 
@@ -83,7 +77,6 @@ def _flops_backward(g: Any, u: Any, *_: Any, **__: Any) -> int:
 
 _FORWARD = operator(
     "mlp_middle(Tensor u, Tensor weight, Tensor bias) -> Tensor",
-    _mlp_middle,
     _shape,
     gradients=_gradients,
     save=_save,
@@ -91,7 +84,7 @@ _FORWARD = operator(
 )
 _BACKWARD = operator(
     "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
-    _mlp_middle_backward,
     _shapes_backward,
+    compute=_backward,
     flops=_flops_backward,
 )

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from conv2former.ops.backend import depthwise, fused, in_layout_of, kernels, operator, second_derivative
 
-__all__ = ["modulation", "modulation_fused", "modulation_reference"]
-
 
 def modulation_reference(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``modulation`` in plain PyTorch: the specification."""
@@ -47,17 +45,11 @@ def modulation_fused(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tens
     return _FORWARD(u, v, weight, bias, keep)[0]
 
 
-def _modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return kernels(u.device).modulation(u, v, weight, bias, keep)
-
-
 def _shapes(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), u.new_empty(u.shape if keep else (0,))
 
 
-def _modulation_backward(
-    g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     du, dv, dweight, dbias = kernels(u.device).modulation_backward(g, u, v, a, weight)
     return du, dv, in_layout_of(weight, dweight), dbias
 
@@ -93,7 +85,6 @@ def _flops_backward(g: Any, u: Any, v: Any, a: Any, weight: Any, **_: Any) -> in
 
 _FORWARD = operator(
     "modulation(Tensor u, Tensor v, Tensor weight, Tensor bias, bool keep) -> (Tensor, Tensor)",
-    _modulation,
     _shapes,
     gradients=_gradients,
     save=_save,
@@ -101,7 +92,7 @@ _FORWARD = operator(
 )
 _BACKWARD = operator(
     "modulation_backward(Tensor g, Tensor u, Tensor v, Tensor a, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
-    _modulation_backward,
     _shapes_backward,
+    compute=_backward,
     flops=_flops_backward,
 )

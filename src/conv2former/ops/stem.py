@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv2former.ops.backend import in_evaluation, kernels, operator
-
-__all__ = ["stem", "stem_reference"]
+from conv2former.ops.backend import in_evaluation, operator
 
 
 def stem_reference(
@@ -74,10 +72,6 @@ def _fits(x: Tensor, stride1: int, stride2: int, *weights: Tensor) -> bool:
     return in_evaluation("stem", x, weights, channels=outs, kernel_size=3)
 
 
-def _stem(x: Tensor, *arguments: Any) -> Tensor:
-    return kernels(x.device).stem(x, *arguments)
-
-
 def _sides(height: int, width: int, stride1: int, stride2: int) -> list[tuple[int, int]]:
     """Height and width behind each convolution."""
     first = (height - 1) // stride1 + 1, (width - 1) // stride1 + 1
@@ -110,7 +104,6 @@ def _flops(
 _STEM = operator(
     "stem(Tensor x, Tensor weight1, Tensor scale, Tensor offset, Tensor weight2, Tensor weight3, Tensor bias3, "
     "int stride1, int stride2) -> Tensor",
-    _stem,
     _shape,
     flops=_flops,
 )

@@ -1,4 +1,4 @@
-"""A timm backbone under a detector or a segmenter."""
+"""A timm backbone under a detector or a segmentation model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         if not set(STRIDES) <= set(strides):
             found = ", ".join(str(stride) for stride in sorted(set(strides)))
             raise UserError(
-                f"{section.name} has maps of stride {found}; detectors and segmenters need 4, 8, 16 and 32: take a "
+                f"{section.name} has maps of stride {found}; detection and segmentation need 4, 8, 16 and 32: take a "
                 "hierarchical model with the paper's stem, conv2former_t for example"
             )
         # the last entry of each stride

@@ -28,7 +28,7 @@ class Evaluation:
         metrics: The numbers that a run keeps; ``top1`` is the column ``val_top1``. None where a number is not defined.
         line: The main ones in words.
         details: All that ``evaluation.json`` holds; ``images`` counts those that were evaluated.
-        records: What the pictures of the report are drawn from.
+        records: What the images of the report are drawn from.
         sound: Whether all that was computed was finite; weights of another evaluation are never the best.
     """
 
@@ -306,7 +306,7 @@ class Task(nn.Module, ABC):
         """One prediction for each preprocessed image."""
 
     def draw(self, evaluation: Evaluation, source: Any, folder: Path) -> None:
-        """Draws the report's pictures, ``predictions.png`` and others; raises OSError."""
+        """Draws the report's images, ``predictions.png`` and others; raises OSError."""
         return
 
     def scores(self) -> nn.Module | None:

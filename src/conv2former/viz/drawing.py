@@ -1,4 +1,4 @@
-"""Results drawn on pictures: overlays of classes with their legend, boxes with masks and labels."""
+"""Results drawn on images: overlays of classes with their legend, boxes with masks and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def colour(index: int) -> tuple[int, int, int]:
 
 
 def label_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The picture with its classes (H, W) in colour; pixels of no class (255) stay as they are."""
+    """The image with its classes (H, W) in colour; pixels of no class (255) stay as they are."""
     palette = np.array([colour(index) for index in range(256)], np.uint8)
     pixels = np.asarray(image)
     mixed = (pixels * (1 - STRENGTH) + palette[labels] * STRENGTH).astype(np.uint8)
@@ -53,18 +53,18 @@ def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image
     return sheet
 
 
-def side_by_side(pictures: Sequence[Image.Image], *, vertical: bool = False, gap: int = 4) -> Image.Image:
-    """Pictures in a row or a column, on white."""
-    if not pictures:
+def side_by_side(images: Sequence[Image.Image], *, vertical: bool = False, gap: int = 4) -> Image.Image:
+    """Images in a row or a column, on white."""
+    if not images:
         return Image.new("RGB", (1, 1), "white")
-    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
-    spare = gap * (len(pictures) - 1)
+    widths, heights = [p.width for p in images], [p.height for p in images]
+    spare = gap * (len(images) - 1)
     size = (max(widths), sum(heights) + spare) if vertical else (sum(widths) + spare, max(heights))
     sheet = Image.new("RGB", size, "white")
     at = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, at) if vertical else (at, 0))
-        at += gap + (picture.height if vertical else picture.width)
+    for image in images:
+        sheet.paste(image, (0, at) if vertical else (at, 0))
+        at += gap + (image.height if vertical else image.width)
     return sheet
 
 
@@ -75,7 +75,7 @@ def objects(
     colours: Sequence[int],
     masks: Iterable[np.ndarray | None],
 ) -> Image.Image:
-    """The picture with masks (H, W), boxes (x0, y0, x1, y1 in its pixels) and captions in colours of ``colour``."""
+    """The image with masks (H, W), boxes (x0, y0, x1, y1 in its pixels) and captions in colours of ``colour``."""
     pixels = np.array(image)
     for mask, index in zip(masks, colours, strict=True):
         if mask is not None:

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, confusion matrix, a sheet of predictions."""
+"""Images of a run: learning curves, confusion matrix, a sheet of predictions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
 def learning_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses, accuracies, learning rate and speed over epochs, from a run's rows into a picture in its folder."""
+    """Losses, accuracies, learning rate and speed over epochs, from a run's rows into an image in its folder."""
     draw_curves({path.absolute().parent.name: rows}, path, "epoch")
 
 
@@ -45,7 +45,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         loss.plot(at_steps, _column(steps, "loss"), **dots, linewidth=1, alpha=0.5, label="training")
         validation: dict[str, Any] = dict(color="C1" if alone else colour, marker=".")
         loss.plot(at_epochs, _column(epochs, "val_loss"), **validation, label="validation")
-        (key, title), *others = _figures(epochs)
+        (key, title), *others = _metrics(epochs)
         titles.add(title)
         (line,) = accuracy.plot(at_epochs, _column(epochs, key), color=colour, marker=".", label=title)
         for number, (other, other_title) in enumerate(others if alone else [], 1):
@@ -59,7 +59,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         loss.legend()
         accuracy.legend()
     loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
-    accuracy.set_title("validation figures, %" if alone else f"validation {' or '.join(sorted(titles))}, %")
+    accuracy.set_title("validation metrics, %" if alone else f"validation {' or '.join(sorted(titles))}, %")
     rate.set_title("learning rate")
     speed.set_title("training speed, images/s")
     if any(np.isfinite(line.get_ydata()).any() for line in waiting.lines):
@@ -97,7 +97,7 @@ def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _best(epochs: list[dict[str, Any]]) -> str:
-    key, title = _figures(epochs)[0]
+    key, title = _metrics(epochs)[0]
     evaluated = [row for row in epochs if row.get(key) is not None]
     if not evaluated:
         return "not evaluated yet"
@@ -105,8 +105,8 @@ def _best(epochs: list[dict[str, Any]]) -> str:
     return f"best {title} {best[key]:.2f}% at epoch {best['epoch']:g}"
 
 
-def _figures(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The columns of a run's task that are in percent with their names, the headline figure first."""
+def _metrics(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The columns of a run's task that are in percent with their names, the monitored metric first."""
     return next((columns for columns in FIGURES if any(columns[0][0] in row for row in epochs)), FIGURES[0])
 
 
@@ -129,28 +129,28 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
     side = min(max(4.5, 0.45 * count + 2), 24) if labelled else 12
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title=f"{int(np.trace(matrix))} of {int(matrix.sum())} correct")
     if labelled:
         axes.set_xticks(range(count), classes, rotation=90)
         axes.set_yticks(range(count), classes)
     if count <= 25:
         for i, j in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if share[i, j] > 0.5 else "black"
+            colour = "white" if fractions[i, j] > 0.5 else "black"
             axes.text(j, i, str(int(matrix[i, j])), ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure.colorbar(image, label="fraction of the true class", shrink=0.8)
     figure.savefig(path, dpi=110)
 
 
 def prediction_sheet(
     mistakes: list[tuple[Image.Image, str, bool]], samples: list[tuple[Image.Image, str, bool]], path: Path
 ) -> None:
-    """Two blocks of pictures with captions: the worst mistakes, then some others.
+    """Two blocks of images with captions: the worst mistakes, then some others.
 
     Args:
-        mistakes: (picture, caption, correct), worst first.
-        samples: The same for pictures chosen without regard to the outcome.
+        mistakes: (image, caption, correct), worst first.
+        samples: The same for images chosen without regard to the outcome.
         path: PNG to write.
     """
     columns = 8
@@ -162,8 +162,8 @@ def prediction_sheet(
         part.suptitle(title, x=0.01, ha="left", fontweight="bold")
         for axes in (grid := part.subplots(-(-len(items) // columns), columns, squeeze=False).ravel()):
             axes.set_axis_off()
-        for axes, (picture, caption, correct) in zip(grid, items, strict=False):
-            axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 64 else "antialiased")
+        for axes, (image, caption, correct) in zip(grid, items, strict=False):
+            axes.imshow(image, interpolation="nearest" if max(image.size) <= 64 else "antialiased")
             axes.set_title(caption, fontsize=8, color=GOOD if correct else BAD)
     figure.savefig(path, dpi=110)
 

@@ -15,19 +15,6 @@ from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.depthwise import mlp_middle, mlp_middle_backward, modulation, modulation_backward
 from conv2former.ops.cpu.evaluation import blocks, downsample, head, stem
 
-__all__ = [
-    "blocks",
-    "downsample",
-    "head",
-    "mlp_middle",
-    "mlp_middle_backward",
-    "modulation",
-    "modulation_backward",
-    "stem",
-    "takes",
-    "unusable",
-]
-
 
 def unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device; None where they can. Compiles them when asked for the first time."""

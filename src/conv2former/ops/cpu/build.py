@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 FOLDER = Path(__file__).parent
-SOURCES = ("depthwise.cpp", "blocks.cpp", "stem.cpp", "downsample.cpp", "head.cpp")
+SOURCES = sorted(FOLDER.glob("*.cpp"))
 # no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("g++", "clang++", "c++")
@@ -40,9 +40,7 @@ def load() -> ctypes.CDLL | str:
         name = hashlib.sha256(b"\0".join([*texts, macros, " ".join(flags).encode()])).hexdigest()[:24]
         path = _folder() / f"kernels-{name}.so"
         if not path.exists():
-            with FileLock(
-                path.with_suffix(".lock"), timeout=3 * PATIENCE
-            ):  # of several processes one compiles and links
+            with FileLock(path.with_suffix(".lock"), timeout=3 * PATIENCE):  # of several processes one compiles
                 if not path.exists():
                     _compile([compiler, *flags], path)
         library = ctypes.CDLL(str(path))
@@ -65,9 +63,9 @@ def _compile(command: list[str], path: Path) -> None:
     """Whole or not there, whoever else builds. OpenMP is not linked: PyTorch has loaded its symbols."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "kernels.so"
-        objects = [str(made.with_name(source).with_suffix(".o")) for source in SOURCES]
+        objects = [str(made.with_name(f"{source.stem}.o")) for source in SOURCES]
         with ThreadPoolExecutor() as pool:
-            commands = ([*command, "-c", str(FOLDER / s), "-o", o] for s, o in zip(SOURCES, objects, strict=True))
+            commands = ([*command, "-c", str(s), "-o", o] for s, o in zip(SOURCES, objects, strict=True))
             list(pool.map(_run, commands))
         _run([command[0], "-shared", *objects, "-o", str(made)])
         made.replace(path)

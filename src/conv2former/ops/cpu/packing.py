@@ -14,9 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from conv2former.ops.cpu.build import load
 
-_kept: Any = (
-    WeakTensorKeyDictionary()
-)  # the first weight of a call: what all were when they were packed, and the results
+# By the first weight of a call: what all were when they were packed, and the results. The fused parts could not keep
+# them: the order depends on the processor, and a network is moved, cast, loaded and compiled after it was fused.
+_kept: Any = WeakTensorKeyDictionary()
 
 
 def packed(weights: Sequence[Tensor], pack: Callable[..., list[Tensor]], *sizes: int) -> list[Tensor]:

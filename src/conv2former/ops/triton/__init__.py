@@ -11,22 +11,19 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-
-__all__ = [
-    "Maps",
-    "mlp_middle",
-    "mlp_middle_backward",
-    "modulation",
-    "modulation_backward",
-    "takes",
-    "unusable",
-]
 
 OLDEST_CAPABILITY = (8, 0)
 LARGEST_KERNEL = 21
+# files that import Triton, when an operation in them is first asked for
+WHERE = dict(
+    modulation="large_kernel",
+    modulation_backward="large_kernel",
+    mlp_middle="three_rows",
+    mlp_middle_backward="three_rows",
+)
 
 
 @dataclass(frozen=True)
@@ -75,42 +72,7 @@ def takes(dtype: torch.dtype, *, channels: int, kernel_size: int) -> bool:
     return known and channels > 0 and kernel_size % 2 == 1 and 3 <= kernel_size <= LARGEST_KERNEL
 
 
-def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Convolutional modulation, z = a * v with a = DWConv_kxk(GELU(u)) + bias.
-
-    Args:
-        u: (B, H, W, C), before GELU.
-        v: (B, H, W, C), the values.
-        weight: (C, 1, k, k).
-        bias: (C,).
-        keep: Whether to return a, which the backward pass takes.
-
-    Returns:
-        z, and a or an empty tensor (0,); contiguous, with u's dtype.
-    """
-    from conv2former.ops.triton import large_kernel
-
-    return large_kernel.modulation(u, v, weight, bias, keep)
-
-
-def modulation_backward(
-    g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``modulation`` for u, v, weight and bias, given z's gradient g and the a that was kept."""
-    from conv2former.ops.triton import large_kernel
-
-    return large_kernel.modulation_backward(g, u, v, a, weight)
-
-
-def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """h + GELU(DWConv3x3(h) + bias) with h = GELU(u); u is (B, H, W, C), weight (C, 1, 3, 3), bias (C,)."""
-    from conv2former.ops.triton import three_rows
-
-    return three_rows.mlp_middle(u, weight, bias)
-
-
-def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``mlp_middle`` for u, weight and bias, given the output's gradient g."""
-    from conv2former.ops.triton import three_rows
-
-    return three_rows.mlp_middle_backward(g, u, weight, bias)
+def __getattr__(name: str) -> Any:
+    if name in WHERE:
+        return getattr(importlib.import_module(f"conv2former.ops.triton.{WHERE[name]}"), name)
+    raise AttributeError(name)

@@ -341,7 +341,18 @@ def convolve(source: Tensor, taps: Tensor, bias: Tensor | None, other: Tensor, k
 
 
 def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """See ``conv2former.ops.triton.modulation``."""
+    """Convolutional modulation, z = a * v with a = DWConv_kxk(GELU(u)) + bias.
+
+    Args:
+        u: (B, H, W, C), before GELU.
+        v: (B, H, W, C), the values.
+        weight: (C, 1, k, k).
+        bias: (C,).
+        keep: Whether to return a, which the backward pass takes.
+
+    Returns:
+        z, and a or an empty tensor (0,); contiguous, with u's dtype.
+    """
     batch, height, width, channels = u.shape
     if u.numel() == 0:
         return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(u.shape if keep else 0)
@@ -360,7 +371,7 @@ def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -
 def modulation_backward(
     g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``conv2former.ops.triton.modulation_backward``."""
+    """Gradients of ``modulation`` for u, v, weight and bias, given z's gradient g and the a that was kept."""
     batch, height, width, channels = u.shape
     if u.numel() == 0:
         empty = torch.empty_like(u, memory_format=torch.contiguous_format)

@@ -240,7 +240,7 @@ def march(
 
 
 def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See ``conv2former.ops.triton.mlp_middle``."""
+    """h + GELU(DWConv3x3(h) + bias) with h = GELU(u); u is (B, H, W, C), weight (C, 1, 3, 3), bias (C,)."""
     if u.numel() == 0:
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     with on_device_of(u):
@@ -248,7 +248,7 @@ def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``conv2former.ops.triton.mlp_middle_backward``."""
+    """Gradients of ``mlp_middle`` for u, weight and bias, given the output's gradient g."""
     if u.numel() == 0:
         empty = torch.empty_like(u, memory_format=torch.contiguous_format)
         return empty, torch.zeros_like(weight), torch.zeros_like(bias)

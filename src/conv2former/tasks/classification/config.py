@@ -15,11 +15,11 @@ class DataSection(ImagesSection):
     source: Literal["folder", "tar", "wds", "hfds", "digits"] = Field(
         default="folder",
         description="'folder' for class folders, 'tar' for tar files of them, 'wds' for webdataset shards, 'hfds' for "
-        "a Hugging Face dataset, 'digits' for scikit-learn's handwritten digits",
+        "a Hugging Face dataset, 'digits' for the handwritten digits of the quick start",
     )
     input_size: int = Field(default=224, ge=8, description="side of the square that the network sees, pixels")
-    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no val/ folder")
-    crop_pct: float = Field(default=0.9, gt=0, le=1, description="share of the resized image kept in evaluation")
+    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="fraction held out where there is no val/ folder")
+    crop_pct: float = Field(default=0.9, gt=0, le=1, description="fraction of the resized image kept in evaluation")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def timm_config(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class AugmentSection(Section):
 
 
 class ClassificationRecipe(Recipe):
-    """One experiment in image classification; the headline figure is top-1 accuracy."""
+    """One experiment in image classification; the monitored metric is top-1 accuracy."""
 
     task: Literal["classification"] = "classification"
     data: DataSection = DataSection()

@@ -19,16 +19,16 @@ from conv2former.tasks.classification.config import AugmentSection, DataSection
 from conv2former.tasks.classification.sources import ImageSource
 
 NO_TARGET = -1  # of an image that is not counted
-MAX_ASPECT = 20  # of a picture before it is resized for evaluation
+MAX_ASPECT = 20  # of an image before it is resized for evaluation
 
-PictureTransform = Callable[[Image.Image], Image.Image]
+ImageTransform = Callable[[Image.Image], Image.Image]
 
 
 class Batch(NamedTuple):
     """Images that travel together.
 
     Attributes:
-        images: 8-bit pictures (B, 3, H, W), channels last in memory.
+        images: 8-bit images (B, 3, H, W), channels last in memory.
         targets: Classes (B,), ``NO_TARGET`` for what does not count.
         indices: Numbers of the images in their source (B,).
         bad: Images that could not be read, and whose place others have taken.
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     bad: tuple[BadImage, ...] = ()
 
 
-def train_transform(data: DataSection, augment: AugmentSection) -> PictureTransform:
+def train_transform(data: DataSection, augment: AugmentSection) -> ImageTransform:
     """timm's training transform up to the normalisation: random crop, flip, policy.
 
     Raises:
@@ -70,7 +70,7 @@ def timm_options(data: DataSection, augment: AugmentSection) -> dict[str, Any]:
 
 
 def _mend_posterize(transform: Any) -> None:
-    """Lets timm's policies ask for a posterised picture of 0 bits, which Pillow refuses by now.
+    """Lets timm's policies ask for a posterised image of 0 bits, which Pillow refuses by now.
 
     They do so at the highest magnitude, which ``rand-m9-mstd0.5-inc1`` draws now and then.
     """
@@ -88,7 +88,7 @@ def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options)
 
 
-def eval_transform(config: dict[str, Any]) -> PictureTransform:
+def eval_transform(config: dict[str, Any]) -> ImageTransform:
     """timm's evaluation transform for a model's data configuration (``resolve_model_data_config``)."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     options = {key: config[key] for key in keys if key in config}
@@ -97,11 +97,11 @@ def eval_transform(config: dict[str, Any]) -> PictureTransform:
 
 
 def _without_tensor(transform: Any) -> Any:
-    return Compose(transform.transforms[:-1])  # the last turns the picture into an array, which is done here
+    return Compose(transform.transforms[:-1])  # the last turns the image into an array, which is done here
 
 
 def limit_aspect(image: Image.Image) -> Image.Image:
-    """The middle of a picture that is more than ``MAX_ASPECT`` times as long as wide.
+    """The middle of an image that is more than ``MAX_ASPECT`` times as long as wide.
 
     Evaluation resizes the short side, which would make gigabytes of a line of pixels, and then takes the middle anyway.
     """
@@ -118,21 +118,21 @@ class ImageDataset(KeyedDataset):
 
     Args:
         source: Where the images are.
-        transform: Picture to picture, all of one size.
+        transform: Image to image, all of one size.
         **options: Of ``KeyedDataset``.
     """
 
-    def __init__(self, source: ImageSource, transform: PictureTransform, **options: Any) -> None:
+    def __init__(self, source: ImageSource, transform: ImageTransform, **options: Any) -> None:
         super().__init__(source, **options)
         self.transform = transform
 
     def prepare(self, content: Image.Image | None, index: int, *, counted: bool) -> tuple[np.ndarray, int]:
-        """Picture (H, W, 3) of uint8 and class."""
+        """Image (H, W, 3) of uint8 and class."""
         image = content or Image.new("RGB", (64, 64))
         return np.asarray(self.transform(image)), self.source.targets[index] if counted else NO_TARGET
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> Batch:
-        """A batch, channels last, as the pictures lie."""
+        """A batch, channels last, as the images lie."""
         images, targets = zip(*samples, strict=True)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         return Batch(pixels, torch.tensor(targets), indices, bad)

@@ -1,4 +1,4 @@
-"""Where labelled images lie: class folders, Hugging Face datasets, scikit-learn's digits, and parts of any source."""
+"""Where labelled images lie: class folders, Hugging Face datasets, the quick start's digits; parts of any source."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class HfdsSource:
             images = self.reader.dataset.data.column("image")
             if images.null_count == len(images):  # the library makes up a column that is asked for and not there
                 raise ValueError(f"no images in the split {split!r}")
-            # timm's own ways to names and labels go through the rows one by one, pictures and all
+            # timm's own ways to names and labels go through the rows one by one, images and all
             self._paths = pyarrow.chunked_array([chunk.field("path") for chunk in images.chunks], pyarrow.string())
             labels = self.reader.dataset.data.column("label").to_pylist()
         except Exception as error:  # of many kinds: the library's, pyarrow's, pandas', the hub's
@@ -177,14 +177,12 @@ def _check_readable(root: Path) -> None:
 
 
 class DigitsSource:
-    """scikit-learn's handwritten digits: 1,797 scans of 8x8 pixels, inside its wheel."""
+    """1,797 scans of handwritten digits, 8 x 8 pixels, in ``digits.npz`` beside this file (and its licence)."""
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        self.targets = [int(target) for target in digits.target]
+        with np.load(Path(__file__).with_name("digits.npz")) as digits:
+            self.images = np.round(digits["images"] * (255 / 16)).astype(np.uint8)
+            self.targets: list[int] = digits["targets"].tolist()
         self.classes = [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:

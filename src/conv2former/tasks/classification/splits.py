@@ -49,7 +49,7 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
     """The two sets that a recipe trains and validates on.
 
     ``root`` holds a training and a validation set in the layout of ``data.source``, or, with ``data.val_fraction``, one
-    set of which a stratified share is held out; the split depends on the seed and the files.
+    set of which a stratified fraction is held out; the split depends on the seed and the files.
 
     - folder: ``train/`` and ``val/`` (or ``validation/``) with class folders, or class folders alone.
     - tar: ``train.tar`` and ``val.tar``, or ``train/`` and ``val/`` with tar files, or tar files alone.
@@ -74,7 +74,7 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
     if layout.val is None:
         if not data.val_fraction:
             raise UserError(
-                f"no {layout.words[1]} in {root}: add one, or hold out a share with --set data.val_fraction=0.1"
+                f"no {layout.words[1]} in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1"
             )
         return _split(layout.train(), data.val_fraction, seed)
     splits = Splits(layout.train(), layout.val())
@@ -205,7 +205,7 @@ def _put_in_order(source: ImageSource, classes: list[str]) -> None:
 
 
 def _split(source: ImageSource, fraction: float, seed: int) -> Splits:
-    """Holds out a share of each class, and nothing of a class with a single image (ImageNet-22k has some)."""
+    """Holds out a fraction of each class, and nothing of a class with a single image (ImageNet-22k has some)."""
     _check_class_count(source)
     if not fraction:
         raise UserError("nothing is held out for validation: set data.val_fraction=0.1, say")

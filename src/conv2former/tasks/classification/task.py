@@ -30,7 +30,7 @@ from conv2former.tasks.classification.splits import Splits, open_eval_source, op
 from conv2former.viz import plots
 from conv2former.viz.drawing import with_bars
 
-MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits a picture nor, at 21,841 classes, the memory
+MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits an image nor, at 21,841 classes, the memory
 SHEET_IMAGES = 16  # in each block of the sheet of predictions
 
 

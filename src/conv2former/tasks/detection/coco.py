@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from conv2former.data.images import MAX_PIXELS, BadImage, decode
-from conv2former.data.rle import decode_mask
+from conv2former.data.rle import decode_mask, library
 from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, one_line, say_once, some
 from conv2former.tasks.detection.config import DetectionDataSection
 
 KEPT = ("category_id", "bbox", "segmentation", "area")  # of an object
-FAR = 10  # sides of a picture that a polygon's points may lie away from it
+FAR = 10  # sides of an image that a polygon's points may lie away from it
 # what the lists must hold
 FIELDS: dict[str, dict[str, type]] = dict(
     images=dict(id=int, file_name=str, width=int, height=int),
@@ -32,7 +32,7 @@ KINDS = {int: "a whole number", str: "a text"}
 
 
 class Entry(NamedTuple):
-    """A picture by the annotations."""
+    """An image by the annotations."""
 
     id: int
     file_name: str
@@ -47,14 +47,14 @@ class CocoSource:
     Objects that cannot be used (no area, outside of their image, a damaged mask) are left out and counted in one line.
 
     Args:
-        images: Folder of the pictures.
+        images: Folder of the images.
         annotations: COCO's JSON.
         say: Takes the line about what was left out.
 
     Attributes:
         classes: Names of the categories, by their ids.
         category_ids: The ids, in the order of ``classes``.
-        entries: The pictures.
+        entries: The images.
         counted: Objects of each that are no crowds.
 
     Raises:
@@ -62,6 +62,7 @@ class CocoSource:
     """
 
     def __init__(self, images: Path, annotations: Path, *, say: Callable[[str], None] = say_once) -> None:
+        library()
         self.images, self.annotations = images, annotations
         content = _read(annotations)
         categories = sorted(content["categories"], key=lambda entry: entry["id"])
@@ -121,7 +122,7 @@ class CocoSource:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """The picture's file below its folder."""
+        """The image's file below its folder."""
         return self.entries[index].file_name
 
     def objects_of(self, index: int) -> list[dict[str, Any]]:
@@ -288,7 +289,7 @@ def _is_number(value: Any) -> bool:
 
 
 def mask_trouble(segmentation: Any, size: tuple[int, int]) -> str | None:
-    """Why polygons or run lengths are no mask of a picture (width, height), if so."""
+    """Why polygons or run lengths are no mask of an image (width, height), if so."""
     if not segmentation:
         return "without a mask (segmentation)"
     if isinstance(segmentation, list):

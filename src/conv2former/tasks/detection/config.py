@@ -65,7 +65,7 @@ class DetectorSection(Section):
 
 
 class DetectionRecipe(Recipe):
-    """One experiment in detection and instance segmentation; the headline figure is box AP."""
+    """One experiment in detection and instance segmentation; the monitored metric is box AP."""
 
     task: Literal["detection"] = "detection"
     data: DetectionDataSection = DetectionDataSection()

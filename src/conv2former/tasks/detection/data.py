@@ -1,7 +1,7 @@
 """Images with objects: augmentation and batches.
 
-All that augmentation does to a picture is to cut out a box, bring it to a size and perhaps mirror it. It is done in one
-step from the original (one resampling, one rasterisation of the polygons), so that boxes and masks fit the picture.
+All that augmentation does to an image is to cut out a box, bring it to a size and perhaps mirror it. It is done in one
+step from the original (one resampling, one rasterisation of the polygons), so that boxes and masks fit the image.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class DetectionBatch(NamedTuple):
     """Images that travel together.
 
     Attributes:
-        images: 8-bit pictures (B, 3, H, W), channels last, each at the upper left; sides are multiples of 32.
+        images: 8-bit images (B, 3, H, W), channels last, each at the upper left; sides are multiples of 32.
         sizes: (h, w) of each without the padding.
         targets: Objects of each, in its pixels; none in evaluation.
-        originals: (h, w) of each picture in its file.
+        originals: (h, w) of each image in its file.
         indices: Numbers of the images in their source (B,).
         bad: Images that could not be read, and whose place others have taken.
     """
@@ -48,7 +48,7 @@ class DetectionBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What augmentation does to a picture.
+    """What augmentation does to an image.
 
     Attributes:
         box: Left, top, right, bottom of what is taken, pixels of the original.
@@ -92,7 +92,7 @@ class View:
 
 
 def draw_view(size: tuple[int, int], augment: DetectionAugmentSection) -> View:
-    """A random view of a picture (width, height): perhaps resize and crop, then multi-scale resize and flip."""
+    """A random view of an image (width, height): perhaps resize and crop, then multi-scale resize and flip."""
     box: tuple[float, float, float, float] = (0, 0, *size)
     taken: tuple[float, float] = size
     if random.random() < augment.crop_prob:
@@ -112,7 +112,7 @@ def view_objects(objects: Sequence[dict[str, Any]], view: View, labels: dict[int
 
     Args:
         objects: COCO's annotations.
-        view: Of their picture.
+        view: Of their image.
         labels: Class of each category id.
     """
     single = [entry for entry in objects if not entry.get("iscrowd")]
@@ -147,7 +147,7 @@ class TrainObjects(KeyedDataset):
         self.labels = {number: label for label, number in enumerate(source.category_ids)}
 
     def prepare(self, content: Any, index: int, *, counted: bool) -> tuple[np.ndarray, Target, tuple[int, int]]:
-        """Picture (h, w, 3), objects, (h, w) of the original."""
+        """Image (h, w, 3), objects, (h, w) of the original."""
         image, objects = content
         view = draw_view(image.size, self.augment)
         target = view_objects(objects, view, self.labels)
@@ -155,8 +155,8 @@ class TrainObjects(KeyedDataset):
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> DetectionBatch:
         """A batch of the largest sides."""
-        pictures, targets, originals = zip(*samples, strict=True)
-        return _batch(pictures, list(targets), list(originals), indices, bad)
+        arrays, targets, originals = zip(*samples, strict=True)
+        return _batch(arrays, list(targets), list(originals), indices, bad)
 
 
 class EvalObjects(KeyedDataset):
@@ -167,7 +167,7 @@ class EvalObjects(KeyedDataset):
         self.data = data
 
     def prepare(self, content: Any, index: int, *, counted: bool) -> tuple[np.ndarray, tuple[int, int]]:
-        """Picture (h, w, 3), (h, w) of the original; (0, 0) for one that does not count."""
+        """Image (h, w, 3), (h, w) of the original; (0, 0) for one that does not count."""
         if content is None or not counted:
             return np.zeros((DIVISOR, DIVISOR, 3), np.uint8), (0, 0)
         image, _ = content
@@ -175,21 +175,21 @@ class EvalObjects(KeyedDataset):
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> DetectionBatch:
         """A batch of the largest sides."""
-        pictures, originals = zip(*samples, strict=True)
-        return _batch(pictures, [], list(originals), indices, bad)
+        arrays, originals = zip(*samples, strict=True)
+        return _batch(arrays, [], list(originals), indices, bad)
 
 
 def eval_view(image: Image.Image, data: DetectionDataSection) -> View:
-    """The whole picture at the size of evaluation."""
+    """The whole image at the size of evaluation."""
     return View((0, 0, *image.size), fitted(image.size, short=data.short_side, long=data.long_side))
 
 
 def _batch(
-    pictures: Sequence[np.ndarray],
+    arrays: Sequence[np.ndarray],
     targets: list[Target],
     originals: list[tuple[int, int]],
     indices: Tensor,
     bad: tuple[BadImage, ...],
 ) -> DetectionBatch:
-    sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
-    return DetectionBatch(stacked(pictures), sizes, targets, originals, indices, bad)
+    sizes = [(array.shape[0], array.shape[1]) for array in arrays]
+    return DetectionBatch(stacked(arrays), sizes, targets, originals, indices, bad)

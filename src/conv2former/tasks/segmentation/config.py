@@ -17,7 +17,7 @@ class SegmentationDataSection(ImagesSection):
         description="'ade20k' for images/ and annotations/ with training/ and validation/ in each, 'pairs' for images/ "
         "and masks/ alone or in train/ and val/",
     )
-    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no validation set")
+    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="fraction held out where there is no validation set")
     classes: PositiveInt | None = Field(
         default=None, description="number of classes; needed where no classes.txt (or ADE20K's list) names them"
     )
@@ -37,7 +37,7 @@ class SegmentationDataSection(ImagesSection):
     @model_validator(mode="after")
     def _windows_overlap(self) -> SegmentationDataSection:
         if self.stride is not None and self.window != "slide":
-            raise ValueError("data.stride goes with data.window=slide")
+            raise ValueError("data.stride requires data.window=slide")
         if self.step > self.crop_size:
             raise ValueError(f"data.stride ({self.stride}) would leave gaps between windows of {self.crop_size}")
         return self
@@ -78,7 +78,7 @@ class SegmenterSection(Section):
 
 
 class SegmentationRecipe(Recipe):
-    """One experiment in semantic segmentation; the headline figure is mIoU."""
+    """One experiment in semantic segmentation; the monitored metric is mIoU."""
 
     task: Literal["segmentation"] = "segmentation"
     data: SegmentationDataSection = SegmentationDataSection()

@@ -1,4 +1,4 @@
-"""Images with label maps: augmentation and batches."""
+"""Images with masks: augmentation and batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SegmentationBatch(NamedTuple):
     """Images that travel together.
 
     Attributes:
-        images: 8-bit pictures (B, 3, H, W) of one size, channels last; in evaluation one for each scale (B = 1).
+        images: 8-bit images (B, 3, H, W) of one size, channels last; in evaluation one for each scale (B = 1).
         sizes: (h, w) of each without the padding at the right and below.
         masks: Classes (B, H, W) of uint8, 255 for none; in evaluation of the image as it is in its file.
         indices: Numbers of the images in their source (B,).
@@ -52,7 +52,7 @@ class TrainPairs(KeyedDataset):
         self.colours = photometric(augment.photometric)
 
     def prepare(self, content: Any, index: int, *, counted: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Picture (h, w, 3) and classes (h, w), at most of the crop's size."""
+        """Image (h, w, 3) and classes (h, w), at most of the crop's size."""
         image, labels = content
         data, augment = self.data, self.augment
         scale = random.uniform(*augment.scale)
@@ -66,7 +66,7 @@ class TrainPairs(KeyedDataset):
         return np.asarray(self.colours(image)), labels
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> SegmentationBatch:
-        """A batch of the crop's size; smaller pictures lie at its upper left."""
+        """A batch of the crop's size; smaller images lie at its upper left."""
         side = self.data.crop_size
         images = np.zeros((len(samples), side, side, 3), np.uint8)
         labels = np.full((len(samples), side, side), IGNORED, np.uint8)
@@ -122,7 +122,7 @@ class EvalPairs(KeyedDataset):
         self.data, self.scales = data, scales
 
     def prepare(self, content: Any, index: int, *, counted: bool) -> tuple[Views, np.ndarray]:
-        """A picture (h, w, 3) for each scale, and classes (H, W)."""
+        """An image (h, w, 3) for each scale, and classes (H, W)."""
         image, labels = content or (Image.new("RGB", (BLANK, BLANK)), np.full((BLANK, BLANK), IGNORED, np.uint8))
         if not counted:
             labels = np.full_like(labels, IGNORED)
@@ -130,14 +130,14 @@ class EvalPairs(KeyedDataset):
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> SegmentationBatch:
         """A batch of one image, because they differ in size."""
-        ((pictures, labels),) = samples
-        pixels = [torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pictures]
-        sizes = [picture.shape[:2] for picture in pictures]
+        ((arrays, labels),) = samples
+        pixels = [torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays]
+        sizes = [array.shape[:2] for array in arrays]
         return SegmentationBatch(pixels, sizes, torch.from_numpy(labels)[None], indices, bad)
 
 
 def views(image: Image.Image, data: SegmentationDataSection, scales: Sequence[float]) -> Views:
-    """A picture (h, w, 3) for each scale."""
+    """An image (h, w, 3) for each scale."""
     found = []
     for scale in scales:
         size = fitted(image.size, short=data.short_side * scale, long=data.long_side * scale)

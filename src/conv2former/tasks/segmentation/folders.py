@@ -1,4 +1,4 @@
-"""Where images with label maps lie: ADE20K's layout, and plain folders of pairs."""
+"""Where images with masks lie: ADE20K's layout, and plain folders of pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # one name a line; ADE20K's 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its label map, by their paths; ``name`` is what to call them."""
+    """An image and its mask, by their paths; ``name`` is what to call them."""
 
     name: str
     image: Path
@@ -33,7 +33,7 @@ class Pair:
 
 
 class PairSource:
-    """Images with a label map each.
+    """Images with a mask each.
 
     Args:
         pairs: Where they are.
@@ -86,7 +86,7 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     """The two sets that a recipe trains and validates on.
 
     Raises:
-        UserError: Missing data, images without label maps, no validation set, no classes.
+        UserError: Missing data, images without masks, no validation set, no classes.
     """
     root = given_folder(root, "images")
     classes = _classes(root, data)
@@ -98,7 +98,7 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     if "val" in places:
         return PairSplits(train, _open(root, places["val"], classes, data))
     if not data.val_fraction:
-        raise UserError(f"no validation set in {root}: add one, or hold out a share with --set data.val_fraction=0.1")
+        raise UserError(f"no validation set in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1")
     if len(train) < 2:
         raise UserError(f"{root} holds one image: two are needed to hold one out for validation")
     held = min(max(round(len(train) * data.val_fraction), 1), len(train) - 1)
@@ -133,7 +133,7 @@ def _expected(source: str) -> str:
 
 
 def _places(source: str, root: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of images and label maps of each set that is there."""
+    """The folders of images and masks of each set that is there."""
     if source == "ade20k":
         candidates = {
             split: (root / "images" / name, root / "annotations" / name)
@@ -148,7 +148,7 @@ def _places(source: str, root: Path) -> dict[str, tuple[Path, Path]]:
     for split, (images, labels) in candidates.items():
         if images.is_dir() != labels.is_dir():
             there, missing = (images, labels) if images.is_dir() else (labels, images)
-            raise UserError(f"{there} has no {missing} beside it: images and label maps go together")
+            raise UserError(f"{there} has no {missing} beside it: each folder of images needs one of masks")
         if images.is_dir():
             found[split] = (images, labels)
     return found
@@ -156,15 +156,15 @@ def _places(source: str, root: Path) -> dict[str, tuple[Path, Path]]:
 
 def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: SegmentationDataSection) -> PairSource:
     images, labels = place
-    pictures, maps = _files(images, IMAGE_EXTENSIONS), _files(labels, LABEL_EXTENSIONS)
-    if not pictures:
+    image_files, mask_files = _files(images, IMAGE_EXTENSIONS), _files(labels, LABEL_EXTENSIONS)
+    if not image_files:
         raise UserError(f"no images in {images}: expected files ending in {' '.join(IMAGE_EXTENSIONS)}")
-    alone = [str(path.relative_to(root)) for stem, path in pictures.items() if stem not in maps]
+    alone = [str(path.relative_to(root)) for stem, path in image_files.items() if stem not in mask_files]
     if alone:
         raise UserError(
-            f"{len(alone)} of {len(pictures)} images have no label map of their name in {labels}: {some(alone, 3)}"
+            f"{len(alone)} of {len(image_files)} images have no mask of their name in {labels}: {some(alone, 3)}"
         )
-    pairs = [Pair(str(path.relative_to(root)), path, maps[stem]) for stem, path in pictures.items()]
+    pairs = [Pair(str(path.relative_to(root)), path, mask_files[stem]) for stem, path in image_files.items()]
     return PairSource(pairs, classes, reduce_zero=data.reduce_zero_label)
 
 

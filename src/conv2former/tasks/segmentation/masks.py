@@ -1,4 +1,4 @@
-"""Label maps: pictures whose numbers are classes."""
+"""Label maps: images whose numbers are classes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from conv2former.errors import one_line
 
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
 FORMATS = ("PNG", "TIFF", "BMP")  # without loss
-MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of a palette picture the numbers count, not the colours
+MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of a palette image the numbers count, not the colours
 SCALED: dict[Any, int] = {"L;2": 85, "L;4": 17}  # by what Pillow multiplies grey of 2 and 4 bits
 
 
 def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A label map (H, W) of uint16 as it is stored.
+    """A mask (H, W) of uint16 as it is stored.
 
     Raises:
-        BadImage: It cannot be read, is a colour picture, or is too large.
+        BadImage: It cannot be read, is a colour image, or is too large.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                width, height = picture.size
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
                 if width * height > max_pixels:
                     raise BadImage(
                         str(path), f"its {width} x {height} pixels are more than the limit of {max_pixels:,}"
                     )
-                if picture.mode not in MODES:
-                    raise BadImage(str(path), f"a label map holds one number a pixel, this is a {picture.mode} picture")
-                depth = picture.tile[0][3] if picture.format == "PNG" and picture.tile else None
-                values = np.asarray(picture) // SCALED.get(depth, 1)
+                if image.mode not in MODES:
+                    raise BadImage(str(path), f"a mask holds one number a pixel, this is a {image.mode} image")
+                depth = image.tile[0][3] if image.format == "PNG" and image.tile else None
+                values = np.asarray(image) // SCALED.get(depth, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file

@@ -123,7 +123,7 @@ class SegmentationTask(DenseTask):
         """The classes of the pixels.
 
         ``classes`` is a list of ``label``, ``index``, ``share`` of the pixels and the ``mask`` as COCO's compressed
-        run lengths (``size``, ``counts``), the largest share first.
+        run lengths (``size``, ``counts``), the largest first.
         """
         return [self._predicted(prepared) for prepared in batch]
 

@@ -89,7 +89,7 @@ class Classifier(nn.Sequential):
 
 
 class UperNet(OnBackbone):
-    """A segmenter.
+    """A segmentation model.
 
     Args:
         backbone: Gives four maps.

@@ -18,20 +18,20 @@ BACKGROUND, IGNORED = -1, -2  # what a box is matched with where that is no obje
 MAX_LOG_SCALE = math.log(1000 / 16)
 
 
-def encode(boxes: Tensor, truth: Tensor, deviations: Sequence[float]) -> Tensor:
-    """The offsets that ``decode`` turns back into ``truth``.
+def encode(boxes: Tensor, gt_boxes: Tensor, deviations: Sequence[float]) -> Tensor:
+    """The offsets that ``decode`` turns back into ``gt_boxes``.
 
     Args:
         boxes: Where the offsets start, (N, 4), of positive area.
-        truth: Where they lead, (N, 4), of positive area.
+        gt_boxes: Where they lead, (N, 4), of positive area.
         deviations: The unit of the offsets dx, dy, dw, dh: their standard deviations over a data set.
 
     Returns:
         (N, 4): shift of the centre in sides of ``boxes``, and logarithm of the ratio of the sides.
     """
-    sides, truth_sides = _sides(boxes), _sides(truth)
-    shift = (_centres(truth) - _centres(boxes)) / sides
-    return torch.cat([shift, torch.log(truth_sides / sides)], dim=-1) / boxes.new_tensor(deviations)
+    sides, gt_sides = _sides(boxes), _sides(gt_boxes)
+    shift = (_centres(gt_boxes) - _centres(boxes)) / sides
+    return torch.cat([shift, torch.log(gt_sides / sides)], dim=-1) / boxes.new_tensor(deviations)
 
 
 def decode(boxes: Tensor, offsets: Tensor, deviations: Sequence[float]) -> Tensor:
@@ -54,31 +54,33 @@ def has_area(boxes: Tensor) -> Tensor:
     return (_sides(boxes) > 0).all(dim=-1)
 
 
-def match(truth: Tensor, boxes: Tensor, *, low: float, high: float, weakest: float | None = None) -> Tensor:
+def match(
+    gt_boxes: Tensor, boxes: Tensor, *, neg_iou_thr: float, pos_iou_thr: float, min_pos_iou: float | None = None
+) -> Tensor:
     """Gives every box the object that it overlaps most, if it overlaps it enough.
 
     Args:
-        truth: Boxes of the objects, (K, 4); K may be 0.
+        gt_boxes: Boxes of the objects, (K, 4); K may be 0.
         boxes: (N, 4).
-        low: Boxes that overlap every object by an IoU below this are background.
-        high: Boxes that overlap one by at least this have found it. Those in between are ignored.
-        weakest: If given, the boxes that overlap an object most of all boxes belong to that object from this IoU on,
-            whatever else they overlap; where that holds for several objects, to the last one.
+        neg_iou_thr: Boxes that overlap every object by an IoU below this are background.
+        pos_iou_thr: Boxes that overlap one by at least this have found it. Those in between are ignored.
+        min_pos_iou: If given, the boxes that overlap an object most belong to that object from this IoU on, whatever
+            else they overlap; where that holds for several objects, to the last one.
 
     Returns:
-        (N,) long: index into ``truth``, ``BACKGROUND`` or ``IGNORED``.
+        (N,) long: index into ``gt_boxes``, ``BACKGROUND`` or ``IGNORED``.
     """
-    if not len(truth) or not len(boxes):
+    if not len(gt_boxes) or not len(boxes):
         return boxes.new_full((len(boxes),), BACKGROUND, dtype=torch.long)
-    overlaps = box_iou(truth, boxes)
+    overlaps = box_iou(gt_boxes, boxes)
     best, matches = overlaps.max(dim=0)
-    matches = torch.where(best >= high, matches, IGNORED)
-    matches = torch.where(best < low, BACKGROUND, matches)
-    if weakest is not None:
+    matches = torch.where(best >= pos_iou_thr, matches, IGNORED)
+    matches = torch.where(best < neg_iou_thr, BACKGROUND, matches)
+    if min_pos_iou is not None:
         peaks = overlaps.max(dim=1, keepdim=True).values
-        objects, found = ((overlaps == peaks) & (peaks >= weakest)).nonzero(as_tuple=True)
-        claims = torch.full_like(matches, BACKGROUND).scatter_reduce(0, found, objects, "amax")
-        matches = torch.where(claims >= 0, claims, matches)
+        objects, found = ((overlaps == peaks) & (peaks >= min_pos_iou)).nonzero(as_tuple=True)
+        low_quality = torch.full_like(matches, BACKGROUND).scatter_reduce(0, found, objects, "amax")
+        matches = torch.where(low_quality >= 0, low_quality, matches)
     return matches
 
 

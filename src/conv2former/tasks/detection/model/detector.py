@@ -17,19 +17,19 @@ from conv2former.errors import UserError
 from conv2former.tasks.backbone import Backbone, OnBackbone
 from conv2former.tasks.detection.config import DetectorSection
 from conv2former.tasks.detection.model.box_ops import clip
-from conv2former.tasks.detection.model.fpn import Pyramid
+from conv2former.tasks.detection.model.fpn import FPN
 from conv2former.tasks.detection.model.mask_head import paste_masks
-from conv2former.tasks.detection.model.roi_heads import Stage, StageSettings, Target
-from conv2former.tasks.detection.model.rpn import RegionProposals
+from conv2former.tasks.detection.model.roi_heads import CascadeStage, StageSettings, Target
+from conv2former.tasks.detection.model.rpn import RPN
 
 __all__ = ["Detections", "Detector", "Target", "build_detector", "build_on_backbone", "paste_masks"]
 
 STAGES: dict[str, tuple[StageSettings, ...]] = {
-    "mask_rcnn": (StageSettings(0.5, (0.1, 0.1, 0.2, 0.2), 1.0, claims=True),),
+    "mask_rcnn": (StageSettings(0.5, (0.1, 0.1, 0.2, 0.2), 1.0, match_low_quality=True),),
     "cascade_mask_rcnn": (
-        StageSettings(0.5, (0.1, 0.1, 0.2, 0.2), 1.0, claims=False),
-        StageSettings(0.6, (0.05, 0.05, 0.1, 0.1), 0.5, claims=False),
-        StageSettings(0.7, (0.033, 0.033, 0.067, 0.067), 0.25, claims=False),
+        StageSettings(0.5, (0.1, 0.1, 0.2, 0.2), 1.0, match_low_quality=False),
+        StageSettings(0.6, (0.05, 0.05, 0.1, 0.1), 0.5, match_low_quality=False),
+        StageSettings(0.7, (0.033, 0.033, 0.067, 0.067), 0.25, match_low_quality=False),
     ),
 }
 
@@ -68,14 +68,14 @@ class Detector(OnBackbone):
         super().__init__()
         self.section = section
         self.backbone, self.num_classes = backbone, num_classes
-        self.pyramid = Pyramid(widths, section.channels)
-        self.rpn = RegionProposals(
+        self.pyramid = FPN(widths, section.channels)
+        self.rpn = RPN(
             section.channels,
             loss=section.rpn_loss,
             train_proposals=section.train_proposals,
-            crossing=section.kind == "mask_rcnn",  # the one difference of the toolbox's cascade before its stages
+            allowed_border=section.kind == "mask_rcnn",  # the one difference of the toolbox's cascade before its stages
         )
-        self.stages = nn.ModuleList(Stage(section, num_classes, settings) for settings in STAGES[section.kind])
+        self.stages = nn.ModuleList(CascadeStage(section, num_classes, settings) for settings in STAGES[section.kind])
 
     def forward(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], targets: Sequence[Target] | None = None
@@ -97,8 +97,8 @@ class Detector(OnBackbone):
         if len(sizes) != len(images) or (self.training and (targets is None or len(targets) != len(images))):
             raise UserError("give the detector one size for each image, and in training one target for each as well")
         maps = self.pyramid(self.backbone(images))
-        truths = [target.boxes for target in targets] if self.training and targets is not None else None
-        proposals, losses = self.rpn(maps, sizes, truths)
+        gt_boxes = [target.boxes for target in targets] if self.training and targets is not None else None
+        proposals, losses = self.rpn(maps, sizes, gt_boxes)
         # Boxes need the precision; the heads choose their own under autocast.
         maps = [x.float() for x in maps]
         limits = torch.tensor(sizes, device=images.device)
@@ -124,8 +124,8 @@ class Detector(OnBackbone):
             losses.update({prefix + name: term for name, term in terms.items()})
             if number < len(self.stages):
                 refined = stage.refine(samples.boxes, logits, offsets, limits[samples.images], samples.labels)
-                # Without the truth itself, which every stage adds anew.
-                proposals = [refined[(samples.images == i) & ~samples.given] for i in range(len(targets))]
+                # Without the ground truth itself, which every stage adds anew.
+                proposals = [refined[(samples.images == i) & ~samples.gt_as_proposals] for i in range(len(targets))]
         return losses
 
     @torch.no_grad()

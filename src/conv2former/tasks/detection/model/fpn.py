@@ -1,4 +1,4 @@
-"""The feature pyramid between backbone and detector (Lin et al., "Feature Pyramid Networks", arXiv:1612.03144)."""
+"""The feature pyramid between backbone and detector (Lin et al., "Feature FPN Networks", arXiv:1612.03144)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 STRIDES = (4, 8, 16, 32, 64)
 
 
-class Pyramid(nn.Module):
+class FPN(nn.Module):
     """Five maps of one width from the backbone's four; the fifth is every second position of the fourth.
 
     Args:

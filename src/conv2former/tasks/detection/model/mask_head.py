@@ -45,9 +45,9 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, padded: tuple[in
     height, width = masks.shape[1:]
     # Where the batch pads the image, the last pixels fade into background, as if the masks were padded as well.
     border = (0, int(width < padded[1]), 0, int(height < padded[0]))
-    pictures = F.pad(masks[used], border).to(boxes.dtype).unsqueeze(1)
+    pixels = F.pad(masks[used], border).to(boxes.dtype).unsqueeze(1)
     rois = torch.cat([index.unsqueeze(1).to(boxes.dtype), boxes], dim=1)
-    return (roi_align(pictures, rois, SIDE, sampling_ratio=0, aligned=True).squeeze(1) >= 0.5).to(boxes.dtype)
+    return (roi_align(pixels, rois, SIDE, sampling_ratio=0, aligned=True).squeeze(1) >= 0.5).to(boxes.dtype)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One stage of the detector's second half: proposals are compared with the truth, named, corrected and masked."""
+"""One stage of the detector's second half: proposals are matched with ground truth, classified, corrected, masked."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ class Target(NamedTuple):
 class StageSettings(NamedTuple):
     """What differs between stages."""
 
-    overlap: float  # least IoU of a proposal with the object it has found
+    iou_thr: float  # least IoU of a proposal with the object it has found
     deviations: tuple[float, float, float, float]  # unit of the offsets dx, dy, dw, dh
     weight: float  # of the losses
-    claims: bool  # whether an object claims the proposals that overlap it most, even those nearer to another object
+    match_low_quality: (
+        bool  # whether an object gets the proposals that overlap it most, even those nearer to another object
+    )
 
 
 class Samples(NamedTuple):
@@ -48,12 +50,12 @@ class Samples(NamedTuple):
     boxes: Tensor  # (S, 4)
     images: Tensor  # (S,) long
     labels: Tensor  # (S,) long; background is the number of classes
-    given: Tensor  # (S,) bool: the truth itself, which is among the proposals of each stage
+    gt_as_proposals: Tensor  # (S,) bool: the ground truth itself, which is among the proposals of each stage
     objects: Tensor  # (P,) long, index into the image's objects, of the P boxes with an object
-    truth: Tensor  # (P, 4), box of that object
+    gt_boxes: Tensor  # (P, 4), box of that object
 
 
-class Stage(nn.Module):
+class CascadeStage(nn.Module):
     """A box head and a mask head with their losses."""
 
     def __init__(self, section: DetectorSection, num_classes: int, settings: StageSettings) -> None:
@@ -103,13 +105,17 @@ class Stage(nn.Module):
     def draw(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> Samples:
         """Compares the proposals of each image with its objects, and draws those to learn from."""
         parts = []
-        overlap = self.settings.overlap
+        iou_thr = self.settings.iou_thr
         for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
-            given = len(target.boxes)
+            count = len(target.boxes)
             matches = match(
-                target.boxes, boxes, low=overlap, high=overlap, weakest=overlap if self.settings.claims else None
+                target.boxes,
+                boxes,
+                neg_iou_thr=iou_thr,
+                pos_iou_thr=iou_thr,
+                min_pos_iou=iou_thr if self.settings.match_low_quality else None,
             )
-            matches = torch.cat([torch.arange(given, device=boxes.device), matches])
+            matches = torch.cat([torch.arange(count, device=boxes.device), matches])
             found, background = sample(matches, self.rois, FRACTION)
             objects, drawn = matches[found], torch.cat([found, background])
             parts.append(
@@ -117,9 +123,9 @@ class Stage(nn.Module):
                     boxes=torch.cat([target.boxes, boxes])[drawn],
                     images=torch.full_like(drawn, image),
                     labels=F.pad(target.labels[objects], (0, len(background)), value=self.num_classes),
-                    given=drawn < given,
+                    gt_as_proposals=drawn < count,
                     objects=objects,
-                    truth=target.boxes[objects],
+                    gt_boxes=target.boxes[objects],
                 )
             )
         return Samples(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -149,15 +155,15 @@ class Stage(nn.Module):
         class_loss = F.cross_entropy(logits, samples.labels, reduction="sum") / count
         own = offsets[rows, labels]
         if self.box_loss == "giou":
-            box_loss = generalized_box_iou_loss(self.corrected(boxes, own), samples.truth, reduction="sum")
+            box_loss = generalized_box_iou_loss(self.corrected(boxes, own), samples.gt_boxes, reduction="sum")
             box_loss = box_loss * GIOU_WEIGHT
         else:
-            box_loss = F.l1_loss(own, encode(boxes, samples.truth, self.settings.deviations), reduction="sum")
+            box_loss = F.l1_loss(own, encode(boxes, samples.gt_boxes, self.settings.deviations), reduction="sum")
         predicted = self.masks(maps, boxes, images, labels)
-        wanted = [
+        mask_targets = [
             mask_ops.mask_targets(target.masks, boxes[mine], samples.objects[mine], padded)
             for target, mine in ((target, images == image) for image, target in enumerate(targets))
         ]
-        mask_loss = F.binary_cross_entropy_with_logits(predicted, torch.cat(wanted), reduction="sum")
+        mask_loss = F.binary_cross_entropy_with_logits(predicted, torch.cat(mask_targets), reduction="sum")
         terms = {"class": class_loss, "box": box_loss / count, "mask": mask_loss / max(predicted.numel(), 1)}
         return {name: term * self.settings.weight for name, term in terms.items()}

@@ -18,7 +18,10 @@ from conv2former.tasks.detection.model.fpn import STRIDES
 RATIOS = (0.5, 1.0, 2.0)  # height over width of an anchor
 SCALE = 8  # side of a square anchor in strides of its map
 DEVIATIONS = (1.0, 1.0, 1.0, 1.0)
-LOW, HIGH = 0.3, 0.7  # IoU of an anchor: below the one with all objects background, from the other with one found
+NEG_IOU_THR, POS_IOU_THR = (
+    0.3,
+    0.7,
+)  # IoU of an anchor: below the one with all objects background, from the other with one found
 SAMPLES, FRACTION = 256, 0.5  # anchors of an image that are learned from, and most of them with an object
 NMS = 0.7
 CANDIDATES = {True: 2000, False: 1000}  # of each map before NMS, by whether it is training
@@ -74,34 +77,34 @@ def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, index), index
 
 
-class RegionProposals(nn.Module):
+class RPN(nn.Module):
     """Says for every anchor whether there is an object and where exactly; proposes the best of these boxes.
 
     Args:
         channels: Width of the pyramid, and of the network's one convolution.
         loss: Of the offsets: L1, or smooth L1 with ``BETA``.
         train_proposals: Boxes proposed for each image in training.
-        crossing: Whether anchors that cross the border of their image are learned from.
+        allowed_border: Whether anchors that cross the border of their image are learned from.
     """
 
     def __init__(
-        self, channels: int, *, loss: Literal["l1", "smooth_l1"], train_proposals: int, crossing: bool
+        self, channels: int, *, loss: Literal["l1", "smooth_l1"], train_proposals: int, allowed_border: bool
     ) -> None:
         super().__init__()
         self.head = RPNHead(channels, len(RATIOS))  # as it initialises itself: normal of deviation 0.01, bias 0
         self.beta = BETA if loss == "smooth_l1" else 0.0
         self.train_proposals = train_proposals
-        self.crossing = crossing
+        self.allowed_border = allowed_border
 
     def forward(
-        self, maps: list[Tensor], sizes: Sequence[tuple[int, int]], truths: Sequence[Tensor] | None
+        self, maps: list[Tensor], sizes: Sequence[tuple[int, int]], gt_boxes: Sequence[Tensor] | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposes boxes, and learns where the truth is given.
+        """Proposes boxes, and learns where ground truth is given.
 
         Args:
             maps: Of the pyramid, (B, channels, H / s, W / s) each.
             sizes: Height and width of each image without padding.
-            truths: Boxes of each image's objects, (K, 4); None for no losses.
+            gt_boxes: Boxes of each image's objects, (K, 4); None for no losses.
 
         Returns:
             Proposals of each image, (at most ``train_proposals`` or ``TEST_PROPOSALS``, 4), best first and without
@@ -113,18 +116,18 @@ class RegionProposals(nn.Module):
         offsets = [x.float().permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in offsets]
         grids = [anchors(_shape(x), stride, x.device) for x, stride in zip(maps, STRIDES, strict=True)]
         proposals = self._propose(logits, offsets, grids, sizes)
-        if truths is None:
+        if gt_boxes is None:
             return proposals, {}
         grid = torch.cat(grids)
         usable = [self._usable(grid, [_shape(x) for x in maps], size) for size in sizes]
-        return proposals, self._losses(torch.cat(logits, 1), torch.cat(offsets, 1), grid, usable, truths)
+        return proposals, self._losses(torch.cat(logits, 1), torch.cat(offsets, 1), grid, usable, gt_boxes)
 
     def _usable(self, grid: Tensor, shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
         """Indices of the anchors that an image of ``size`` can be learned from."""
         valid = torch.cat(
             [is_valid(shape, stride, size, grid.device) for shape, stride in zip(shapes, STRIDES, strict=True)]
         )
-        if not self.crossing:
+        if not self.allowed_border:
             limits = grid.new_tensor([size[1], size[0]])
             valid &= ((grid[:, :2] >= 0) & (grid[:, 2:] < limits)).all(dim=1)
         return valid.nonzero().squeeze(1)
@@ -147,16 +150,16 @@ class RegionProposals(nn.Module):
         return [_best(*image, count) for image in images]
 
     def _losses(
-        self, logits: Tensor, offsets: Tensor, grid: Tensor, usable: list[Tensor], truths: Sequence[Tensor]
+        self, logits: Tensor, offsets: Tensor, grid: Tensor, usable: list[Tensor], gt_boxes: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         objects, backgrounds, wanted, count = [], [], [], 0
-        for image, (rows, truth) in enumerate(zip(usable, truths, strict=True)):
+        for image, (rows, gt) in enumerate(zip(usable, gt_boxes, strict=True)):
             boxes = grid[rows]
-            matches = match(truth, boxes, low=LOW, high=HIGH, weakest=LOW)
+            matches = match(gt, boxes, neg_iou_thr=NEG_IOU_THR, pos_iou_thr=POS_IOU_THR, min_pos_iou=NEG_IOU_THR)
             found, background = sample(matches, SAMPLES, FRACTION)
             objects.append(rows[found] + image * len(grid))
             backgrounds.append(rows[background] + image * len(grid))
-            wanted.append(encode(boxes[found], truth[matches[found]], DEVIATIONS))
+            wanted.append(encode(boxes[found], gt[matches[found]], DEVIATIONS))
             count += max(len(found), 1) + max(len(background), 1)  # the toolbox's count: none is one
         positive, drawn = torch.cat(objects), torch.cat(objects + backgrounds)
         is_object = torch.zeros(len(drawn), device=logits.device)
