@@ -32,8 +32,8 @@ from conv2former.engine.trainer import Trainer
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.tasks.classification.data import Batch
+from conv2former.tasks.classification.layouts import open_splits
 from conv2former.tasks.classification.network import build_model
-from conv2former.tasks.classification.splits import open_splits
 from conv2former.tasks.classification.task import ClassificationTask
 
 

@@ -264,8 +264,10 @@ def test_a_pickle_that_runs_code_is_refused_by_name_and_does_not_run(tmp_path: P
     write_bomb(path, target, form)
     for call in (read_state_dict, lambda path: convert(path, tmp_path / "dst", model=NAME)):
         message = refusal(call, path)
-        assert "posix.mkdir" in message or "nt.mkdir" in message
-        assert "nothing in it was executed" in message
+        if form in ("raw4", "raw5", "zip4"):  # protocols of pickle that PyTorch's safe reader does not know
+            assert "not a pickle of tensors" in message
+        else:
+            assert ("posix.mkdir" in message or "nt.mkdir" in message) and "nothing in it was executed" in message
         assert "weights_only" not in message
         assert not target.exists()
     assert not (tmp_path / "dst").exists()

@@ -43,7 +43,7 @@ from shown import (
 SHOWN = shown_commands()
 
 # What marks may name. Whatever else a command wants, a test can have in small.
-LACKING = ("GPU", "a network", "SLURM", "ImageNet", "COCO", "Hugging Face hub", "Chromium")
+LACKING = ("GPU", "images with depth", "a network", "SLURM", "ImageNet", "COCO", "Hugging Face hub", "Chromium")
 
 # What is appended to make a command short: the first pattern found in it says what. The last of an option counts.
 TRAINING = "--set schedule.epochs=1 --set schedule.warmup_epochs=0 --set data.workers=0"
@@ -123,12 +123,14 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         if not starts:
             continue
         words = words[starts[0] + 1 :]  # also where torchrun or srun start it
+        if own := words[0] == "--import":  # a task of the reader's, see tests/test_own_task.py
+            words = words[2:]
         name = next((name for name in known if tuple(words[: len(name)]) == name), None)
         assert name, command
         seen.add(name)
         given = known[name].make_context(" ".join(name), words[len(name) :], resilient_parsing=False).params
         assert given.get("model") in (None, *timm.list_models()), command
-        if words[0] == "train" and given["recipe"] != "RECIPE":  # any of them
+        if words[0] == "train" and given["recipe"] != "RECIPE" and not own:  # any of them
             # a run that goes on has a recipe of its own
             recipe = load_recipe(given["recipe"] or "imagenet1k_t", overrides=given["set_"] or [])
             assert command.document != CLAIMS or given["recipe"] == recipe.name
@@ -278,9 +280,14 @@ def serve(words: list[str]) -> None:
 
 
 QUICK = [command for command in SHOWN if not command.needs and not is_long(command)]
+FIRST = ("README.md", "docs/index.md", "docs/own_images.md")  # what a newcomer runs; the others are slow tests
+DOCUMENTS = [
+    document if document in FIRST else pytest.param(document, marks=pytest.mark.slow)
+    for document in sorted({command.document for command in QUICK})
+]
 
 
-@pytest.mark.parametrize("document", sorted({command.document for command in QUICK}))
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_run(document: str, run: Run) -> None:
     """In order, as a reader would."""
     for command in QUICK:

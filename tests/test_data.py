@@ -26,8 +26,8 @@ from conv2former.tasks.classification.data import (
     posterize,
     train_transform,
 )
+from conv2former.tasks.classification.layouts import open_eval_source, open_splits
 from conv2former.tasks.classification.sources import DigitsSource, FolderSource
-from conv2former.tasks.classification.splits import open_eval_source, open_splits
 from digits import one_picture, tiny_recipe, write_digits
 
 DATA = tiny_recipe().data

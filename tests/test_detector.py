@@ -20,7 +20,7 @@ from conv2former.tasks.detection.model import mask_head as masks
 from conv2former.tasks.detection.model import rpn
 from conv2former.tasks.detection.model.box_ops import BACKGROUND, IGNORED
 from conv2former.tasks.detection.model.detector import STAGES, Detections, Detector, Target, build_detector, paste_masks
-from conv2former.tasks.detection.model.fpn import STRIDES, FPN
+from conv2former.tasks.detection.model.fpn import FPN, STRIDES
 from conv2former.tasks.detection.model.roi_heads import CascadeStage
 
 WIDTHS = (8, 12, 16, 24)
@@ -276,7 +276,7 @@ def test_drawn_boxes():
     target = rectangles((64, 64), (0, 0, 20, 20, 2), (30, 30, 60, 60, 1))
     proposals = torch.cat([torch.tensor([[30.0, 30, 60, 55]]), torch.tensor([[40.0, 0, 50, 10]]).expand(200, 4)])
     empty = rectangles((64, 64))
-    drawn = stage.draw([proposals, proposals], [target, empty])
+    drawn = stage.match_and_sample([proposals, proposals], [target, empty])
     assert len(drawn.boxes) == 2 * 64
     assert drawn.labels[:3].tolist() == [2, 1, 1] and (drawn.labels[3:] == 3).all()
     assert drawn.gt_as_proposals.nonzero().flatten().tolist() == [0, 1]
@@ -302,7 +302,7 @@ def test_giou_by_hand(overlap, loss):
     stage = CascadeStage(SECTIONS["cascade_mask_rcnn"], 3, STAGES["cascade_mask_rcnn"][0])
     maps = [torch.zeros(1, 16, 64 // s or 1, 64 // s or 1) for s in STRIDES]
     target = rectangles((64, 64), (*overlap, 0))
-    drawn = stage.draw([torch.zeros(0, 4)], [target])._replace(boxes=torch.tensor([[0.0, 0, 10, 10]]))
+    drawn = stage.match_and_sample([torch.zeros(0, 4)], [target])._replace(boxes=torch.tensor([[0.0, 0, 10, 10]]))
     terms = stage.losses(maps, drawn, torch.zeros(1, 4), torch.zeros(1, 3, 4), [target], (64, 64))
     assert terms["box"].item() == pytest.approx(10 * loss, abs=1e-5)
     assert terms["class"].item() == pytest.approx(math.log(4))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from runs import assert_same_run, signal_all, start, wait_for
+from command import run_command
+from conv2former.recipes import load_recipe
+from runs import assert_same_run, stopped_run
 from scenes import scene
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,15 +34,24 @@ RECIPE: dict[str, Any] = dict(
 )
 
 
-def conv2former(*arguments: object, imported: bool = True) -> list[str]:
-    program = [sys.executable, "-m", "conv2former_cli"]
-    return [*program, *(["--import", "depth_task"] if imported else []), *map(str, arguments)]
+def start(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """A command in a process of its own, in the folder of the module."""
+    words = [sys.executable, "-m", "conv2former_cli", *map(str, arguments)]
+    return subprocess.run(words, cwd=EXAMPLES, env=os.environ | environment, capture_output=True, text=True)
 
 
-def run(*arguments: object, status: int = 0, **options: Any) -> subprocess.CompletedProcess:
-    done = subprocess.run(conv2former(*arguments, **options), cwd=EXAMPLES, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command prints, in this process."""
+    monkeypatch.chdir(EXAMPLES)
+
+    def command(*arguments: object, status: int = 0) -> str:
+        found = run_command(monkeypatch, "--import", "depth_task", *arguments)
+        out, errors = capsys.readouterr()
+        assert found == status, errors
+        return errors if status else out
+
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +72,8 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "depth"
-    done = run("train", "--recipe", rooms / "depth.yaml", "--data", rooms, "--out", out)
-    assert "delta-1" in done.stdout and "depth: conv2former_test" in done.stderr
+    done = start("--import", "depth_task", "train", "--recipe", rooms / "depth.yaml", "--data", rooms, "--out", out)
+    assert "delta-1" in done.stdout and "depth: conv2former_test" in done.stderr, done.stderr
     return out
 
 
@@ -77,43 +88,42 @@ def test_a_run_has_its_report_and_card(trained: Path) -> None:
     assert not any("depth_task" in path.read_text() for path in files if path.name != "run.json")
 
 
-def test_it_resumes_bit_for_bit(trained: Path, rooms: Path, tmp_path: Path) -> None:
-    options = ["--recipe", rooms / "depth.yaml", "--data", rooms, "--out", tmp_path / "run"]
-    process = start(conv2former("train", *options), cwd=EXAMPLES)
-    wait_for(process, tmp_path / "run")
-    signal_all(process, signal.SIGTERM)
-    assert process.wait(60) in (0, 75)
+def test_it_resumes_bit_for_bit(
+    trained: Path, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
+) -> None:
+    run("recipes")  # imports the module
+    stopped_run(load_recipe(rooms / "depth.yaml"), rooms, tmp_path / "run", monkeypatch, step=2)
     run("train", "--out", tmp_path / "run", "--resume")
     assert_same_run(trained, tmp_path / "run")
 
 
 def test_two_processes_know_it(rooms: Path, tmp_path: Path) -> None:
     options = ["--recipe", rooms / "depth.yaml", "--data", rooms, "--out", tmp_path / "run"]
-    run("train", *options, "--set", "engine.devices=2", "--set", "optim.global_batch=4", "--set", "schedule.epochs=1")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    options += [f"--set={x}" for x in ("engine.devices=2", "optim.global_batch=4", "schedule.epochs=1")]
+    done = start("--import", "depth_task", "train", *options)
+    assert done.returncode == 0 and json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2, done
 
 
-def test_all_other_commands_take_it(trained: Path, rooms: Path, tmp_path: Path) -> None:
+def test_all_other_commands_take_it(trained: Path, rooms: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     image = rooms / "images" / "0.png"
-    assert "delta-1" in run("evaluate", trained, "--data", rooms, "--out", tmp_path / "report").stdout
+    assert "delta-1" in run("evaluate", trained, "--data", rooms, "--out", tmp_path / "report")
     assert Image.open(tmp_path / "report" / "predictions.png").size == (128, 96)
-    row = json.loads(run("predict", trained, image, "--out", tmp_path / "drawn").stdout)
+    row = json.loads(run("predict", trained, image, "--out", tmp_path / "drawn"))
     assert row["nearest"] <= row["median"] <= row["farthest"] and (tmp_path / "drawn" / "0.predicted.png").is_file()
-    planned = run("train", "--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path / "plan.png").stdout
+    planned = run("train", "--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path / "plan.png")
     assert "decoder" in planned and "activations" in planned and "alone" not in planned
     exported = run("export", trained, "--format", "torch", "--pictures", image, "--out", tmp_path / "exported")
-    assert "model.pt2" in exported.stdout and "depth-estimation" in (tmp_path / "exported" / "README.md").read_text()
+    assert "model.pt2" in exported and "depth-estimation" in (tmp_path / "exported" / "README.md").read_text()
     run("explain", "maps", trained, image, "--out", tmp_path / "maps")
     refused = run("evaluate", trained, "--data", rooms, "--multi-scale", status=1)
-    assert refused.stderr == "error: --multi-scale is for segmentation, this is a depth model: leave it out\n"
+    assert refused == "error: --multi-scale is for segmentation, this is a depth model: leave it out\n"
+    assert run("--import", "nowhere", "recipes", status=1) == "error: --import nowhere: No module named 'nowhere'\n"
 
 
 def test_class_activation_and_the_demo_take_it(
-    trained: Path, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, rooms: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import depth_task  # noqa: F401  registers the task
-
+    run("recipes")
     image = rooms / "images" / "0.png"
     pytest.importorskip("pytorch_grad_cam")
     from conv2former.tools.explain.cams import run_cams
@@ -129,10 +139,8 @@ def test_class_activation_and_the_demo_take_it(
 
 
 def test_without_its_module_the_line_says_what_to_do(trained: Path, rooms: Path) -> None:
-    line = run("predict", trained, rooms / "images", status=1, imported=False).stderr
+    line = start("predict", trained, rooms / "images").stderr
     assert line.startswith("error: unknown task 'depth'") and "conv2former --import MODULE" in line
-    line = run("--import", "nowhere", "recipes", status=1, imported=False).stderr
-    assert line == "error: --import nowhere: No module named 'nowhere'\n"
 
 
 def test_an_entry_point_registers_it(rooms: Path, tmp_path: Path) -> None:
@@ -142,7 +150,6 @@ def test_an_entry_point_registers_it(rooms: Path, tmp_path: Path) -> None:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: depth-task\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[conv2former.tasks]\ndepth = depth_task:DepthTask\n")
-    command = conv2former("train", "--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path, imported=False)
-    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    options = ["--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path / "plan.png"]
+    done = start("train", *options, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "Dry run of depth" in done.stdout, done.stderr

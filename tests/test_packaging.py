@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import timm
 
 import nets
@@ -42,6 +43,7 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     assert all(name in answer.stdout for name in recipe_names()), answer.stderr
 
 
+@pytest.mark.slow  # `make quickstart` does the same
 def test_the_quickstart_reaches_97_percent(tmp_path: Path) -> None:
     """The recipe as it is shipped, on the real digits; about a minute."""
     result = train(load_recipe("quickstart"), data=None, out=tmp_path / "run")

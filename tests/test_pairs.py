@@ -77,7 +77,7 @@ def test_bad_layouts_are_one_line(pairs: Path, tmp_path: Path) -> None:
 
     assert "no such folder" in message(PAIRS, tmp_path / "none") and "--data DIR" in message(PAIRS, None)
     assert "no images/training and annotations/training" in message(ADE20K, pairs)
-    assert "hold out a share" in message(PAIRS.model_copy(update=dict(val_fraction=0.0)), pairs)
+    assert "hold out a fraction" in message(PAIRS.model_copy(update=dict(val_fraction=0.0)), pairs)
     copy = tmp_path / "copy"
     shutil.copytree(pairs, copy)
     (copy / "masks" / "3.png").unlink()

@@ -19,8 +19,8 @@ from conv2former.data.images import BadImage
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.archives import ShardSource, TarSource
+from conv2former.tasks.classification.layouts import open_eval_source, open_splits
 from conv2former.tasks.classification.sources import FolderSource, HfdsSource, ImageSource
-from conv2former.tasks.classification.splits import open_eval_source, open_splits
 from digits import one_picture, tiny_recipe, write_digits
 
 CLASSES = [f"digit-{i}" for i in range(4)]

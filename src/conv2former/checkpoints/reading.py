@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -103,46 +101,7 @@ def refused_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not torch's zip format, or a pickle protocol that torch does not read
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        return [named[1]] if named else pickle_globals(path)
-
-
-def pickle_globals(path: Path) -> list[str]:
-    """Names of everything that a pickle would import, read off its bytes; nothing is imported or run."""
-    names: set[str] = set()
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                record = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(record) as file:
-                    collect_globals(file, names)
-        else:
-            with open(path, "rb") as file:
-                collect_globals(file, names)
-    except Exception:  # bytes that are no pickle: what was found before them counts
-        pass
-    # a list is cut after a few, and the harmless ones that every checkpoint has are not why it was refused
-    return sorted(names, key=lambda name: (name.startswith(("torch.", "collections.")), name))
-
-
-def collect_globals(file: IO[bytes], names: set[str]) -> None:
-    """Adds the globals of one pickle to ``names``. Protocol 4 takes module and name from the last two strings."""
-    strings = [""]
-    memo: dict[int, str] = {}
-    arg: Any
-    for opcode, arg, _ in pickletools.genops(file):
-        if opcode.name == "GLOBAL":
-            names.add(arg.replace(" ", "."))
-        elif opcode.name == "STACK_GLOBAL":
-            names.add(".".join(strings[-2:]))
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = strings[-1]
-        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[arg] = strings[-1]
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            strings.append(memo.get(arg, ""))
-        elif isinstance(arg, str):
-            strings.append(arg)
+        return re.findall(r"GLOBAL (\S+)", str(error))[:1]
 
 
 def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[str, Tensor], bool]:

@@ -1,1 +1,1 @@
-"""Images in, batches out: safe decoding, keyed sampling, labelled images."""
+"""What all tasks share: image files to pixels, keyed random numbers, loading."""

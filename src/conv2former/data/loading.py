@@ -20,11 +20,12 @@ from torch.utils.data._utils import signal_handling
 
 from conv2former.data.images import MAX_PIXELS, BadImage
 from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seed_cpu
+from conv2former.errors import UserError
 
 CPU = torch.device("cpu")
 REPLACEMENTS = 16  # images tried in place of a broken one
 
-KILLED_WORKER = (
+KILLED_READER = (
     "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm) most likely: lower "
     "the number of workers or data.max_pixels; a training continues with --resume"
 )
@@ -142,19 +143,18 @@ def checked(batch: Any) -> Any:
     return batch
 
 
-def is_killed_worker(error: Exception) -> bool:
-    """Whether an error of a loader says, or by a broken connection shows, that a process which reads was killed."""
-    return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error)
+def killed_reader(error: Exception) -> UserError | None:
+    """The user's line for an error of a loader which says, or shows by a broken connection, that a reader was killed.
 
-
-def leave_killed_workers() -> None:
-    """Has PyTorch say no more that a process was killed; the next loader has it say so again.
-
-    It would for each process that ends after that one, from its signal handler, at any moment.
+    PyTorch would say so again, from its signal handler and at any moment, for each process that ends after that one:
+    the handler goes, and the next loader brings it back.
     """
+    if not isinstance(error, (ConnectionError, EOFError)) and "DataLoader worker (pid" not in str(error):
+        return None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal_handling._SIGCHLD_handler_set = False
+    return UserError(KILLED_READER)
 
 
 def train_loader(

@@ -341,9 +341,7 @@ def _chart_path(recipe: Recipe, out: Path | None) -> Path:
     return out / "schedule.png" if out.is_dir() else out.with_name(f"{out.name}.schedule.png")
 
 
-def _draw(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, chart: Path
-) -> None:
+def _draw(recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, chart: Path) -> None:
     scale = per_epoch or POINTS
     steps = np.unique(np.linspace(0, recipe.schedule.total(scale) - 1, POINTS).round().astype(int))
     rates, decay = [], []

@@ -26,8 +26,8 @@ from conv2former.tasks.base import Evaluation, Metric, Task
 BATCH = 64  # images of a forward pass, of a task that takes several
 
 
-def count(task: Task, batches: Iterable[Any], metric: Metric) -> Evaluation:
-    """The evaluation loop: every batch of ``task.eval_dataset`` once.
+def evaluation_loop(task: Task, batches: Iterable[Any], metric: Metric) -> Evaluation:
+    """Every batch of ``task.eval_dataset`` once.
 
     Args:
         task: In evaluation mode, on the device of the batches.
@@ -71,7 +71,7 @@ def evaluate_task(
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, device=device)
-    evaluation = count(task, _announced(loader, device), task.metric(source))
+    evaluation = evaluation_loop(task, _announced(loader, device), task.metric(source))
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
     return evaluation

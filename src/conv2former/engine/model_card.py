@@ -178,9 +178,8 @@ def _files(exported: Sequence[dict[str, Any]]) -> str:
     for row in exported:
         line = [Path(row["file"]).name, row["format"], f"{row['bytes'] / 1e6:.1f}", f"{row['difference']:.1e}"]
         lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
-    note = (
-        f"Differences as a fraction of the largest output, on {exported[0]['pictures']} images; by `conv2former export`."
-    )
+    count = exported[0]["pictures"]
+    note = f"Differences as a fraction of the largest output, on {count} images; by `conv2former export`."
     return "\n".join(["## Files", "", *(f"| {' | '.join(line)} |" for line in lines), "", note])
 
 

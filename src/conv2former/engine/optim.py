@@ -65,7 +65,7 @@ def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleSection, *, steps_per_epoch: int) -> Scheduler:
-    """Linear warm-up, then what ``schedule.kind`` says; ``step_update(step)`` sets a step's learning rate, whatever came before.
+    """Linear warm-up, then what ``schedule.kind`` says. ``step_update(step)`` sets the learning rate of a step.
 
     The cosine begins behind the warm-up (ConvNeXt, Swin). The other two count from step 0 and are cut into by it, as
     in the detection and segmentation toolboxes that the paper used.

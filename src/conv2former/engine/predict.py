@@ -59,26 +59,18 @@ def run_predict(
     inputs: Sequence[Path],
     *,
     out: Path | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
     batch_size: int | None = None,
     workers: int = 0,
     device: str = "auto",
-    **options: Any,
 ) -> int:
-    """Prints the predictions as JSON lines, draws them into ``out``; returns the exit status, 1 if a file failed.
-
-    Args:
-        checkpoint: As of ``predict``, like all the rest.
-        inputs: See there.
-        out: Folder for an annotated image each.
-        batch_size: See there.
-        workers: See there.
-        device: See there.
-        **options: ``top_k`` and ``threshold``.
+    """``predict`` for the command line: prints JSON lines, draws into ``out``; the exit status, 1 if a file failed.
 
     Raises:
         UserError: As ``predict``, or the images cannot be written.
     """
-    task = _opened(checkpoint, device=device, batch_size=batch_size, **options)
+    task = _opened(checkpoint, device=device, top_k=top_k, threshold=threshold, batch_size=batch_size)
     total = failed = 0
     taken: set[str] = set()
     for file, found in predictions(task, inputs, batch_size=batch_size, workers=workers):

@@ -16,7 +16,7 @@ KEPT = ("name", "args", "weights", "freeze_batchnorm")
 def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:
     """The recipe to go on with: the run's own, with what a given one changes.
 
-    What moves no weight (``recipes.sections.FREE``) may always change, the rest with ``force``, the network and the
+    What moves no weight (``config.FREE``) may always change, the rest with ``force``, the network and the
     optimizer never. What the given one leaves to the machine ('auto') stays as it was decided when the run was started.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 
 from conv2former.checkpoints import saved_normalisation
 from conv2former.config import Recipe
-from conv2former.data.loading import KILLED_WORKER, is_killed_worker, leave_killed_workers
+from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
@@ -160,10 +160,9 @@ def _one_line_errors(run: RunDir) -> Any:
     except RuntimeError as error:
         if failure := compiler_failure(error):
             raise UserError(failure) from None
-        if not is_killed_worker(error):  # met at any moment: PyTorch raises it from a signal handler
-            raise
-        leave_killed_workers()
-        raise UserError(KILLED_WORKER) from None
+        if killed := killed_reader(error):  # met at any moment: PyTorch raises it from a signal handler
+            raise killed from None
+        raise
 
 
 def _recorded(data: Path | None) -> str | None:

@@ -20,22 +20,14 @@ import lightning as L
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-from conv2former.data.loading import (
-    KILLED_WORKER,
-    AnyBatch,
-    checked,
-    eval_loader,
-    is_killed_worker,
-    leave_killed_workers,
-    train_loader,
-)
+from conv2former.data.loading import AnyBatch, checked, eval_loader, killed_reader, train_loader
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
 from conv2former.data.sources import Splits
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import BatchNormBackup, synchronise
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.distributed import Processes, agreed
-from conv2former.engine.evaluate import count
+from conv2former.engine.evaluate import evaluation_loop
 from conv2former.engine.faults import Faults
 from conv2former.engine.logging import RunLog, peak_memory_gb
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
@@ -199,10 +191,9 @@ class Trainer:
         except UserError as error:
             return [], error
         except (RuntimeError, ConnectionError, EOFError) as error:
-            if not is_killed_worker(error):
-                raise
-            leave_killed_workers()
-            return [], UserError(KILLED_WORKER)
+            if killed := killed_reader(error):
+                return [], killed
+            raise
 
     def _agree(self, micro_batches: list[AnyBatch], error: UserError | None) -> None:
         """All processes learn here, before a step or a batch of the evaluation, what one of them has met.
@@ -310,7 +301,7 @@ class Trainer:
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
         # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
         with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False):
-            evaluation = count(self.wrapped, self._agreed_batches(), metric)
+            evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric)
         train_loss = state.loss_sum / state.loss_steps if state.loss_steps else None
         state.loss_sum, state.loss_steps, state.evaluated = 0.0, 0, state.step
         row = self._row(

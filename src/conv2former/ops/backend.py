@@ -341,7 +341,7 @@ def pixels(x: Tensor) -> tuple[Tensor, int]:
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's depthwise convolution with "same" zero padding on NHWC: (B, H, W, C), taps (C, 1, k, k), (C,)."""
+    """PyTorch's depthwise convolution with "same" zero padding on NHWC: (B, H, W, C), weight (C, 1, k, k), (C,)."""
     padding = int(weight.shape[-1]) // 2  # torch.jit.trace gives sizes as tensors, which torch 2.9 does not take here
     y = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
     return y.permute(0, 2, 3, 1)

@@ -40,12 +40,12 @@ def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size:
             return _BLOCKS(x, weights, dim, hidden, kernel_size, eps)
     for row in weights:
         parts = block_weights(row, dim, hidden, kernel_size)
-        w, w_bias, taps, taps_bias, proj, proj_bias = parts[:6]
+        w, w_bias, dw_weight, dw_bias, proj, proj_bias = parts[:6]
         u, v = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), w, w_bias).chunk(2, dim=-1)
-        x = x + F.linear(modulation(u, v, taps, taps_bias), proj, proj_bias)
-        fc1, fc1_bias, taps, taps_bias, fc2, fc2_bias = parts[6:]
+        x = x + F.linear(modulation(u, v, dw_weight, dw_bias), proj, proj_bias)
+        fc1, fc1_bias, dw_weight, dw_bias, fc2, fc2_bias = parts[6:]
         h = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps), fc1, fc1_bias)
-        x = x + F.linear(mlp_middle(h, taps, taps_bias), fc2, fc2_bias)
+        x = x + F.linear(mlp_middle(h, dw_weight, dw_bias), fc2, fc2_bias)
     return x
 
 
@@ -55,8 +55,8 @@ def block_weights(row: Tensor, dim: int, hidden: int, kernel_size: int) -> list[
     Each begins at a multiple of 64 numbers, as kernels like it.
 
     Returns:
-        w (2C, C), that is W1 above W2, its bias, taps (C, 1, k, k) of the depthwise convolution, its bias, proj (C, C),
-        its bias; fc1 (D, C), its bias, taps (D, 1, 3, 3), their bias, fc2 (C, D), its bias.
+        W1 above W2 (2C, C) and its bias; the depthwise weight (C, 1, k, k) and its bias; proj (C, C) and its bias; fc1
+        (D, C) and its bias; the depthwise weight (D, 1, 3, 3) and its bias; fc2 (C, D) and its bias.
 
     Raises:
         ValueError: There are more or fewer numbers than that.

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conv2former import config
-from conv2former.checkpoints import dense
+from conv2former.checkpoints import folder as folders
 from conv2former.config import ModelSection
 from conv2former.data.loading import KeyedDataset
 from conv2former.errors import say_once
@@ -42,25 +42,25 @@ class DenseTask(Task):
     @classmethod
     def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
         """The task; it says what of ``model.weights`` was loaded."""
-        section = dense.with_saved_args(section or recipe.model)
+        section = folders.with_saved_args(section or recipe.model)
         model = cls.network(recipe, section, classes)
         if section.weights:
-            say_once(dense.start_from(section.weights, model, task=cls.name))
+            say_once(folders.start_from(section.weights, model, task=cls.name))
         return cls(model, recipe, classes, model_args=section.args)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """A model that ``save`` has written; raises UserError."""
-        saved = dense.read_dense(path, cls.name)
+        saved = folders.read_dense(path, cls.name)
         recipe = config.validated(cls.config_class, saved.recipe, str(saved.config_file))
         model = cls.network(recipe, recipe.model, saved.classes)
-        dense.load_dense(saved, model)
+        folders.load_dense(saved, model)
         return cls(model, recipe, saved.classes).eval()
 
     def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:
         """Our folder for networks that timm does not know."""
         args = self.model_args
-        dense.save_dense(folder, self.recipe, state=state, classes=self.classes, model_args=args, note=note)
+        folders.save_dense(folder, self.recipe, state=state, classes=self.classes, model_args=args, note=note)
 
     @property
     def backbone(self) -> Any:
@@ -79,7 +79,6 @@ class DenseTask(Task):
         return F.pad(image, (0, -width % DIVISOR, 0, -height % DIVISOR))
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> KeyedDataset:
-        """Augmented images."""
         data = self.recipe.data
         options: Any = dict(seed=self.recipe.engine.seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
         return self.train_class(source, data, self.recipe.augment, **options)

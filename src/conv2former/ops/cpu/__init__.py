@@ -13,7 +13,7 @@ import torch
 
 from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.depthwise import mlp_middle, mlp_middle_backward, modulation, modulation_backward
-from conv2former.ops.cpu.evaluation import blocks, downsample, head, stem
+from conv2former.ops.cpu.inference import blocks, downsample, head, stem
 
 
 def unusable(device: torch.device) -> str | None:

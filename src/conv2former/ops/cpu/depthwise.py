@@ -38,8 +38,8 @@ def modulation_backward(
     sums = _partial_sums(u, weight)
     if du.numel():
         (u, *at_u), (v, *at_v) = strided(u), strided(v)
-        g, a, taps = g.contiguous(), a.contiguous(), _floats(weight)
-        arguments = (pointer(g), *at_u, *at_v, pointer(a), pointer(taps), pointer(du), pointer(dv), pointer(sums))
+        g, a, dw_weight = g.contiguous(), a.contiguous(), _floats(weight)
+        arguments = (pointer(g), *at_u, *at_v, pointer(a), pointer(dw_weight), pointer(du), pointer(dv), pointer(sums))
         call("modulation_backward", u.dtype, (*u.shape, weight.shape[-1]), *arguments)
     return du, dv, *_weight_and_bias(sums, weight)
 
@@ -60,8 +60,8 @@ def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> t
     sums = _partial_sums(u, weight)
     if du.numel():
         u, *at_u = strided(u)
-        g, taps, offsets = g.contiguous(), _floats(weight), _floats(bias)
-        arguments = (pointer(g), *at_u, pointer(taps), pointer(offsets), pointer(du), pointer(sums))
+        g, dw_weight, offsets = g.contiguous(), _floats(weight), _floats(bias)
+        arguments = (pointer(g), *at_u, pointer(dw_weight), pointer(offsets), pointer(du), pointer(sums))
         call("mlp_middle_backward", u.dtype, (*u.shape, 3), *arguments)
     return du, *_weight_and_bias(sums, weight)
 
@@ -75,5 +75,5 @@ def _partial_sums(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_and_bias(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    taps, bias = sums[:, :-1].sum(0), sums[:, -1].sum(0)
-    return taps.t().reshape(weight.shape).to(weight.dtype), bias.to(weight.dtype)
+    dw_weight, bias = sums[:, :-1].sum(0), sums[:, -1].sum(0)
+    return dw_weight.t().reshape(weight.shape).to(weight.dtype), bias.to(weight.dtype)

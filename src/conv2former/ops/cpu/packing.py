@@ -43,7 +43,7 @@ def vectors(x: Tensor) -> Tensor:
     return F.pad(x.to(torch.float32, copy=True), (0, -len(x) % lanes())).contiguous()
 
 
-def taps(weight: Tensor) -> Tensor:
+def depthwise(weight: Tensor) -> Tensor:
     """(C, 1, k, k) -> (C / lanes, k * k, lanes), float32, zeros up to whole vectors."""
     flat = F.pad(weight.float().flatten(1), (0, 0, 0, -len(weight) % lanes()))
     return flat.view(-1, lanes(), flat.shape[1]).transpose(1, 2).contiguous()

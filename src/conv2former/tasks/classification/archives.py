@@ -62,7 +62,6 @@ class ArchiveSource:
         return self.__dict__ | dict(_open={})
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """The image in RGB; raises BadImage."""
         name = f"{self.files[self._file[index]]}/{self._member(index)}"
         try:
             content = self._read(index)

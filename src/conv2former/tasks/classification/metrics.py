@@ -101,7 +101,6 @@ class ClassificationMetric(Metric):
         )
 
     def result(self) -> Evaluation:
-        """Loss and accuracies, also per class."""
         counts = self.compute()
         line = f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']} images), "
         line += f"top-5 {counts['top5']:.2f}%"

@@ -71,11 +71,9 @@ class FolderSource:
         return any(part.startswith(".") for part in self._below(path).split(os.sep))
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """The image in RGB; raises BadImage."""
         return decode(self.reader.filename(index, absolute=True), max_pixels=max_pixels)
 
     def name(self, index: int) -> str:
-        """The path below the folder's root."""
         return self._below(self.reader.samples[index][0])
 
 
@@ -126,7 +124,6 @@ class HfdsSource:
         return len(self.targets)
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """The image in RGB; raises BadImage."""
         image = self.reader.dataset[index][self.reader.image_key] or {}
         content = image.get("bytes") or image.get("path") or b""
         return decode(content, name=f"{self.name(index)} of {self.root}", max_pixels=max_pixels)
@@ -189,7 +186,6 @@ class DigitsSource:
         return len(self.targets)
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """The scan in RGB, 8x8."""
         return Image.fromarray(self.images[index]).convert("RGB")
 
     def name(self, index: int) -> str:
@@ -209,9 +205,7 @@ class SubsetSource:
         return len(self.indices)
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        """The image in RGB; raises BadImage."""
         return self.source.load(int(self.indices[index]), max_pixels)
 
     def name(self, index: int) -> str:
-        """The image's name in the other source."""
         return self.source.name(int(self.indices[index]))

@@ -23,10 +23,10 @@ from conv2former.errors import UserError
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
 from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
 from conv2former.tasks.classification.data import Batch, ImageDataset, eval_transform, train_transform
+from conv2former.tasks.classification.layouts import Splits, open_eval_source, open_splits
 from conv2former.tasks.classification.metrics import ClassificationMetric
 from conv2former.tasks.classification.network import build_model, class_names
 from conv2former.tasks.classification.sources import ImageSource
-from conv2former.tasks.classification.splits import Splits, open_eval_source, open_splits
 from conv2former.viz import plots
 from conv2former.viz.drawing import with_bars
 
@@ -82,7 +82,6 @@ class ClassificationTask(Task):
 
     @classmethod
     def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
-        """See ``build_model``."""
         model, args = build_model(section or recipe.model, classes=list(classes))
         return cls(model, recipe, classes, model_args=args)
 
@@ -125,11 +124,9 @@ class ClassificationTask(Task):
         return open_splits(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> ImageSource:
-        """A validation set, or one set alone."""
         return open_eval_source(root, self.classes, kind=self.source)
 
     def train_dataset(self, source: ImageSource, *, on_bad_image: Literal["error", "replace"]) -> ImageDataset:
-        """Augmented images."""
         recipe = self.recipe
         return ImageDataset(
             source,
@@ -150,7 +147,6 @@ class ClassificationTask(Task):
         return Prepared(np.array(self.transform(image)), (image.height, image.width))
 
     def example_batch(self, count: int) -> Batch:
-        """Of the training size."""
         side = self.recipe.data.input_size
         numbers = torch.zeros(count, dtype=torch.long)
         return Batch(torch.zeros(count, 3, side, side, dtype=torch.uint8), numbers, numbers)
@@ -165,11 +161,9 @@ class ClassificationTask(Task):
         return self.criterion(self.model(images), targets)
 
     def metric(self, source: Any, *, distributed: bool = False) -> ClassificationMetric:
-        """Loss and accuracies."""
         return ClassificationMetric(self.classes, distributed=distributed)
 
     def eval_step(self, batch: Batch, metric: ClassificationMetric) -> None:
-        """Counts a batch."""
         metric.update(self.evaluated(self.prepared(batch.images)), batch.targets, batch.indices)
 
     @torch.inference_mode()

@@ -122,7 +122,6 @@ class CocoSource:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        """The image's file below its folder."""
         return self.entries[index].file_name
 
     def objects_of(self, index: int) -> list[dict[str, Any]]:

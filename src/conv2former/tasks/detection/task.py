@@ -63,7 +63,6 @@ class DetectionTask(DenseTask):
 
     @classmethod
     def network(cls, recipe: DetectionRecipe, section: ModelSection, classes: Sequence[str]) -> Detector:
-        """The detector with new weights."""
         return build_on_backbone(section, recipe.detector, num_classes=len(classes))
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -76,11 +75,9 @@ class DetectionTask(DenseTask):
         return open_coco(recipe.data, root)
 
     def eval_source(self, root: Path | None) -> CocoSource:
-        """The validation set."""
         return open_eval_coco(self.recipe.data, root, self.classes)
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalObjects:
-        """Whole images."""
         return EvalObjects(source, self.recipe.data, on_bad_image=on_bad_image, max_pixels=max_pixels)
 
     def preprocess(self, image: Image.Image) -> Prepared:
@@ -100,17 +97,14 @@ class DetectionTask(DenseTask):
         return DetectionBatch(images, sizes, [target] * count, sizes, torch.zeros(count, dtype=torch.long))
 
     def training_step(self, batch: DetectionBatch) -> Tensor:
-        """The sum of all losses."""
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
         losses: dict[str, Tensor] = self.model(images, batch.sizes, batch.targets)
         return torch.stack([*losses.values()]).sum()
 
     def metric(self, source: CocoSource, *, distributed: bool = False) -> CocoMetric:
-        """COCO's numbers."""
         return CocoMetric(source, distributed=distributed)
 
     def eval_step(self, batch: DetectionBatch, metric: CocoMetric) -> None:
-        """Adds the detections on a batch."""
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
         for row, found in enumerate(self.evaluated(images, batch.sizes)):
             if batch.originals[row][0]:  # else padding, or an image that cannot be read

@@ -17,7 +17,9 @@ class SegmentationDataSection(ImagesSection):
         description="'ade20k' for images/ and annotations/ with training/ and validation/ in each, 'pairs' for images/ "
         "and masks/ alone or in train/ and val/",
     )
-    val_fraction: float = Field(default=0.0, ge=0, lt=1, description="fraction held out where there is no validation set")
+    val_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction held out where there is no validation set"
+    )
     classes: PositiveInt | None = Field(
         default=None, description="number of classes; needed where no classes.txt (or ADE20K's list) names them"
     )

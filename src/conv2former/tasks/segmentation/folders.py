@@ -48,7 +48,6 @@ class PairSource:
         return len(self.pairs)
 
     def name(self, index: int) -> str:
-        """The image's path below the root."""
         return self.pairs[index].name
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, np.ndarray]:
@@ -98,7 +97,9 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     if "val" in places:
         return PairSplits(train, _open(root, places["val"], classes, data))
     if not data.val_fraction:
-        raise UserError(f"no validation set in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1")
+        raise UserError(
+            f"no validation set in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1"
+        )
     if len(train) < 2:
         raise UserError(f"{root} holds one image: two are needed to hold one out for validation")
     held = min(max(round(len(train) * data.val_fraction), 1), len(train) - 1)

@@ -76,7 +76,6 @@ class SegmentationMetric(Metric):
         )
 
     def result(self) -> Evaluation:
-        """Loss, mIoU and accuracies, also per class."""
         counts = self.compute()
         names = ("loss", "miou", "mean_accuracy", "pixel_accuracy")
         miou, mean, pixel = (math.nan if counts[name] is None else counts[name] for name in names[1:])

@@ -57,7 +57,6 @@ class SegmentationTask(DenseTask):
 
     @classmethod
     def network(cls, recipe: SegmentationRecipe, section: ModelSection, classes: Sequence[str]) -> UperNet:
-        """The segmentation model with new weights."""
         return build_upernet(section, recipe.segmenter, num_classes=len(classes))
 
     @classmethod
@@ -70,7 +69,6 @@ class SegmentationTask(DenseTask):
         return open_eval_pairs(self.recipe.data, root, self.classes)
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalPairs:
-        """Whole images, at one or several scales."""
         scales = SCALES if self.multi_scale else (1.0,)
         options: Any = dict(on_bad_image=on_bad_image, max_pixels=max_pixels)
         return EvalPairs(source, self.recipe.data, scales=scales, **options)
@@ -100,11 +98,9 @@ class SegmentationTask(DenseTask):
         return weighted_loss(self.model(images), batch.masks.long(), aux_weight=self.recipe.segmenter.aux_weight)
 
     def metric(self, source: Any, *, distributed: bool = False) -> SegmentationMetric:
-        """mIoU and accuracies."""
         return SegmentationMetric(self.classes, distributed=distributed, multi_scale=self.multi_scale)
 
     def eval_step(self, batch: SegmentationBatch, metric: SegmentationMetric) -> None:
-        """Counts an image."""
         images = [self.prepared(view) for view in batch.images]
         size: Any = batch.masks.shape[-2:]
         mirror = self.multi_scale

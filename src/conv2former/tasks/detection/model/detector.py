@@ -117,7 +117,7 @@ class Detector(OnBackbone):
         losses = {}
         stage: Any
         for number, stage in enumerate(self.stages, 1):
-            samples = stage.draw(proposals, targets)
+            samples = stage.match_and_sample(proposals, targets)
             logits, offsets = stage.boxes(maps, samples.boxes, samples.images)
             terms = stage.losses(maps, samples, logits, offsets, targets, padded)
             prefix = f"stage{number}_" if len(self.stages) > 1 else ""

@@ -1,4 +1,4 @@
-"""The feature pyramid between backbone and detector (Lin et al., "Feature FPN Networks", arXiv:1612.03144)."""
+"""The feature pyramid between backbone and detector (Lin et al., arXiv:1612.03144)."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from conv2former.tasks.detection.config import DetectorSection
-from conv2former.tasks.detection.model import box_head as roi
-from conv2former.tasks.detection.model import mask_head as mask_ops
+from conv2former.tasks.detection.model import box_head, mask_head
 from conv2former.tasks.detection.model.box_ops import clip, decode, encode, match, sample
 
 FRACTION = 0.25  # of the boxes that are learned from, most with an object
@@ -64,16 +63,18 @@ class CascadeStage(nn.Module):
         self.num_classes = num_classes
         self.rois = section.rois
         self.box_loss = section.box_loss
-        self.box_head = roi.BoxHead(section.channels, section.box_head_channels, num_classes, kind=section.box_head)
-        self.mask_head = mask_ops.MaskHead(section.channels, num_classes)
+        self.box_head = box_head.BoxHead(
+            section.channels, section.box_head_channels, num_classes, kind=section.box_head
+        )
+        self.mask_head = mask_head.MaskHead(section.channels, num_classes)
 
     def boxes(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, num_classes + 1) and offsets (N, num_classes, 4) of boxes (N, 4) of images (N,)."""
-        return self.box_head(roi.pool(maps, boxes, images, roi.POOL))
+        return self.box_head(box_head.pool(maps, boxes, images, box_head.POOL))
 
     def masks(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, 28, 28) of the masks of boxes (N, 4) of images (N,) that show objects of classes (N,)."""
-        logits = self.mask_head(roi.pool(maps, boxes, images, mask_ops.POOL))
+        logits = self.mask_head(box_head.pool(maps, boxes, images, mask_head.POOL))
         return logits[torch.arange(len(labels), device=labels.device), labels].float()
 
     def corrected(self, boxes: Tensor, offsets: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class CascadeStage(nn.Module):
         return clip(self.corrected(boxes, offsets[rows, chosen]), limits)
 
     @torch.no_grad()
-    def draw(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> Samples:
+    def match_and_sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> Samples:
         """Compares the proposals of each image with its objects, and draws those to learn from."""
         parts = []
         iou_thr = self.settings.iou_thr
@@ -161,7 +162,7 @@ class CascadeStage(nn.Module):
             box_loss = F.l1_loss(own, encode(boxes, samples.gt_boxes, self.settings.deviations), reduction="sum")
         predicted = self.masks(maps, boxes, images, labels)
         mask_targets = [
-            mask_ops.mask_targets(target.masks, boxes[mine], samples.objects[mine], padded)
+            mask_head.mask_targets(target.masks, boxes[mine], samples.objects[mine], padded)
             for target, mine in ((target, images == image) for image, target in enumerate(targets))
         ]
         mask_loss = F.binary_cross_entropy_with_logits(predicted, torch.cat(mask_targets), reduction="sum")

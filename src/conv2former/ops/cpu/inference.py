@@ -35,14 +35,14 @@ def _packed_branches(weights: Sequence[Tensor], dim: int, hidden: int, kernel_si
 
 
 def _packed_branch(
-    halves: int, first: Tensor, first_bias: Tensor, taps: Tensor, taps_bias: Tensor, last: Tensor, last_bias: Tensor
+    halves: int, first: Tensor, first_bias: Tensor, dw_weight: Tensor, dw_bias: Tensor, last: Tensor, last_bias: Tensor
 ) -> Tensor:
     parts = [
         pack(half)
         for each in zip(first.chunk(halves), first_bias.chunk(halves), strict=True)
         for pack, half in zip((packing.panels, packing.vectors), each, strict=True)
     ]
-    parts += [packing.taps(taps), packing.vectors(taps_bias)]
+    parts += [packing.depthwise(dw_weight), packing.vectors(dw_bias)]
     parts += [packing.panels(packing.whole_vectors(last)), packing.vectors(last_bias)]
     return torch.cat([part.flatten().view(torch.uint8) for part in parts])
 
