@@ -98,7 +98,7 @@ BAD = [
     (["train", "--out", "{run}", "--resume", "--recipe", "cifar"], "made with other settings"),
     (["train", "--out", "{run}", "--model", "conv2former_t"], "name it with --recipe"),
     (["train", "--out", "{run}", "--resume", "auto", "--overwrite"], "exclude each other"),
-    ([*QUICK, "--force"], "--force goes with --resume"),
+    ([*QUICK, "--force"], "--force requires --resume"),
     ([*QUICK, "--dry-run", "--overwrite"], "leave --resume and --overwrite out"),
     (["train", "--dry-run"], "--dry-run plans a recipe: name it with --recipe"),
     (["plot", "{empty}"], "is not a run folder"),

@@ -35,9 +35,10 @@ from starlette.testclient import TestClient
 
 from conv2former.tools.demo import page as page_module
 from conv2former.tools.demo.gate import Gate
-from conv2former.tools.demo.page import MOST_PICTURES, OUR_FAULT, UNUSABLE, Answers, Limits, build_page, mounted
+from conv2former.tools.demo.page import MOST_IMAGES, OUR_FAULT, UNUSABLE, Answers, build_page, mounted
 
-LIMITS = Limits(file_bytes=100_000, pixels=1_000_000)
+LIMITS = dict(file_bytes=100_000, pixels=1_000_000)
+UPLOAD_BYTES = MOST_IMAGES * LIMITS["file_bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +91,8 @@ def test_a_classifier_says_what_predict_says(finished: Path, picture: Image.Imag
     assert [(line.label, line.value) for line in look.lines] == [
         (row["label"], pytest.approx(row["probability"])) for row in found.fields["top"]
     ]
-    assert look.milliseconds > 0 and look.picture is picture
-    assert [name.split("\n")[0] for name, _ in look.maps] == [str(place) for place in model.places] and look.maps
+    assert look.milliseconds > 0 and look.image is picture
+    assert [name.split("\n")[0] for name, _ in look.maps] == [str(block) for block in model.blocks] and look.maps
     assert [title.split(",")[0] for title, _ in look.maps[0][1]] == ["A", "A", "A * V"]
     assert model.look(picture, maps=False).maps == []
 
@@ -106,7 +107,7 @@ def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> 
     for name in ("detector", "segmenter"):
         model = models.get(name)
         look = model.look(photograph, maps=True)
-        assert look.picture.size == photograph.size and look.picture.tobytes() != photograph.tobytes()
+        assert look.image.size == photograph.size and look.image.tobytes() != photograph.tobytes()
         assert look.lines and all(line.colour for line in look.lines)
         assert [line.value for line in look.lines] == sorted((line.value for line in look.lines), reverse=True)
         assert len(look.maps) == 4 and look.milliseconds > 0
@@ -114,7 +115,7 @@ def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> 
 
 def test_random_weights_and_other_networks_say_so(picture: Image.Image) -> None:
     models = Models(["conv2former_test", "test_resnet", "conv2former_test:kernel_size=5"], device="cpu")
-    assert models.get("conv2former_test:kernel_size=5").places[0].mod.dwconv.kernel_size == (5, 5)
+    assert models.get("conv2former_test:kernel_size=5").blocks[0].mod.dwconv.kernel_size == (5, 5)
     assert "learned nothing" in models.get("conv2former_test").note
     look = models.get("test_resnet").look(picture, maps=True)
     assert look.maps == [] and "ResNet has no modulation" in look.no_maps
@@ -128,13 +129,13 @@ def test_random_weights_and_other_networks_say_so(picture: Image.Image) -> None:
 @pytest.fixture
 def answers(finished: Path, tmp_path: Path) -> Answers:
     (tmp_path / "uploads").mkdir()
-    return Answers(Models([str(finished)], device="cpu"), folder=tmp_path / "uploads", limits=LIMITS)
+    return Answers(Models([str(finished)], device="cpu"), folder=tmp_path / "uploads", **LIMITS)
 
 
 def test_good_pictures_are_answered_beside_bad_ones(answers: Answers, tmp_path: Path) -> None:
     good = one_picture(answers.folder / "good.png")
     large = answers.folder / "large.png"
-    large.write_bytes(good.read_bytes() + bytes(LIMITS.file_bytes))
+    large.write_bytes(good.read_bytes() + bytes(LIMITS["file_bytes"]))
     Image.new("1", (2000, 2000)).save(answers.folder / "bomb.png")
     (answers.folder / "text.png").write_text("hello <b>you</b>")
     (answers.folder / "damaged.png").write_bytes(good.read_bytes()[:60])
@@ -149,7 +150,7 @@ def test_good_pictures_are_answered_beside_bad_ones(answers: Answers, tmp_path: 
     sentences = [text(card.split("<p")[1].split(">", 1)[1]).strip() for card in cards[:-1]]
     assert sentences[0] == "Its 0.1 MB are more than the limit of 0.1 MB."
     assert "4,000,000" in sentences[1].replace("2000 x 2000", "4,000,000") and "limit of 1,000,000" in sentences[1]
-    assert sentences[2].startswith("It is no picture but text that begins with 'hello <b>you</b>'")
+    assert sentences[2].startswith("It is no image but text that begins with 'hello <b>you</b>'")
     assert "damaged or unusual PNG" in sentences[3]
     assert sentences[4:] == ["It is not here any more: choose it again."] * (len(lost) + 2)
     assert "ms in the network" in cards[-1] and "<img src=x" not in found and "<b>you" not in found
@@ -158,9 +159,9 @@ def test_good_pictures_are_answered_beside_bad_ones(answers: Answers, tmp_path: 
 
 def test_too_many_pictures_and_models_that_are_not_offered(answers: Answers, finished: Path) -> None:
     good = upload(one_picture(answers.folder / "good.png"))
-    found = answers([good] * (MOST_PICTURES + 1), None, "finished", "finished", False)
-    assert found.count("<article") == found.count("ms in the network") == MOST_PICTURES
-    assert f"the first {MOST_PICTURES} are shown" in found
+    found = answers([good] * (MOST_IMAGES + 1), None, "finished", "finished", False)
+    assert found.count("<article") == found.count("ms in the network") == MOST_IMAGES
+    assert f"the first {MOST_IMAGES} are shown" in found
     assert UNUSABLE in answers([good], good, str(finished / ".."), None, True)
     assert "answers appear here" in answers(None, None, ["x"], {}, 3)
 
@@ -209,8 +210,8 @@ def client(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     models = Models([str(finished)], device="cpu")
-    app = mounted(build_page(models, Answers(models, folder=folder, limits=LIMITS)))
-    gate = Gate(app, folder=folder, upload_bytes=LIMITS.upload_bytes, local=True)
+    app = mounted(build_page(Answers(models, folder=folder, **LIMITS)))
+    gate = Gate(app, folder=folder, upload_bytes=UPLOAD_BYTES, local=True)
     with TestClient(gate, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
 
@@ -259,7 +260,7 @@ def test_nothing_passes_that_the_page_does_not_need(client: TestClient) -> None:
 
 
 def test_large_requests_are_turned_away(client: TestClient, tmp_path: Path) -> None:
-    limit = LIMITS.upload_bytes
+    limit = UPLOAD_BYTES
     answer = client.post("/gradio_api/upload", files=dict(files=("a.png", io.BytesIO(bytes(limit + 1)))))
     assert answer.status_code == 413 and answer.text == (
         f"This is more than the {limit / 1e6:g} MB that are taken at once: choose fewer or smaller."

@@ -18,14 +18,14 @@ from torch.nn import functional as F
 
 from command import run_command
 from conv2former import checkpoints
-from conv2former.checkpoints.dense import save_dense
+from conv2former.checkpoints.folder import save_dense
 from conv2former.errors import UserError
 from conv2former.models.ablations import WEIGHTINGS
 from conv2former.tasks.classification.task import ClassificationTask
 from conv2former.tasks.detection.model.detector import build_on_backbone
 from conv2former.tasks.segmentation.upernet import build_upernet, resize
 from conv2former.tools.explain import cams, field_report, kernels, maps, receptive_field, sheets, subjects
-from conv2former.tools.explain.opening import Explained, Place, choose_blocks, open_explained
+from conv2former.tools.explain.opening import Block, Explained, choose_blocks, open_explained
 from scenes import scene, small_detector, small_segmenter
 
 CLASSES = ["ground", "block", "disc"]
@@ -81,14 +81,14 @@ def test_modulations_are_those_of_the_network(weighting: str | None, fill: Fill)
     """A is the convolution of GELU(W1 X); what the layer returns is the projection of what is drawn as A * V."""
     given = {} if weighting is None else dict(mod_layer=WEIGHTINGS[weighting])
     model = open_network(fill(timm.create_model("conv2former_test", **given)))
-    places = choose_blocks(model, [3], [1, -1])
-    assert [(place.stage, place.block) for place in places] == [(3, 1), (3, 2)]
+    blocks = choose_blocks(model, [3], [1, -1])
+    assert [(block.stage, block.number) for block in blocks] == [(3, 1), (3, 2)]
     seen: dict[Any, Any] = {}
-    for place in places:
-        place.mod.register_forward_hook(lambda module, given, output: seen.update({module: (given[0], output)}))
-    found = maps.modulations(model, torch.randn(1, 3, 64, 96), places)
+    for block in blocks:
+        block.mod.register_forward_hook(lambda module, given, output: seen.update({module: (given[0], output)}))
+    found = maps.modulations(model, torch.randn(1, 3, 64, 96), blocks)
     for own in found:
-        mod = own.place.mod
+        mod = own.block.mod
         x, output = seen[mod]
         hidden = F.gelu(mod.w1(x)).permute(0, 3, 1, 2)
         a = F.conv2d(hidden, mod.dwconv.weight, mod.dwconv.bias, padding=2, groups=32)[0]
@@ -98,21 +98,21 @@ def test_modulations_are_those_of_the_network(weighting: str | None, fill: Fill)
         if weighting in (None, "sum"):
             v = mod.w2(x)[0].permute(2, 0, 1)
             torch.testing.assert_close(own.z, a * v if weighting is None else a + v)
-    assert not any(len(place.mod._forward_pre_hooks) for place in places)
+    assert not any(len(block.mod._forward_pre_hooks) for block in blocks)
 
 
 def test_an_isotropic_network_has_blocks_too(fill: Fill) -> None:
     model = open_network(fill(timm.create_model("conv2former_is", dim=16, depth=3)))
-    (place,) = choose_blocks(model, None, None)
-    assert str(place) == "stage 1, block 3"
-    assert maps.modulations(model, torch.randn(1, 3, 64, 64), [place])[0].a.shape == (16, 4, 4)
+    (block,) = choose_blocks(model, None, None)
+    assert str(block) == "stage 1, block 3"
+    assert maps.modulations(model, torch.randn(1, 3, 64, 64), [block])[0].a.shape == (16, 4, 4)
 
 
 def test_blocks_are_counted_as_people_do() -> None:
     model = open_network(timm.create_model("conv2former_test"))
 
     def chosen(*given: Any) -> list[tuple[int, int]]:
-        return [(place.stage, place.block) for place in choose_blocks(model, *given)]
+        return [(block.stage, block.number) for block in choose_blocks(model, *given)]
 
     assert chosen(None, None) == [(1, 1), (2, 1), (3, 2), (4, 1)]
     assert chosen([3, 1, 3], [1]) == [(1, 1), (3, 1)]
@@ -333,7 +333,7 @@ def reference_field(model: nn.Module, images: list[torch.Tensor], stage: int) ->
 
 
 def test_a_field_is_that_of_the_published_script(saved: dict[str, Path], photos: Path) -> None:
-    subject = subjects.open_subject(str(saved["classification"]), size=64, place=CPU)
+    subject = subjects.open_subject(str(saved["classification"]), size=64, device=CPU)
     pictures = sorted(photos.iterdir())
     scores = receptive_field.field(subject, pictures, 64)
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.mean, subject.std))
@@ -346,14 +346,14 @@ def test_a_field_is_that_of_the_published_script(saved: dict[str, Path], photos:
         np.testing.assert_allclose(scores[stage], reference_field(model, images, stage), rtol=2e-3, atol=1e-4)
 
 
-def test_pictures_are_spread_and_counted(photos: Path, tmp_path: Path) -> None:
-    assert [path.name for path in receptive_field.choose_pictures(photos, 2)] == ["0.png", "2.png"]
-    with pytest.raises(UserError, match=r"holds 3 pictures, 50 are to be averaged over: .* --images 3"):
-        receptive_field.choose_pictures(photos, 50)
+def test_images_are_spread_and_counted(photos: Path, tmp_path: Path) -> None:
+    assert [path.name for path in receptive_field.choose_images(photos, 2)] == ["0.png", "2.png"]
+    with pytest.raises(UserError, match=r"holds 3 images, 50 are to be averaged over: .* --images 3"):
+        receptive_field.choose_images(photos, 50)
     with pytest.raises(UserError, match="no such folder"):
-        receptive_field.choose_pictures(tmp_path / "none", 1)
+        receptive_field.choose_images(tmp_path / "none", 1)
     with pytest.raises(UserError, match="no images in"):
-        receptive_field.choose_pictures(tmp_path, 1)
+        receptive_field.choose_images(tmp_path, 1)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_names_with_arguments(photos: Path) -> None:
     rows = {}
     for name in ("conv2former_test:ls_init_value=1,kernel_size=5", "conv2former_test:kernel_size=15,ls_init_value=1"):
         pair = [
-            receptive_field.measure(subjects.open_subject(name, size=96, place=CPU), [photos / "0.png"], 96)
+            receptive_field.measure(subjects.open_subject(name, size=96, device=CPU), [photos / "0.png"], 96)
             for _ in range(2)
         ]
         np.testing.assert_array_equal(pair[0][1], pair[1][1])
@@ -385,7 +385,7 @@ def test_names_with_arguments(photos: Path) -> None:
     small, large = rows.values()
     assert [row.stride for row in large] == [4, 8, 16, 32] and {row.weights for row in large} == {"untrained"}
     assert large[0].scores["50"] <= large[0].scores["99"] and large[0].scores["99"] > small[0].scores["99"] + 20
-    assert small[0].notes == ("untrained: random weights", "over 1 pictures alone, the measure takes 50 or more")
+    assert small[0].notes == ("untrained: random weights", "over 1 images alone, the measure takes 50 or more")
 
 
 @pytest.mark.parametrize(
@@ -393,10 +393,10 @@ def test_names_with_arguments(photos: Path) -> None:
     [("conv2former_test", "ls_init_value=1 does not"), ("test_resnet", "zero_init_last=false does not")],
 )
 def test_blocks_without_effect_are_noted(name: str, note: str) -> None:
-    notes = subjects.open_subject(name, size=64, place=CPU).notes
+    notes = subjects.open_subject(name, size=64, device=CPU).notes
     assert len(notes) == 2 and note in notes[1]
     other = dict(conv2former_test=":ls_init_value=1", test_resnet=":zero_init_last=false")[name]
-    assert len(subjects.open_subject(name + other, size=64, place=CPU).notes) == 1
+    assert len(subjects.open_subject(name + other, size=64, device=CPU).notes) == 1
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_fields_of_models_and_checkpoints(
     table = files["receptive_fields.md"].read_text()
     first = rows[0]["scores"]
     assert f"| test_vit | untrained | 16 16 16 16 | scores | {first['50']} / {first['99']} |" in table
-    assert "All: over 2 pictures alone" in table and "test_vit: untrained: random weights." in table
+    assert "All: over 2 images alone" in table and "test_vit: untrained: random weights." in table
 
 
 def test_what_is_measured_stays_where_a_later_network_fails(
@@ -466,7 +466,7 @@ def test_the_table_on_standard_output(
     assert run(monkeypatch, "field", "conv2former_test:ls_init_value=1", "test_vit", *given) == 0
     lines = capsys.readouterr().out.splitlines()
     head = next(index for index, line in enumerate(lines) if line.startswith("model "))
-    assert "mean of 1 pictures at 64 px" in lines[0] and "All: untrained" in lines[1]
+    assert "mean of 1 images at 64 px" in lines[0] and "All: untrained" in lines[1]
     assert [line.split()[0] for line in lines[head + 1 : -1]] == ["conv2former_test:ls_init_value=1"] * 2 + [
         "test_vit"
     ] * 2
@@ -507,7 +507,7 @@ def test_the_largest_kernels_come_first() -> None:
     mod = timm.create_model("conv2former_test").stages[0].blocks[0].mod
     with torch.no_grad():
         mod.dwconv.weight[:] = torch.arange(16.0)[:, None, None, None]
-    shown = kernels.kernel_sheet(Place(1, 1, mod)).axes[0].images[0].get_array()
+    shown = kernels.kernel_sheet(Block(1, 1, mod)).axes[0].images[0].get_array()
     assert shown is not None and [shown[3, column] for column in (3, 9, 15)] == [15, 14, 13]
 
 

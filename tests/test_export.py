@@ -115,7 +115,7 @@ def test_the_example_needs_neither_torch_nor_us(finished: Path, data: Path, tmp_
 @pytest.mark.slow
 def test_other_sizes_and_batches(tmp_path: Path, data: Path) -> None:
     """In ONNX also where the file's size leaves the last map one position, which PyTorch would take for a constant."""
-    run("conv2former_test", tmp_path, "onnx", dynamic_size=True, size=(32, 32), pictures=[data / "val"])
+    run("conv2former_test", tmp_path, "onnx", dynamic_size=True, size=(32, 32), images=[data / "val"])
     subject = open_subject(("conv2former_test", {}), "", size=None, fuse=True, dynamic_size=True)
     runtime = FORMATS["onnx"].load(tmp_path / "model.onnx")
     for shape in ((1, 3, 32, 32), (1, 3, 64, 96), (3, 3, 100, 72)):
@@ -125,7 +125,7 @@ def test_other_sizes_and_batches(tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.slow
 def test_another_fixed_size(tmp_path: Path, data: Path) -> None:
-    run("test_convnext", tmp_path, "onnx", size=(96, 96), pictures=[data / "val"])
+    run("test_convnext", tmp_path, "onnx", size=(96, 96), images=[data / "val"])
     dims = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in dims][1:] == [3, 96, 96]
 
@@ -150,7 +150,7 @@ def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_differs_is_not_kept(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(finished, tmp_path, "onnx", limit=0.0)["onnx"]
+    found = run(finished, tmp_path, "onnx", tolerance=0.0)["onnx"]
     assert not found.ok and not list(tmp_path.iterdir())
 
     def wrong(path: Path) -> Any:
@@ -203,8 +203,8 @@ def test_an_error_leaves_nothing_and_harms_nothing(finished: Path, data: Path, t
     (tmp_path / "classless").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "classless" / "a.png")
     with pytest.raises(UserError):
-        run(finished, tmp_path / "out", "torch", pictures=[data / "val"], data=tmp_path / "classless")
-    assert not run(finished, tmp_path / "out", "torch", limit=-1.0)["torch"].ok
+        run(finished, tmp_path / "out", "torch", images=[data / "val"], data=tmp_path / "classless")
+    assert not run(finished, tmp_path / "out", "torch", tolerance=-1.0)["torch"].ok
     assert (tmp_path / "out" / "model.pt2").read_bytes() == before
     run(finished, tmp_path / "out", "torch")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model.pt2"]
@@ -219,8 +219,8 @@ def test_a_name_that_is_both_is_refused(
     shutil.copytree(finished / "best", tmp_path / "conv2former_test")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"write \./conv2former_test for the path"):
-        run("conv2former_test", tmp_path / "out", "torch", pictures=[data / "val"])
-    assert run("./conv2former_test", tmp_path / "out", "torch", pictures=[data / "val"])["torch"].ok
+        run("conv2former_test", tmp_path / "out", "torch", images=[data / "val"])
+    assert run("./conv2former_test", tmp_path / "out", "torch", images=[data / "val"])["torch"].ok
     assert "digit-3" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -81,9 +81,7 @@ def test_bad_layouts_are_one_line(pairs: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(pairs, copy)
     (copy / "masks" / "3.png").unlink()
-    assert "1 of 6 images have no mask of their name" in message(PAIRS, copy) and "images/3.png" in message(
-        PAIRS, copy
-    )
+    assert "1 of 6 images have no mask of their name" in message(PAIRS, copy) and "images/3.png" in message(PAIRS, copy)
     (copy / "classes.txt").unlink()
     assert "add" in message(PAIRS, copy) and "data.classes=NUMBER" in message(PAIRS, copy)
     (copy / "classes.txt").write_text("one\n")

@@ -12,7 +12,7 @@ import sys
 
 # isort: off
 # each adds its command to the program; --help lists them in this order
-from conv2former_cli import (  # noqa: F401
+from conv2former_cli import (
     train, plot, evaluate, predict, explain, demo, reproduce, export, push, models, recipes, convert, benchmark, doctor
 )  # fmt: skip
 
@@ -42,9 +42,9 @@ def main() -> None:
         from conv2former.errors import UserError
 
         if "DataLoader worker (pid" in str(error):
-            from conv2former.data.loading import KILLED_WORKER
+            from conv2former.data.loading import killed_reader
 
-            error = UserError(KILLED_WORKER)
+            error = killed_reader(error) or error
         if type(error).__name__ == "OutOfMemoryError":
             error = UserError("out of GPU memory: lower --batch-size (of a classifier), or use --device cpu")
         if not isinstance(error, UserError):

@@ -6,45 +6,30 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from conv2former_cli.common import DeviceOption, JsonOption, app, print_table
+from conv2former_cli.common import DeviceOption, JsonOption, app, print_table, wrote
+
+MODES = "eager, compile, cudagraphs, onnxruntime, openvino, openvino-int8, aotinductor"
 
 
 @app.command()
 def benchmark(
-    models: Annotated[list[str], typer.Argument(help="Any timm models; they are compared with the first.")],
-    mode: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="eager, compile, cudagraphs, onnxruntime, openvino, openvino-int8, aotinductor; repeatable (default: "
-            "first two)."
-        ),
-    ] = None,
-    train: Annotated[bool, typer.Option("--train", help="Training steps instead of inference.")] = False,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16; repeatable (default: float32).", show_default=False)
-    ] = None,
-    batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Images of a step; repeatable (default: 8).", show_default=False)
-    ] = None,
+    models: Annotated[list[str], Argument(help="Any timm models; they are compared with the first.")],
+    mode: Annotated[list[str] | None, Option(help=f"{MODES}; repeatable (default: first two).")] = None,
+    train: Annotated[bool, Option("--train", help="Training steps instead of inference.")] = False,
+    dtype: Annotated[list[str] | None, Option(help="float32, bfloat16; repeatable (default: float32).")] = None,
+    batch_size: Annotated[list[int] | None, Option(min=1, help="Images of a step; repeatable (default: 8).")] = None,
     size: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Side of the image, pixels; repeatable (default: the first model's own)."),
+        list[int] | None, Option(min=1, help="Side of the image, pixels; repeatable (default: the first model's own).")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each configuration.")] = 10,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="On the CPU (default: as many as PyTorch takes).", show_default=False)
-    ] = None,
+    rounds: Annotated[int, Option(min=1, help="Timed steps of each configuration.")] = 10,
+    threads: Annotated[int | None, Option(min=1, help="On the CPU (default: as many as PyTorch takes).")] = None,
     device: DeviceOption = "auto",
-    ops: Annotated[str, typer.Option(help="What computes our operations: auto, reference, cpp, triton.")] = "auto",
-    fuse: Annotated[
-        bool | None, typer.Option("--fuse/--no-fuse", help="Re-parameterize for inference (default: yes).")
-    ] = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Also show where the time of one step goes, by operation.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for rows, table and pictures.", show_default=False)] = None,
+    ops: Annotated[str, Option(help="What computes our operations: auto, reference, cpp, triton.")] = "auto",
+    fuse: Annotated[bool | None, Option("--fuse/--no-fuse", help="Re-parameterize for inference (by default).")] = None,
+    profile: Annotated[bool, Option("--profile", help="Also show where a step's time goes, by operation.")] = False,
+    out: Annotated[Path | None, Option(help="Folder for rows, table and plots.")] = None,
     json_: JsonOption = False,
 ) -> None:
     """Measure how fast models compute: images per second, memory, multiply-adds, side by side in turns.
@@ -81,5 +66,5 @@ def benchmark(
     print_table(report.columns(rows), [report.cells(row) for row in rows], right=report.RIGHT)
     if profile:
         print(f"\n{report.profiles(rows)}")
-    if files:
-        print(f"{', '.join(path.name for path in files)} are in {out}")
+    if out:
+        print(wrote(files, out))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 app = typer.Typer(
     name="conv2former",
@@ -25,7 +26,7 @@ app = typer.Typer(
 def options(
     import_: Annotated[
         list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Import this module of yours first: it may register a task."),
+        Option("--import", metavar="MODULE", help="Import this module of yours first: it may register a task."),
     ] = None,
 ) -> None:
     for name in import_ or []:
@@ -38,17 +39,16 @@ def options(
             raise UserError(f"--import {name}: {error}") from None
 
 
-DataOption = Annotated[Path | None, typer.Option(help="Folder of images.", show_default=False)]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DataOption = Annotated[Path | None, Option(help="Folder of images.")]
+DeviceOption = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(help="Run folder (its best weights), saved model folder, or its model.safetensors.")
+    Path, Argument(help="Run folder (its best weights), saved model folder, or its model.safetensors.")
 ]
+InputsArgument = Annotated[list[Path], Argument(help="Images, or folders of images.")]
 
 
-class BadImages(StrEnum):
-    """What to do about an image that cannot be read."""
-
+class BadImages(StrEnum):  # what to do about an image that cannot be read
     error = "error"
     skip = "skip"
 
@@ -61,12 +61,13 @@ def result_line(evaluation: Any, what: str, folder: Path | None) -> str:
     return evaluation.line + (f"; {what} are in {folder}" if folder else "")
 
 
+def wrote(files: list[Path], folder: Path) -> str:
+    return f"{', '.join(path.name for path in files)} are in {folder}"
+
+
 def print_table(columns: list[str], cells: list[list[str]], *, right: Any = ()) -> None:
     # not a rich table: a pipe or a narrow terminal must not cut the names
-    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for row in [columns, *cells]:
-        parts = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(parts).rstrip())
+        padded = (f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row))
+        print("  ".join(padded).rstrip())

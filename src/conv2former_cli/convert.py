@@ -6,30 +6,26 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from conv2former_cli.common import app
 
 
-class Normalisation(StrEnum):
-    """Mean and standard deviation that a checkpoint expects."""
-
+class Normalisation(StrEnum):  # mean and standard deviation that a checkpoint expects
     imagenet = "imagenet"
     half = "half"
 
 
 @app.command()
 def convert(
-    src: Annotated[
-        Path, typer.Argument(help="A checkpoint of the authors or of timm's train.py (.pth.tar, .pth, .safetensors).")
-    ],
-    dst: Annotated[Path, typer.Argument(help="Folder to make.")],
-    model: Annotated[str, typer.Option(help="What it is, conv2former_t for example.")],
+    src: Annotated[Path, Argument(help="Checkpoint of the authors or timm's train.py (.pth.tar, .pth, .safetensors).")],
+    dst: Annotated[Path, Argument(help="Folder to make.")],
+    model: Annotated[str, Option(help="What it is, conv2former_t for example.")],
     normalisation: Annotated[
-        Normalisation, typer.Option(help="Mean and std that the weights expect: ImageNet's, or 0.5.")
+        Normalisation, Option(help="Mean and std that the weights expect: ImageNet's, or 0.5.")
     ] = Normalisation.imagenet,
-    ema: Annotated[bool, typer.Option(help="Prefer averaged weights where the file has both.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    ema: Annotated[bool, Option(help="Prefer averaged weights where the file has both.")] = True,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
     """Turn the authors' checkpoint into a folder for timm's local-dir: without running code that is in it.
 
@@ -37,6 +33,5 @@ def convert(
     """
     from conv2former.checkpoints import convert as run_convert
 
-    report = run_convert(src, dst, model=model, mean_std=normalisation.value, ema=ema, overwrite=overwrite)
-    print(report)
+    print(run_convert(src, dst, model=model, mean_std=normalisation.value, ema=ema, overwrite=overwrite))
     print(f"load it with timm.create_model('local-dir:{dst}', pretrained=True)")

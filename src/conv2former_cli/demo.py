@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from conv2former_cli.common import DeviceOption, app
 
@@ -13,23 +14,20 @@ from conv2former_cli.common import DeviceOption, app
 def demo(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(help="Run folders, saved models, folders of these; timm's names of models with random weights."),
+        Argument(help="Run folders, saved models, folders of these; timm's names of models with random weights."),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen at; by default of this computer alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 7860,
-    max_upload_mb: Annotated[float, typer.Option(min=0.001, max=1000, help="Largest file of a picture.")] = 20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Largest picture.")] = 25_000_000,
+    host: Annotated[str, Option(help="Address to listen at; by default of this computer alone.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 for any free one.")] = 7860,
+    max_upload_mb: Annotated[float, Option(min=0.001, max=1000, help="Largest file of an image.")] = 20,
+    max_pixels: Annotated[int, Option(min=1, help="Largest image.")] = 25_000_000,
     device: DeviceOption = "auto",
-    open_: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in the browser.")] = False,
+    open_: Annotated[bool, Option("--open/--no-open", help="Show the page in the browser.")] = False,
 ) -> None:
-    """Serve a page that shows what trained models find on one's own pictures, with maps and times; Ctrl-C ends it.
+    """Serve a page that shows what trained models find on one's own images, with maps and times; Ctrl-C ends it.
 
     Example: conv2former demo runs/cifar runs/camvid
     """
     from conv2former.tools.demo.server import run_demo
-
-    def say(line: str) -> None:
-        print(line, flush=True)
 
     run_demo(
         checkpoints,
@@ -39,5 +37,5 @@ def demo(
         max_pixels=max_pixels,
         device=device,
         open_browser=open_,
-        say=say,
+        say=partial(print, flush=True),
     )

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from conv2former_cli.common import CheckpointArgument, DeviceOption, JsonOption, app, print_table
+from conv2former_cli.common import CheckpointArgument, DeviceOption, InputsArgument, JsonOption, app, print_table, wrote
 
 explain = typer.Typer(
     help="Show what a network looks at: modulation weights, class activation, receptive fields, kernels. "
     "Example: conv2former explain maps runs/cifar photos/ --out explained",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=app.info.context_settings,
 )
 app.add_typer(explain, name="explain")
 
-InputsArgument = Annotated[list[Path], typer.Argument(help="Images, or folders of images.")]
-StageOption = Annotated[
-    list[int] | None, typer.Option(min=1, help="From 1; repeatable (default: all).", show_default=False)
-]
+StageOption = Annotated[list[int] | None, Option(min=1, help="From 1; repeatable (default: all).")]
 BlockOption = Annotated[
-    list[int] | None,
-    typer.Option(help="Of each stage, from 1, -1 for the last; repeatable (default: -1).", show_default=False),
+    list[int] | None, Option(help="Of each stage, from 1, -1 for the last; repeatable (default: -1).")
 ]
+SheetsOption = Annotated[Path, Option("--out", help="Folder for a sheet each.")]
 
 
 @explain.command()
 def maps(
     checkpoint: CheckpointArgument,
     inputs: InputsArgument,
-    out: Annotated[Path, typer.Option(help="Folder for a sheet each.")],
+    out: SheetsOption,
     stage: StageOption = None,
     block: BlockOption = None,
-    channels: Annotated[int, typer.Option(min=0, help="Channels of A that are drawn beside all together.")] = 3,
+    channels: Annotated[int, Option(min=0, help="Channels of A that are drawn beside all together.")] = 3,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw the modulation weights A and the product A * V over pictures; of any task's Conv2Former.
+    """Draw the modulation weights A and the product A * V over images; of any task's Conv2Former.
 
     Prints a JSON line per file; the exit status is 1 where one could not be read.
 
@@ -54,30 +53,22 @@ def maps(
 def cam(
     checkpoint: CheckpointArgument,
     inputs: InputsArgument,
-    out: Annotated[Path, typer.Option(help="Folder for a sheet each.")],
+    out: SheetsOption,
     method: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam (default: gradcam; eigencam of a "
-            "detector, which has no other).",
-            show_default=False,
+            "detector, which has no other)."
         ),
     ] = None,
     class_: Annotated[
         str | None,
-        typer.Option(
-            "--class",
-            metavar="NAME_OR_INDEX",
-            help="What to look for (default: the class that the model finds).",
-            show_default=False,
-        ),
+        Option("--class", metavar="NAME_OR_INDEX", help="What to look for (default: the class that the model finds)."),
     ] = None,
-    stage: Annotated[
-        int | None, typer.Option(min=1, help="Whose map is taken, from 1 (default: the last).", show_default=False)
-    ] = None,
+    stage: Annotated[int | None, Option(min=1, help="Whose map is taken, from 1 (default: the last).")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw class activation maps over pictures: what speaks for a class; of any model and task.
+    """Draw class activation maps over images: the evidence for a class; of any model and task.
 
     Prints a JSON line per file; the exit status is 1 where one could not be read or does not show the class.
 
@@ -90,18 +81,15 @@ def cam(
 
 @explain.command()
 def field(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="timm models, with arguments as in conv2former_t:kernel_size=21, and checkpoints."),
-    ],
-    data: Annotated[Path, typer.Option(help="Folder of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for rows, table and picture.")],
-    images: Annotated[int, typer.Option(min=1, help="Pictures to average over; fewer than 50 are noted.")] = 50,
-    size: Annotated[int, typer.Option(min=32, help="Side that pictures are brought to, pixels.")] = 224,
+    models: Annotated[list[str], Argument(help="timm models, as in conv2former_t:kernel_size=21, and checkpoints.")],
+    data: Annotated[Path, Option(help="Folder of images.")],
+    out: Annotated[Path, Option(help="Folder for rows, table and figure.")],
+    images: Annotated[int, Option(min=1, help="Images to average over; fewer than 50 are noted.")] = 50,
+    size: Annotated[int, Option(min=32, help="Side that images are brought to, pixels.")] = 224,
     device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Measure effective receptive fields, stage by stage, as in RepLKNet's table; one picture on one scale.
+    """Measure effective receptive fields, stage by stage, as in RepLKNet's table; one figure on one scale.
 
     Example: conv2former explain field conv2former_t:ls_init_value=1 resnet50d runs/cifar --data photos/ --out fields
     """
@@ -109,20 +97,17 @@ def field(
 
     rows, files = field_report.run_field(models, data, out=out, images=images, size=size, device=device)
     if json_:
-        print(json.dumps([row.to_json() for row in rows], indent=2))
+        print(json.dumps([asdict(row) for row in rows], indent=2))
         return
     print("\n".join(field_report.conditions(rows)))
     columns = field_report.columns(rows)
     print_table(columns, field_report.cells(rows), right=range(field_report.LEFT, len(columns)))
-    print(f"{', '.join(path.name for path in files)} are in {out}")
+    print(wrote(files, out))
 
 
 @explain.command()
 def kernels(
-    checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Option(help="Folder for a sheet each.")],
-    stage: StageOption = None,
-    block: BlockOption = None,
+    checkpoint: CheckpointArgument, out: SheetsOption, stage: StageOption = None, block: BlockOption = None
 ) -> None:
     """Draw the learned depthwise kernels of the modulation, a sheet for each block.
 
@@ -130,5 +115,4 @@ def kernels(
     """
     from conv2former.tools.explain.kernels import draw_kernels
 
-    files = draw_kernels(checkpoint, out, stages=stage, blocks=block)
-    print(f"{', '.join(path.name for path in files)} are in {out}")
+    print(wrote(draw_kernels(checkpoint, out, stages=stage, blocks=block), out))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from conv2former_cli.common import JsonOption, app, percent, print_table
 
 
 @app.command()
 def models(
-    variants: Annotated[
-        bool, typer.Option("--variants", help="Also the paper's other kernel and image sizes.")
-    ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    variants: Annotated[bool, Option("--variants", help="Also the paper's other kernel and image sizes.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """List the models with parameters, multiply-adds and the paper's accuracy.

@@ -6,35 +6,26 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from conv2former_cli.common import app
 
-
-class XAxis(StrEnum):
-    """What learning curves are drawn over."""
-
-    epoch = "epoch"
-    step = "step"
-    minutes = "minutes"
+XAxis = StrEnum("XAxis", ["epoch", "step", "minutes"])  # what learning curves are drawn over
 
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, also of runs that still go on.")],
+    runs: Annotated[list[Path], Argument(help="Run folders, also of runs that still go on.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Picture to write, .png, .svg or .pdf (default: learning_curves.png in the run, comparison.png here "
-            "for several).",
-            show_default=False,
+        Option(
+            help="File to write, .png, .svg or .pdf (default: learning_curves.png in the run, comparison.png here for "
+            "several)."
         ),
     ] = None,
-    x: Annotated[
-        XAxis, typer.Option("--x", help="What to draw over; minutes are those of training alone.")
-    ] = XAxis.epoch,
+    x: Annotated[XAxis, Option("--x", help="What to draw over; minutes are those of training alone.")] = XAxis.epoch,
 ) -> None:
-    """Draw the learning curves of a run, or of several in one picture.
+    """Draw the learning curves of a run, or of several in one figure.
 
     Example: conv2former plot runs/cifar runs/other --out comparison.png
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from conv2former_cli.common import CheckpointArgument, app
 
@@ -12,9 +12,9 @@ from conv2former_cli.common import CheckpointArgument, app
 @app.command()
 def push(
     checkpoint: CheckpointArgument,
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.", show_default=False)] = "",
+    repo: Annotated[str, Argument(help="OWNER/NAME on the hub.")],
+    private: Annotated[bool, Option("--private", help="A new repository is private.")] = False,
+    message: Annotated[str, Option(help="Of the commit.")] = "",
 ) -> None:
     """Upload a trained model to the Hugging Face hub, with its card, as timm's hf-hub: reads it.
 

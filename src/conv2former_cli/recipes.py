@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from conv2former_cli.common import JsonOption, app, percent, print_table
 
 
 @app.command()
 def recipes(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """List the recipes that come with the package.

@@ -7,38 +7,28 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from conv2former_cli.common import app
+from conv2former_cli.common import app, wrote
 
 
-class Scale(StrEnum):
-    """How large the rows are trained."""
-
+class Scale(StrEnum):  # how large the rows are trained
     small = "small"
     full = "full"
 
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="table2 to table9, fig4a, fig4b.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of images; without it nothing is trained, the table is drawn.", show_default=False),
-    ] = None,
-    pretraining_data: Annotated[
-        Path | None,
-        typer.Option(help="Images that tables 4, 8 and 9 pre-train on at full scale.", show_default=False),
-    ] = None,
-    scale: Annotated[Scale, typer.Option(help="The paper's, or what one machine can train.")] = Scale.small,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for runs, rows.jsonl and tables.")] = Path("reproduction"),
-    row: Annotated[
-        list[str] | None, typer.Option(help="Train this row alone, by its recipe; repeatable.", show_default=False)
-    ] = None,
+    table: Annotated[str, Argument(help="table2 to table9, fig4a, fig4b.")],
+    data: Annotated[Path | None, Option(help="Folder of images; without it the table is drawn alone.")] = None,
+    pretraining_data: Annotated[Path | None, Option(help="Pre-training images for tables 4, 8, 9, full scale.")] = None,
+    scale: Annotated[Scale, Option(help="The paper's, or what one machine can train.")] = Scale.small,
+    seeds: Annotated[int, Option(min=1, help="Trainings of each row.")] = 1,
+    out: Annotated[Path, Option(help="Folder for runs, rows.jsonl and tables.")] = Path("reproduction"),
+    row: Annotated[list[str] | None, Option(help="Train this row alone, by its recipe; repeatable.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe of every row; repeatable."),
+        Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe of every row; repeatable."),
     ] = None,
 ) -> None:
     """Train the rows of one of the paper's tables and lay them beside the printed numbers.
@@ -67,9 +57,7 @@ def reproduce(
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     print(files[0].read_text(encoding="utf-8"))
-    print(
-        f"{outcome.trained} trained, {outcome.skipped} measured before; {', '.join(f.name for f in files)} are in {out}"
-    )
+    print(f"{outcome.trained} trained, {outcome.skipped} measured before; {wrote(files, out)}")
     for line in outcome.failed.values():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(1 if outcome.failed else 0)

@@ -7,17 +7,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 from typer.core import TyperCommand
 
 from conv2former_cli.common import BadImages, DataOption, app, result_line
 
-
-class Resume(StrEnum):
-    """What to do with a run that is there."""
-
-    yes = "yes"
-    auto = "auto"
+Resume = StrEnum("Resume", ["yes", "auto"])  # what to do with a run that is there
 
 
 class TrainCommand(TyperCommand):
@@ -32,29 +27,24 @@ class TrainCommand(TyperCommand):
 
 @app.command(cls=TrainCommand)
 def train(
-    recipe: Annotated[str | None, typer.Option(help="Recipe name, or a .yaml file of your own.")] = None,
+    recipe: Annotated[str | None, Option(help="Recipe name, or a .yaml file of your own.")] = None,
     data: DataOption = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make.", show_default=False)] = None,
-    model: Annotated[str | None, typer.Option(help="Another timm model under the same recipe.")] = None,
+    out: Annotated[Path | None, Option(help="Run folder to make.")] = None,
+    model: Annotated[str | None, Option(help="Another timm model under the same recipe.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
+        list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
     ] = None,
     resume: Annotated[
-        Resume | None,
-        typer.Option(metavar="[auto]", help="Continue the run in --out; 'auto' starts it where there is none."),
+        Resume | None, Option(metavar="[auto]", help="Continue the run in --out; 'auto' starts it where there is none.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="With --resume: go on with settings or images that differ from the run's.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    on_bad_image: Annotated[
-        BadImages | None, typer.Option(help="Same as --set data.on_bad_image=...", show_default=False)
-    ] = None,
+    force: Annotated[bool, Option("--force", help="With --resume: allow other settings or images.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
+    on_bad_image: Annotated[BadImages | None, Option(help="Same as --set data.on_bad_image=...")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done; --out is then a picture (.png) or its folder.")
+        bool, Option("--dry-run", help="Print what would be done; --out is then a plot (.png) or its folder.")
     ] = False,
 ) -> None:
-    """Train a recipe on a folder of images: class folders, COCO's layout or pairs with label maps, as it says.
+    """Train a recipe on a folder of images: class folders, COCO's layout or images with masks, as it says.
 
     Exit status: 0 when done, 75 when stopped by SIGTERM or SIGUSR1 with the state saved (run again with --resume),
     130 after Ctrl-C likewise, 1 on an error.
@@ -75,14 +65,14 @@ def train(
     if overrides and recipe is None:
         raise UserError("--set and --model change a recipe: name it with --recipe")
     if force and not resume:
-        raise UserError("--force goes with --resume")
+        raise UserError("--force requires --resume: it goes on with a run")
     loaded = load_recipe(recipe, overrides=overrides) if recipe else None
     if dry_run:
-        from conv2former.engine.dry_run import dry_run as plan
+        from conv2former.engine.dry_run import dry_run as describe
 
         if loaded is None or resume or overwrite:
             raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
-        print(plan(loaded, data=data, out=out))
+        print(describe(loaded, data=data, out=out))
         return
     if out is None:
         raise UserError("no run folder given: name one with --out DIR")
@@ -97,4 +87,4 @@ def train(
         print(stop, file=sys.stderr)
         sys.exit(stop.code)
     if evaluation:
-        print(result_line(evaluation, "weights, metrics and pictures", out))
+        print(result_line(evaluation, "weights, metrics and plots", out))

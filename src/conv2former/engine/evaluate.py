@@ -94,7 +94,7 @@ def evaluate(
     batch_size: int | None = None,
     workers: int = 2,
     device: str = "auto",
-    source: Literal["folder", "tar", "wds", "hfds"] | None = None,
+    source: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
     multi_scale: bool = False,
     settings: Sequence[str] = (),
@@ -109,7 +109,7 @@ def evaluate(
         batch_size: Images of a forward pass of a classifier (64).
         workers: Processes that read images.
         device: 'auto', 'cpu', 'cuda', ...
-        source: How a classifier's ``data`` lies there.
+        source: How a classifier's ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds'.
         on_bad_image: 'error', or 'skip' to leave out what cannot be read.
         multi_scale: Whether a segmentation model sees every image at six scales and mirrored.
         settings: Changes ``data.key=value`` to the recipe of a detector or segmentation model.

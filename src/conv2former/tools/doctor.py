@@ -17,27 +17,26 @@ from conv2former.models.meta import build_on_meta
 from conv2former.ops import backend
 from conv2former.ops.triton import Maps
 
-MOST = 8  # processes that compile
+PROCESSES = 8  # that compile, at most
 
 
 def report() -> list[str]:
-    """The lines, one fact each."""
+    """What is installed and what computes the operations, one fact a line."""
     facts = machine_facts()
-    machine = facts["machine"]
+    machine, gpu = facts["machine"], torch.cuda.is_available()
     lines = [
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         f"{machine['system']}, {machine['cpus']} processors, GPUs: {', '.join(machine['gpus']) or 'none'}",
     ]
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        lines.append(f"operations on {device}: {_operations(device)}")
-    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    if torch.cuda.is_available():
+    lines += [f"operations on {device}: {_operations(device)}" for device in ("cpu", "cuda")[: 1 + gpu]]
+    if gpu:
+        cache = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
         lines.append(f"compiled GPU kernels are kept in {cache}")
     return lines
 
 
 def _operations(device: str) -> str:
-    """What computes them, and why it is not the fused code where it is not."""
+    """What computes the operations, and the reason if it is not the fused code."""
     try:
         chosen = ops.backend_for(device)
     except UserError as error:
@@ -49,12 +48,7 @@ def _operations(device: str) -> str:
 
 
 def warm(name: str, *, size: int, dtype: str) -> str:
-    """Compiles the GPU kernels that training a network needs; what it has done, in a line.
-
-    Args:
-        name: A network of ours.
-        size: Side of the images, pixels.
-        dtype: 'bfloat16', 'float16' or 'float32'.
+    """Compiles the GPU kernels that training a network of ours on images of ``size`` pixels needs; says so in a line.
 
     Raises:
         UserError: No such network or dtype, or no GPU that the kernels run on.
@@ -71,7 +65,7 @@ def warm(name: str, *, size: int, dtype: str) -> str:
     from conv2former.ops.triton.warm import warm
 
     began = time.perf_counter()
-    count = warm(maps(name, size=size, dtype=getattr(torch, dtype)), processes=min(MOST, os.cpu_count() or 1))
+    count = warm(maps(name, size=size, dtype=getattr(torch, dtype)), processes=min(PROCESSES, os.cpu_count() or 1))
     seconds = time.perf_counter() - began
     return f"{count} programs of {name} at {size} pixels in {dtype} are compiled, in {seconds:.0f} s"
 

@@ -13,12 +13,15 @@ import yaml
 
 from conv2former.errors import UserError, nearest, one_line
 from conv2former.recipes.load import parse_yaml
+from conv2former.tasks import load
+from conv2former.tasks.base import Task
+from conv2former.tasks.classification.task import ClassificationTask
 
 SEED = 0  # of untrained weights
 
 
 def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
-    """timm's name with arguments of ``timm.create_model``, or the path of a checkpoint.
+    """timm's name with arguments of ``timm.create_model`` (``key=value,key=value`` in YAML), or a checkpoint's path.
 
     Raises:
         UserError: Neither, or arguments of another form.
@@ -29,7 +32,15 @@ def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
     if timm.is_model(model_name):
         if exists:
             raise UserError(f"{name} is a model of timm's and a path here: write ./{name} for the path")
-        return model_name, _arguments(name, arguments)
+        try:
+            args = parse_yaml("{" + arguments.replace("=", ": ") + "}")
+        except yaml.YAMLError:
+            args = {"": None}
+        if any(not isinstance(key, str) or not key.isidentifier() for key in args) or None in args.values():
+            raise UserError(
+                f"{name!r} is not of the form MODEL:key=value,key=value, conv2former_t:kernel_size=21 for example"
+            )
+        return model_name, args
     if not exists:
         raise UserError(
             f"{name} is neither a model of timm's nor a checkpoint{nearest(model_name, timm.list_models())}"
@@ -37,21 +48,8 @@ def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
     return path
 
 
-def _arguments(name: str, text: str) -> dict[str, Any]:
-    """``key=value,key=value``, the values in YAML."""
-    try:
-        found = parse_yaml("{" + text.replace("=", ": ") + "}")
-    except yaml.YAMLError:
-        found = {"": None}
-    if any(not isinstance(key, str) or not key.isidentifier() for key in found) or None in found.values():
-        raise UserError(
-            f"{name!r} is not of the form MODEL:key=value,key=value, conv2former_t:kernel_size=21 for example"
-        )
-    return found
-
-
 def built(name: str, make: Callable[..., Any], model_name: str, args: dict[str, Any]) -> Any:
-    """``make(model_name, **args)``; raises UserError, with the user's ``name``, whatever goes wrong."""
+    """``make(model_name, **args)``; whatever goes wrong is a UserError with the ``name`` that the user wrote."""
     try:
         return make(model_name, **args)
     except Exception as error:  # timm's models raise anything for a wrong argument, and a download may fail in any way
@@ -59,7 +57,14 @@ def built(name: str, make: Callable[..., Any], model_name: str, args: dict[str, 
 
 
 def built_untrained(name: str, model_name: str, args: dict[str, Any]) -> Any:
-    """A timm model whose random weights, where it has no others, are the same for every call; raises UserError."""
+    """A timm model; its random weights, if it has no others, are the same for every call. Raises UserError."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return built(name, timm.create_model, model_name, args)
+
+
+def open_task(named: tuple[str, dict[str, Any]] | Path, name: str) -> tuple[Task, bool]:
+    """The model that a name means, read by ``read_name``, and whether its weights are random; raises UserError."""
+    if isinstance(named, Path):
+        return load(named), False
+    return ClassificationTask.of(built_untrained(name, *named), name=name), not named[1].get("pretrained")

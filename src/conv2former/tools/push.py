@@ -16,16 +16,13 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 def push(checkpoint: Path, repo: str, *, private: bool = False, message: str = "") -> str:
-    """Uploads weights, configuration and card; makes the repository where there is none.
+    """Uploads weights, configuration and card, makes the repository if there is none, and returns the commit's address.
 
     Args:
         checkpoint: Run folder (its best weights) or saved model.
         repo: OWNER/NAME.
         private: Whether a new repository is.
         message: Of the commit.
-
-    Returns:
-        The commit's address.
 
     Raises:
         UserError: Not a saved model in safetensors, not logged in, or the hub refuses.

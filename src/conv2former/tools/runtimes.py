@@ -9,15 +9,10 @@ from conv2former.errors import UserError
 
 
 def compiled_for_openvino(model: Any | Path, precision: str, **settings: Any) -> Any:
-    """A model that OpenVINO has compiled for the CPU.
-
-    Args:
-        model: OpenVINO's, or the path of its file.
-        precision: 'f32' or 'bf16'.
-        **settings: Further properties of OpenVINO.
+    """A model of OpenVINO's, or of a file, compiled for the CPU with further properties of OpenVINO.
 
     Raises:
-        UserError: It computes in another precision on this processor.
+        UserError: It computes in another precision than 'f32' or 'bf16', as asked for, on this processor.
     """
     import openvino
 

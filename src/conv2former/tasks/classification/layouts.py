@@ -14,7 +14,7 @@ import numpy as np
 
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import given_folder
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, nearest, some
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
 from conv2former.tasks.classification.sources import (
@@ -133,8 +133,10 @@ class _Layout:
 def _layout(kind: str, root: Path | None) -> _Layout:
     if kind == "hfds" and root is not None and not root.exists() and not root.is_absolute():
         return _hfds_layout(root)  # a name on the hub, perhaps
-    root = given_folder(root, "images")
-    return dict(folder=_folder_layout, tar=_tar_layout, wds=_wds_layout, hfds=_hfds_layout)[kind](root)
+    known = dict(folder=_folder_layout, tar=_tar_layout, wds=_wds_layout, hfds=_hfds_layout)
+    if kind not in known:
+        raise UserError(f"unknown layout of images {kind!r}{nearest(kind, [*known])}; there are: {', '.join(known)}")
+    return known[kind](given_folder(root, "images"))
 
 
 def _folder_layout(root: Path) -> _Layout:

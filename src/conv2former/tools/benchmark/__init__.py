@@ -2,10 +2,9 @@
 
     options.py    what the user asks for, checked, as groups of configurations
     modes.py      a configuration's step: eager, compiled, exported; inference or training
-    worker.py     the process that holds one configuration
+    worker.py     the process that holds one configuration, times and profiles its steps
     measure.py    workers in turn, statistics, rows
-    report.py     the rows as a table and in files; pictures.py draws them
-    profiling.py  where the time of one step goes
+    report.py     the rows as a table and in files; plots.py draws them
 
 Each worker imports this package, so nothing is imported here: the entry is ``measure.benchmark``.
 """

@@ -38,49 +38,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Step = Callable[[], Any]
 
 
-class CannotRun(RuntimeError):
-    """A configuration that there cannot be; the message says why."""
-
-
 @dataclass(frozen=True)
 class Configuration:
-    """What one worker measures.
+    """What one worker measures."""
 
-    Attributes:
-        model: timm's name.
-        model_args: Arguments for ``timm.create_model`` that the image size needs.
-        mode: A key of ``MODES``.
-        training: A training step instead of a forward pass.
-        dtype: A key of ``DTYPES``.
-        batch_size: Images of a step.
-        image_size: Their side, pixels.
-        threads: Threads of PyTorch or of the other runtime on the CPU.
-        device: Where it computes.
-        ops: The operations' backend in eager and compiled models.
-        fuse: Whether the model is re-parameterized before inference.
-        named_kernels: Whether Inductor's C++ kernels are to be seen by the profiler.
-    """
-
-    model: str
-    model_args: dict[str, Any]
-    mode: str
-    training: bool
-    dtype: str
+    model: str  # timm's name
+    model_args: dict[str, Any]  # for timm.create_model, that the image size needs
+    mode: str  # a key of MODES
+    training: bool  # a training step instead of a forward pass
+    dtype: str  # a key of DTYPES
     batch_size: int
-    image_size: int
-    threads: int
+    image_size: int  # side, pixels
+    threads: int  # of PyTorch or of the other runtime on the CPU
     device: str
-    ops: str
-    fuse: bool
-    named_kernels: bool = False
+    ops: str  # the operations' backend in eager and compiled models
+    fuse: bool  # whether the model is re-parameterized before inference
+    named_kernels: bool = False  # whether the profiler is to see Inductor's C++ kernels by name
 
     @property
     def group(self) -> tuple[str, int, int]:
-        """What is compared shares this: dtype, batch size and image size."""
+        """Configurations are compared with each other where they share this: dtype, batch size and image size."""
         return self.dtype, self.batch_size, self.image_size
 
     def label(self) -> str:
-        """The configuration in a line."""
         return f"{self.model}, {self.mode}, {self.dtype}, batch size {self.batch_size}, {self.image_size} px"
 
 
@@ -88,7 +68,7 @@ def prepare(c: Configuration) -> Step:
     """Builds a model with random weights and what runs a step of it; the first steps may still compile or tune.
 
     Raises:
-        CannotRun: A mode that has no code for the dtype.
+        UserError: A mode that has no code for the dtype.
     """
     torch.manual_seed(0)
     torch.set_num_threads(c.threads)
@@ -102,18 +82,14 @@ def prepare(c: Configuration) -> Step:
     if c.fuse:
         model = reparameterize_model(model, inplace=True)
     if c.mode in EXPORTED:
+        make = dict(onnxruntime=_onnxruntime_step, aotinductor=_aotinductor_step).get(c.mode, _openvino_step)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing's, about sizes that are constants here
-            return _RUNTIMES[c.mode](model, images, c)
+            return make(model, images, c)
     model = model.to(DTYPES[c.dtype]).to(memory_format=torch.channels_last)
     images = images.to(DTYPES[c.dtype], memory_format=torch.channels_last)
     network = _network(model, c)
-
-    @torch.no_grad()
-    def step() -> Tensor:
-        return network(images)
-
-    return step
+    return torch.no_grad()(lambda: network(images))
 
 
 def _network(model: nn.Module, c: Configuration) -> Callable[[Tensor], Tensor]:
@@ -148,29 +124,19 @@ def _training_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
 
 
 def _openvino_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
+    int8 = c.mode == "openvino-int8"
+    if int8 and c.dtype != "float32":
+        raise UserError("it has a precision of its own: it is measured beside float32 alone")
     import openvino
 
     program = openvino.convert_model(model, example_input=images, input=list(images.shape))
-    return _openvino_program(program, images, c, {"float32": "f32", "bfloat16": "bf16"}[c.dtype])
+    if int8:
+        import nncf
 
-
-def _openvino_int8_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
-    if c.dtype != "float32":
-        raise CannotRun("it has a precision of its own: it is measured beside float32 alone")
-    import nncf
-    import openvino
-
-    program = openvino.convert_model(model, example_input=images, input=list(images.shape))
-    with contextlib.redirect_stdout(sys.stderr):  # its progress
-        program = nncf.quantize(program, nncf.Dataset([images.numpy()]), subset_size=1)
-    return _openvino_program(program, images, c, "f32")
-
-
-def _openvino_program(program: Any, images: Tensor, c: Configuration, hint: str) -> Step:
-    try:
-        compiled = compiled_for_openvino(program, hint, INFERENCE_NUM_THREADS=c.threads, PERFORMANCE_HINT="LATENCY")
-    except UserError as error:
-        raise CannotRun(str(error)) from None
+        with contextlib.redirect_stdout(sys.stderr):  # its progress
+            program = nncf.quantize(program, nncf.Dataset([images.numpy()]), subset_size=1)
+    settings = dict(INFERENCE_NUM_THREADS=c.threads, PERFORMANCE_HINT="LATENCY")
+    compiled = compiled_for_openvino(program, "bf16" if c.dtype == "bfloat16" else "f32", **settings)
     request, array = compiled.create_infer_request(), images.numpy()
     return lambda: request.infer([array], share_inputs=True, share_outputs=True)[0]
 
@@ -188,7 +154,7 @@ def _aotinductor_step(model: nn.Module, images: Tensor, c: Configuration) -> Ste
 
 def _onnxruntime_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
     if c.dtype != "float32":
-        raise CannotRun("ONNX Runtime has few CPU kernels for bfloat16: it is measured in float32 alone")
+        raise UserError("ONNX Runtime has few CPU kernels for bfloat16: it is measured in float32 alone")
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -201,11 +167,3 @@ def _onnxruntime_step(model: nn.Module, images: Tensor, c: Configuration) -> Ste
         session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: session.run(None, feed)[0]
-
-
-_RUNTIMES: dict[str, Callable[..., Step]] = {
-    "onnxruntime": _onnxruntime_step,
-    "openvino": _openvino_step,
-    "openvino-int8": _openvino_int8_step,
-    "aotinductor": _aotinductor_step,
-}

@@ -23,54 +23,31 @@ DEFAULT_MODES = ("eager", "compile")
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What is to be measured.
+    """What is to be measured."""
 
-    Attributes:
-        models: timm's names; the others are compared with the first.
-        modes: Of ``MODES``; none for eager and compile.
-        training: Training steps instead of forward passes.
-        dtypes: Of ``DTYPES``.
-        batch_sizes: Images of a step.
-        image_sizes: Sides of the image, pixels; none for the first model's own.
-        rounds: Timed steps of each configuration.
-        threads: On the CPU; None for PyTorch's own number.
-        device: 'auto', 'cpu', 'cuda', ...
-        ops: The operations' backend in eager and compiled models.
-        fuse: Whether models are re-parameterized before inference; None for yes.
-        profile: Whether one step of each eager or compiled configuration is profiled.
-        out: Folder for files and pictures.
-    """
-
-    models: Sequence[str]
-    modes: Sequence[str] = ()
-    training: bool = False
-    dtypes: Sequence[str] = ("float32",)
+    models: Sequence[str]  # timm's names; the others are compared with the first
+    modes: Sequence[str] = ()  # of MODES; none for eager and compile
+    training: bool = False  # training steps instead of forward passes
+    dtypes: Sequence[str] = ("float32",)  # of DTYPES
     batch_sizes: Sequence[int] = (8,)
-    image_sizes: Sequence[int] = ()
-    rounds: int = 10
-    threads: int | None = None
+    image_sizes: Sequence[int] = ()  # sides, pixels; none for the first model's own
+    rounds: int = 10  # timed steps of each configuration
+    threads: int | None = None  # on the CPU; None for PyTorch's own number
     device: str = "auto"
-    ops: str = "auto"
-    fuse: bool | None = None
-    profile: bool = False
-    out: Path | None = None
+    ops: str = "auto"  # the operations' backend in eager and compiled models
+    fuse: bool | None = None  # whether models are re-parameterized before inference; None for yes
+    profile: bool = False  # whether one step of each eager or compiled configuration is profiled
+    out: Path | None = None  # folder for files and plots
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What comes of the options.
+    """The options, checked and dealt into configurations."""
 
-    Attributes:
-        configurations: In the order in which they are measured; those of a group follow each other.
-        counts: Parameters, and multiply-adds of one image, by model and image size.
-        device: Where all compute.
-        ops: The backend that eager and compiled models will have there.
-    """
-
-    configurations: list[Configuration]
-    counts: dict[tuple[str, int], tuple[int, int]]
+    configurations: list[Configuration]  # in the order in which they are measured; a group's follow each other
+    counts: dict[tuple[str, int], tuple[int, int]]  # parameters and one image's multiply-adds, by model and image size
     device: torch.device
-    ops: str
+    ops: str  # the backend that eager and compiled models will have there
 
 
 def plan(options: BenchmarkOptions) -> Plan:

@@ -1,4 +1,4 @@
-"""The rows for people: a table, a file of JSON lines, profiles as text, pictures."""
+"""The rows for people: a table, a file of JSON lines, profiles as text, plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from conv2former.errors import UserError, one_line
 from conv2former.files import append_line, replace_text
 from conv2former.tools.benchmark.measure import Row
-from conv2former.tools.benchmark.profiling import to_text
 
 COLUMNS = ["model", "mode", "dtype", "batch", "px", "ms", "quartiles", "images/s"]
 LAST_COLUMNS = ["memory MB", "parameters M", "MACs G", "GMAC/s", "% of peak", "note"]
@@ -22,28 +21,27 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
-    low, high = row.quartiles or (None, None)
+
+    def number(value: float | None, factor: float, digits: int) -> str:
+        return "" if value is None else f"{value * factor:.{digits}f}"
+
     return [
         row.model,
         row.mode,
         row.dtype,
         str(row.batch_size),
         str(row.image_size),
-        _number(row.seconds, 1e3, 2),
-        f"{_number(low, 1e3, 2)}-{_number(high, 1e3, 2)}" if row.quartiles else "",
-        _number(row.images_per_second, 1, 1),
-        _number(row.ratio, 1, 2),
-        _number(row.memory, 1e-6, 0),
-        _number(row.params, 1e-6, 1),
-        _number(row.macs, 1e-9, 2),
-        _number(row.macs_per_second, 1e-9, 1),
-        _number(row.peak_share, 100, 1),
+        number(row.seconds, 1e3, 2),
+        "-".join(number(quartile, 1e3, 2) for quartile in row.quartiles or ()),
+        number(row.images_per_second, 1, 1),
+        number(row.ratio, 1, 2),
+        number(row.memory, 1e-6, 0),
+        number(row.params, 1e-6, 1),
+        number(row.macs, 1e-9, 2),
+        number(row.macs_per_second, 1e-9, 1),
+        number(row.peak_share, 100, 1),
         row.error or "",
     ]
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "" if value is None else f"{value * factor:.{digits}f}"
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -72,29 +70,23 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def profiles(rows: Sequence[Row]) -> str:
-    """The tables of operations, empty where none were asked for."""
-    tables = [
-        to_text(f"{r.model}, {r.mode}, {r.dtype}, batch size {r.batch_size}, {r.image_size} px", r.profile)
-        for r in rows
-        if r.profile
-    ]
+    """A table of operations for each profiled row; empty where no profile was asked for."""
+    tables = []
+    for r in rows:
+        if r.profile:
+            lines = [f"{r.model}, {r.mode}, {r.dtype}, batch size {r.batch_size}, {r.image_size} px"]
+            lines += ["      ms  fraction   calls  operation"]
+            lines += [f"{o.seconds * 1e3:8.2f}  {o.share:8.1%}  {o.calls:6}  {o.name[:100]}" for o in r.profile]
+            tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes what belongs into ``--out``.
+    """Writes the files of ``--out`` into a folder that exists, and returns them; raises UserError.
 
-    Args:
-        rows: Are appended to ``benchmark.jsonl``; all else is of them alone and replaces what is there.
-        folder: Exists.
-
-    Returns:
-        The files.
-
-    Raises:
-        UserError: They cannot be written.
+    The rows are appended to ``benchmark.jsonl``; all else is of them alone and replaces what is there.
     """
-    from conv2former.tools.benchmark import pictures  # matplotlib is needed here alone
+    from conv2former.tools.benchmark import plots  # matplotlib is needed here alone
 
     jsonl, table, text = (folder / name for name in ("benchmark.jsonl", "benchmark.md", "profile.txt"))
     files = [jsonl, table]
@@ -105,7 +97,7 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
         if operations := profiles(rows):
             replace_text(text, operations + "\n")
             files.append(text)
-        files += [path for draw in (pictures.speed, pictures.resolution) if (path := draw(rows, folder))]
+        files += [path for draw in (plots.speed, plots.resolution) if (path := draw(rows, folder))]
     except OSError as error:
         raise UserError(f"cannot write to --out {folder}: {one_line(error)}") from None
     return files

@@ -13,29 +13,37 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from conv2former.engine.machine import version_of
 from conv2former.errors import one_line
 from conv2former.tools.benchmark.modes import DTYPES, MODES, Configuration, prepare
 from conv2former.tools.benchmark.peak import peak_rate
-from conv2former.tools.benchmark.profiling import TOP, Operation, profile_step
 
 WARM_UP = 3  # steps, the first of which compile and tune
 REST = 0.02  # seconds before a timed step, in which the threads of other workers fall asleep
 LONGEST_REASON = 200  # characters of an error; compilers' run to pages
+TOP = 15  # operations of a profile
 PROC = Path("/proc/self")
 
 
+class Operation(NamedTuple):
+    """An operation of a step."""
+
+    name: str
+    calls: int
+    seconds: float  # its own time, without what it called
+    share: float  # fraction of all operations' time
+
+
 class Worker:
-    """A process with a prepared configuration.
+    """A process with a prepared configuration; its methods are those of ``Holder``, which is there.
 
     A worker that has failed answers None from then on, and ``error`` says why.
-
-    Args:
-        configuration: What it is to measure.
     """
 
     def __init__(self, configuration: Configuration) -> None:
@@ -49,27 +57,21 @@ class Worker:
         self._receive()
 
     def step(self) -> float | None:
-        """Seconds of one step."""
         return self._ask("step")
 
     def burst(self, steps: int) -> tuple[float, float] | None:
-        """Seconds of a step among several without a wait between them, and of the host's part of it."""
         return self._ask("burst", steps)
 
     def memory(self) -> int | None:
-        """Bytes at the peak of the steps beyond what the process held before there was a model."""
         return self._ask("memory")
 
     def versions(self) -> dict[str, str]:
-        """Of what computes."""
         return self._ask("versions") or {}
 
     def peak(self, dtype: str) -> float | None:
-        """Multiply-adds per second of the best of several products of large square matrices."""
         return self._ask("peak", dtype)
 
     def profile(self, top: int = TOP) -> list[Operation] | None:
-        """The operations of one step, the longest first."""
         return self._ask("profile", top)
 
     def close(self) -> None:
@@ -117,11 +119,7 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
 
 
 class Holder:
-    """Answers a worker's requests.
-
-    Args:
-        configuration: Prepared and warmed up here.
-    """
+    """Answers a worker's requests; the configuration is prepared and warmed up when it is there."""
 
     def __init__(self, configuration: Configuration) -> None:
         self._c = configuration
@@ -162,24 +160,33 @@ class Holder:
         return (time.perf_counter() - started) / steps, sent
 
     def memory(self) -> int | None:
-        """Peak of the steps, bytes: of the process, or PyTorch's on a GPU. None where the system does not say."""
+        """Peak of the steps, bytes: of the process beyond what it held before there was a model, or PyTorch's on a GPU.
+
+        None where the system does not say.
+        """
         if self._gpu:
             return torch.cuda.max_memory_allocated()
         after = _status("VmHWM")
         return None if after is None or self._before is None else max(after - self._before, 0)
 
     def versions(self) -> dict[str, str]:
-        """Python's, PyTorch's, timm's and the runtime's."""
         names = ["torch", "timm", *MODES[self._c.mode][-1:]]
         return {name: version_of(name) for name in names} | dict(python=platform.python_version())
 
     def peak(self, dtype: str) -> float:
-        """Multiply-adds per second of a large product on the machine."""
         return peak_rate(self._device, DTYPES[dtype])
 
     def profile(self, top: int) -> list[Operation]:
-        """The operations of one step."""
-        return profile_step(self._step, self._device, top=top)
+        """The operations of one step that took longest: on a GPU its kernels, else the operators on the CPU."""
+        device = DeviceType.CUDA if self._gpu else DeviceType.CPU
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._gpu else [])]) as recorded:
+            self._step()
+            self._settle()
+        events: list[Any] = [event for event in recorded.key_averages() if event.device_type == device]
+        times = [event.self_device_time_total if self._gpu else event.self_cpu_time_total for event in events]
+        total = sum(times) or 1
+        found = [Operation(e.key, e.count, time / 1e6, time / total) for e, time in zip(events, times, strict=True)]
+        return sorted(found, key=lambda operation: -operation.seconds)[:top]
 
     def _settle(self) -> None:
         if self._gpu:
@@ -187,7 +194,7 @@ class Holder:
 
 
 def _status(key: str) -> int | None:
-    """A figure of the process in bytes, as Linux tells it."""
+    """A number of the process in bytes, as Linux tells it."""
     try:
         lines = (PROC / "status").read_text().splitlines()
     except OSError:
@@ -196,7 +203,7 @@ def _status(key: str) -> int | None:
 
 
 def _forget_peak() -> None:
-    """Has VmHWM begin anew, without what building and compiling took; where that is not allowed, they are counted."""
+    """Resets the kernel's VmHWM, so that building and compiling do not count; where that is forbidden, they do."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what is free now and let it count as held

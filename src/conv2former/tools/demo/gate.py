@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 API = "/gradio_api"
 FILE = f"{API}/file="
@@ -38,12 +36,15 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
-FILE_POLICY = "default-src 'none'; sandbox"  # an upload is shown as a picture or not at all
-HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
+FILE_POLICY = "default-src 'none'; sandbox"  # an upload is shown as an image or not at all
+HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
 class Gate:
     """An ASGI application around another.
+
+    It is plain ASGI and no middleware of Starlette's: those that read a request's body keep it whole in memory, and
+    here an upload has to stream, while a refused one is read to its end and kept nowhere.
 
     Args:
         app: The one that is guarded.
@@ -53,10 +54,10 @@ class Gate:
             has its own name point here cannot do.
     """
 
-    def __init__(self, app: App, *, folder: Path, upload_bytes: int, local: bool) -> None:
+    def __init__(self, app: ASGIApp, *, folder: Path, upload_bytes: int, local: bool) -> None:
         self.app, self.folder, self.upload_bytes, self.local = app, folder.resolve(), upload_bytes, local
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on or answers it with one line."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
@@ -64,20 +65,20 @@ class Gate:
         if scope["type"] != "http":  # websockets, which this page has none of
             await send(dict(type="websocket.close", code=1008))
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refused = self._refused(scope, headers)
-        policy = (FILE_POLICY if scope["path"].startswith(FILE) else POLICY).encode()
+        policy = FILE_POLICY if scope["path"].startswith(FILE) else POLICY
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [*HEADERS, (b"content-security-policy", policy)]
-                names = {name for name, _ in own}
-                kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in names]
-                message = {**message, "headers": [*kept, *own]}
+                message = {"headers": [], **message}
+                MutableHeaders(scope=message).update(HEADERS | {"content-security-policy": policy})
             await send(message)
 
+        refused = self._refused(scope)
         if refused is None and scope["path"] == JOIN:
-            body = await _body(receive)
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
             receive = _again(body, receive)
             if not self._names_uploads(body):
                 refused = 400, "The request names a file that was not uploaded."
@@ -88,20 +89,20 @@ class Gate:
         while (message := await receive())["type"] == "http.request" and message.get("more_body"):
             pass
         status, text = refused
-        fields = [(b"content-type", b"text/plain; charset=utf-8")]
-        await guarded(dict(type="http.response.start", status=status, headers=fields))
-        await guarded(dict(type="http.response.body", body=text.encode()))
+        await PlainTextResponse(text, status)(scope, receive, guarded)
 
-    def _refused(self, scope: Message, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refused(self, scope: Scope) -> tuple[int, str] | None:
         """Status and line for a request that does not pass."""
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.local and not _is_loopback(_hostname(f"//{host}")):
+        if self.local and not _is_loopback(host):
             return 421, "This page is for the computer that it runs on."
-        if "origin" in headers and _netloc(headers["origin"]) != host:
+        if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return 403, "This request comes from another page."
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD") and path.startswith(FILE):
-            return None if self._is_upload(path.removeprefix(FILE)) else (404, "There is no such file.")
+            file = path.removeprefix(FILE)
+            return None if self._is_inside(file) and os.path.isfile(file) else (404, "There is no such file.")
         passing = PASSING.get("GET" if method == "HEAD" else method)
         if passing is None or ".." in path or not passing.fullmatch(path):
             return 404, "There is no such page."
@@ -115,16 +116,10 @@ class Gate:
                 return 413, f"This is more than the {most / 1e6:g} MB that are taken at once: choose fewer or smaller."
         return None
 
-    def _is_upload(self, path: str) -> bool:
-        try:
-            return self._is_inside(path) and Path(path).is_file()
-        except (OSError, ValueError):  # too long, or with a null in it
-            return False
-
     def _is_inside(self, path: str) -> bool:
         try:
             return Path(path).resolve().is_relative_to(self.folder)
-        except (OSError, ValueError, RuntimeError):
+        except (OSError, ValueError, RuntimeError):  # too long, with a null in it, or a loop of links
             return False
 
     def _names_uploads(self, body: bytes) -> bool:
@@ -146,15 +141,6 @@ class Gate:
         return True
 
 
-async def _body(receive: Receive) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
-
-
 def _again(body: bytes, receive: Receive) -> Receive:
     """Gives a body that has been read once more, and then what follows."""
     waiting = [dict(type="http.request", body=body, more_body=False)]
@@ -165,22 +151,9 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return first
 
 
-def _hostname(address: str) -> str | None:
+def _is_loopback(host: str) -> bool:
     try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
-
-
-def _netloc(address: str) -> str | None:
-    try:
-        return urlsplit(address).netloc
-    except ValueError:
-        return None
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False

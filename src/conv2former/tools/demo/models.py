@@ -1,14 +1,14 @@
-"""The models that the page offers, and what one makes of a picture."""
+"""The models that the page offers, and what one makes of an image."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from PIL import Image
 from conv2former import checkpoints
 from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError
-from conv2former.tasks import load
 from conv2former.tasks.base import Line, Task, Words
-from conv2former.tasks.classification.task import ClassificationTask
 from conv2former.tools.explain.maps import map_panels
-from conv2former.tools.explain.opening import Explained, Place, choose_blocks
-from conv2former.tools.naming import built_untrained, read_name
+from conv2former.tools.explain.opening import Block, Explained, choose_blocks
+from conv2former.tools.naming import open_task, read_name
 
 KEPT = 3  # models in memory at a time: two to compare, and the one before
 
@@ -31,46 +29,34 @@ Panels = list[tuple[str, list[tuple[str, np.ndarray]]]]
 
 @dataclass(frozen=True)
 class Look:
-    """What a model makes of a picture.
+    """What a model makes of an image."""
 
-    Attributes:
-        words: Of the model's task.
-        picture: With boxes and masks, or classes in colour; of a classifier the image itself.
-        lines: What was found, the most important first.
-        milliseconds: In the network.
-        maps: A name for each block, and its maps with their titles; none where they were not asked for.
-        no_maps: Why this model has none.
-    """
-
-    words: Words
-    picture: Image.Image
-    lines: list[Line]
-    milliseconds: float
-    maps: Panels
-    no_maps: str = ""
+    words: Words  # of the model's task
+    image: Image.Image  # with boxes and masks, or classes in colour; of a classifier the image itself
+    lines: list[Line]  # what was found, the most important first
+    milliseconds: float  # in the network
+    maps: Panels  # a name for each block, and its maps with their titles; none where they were not asked for
+    no_maps: str = ""  # why this model has none
 
 
-@dataclass
 class Model:
-    """A model in memory.
+    """A model in memory, with a note on its answers; maps are shown of ``blocks``, the last of each stage."""
 
-    Attributes:
-        name: As the page calls it.
-        task: The model.
-        note: What to know of its answers.
-        explained: Shows its maps.
-        places: The blocks that are shown, the last of each stage.
-        no_maps: Why there are none.
-        warm: Whether it has seen an image; the first takes longer.
-    """
-
-    name: str
-    task: Task
-    note: str
-    explained: Explained
-    places: list[Place] = field(default_factory=list)
-    no_maps: str = ""
-    warm: bool = False
+    def __init__(self, name: str, source: Path | str, device: str) -> None:
+        named = source if isinstance(source, Path) else read_name(source)
+        self.task, random = open_task(named, str(source))
+        self.task.to(pick_device(device))
+        self.note = "random weights: it has learned nothing" if random else ""
+        self.warm = False  # it has seen no image; the first takes longer
+        # by its name on the page: where it lies is nobody's business there
+        self.explained = Explained(name, self.task)
+        self.blocks: list[Block] = []
+        self.no_maps = ""
+        try:
+            self.blocks = choose_blocks(self.explained, None, None)
+        except UserError:
+            network = type(self.task.backbone).__name__
+            self.no_maps = f"No modulation maps: {network} has no modulation, Conv2Former has."
 
     def look(self, image: Image.Image, *, maps: bool) -> Look:
         """The model's prediction on an image, the time of the network alone, and its maps where asked for."""
@@ -78,59 +64,36 @@ class Model:
         if not self.warm:
             self.task.predict([prepared])
             self.warm = True
-        with _Stopwatch(self.task.model) as watch:
+        with _timed(self.task) as seconds:
             (found,) = self.task.predict([prepared])
         # as large as the image: a legend below it would be too small to read, and the lines have the colours
         drawn = image if found.plain else found.draw(image).crop((0, 0, *image.size))
         panels: Panels = []
-        if maps and self.places:
+        if maps and self.blocks:
             # without the first panel of each row, the image
-            panels = [(name, row[1:]) for name, row in map_panels(self.explained, image, self.places, channels=1)]
-        words, no_maps = self.task.words, self.no_maps if maps else ""
-        return Look(words, drawn, found.lines, watch.seconds * 1000, panels, no_maps)
+            panels = [(name, row[1:]) for name, row in map_panels(self.explained, image, self.blocks, channels=1)]
+        return Look(self.task.words, drawn, found.lines, seconds[0] * 1000, panels, self.no_maps if maps else "")
 
 
-class _Stopwatch:
-    """Adds up the time of a network's forward passes, of which sliding windows need several."""
+@contextlib.contextmanager
+def _timed(task: Task) -> Iterator[list[float]]:
+    """Adds up the seconds of a network's forward passes, of which sliding windows need several; a list of one sum."""
+    total = [0.0]
 
-    def __init__(self, network: Any) -> None:
-        self.network, self.seconds = network, 0.0
-
-    def __enter__(self) -> _Stopwatch:
-        self.handles = [
-            self.network.register_forward_pre_hook(self._start),
-            self.network.register_forward_hook(self._stop),
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _now(self) -> float:
-        if next(self.network.parameters()).is_cuda:
+    def add(sign: int) -> None:
+        if task.normalizer.mean.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        total[0] += sign * time.perf_counter()
 
-    def _start(self, *call: Any) -> None:
-        self.started = self._now()
-
-    def _stop(self, *call: Any) -> None:
-        self.seconds += self._now() - self.started
+    start = task.model.register_forward_pre_hook(lambda *call: add(-1))
+    with start, task.model.register_forward_hook(lambda *call: add(1)):
+        yield total
 
 
 class Models:
-    """The models that may be chosen, and the last few of them in memory.
+    """The models that may be chosen, ``names``, and the last few of them in memory; raises UserError.
 
-    Attributes:
-        names: What may be chosen, in order.
-
-    Args:
-        sources: Run folders, saved models, folders of these, and timm's models (``NAME:key=value,...``).
-        device: 'auto', 'cpu', 'cuda', ...
-
-    Raises:
-        UserError: One of them cannot be used.
+    ``sources`` are run folders, saved models, folders of these, and timm's models (``NAME:key=value,...``).
     """
 
     def __init__(self, sources: Sequence[str], *, device: str = "auto") -> None:
@@ -140,38 +103,15 @@ class Models:
         self._open: OrderedDict[str, Model] = OrderedDict()
 
     def get(self, name: str) -> Model:
-        """A model by its name, read where it is not in memory; the one unused for longest makes room.
-
-        Raises:
-            UserError: No such model, or one that cannot be used.
-        """
+        """A model by its name, read if it is not in memory: the one unused for longest makes room. Raises UserError."""
         if name not in self._sources:
             raise UserError("that model is not offered here: choose one of the list")
         if name not in self._open:
             while len(self._open) >= KEPT:
                 self._open.popitem(last=False)
-            self._open[name] = _opened(name, self._sources[name], self.device)
+            self._open[name] = Model(name, self._sources[name], self.device)
         self._open.move_to_end(name)
         return self._open[name]
-
-
-def _opened(name: str, source: Path | str, device: str) -> Model:
-    note = ""
-    if isinstance(source, Path):
-        task = load(source)
-    else:
-        model_name, args = cast(tuple[str, dict[str, Any]], read_name(source))
-        task = ClassificationTask.of(built_untrained(source, model_name, args), name=source)
-        note = "" if args.get("pretrained") else "random weights: it has learned nothing"
-    task.to(pick_device(device))
-    # by its name on the page: where it lies is nobody's business there
-    explained = Explained(name, task)
-    model = Model(name, task, note, explained)
-    try:
-        model.places = choose_blocks(explained, None, None)
-    except UserError:
-        model.no_maps = f"No modulation maps: {type(task.backbone).__name__} has no modulation, Conv2Former has."
-    return model
 
 
 def _expanded(source: str) -> list[Path | str]:
@@ -183,26 +123,15 @@ def _expanded(source: str) -> list[Path | str]:
         checkpoints.saved_task(path)
         return [path]
     except UserError:
-        inside = [child for child in _folders(path) if _is_model(child)]
+        inside: list[Path | str] = []
+        with contextlib.suppress(OSError):  # no folder, or one that cannot be read
+            for child in sorted(path.iterdir()):
+                with contextlib.suppress(UserError):
+                    if child.is_dir() and not child.name.startswith(".") and checkpoints.saved_task(child):
+                        inside.append(child)
         if not inside:
             raise
-        return list(inside)
-
-
-def _folders(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return []
-    try:
-        return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    except OSError:
-        return []
-
-
-def _is_model(path: Path) -> bool:
-    try:
-        return bool(checkpoints.saved_task(path))
-    except UserError:
-        return False
+        return inside
 
 
 def _named(sources: Sequence[Path | str]) -> dict[str, Path | str]:

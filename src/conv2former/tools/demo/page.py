@@ -1,6 +1,6 @@
-"""The page: choosers, pictures in, answers out.
+"""The page: choosers, images in, answers out.
 
-Gradio gets pictures to the server and HTML back to the page, and nothing more: what the browser sends is taken raw
+Gradio gets images to the server and HTML back to the page, and nothing more: what the browser sends is taken raw
 (``preprocess=False``), else Gradio would have Pillow open a file before ``conv2former.data.images`` has looked at it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from conv2former.errors import UserError
 from conv2former.tools.demo import results
 from conv2former.tools.demo.models import Models
 
-MOST_PICTURES = 16  # of one answer
+MOST_IMAGES = 16  # of one answer
 KEPT_SECONDS = 1800  # that an upload is kept
 SWEEP_SECONDS = 60  # between two looks for older ones
 WAITING = 20  # requests, before others are turned away
@@ -30,64 +29,43 @@ UNUSABLE = "This model cannot be used: the terminal that runs the demo says why.
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What is taken.
-
-    Attributes:
-        file_bytes: Of a picture's file.
-        pixels: Of a picture.
-    """
-
-    file_bytes: int
-    pixels: int
-
-    @property
-    def upload_bytes(self) -> int:
-        """Of one upload, with all its pictures."""
-        return MOST_PICTURES * self.file_bytes
-
-
 class Answers:
     """From what the page sends to HTML.
 
-    Args:
-        models: That may be chosen.
-        folder: Where uploads lie; no other file is read.
-        limits: See there.
+    ``folder`` is where uploads lie; no other file is read. ``file_bytes`` and ``pixels`` are the most of an image.
     """
 
-    def __init__(self, models: Models, *, folder: Path, limits: Limits) -> None:
-        self.models, self.folder, self.limits = models, folder.resolve(), limits
+    def __init__(self, models: Models, *, folder: Path, file_bytes: int, pixels: int) -> None:
+        self.models, self.folder, self.file_bytes, self.pixels = models, folder.resolve(), file_bytes, pixels
 
     def __call__(self, files: Any, camera: Any, first: Any, second: Any, maps: Any) -> str:
         """HTML for what the page's components hold; whatever goes wrong is a sentence in it."""
         try:
             return "".join(self._parts(files, camera, [first, second], maps=bool(maps)))
         except Exception:
-            return results.notice(_reported())
+            return results.paragraph("notice", _reported())
 
     def _parts(self, files: Any, camera: Any, names: list[Any], *, maps: bool) -> Iterator[str]:
         given = [*(files if isinstance(files, list) else [files]), camera]
         uploads = [upload for upload in given if isinstance(upload, dict)]
         if not uploads:
-            yield results.hint("Choose pictures or take one with the camera: the answers appear here.")
+            yield results.paragraph("hint", "Choose images or take one with the camera: the answers appear here.")
             return
-        if len(uploads) > MOST_PICTURES:
-            yield results.notice(f"These are {len(uploads)} pictures: the first {MOST_PICTURES} are shown.")
+        if len(uploads) > MOST_IMAGES:
+            yield results.paragraph("notice", f"These are {len(uploads)} images: the first {MOST_IMAGES} are shown.")
         chosen = [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
-        for upload in uploads[:MOST_PICTURES]:
-            name = "camera" if upload is camera else str(upload.get("orig_name") or "picture")[:200]
+        for upload in uploads[:MOST_IMAGES]:
+            name = "camera" if upload is camera else str(upload.get("orig_name") or "image")[:200]
             try:
-                picture = self._picture(upload.get("path"))
+                image = self._image(upload.get("path"))
             except BadImage as error:
-                yield results.picture_card(name, None, [results.failure(_sentence(error.reason))])
+                sentence = f"{error.reason[:1].upper()}{error.reason[1:]}."
+                yield results.card(name, None, [results.paragraph("error", sentence)])
             else:
-                answers = [self._answer(model, picture, maps=maps) for model in chosen]
-                yield results.picture_card(name, picture.size, answers)
+                yield results.card(name, image.size, [self._answer(model, image, maps=maps) for model in chosen])
 
-    def _picture(self, path: Any) -> Image.Image:
-        """The picture of an upload; raises BadImage."""
+    def _image(self, path: Any) -> Image.Image:
+        """The image of an upload; raises BadImage."""
         try:
             file = Path(path).resolve()
             known = file.is_relative_to(self.folder) and file.is_file()
@@ -95,31 +73,21 @@ class Answers:
             known = False
         if not known:
             raise BadImage("upload", "it is not here any more: choose it again")
-        size = file.stat().st_size
-        if size > self.limits.file_bytes:
-            raise BadImage("upload", f"its {size / 1e6:.1f} MB are more than the limit of {self._megabytes}")
-        return decode(file.read_bytes(), max_pixels=self.limits.pixels)
+        size, most = file.stat().st_size, self.file_bytes
+        if size > most:
+            raise BadImage("upload", f"its {size / 1e6:.1f} MB are more than the limit of {most / 1e6:g} MB")
+        return decode(file.read_bytes(), max_pixels=self.pixels)
 
-    @property
-    def _megabytes(self) -> str:
-        return f"{self.limits.file_bytes / 1e6:g} MB"
-
-    def _answer(self, name: str, picture: Image.Image, *, maps: bool) -> str:
+    def _answer(self, name: str, image: Image.Image, *, maps: bool) -> str:
         try:
-            model = self.models.get(name)
-        except UserError as error:  # which says where the model lies
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return results.failure(UNUSABLE)
+            try:
+                model = self.models.get(name)
+            except UserError as error:  # which says where the model lies
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                return results.paragraph("error", UNUSABLE)
+            return results.answer(name, model.note, model.look(image, maps=maps))
         except Exception:
-            return results.failure(_reported())
-        try:
-            return results.answer(name, model.note, model.look(picture, maps=maps))
-        except Exception:
-            return results.failure(_reported())
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+            return results.paragraph("error", _reported())
 
 
 def _reported() -> str:
@@ -128,21 +96,21 @@ def _reported() -> str:
     return OUR_FAULT
 
 
-def build_page(models: Models, answers: Answers) -> gr.Blocks:
+def build_page(answers: Answers) -> gr.Blocks:
     """The page with its one action, which every change starts."""
-    limits = answers.limits
-    words = f"up to {MOST_PICTURES} pictures of {limits.file_bytes / 1e6:g} MB and {limits.pixels / 1e6:g} megapixels"
+    names = answers.models.names
+    words = f"up to {MOST_IMAGES} images of {answers.file_bytes / 1e6:g} MB and {answers.pixels / 1e6:g} megapixels"
     with gr.Blocks(
         analytics_enabled=False, title="Conv2Former", fill_width=True, delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)
     ) as page:
         gr.HTML("<h1>Conv2Former</h1>", elem_id="heading")
         with gr.Row(equal_height=True):
             with gr.Column(min_width=240):
-                first = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="first")
-                second = gr.Dropdown([("none", ""), *models.names], value="", label="Compare with", elem_id="second")
+                first = gr.Dropdown(names, value=names[0], label="Model", elem_id="first")
+                second = gr.Dropdown([("none", ""), *names], value="", label="Compare with", elem_id="second")
                 maps = gr.Checkbox(True, label="Modulation maps", elem_id="maps")
             with gr.Column(scale=2, min_width=300):
-                files = gr.File(file_count="multiple", label=f"Pictures: {words}", height=214, elem_id="files")
+                files = gr.File(file_count="multiple", label=f"Images: {words}", height=214, elem_id="files")
             with gr.Column(min_width=240):
                 camera = gr.Image(
                     sources=["webcam"], type="filepath", label="Camera", height=214, elem_id="camera", buttons=[]

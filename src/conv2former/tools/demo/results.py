@@ -1,4 +1,4 @@
-"""What models make of pictures, as HTML. Every text goes through ``escape``; pictures are in it as data."""
+"""What models make of images, as HTML. Every text goes through ``escape``; images are in it as data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from html import escape
 
 from PIL import Image
 
-from conv2former.tools.demo.models import Look, Panels
+from conv2former.tools.demo.models import Look
 
-LARGE, SMALL = 1024, 320  # longest sides of pictures and of maps on the page
-PIXELS = 96  # pictures up to this side are enlarged with their pixels visible
-LINES = 12  # that are shown
+LARGE, SMALL = 1024, 320  # longest sides of images and of maps on the page
+PIXELS = 96  # images up to this side are enlarged with their pixels visible
+LINES = 12  # that are shown of what was found
 KEY = "From the lowest value, blue, to the highest, red; of one channel blue is below 0, red above."
 
 STYLE = """
@@ -50,46 +50,24 @@ STYLE = """
 """
 
 
-def notice(sentence: str) -> str:
-    """A sentence above the results."""
-    return f'<p class="notice" role="alert">{escape(sentence)}</p>'
+def paragraph(kind: str, sentence: str) -> str:
+    """A 'notice' above the results, a 'hint' instead of results, or an 'error', which says why there is no answer."""
+    role = "" if kind == "hint" else ' role="alert"'
+    return f'<p class="{kind}"{role}>{escape(sentence)}</p>'
 
 
-def hint(sentence: str) -> str:
-    """A sentence in the place of results."""
-    return f'<p class="hint">{escape(sentence)}</p>'
-
-
-def picture_card(name: str, size: tuple[int, int] | None, answers: list[str]) -> str:
-    """A picture with what was answered.
-
-    Args:
-        name: Of its file.
-        size: Width and height in pixels; None where it cannot be read.
-        answers: Of ``answer`` and ``failure``.
-    """
+def card(name: str, size: tuple[int, int] | None, answers: list[str]) -> str:
+    """An image with the name of its file, its (width, height) where it can be read, and what was answered."""
     pixels = f" <small>{size[0]} &times; {size[1]}</small>" if size else ""
     return f'<article class="picture"><h3>{escape(name)}{pixels}</h3>{"".join(answers)}</article>'
 
 
-def failure(sentence: str) -> str:
-    """Why there is no answer."""
-    return f'<p class="error" role="alert">{escape(sentence)}</p>'
-
-
 def answer(name: str, note: str, look: Look) -> str:
-    """A model's answer: what it found, the time, the picture, the maps.
-
-    Args:
-        name: Of the model.
-        note: What to know of it.
-        look: What it made of the picture.
-    """
+    """A model's answer, under its name and a note on it: what it found, the time, the image, the maps."""
     title = f"<b>{escape(name)}</b>"
     title += f'<span class="time">{look.milliseconds:.1f} ms in the network</span>'
     title += f'<span class="note">{escape(note)}</span>' if note else ""
-    tiny = max(look.picture.size) <= PIXELS
-    drawn = _image(look.picture, LARGE, f"what {name} found", "tiny" if tiny else "large")
+    drawn = _image(look.image, LARGE, f"what {name} found", "tiny" if max(look.image.size) <= PIXELS else "large")
     found = f"<div><h4>{look.words.heading}</h4>{_lines(look)}</div>"
     return f'<div class="answer"><div class="title">{title}</div><div>{drawn}</div>{found}{_maps(look, name)}</div>'
 
@@ -110,39 +88,27 @@ def _lines(look: Look) -> str:
 
 
 def _maps(look: Look, name: str) -> str:
+    """Blocks as rows, the kinds of maps as columns; single channels have their numbers below."""
     if not look.maps:
         return f'<p class="note">{escape(look.no_maps)}</p>' if look.no_maps else ""
-    key = f'<p class="key">{KEY}</p>'
-    return f"<div><h4>Modulation weights A and product A * V</h4>{_grid(look.maps, name)}{key}</div>"
-
-
-def _grid(maps: Panels, name: str) -> str:
-    """Blocks as rows, the kinds of maps as columns; single channels have their numbers below."""
-    titles = [title for title, _ in maps[0][1]]
+    titles = [title for title, _ in look.maps[0][1]]
     heads = [title.replace(", all channels", "") if "channel " not in title else "A, one channel" for title in titles]
     cells = ["<span></span>", *(f'<span class="head">{escape(head)}</span>' for head in heads)]
-    for block, panels in maps:
+    for block, panels in look.maps:
         lines = block.replace(", ", "\n").split("\n")
         cells.append(f"<span>{'<br>'.join(escape(line).replace(' x ', ' &times; ') for line in lines)}</span>")
         for title, values in panels:
             alt = f"{name}, {lines[0]}: {title}"
             cells.append(_image(Image.fromarray(values), SMALL, alt, "tiny" if max(values.shape) <= PIXELS else ""))
-    return f'<div class="maps" style="--columns:{len(heads)}">{"".join(cells)}</div>'
+    grid = f'<div class="maps" style="--columns:{len(heads)}">{"".join(cells)}</div>'
+    return f'<div><h4>Modulation weights A and product A * V</h4>{grid}<p class="key">{KEY}</p></div>'
 
 
-def _image(picture: Image.Image, side: int, alt: str, kind: str) -> str:
-    shown = picture.copy()
+def _image(image: Image.Image, side: int, alt: str, kind: str) -> str:
+    """An image as a data URL: exact where it is small, else as JPEG."""
+    shown, stream = image.copy(), io.BytesIO()
     shown.thumbnail((side, side))
-    return f'<img class="{kind}" alt="{escape(alt)}" title="{escape(alt)}" src="{_data(shown)}">'
-
-
-def _data(picture: Image.Image) -> str:
-    """A picture as a data URL: exact where it is small, else as JPEG."""
-    stream = io.BytesIO()
-    if max(picture.size) <= PIXELS:
-        picture.save(stream, "PNG")
-        kind = "png"
-    else:
-        picture.save(stream, "JPEG", quality=88)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    coding = "png" if max(shown.size) <= PIXELS else "jpeg"
+    shown.save(stream, coding, quality=88)
+    data = f"data:image/{coding};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return f'<img class="{kind}" alt="{escape(alt)}" title="{escape(alt)}" src="{data}">'

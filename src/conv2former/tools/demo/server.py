@@ -30,37 +30,34 @@ def run_demo(
     open_browser: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serves the page until Ctrl-C or SIGTERM.
+    """Serves the page until Ctrl-C or SIGTERM, and tells ``say`` where it is.
 
-    Args:
-        sources: Run folders, saved models, folders of these, and timm's models (``NAME:key=value,...``).
-        host: Address that is listened at.
-        port: 0 for one that is free.
-        max_upload_mb: Largest file of a picture.
-        max_pixels: Of a picture.
-        device: 'auto', 'cpu', 'cuda', ...
-        open_browser: Show the page in the browser as soon as it is there.
-        say: Is told where the page is.
+    ``sources`` are run folders, saved models, folders of these, and timm's models (``NAME:key=value,...``). Port 0 is
+    any free one.
 
     Raises:
         UserError: Gradio is missing, a model cannot be used, the address cannot be listened at.
     """
-    uvicorn = _libraries()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read while Gradio is imported
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UserError(f"the demo needs Gradio ({one_line(error)}): pip install 'conv2former[demo]'") from None
     from conv2former.tools.demo.gate import Gate
     from conv2former.tools.demo.models import Models
-    from conv2former.tools.demo.page import Answers, Limits, build_page, mounted
+    from conv2former.tools.demo.page import MOST_IMAGES, Answers, build_page, mounted
 
-    with contextlib.ExitStack() as stack:
-        listening = stack.enter_context(listen(host, port))
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="conv2former-demo-")))
-        stack.enter_context(_environment(GRADIO_TEMP_DIR=str(folder)))
+    with listen(host, port) as listening, TemporaryDirectory(prefix="conv2former-demo-") as temporary:
+        os.environ["GRADIO_TEMP_DIR"], folder = temporary, Path(temporary)
         models = Models(sources, device=device)
         models.get(models.names[0])  # what is wrong with it is said now, not on the page
-        limits = Limits(file_bytes=round(max_upload_mb * 1e6), pixels=max_pixels)
-        page = mounted(build_page(models, Answers(models, folder=folder, limits=limits)))
+        file_bytes = round(max_upload_mb * 1e6)
+        page = mounted(build_page(Answers(models, folder=folder, file_bytes=file_bytes, pixels=max_pixels)))
         address = listening.getsockname()
         local = ipaddress.ip_address(address[0]).is_loopback
-        gate = Gate(page, folder=folder, upload_bytes=limits.upload_bytes, local=local)
+        gate = Gate(page, folder=folder, upload_bytes=MOST_IMAGES * file_bytes, local=local)
         # its own logging would close the handlers of the whole process; without it, warnings go to stderr
         quiet: Any = dict(log_config=None, log_level="warning", access_log=False)
         config = uvicorn.Config(gate, **quiet, server_header=False, timeout_graceful_shutdown=LAST_WORDS)
@@ -87,32 +84,6 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen at {host}, port {port} ({error.strerror or one_line(error)}): give another --port or --host"
         ) from None
-
-
-def _libraries() -> Any:
-    """uvicorn, with which Gradio serves; raises UserError where they are not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read while Gradio is imported
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        import gradio  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise UserError(f"the demo needs Gradio ({one_line(error)}): pip install 'conv2former[demo]'") from None
-    return uvicorn
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _serve(uvicorn: Any, config: Any, listening: socket.socket, ready: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Receptive fields for people: a table, a file of JSON lines, a picture on one scale."""
+"""Receptive fields for people: a table, a file of JSON lines, a figure on one scale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +19,7 @@ from matplotlib.patches import Rectangle
 from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError, one_line
 from conv2former.files import replace_text
-from conv2former.tools.explain.receptive_field import PICTURES, SHARES, FieldRow, choose_pictures, measure
+from conv2former.tools.explain.receptive_field import FRACTIONS, IMAGES, FieldRow, choose_images, measure
 from conv2former.tools.explain.subjects import check_name, open_subject
 
 DECADES = 4  # of the colour scale
@@ -34,8 +36,8 @@ def conditions(rows: Sequence[FieldRow]) -> list[str]:
     """What all rows share, and what to know of some, a line each."""
     first, models = rows[0], by_model(rows)
     lines = [
-        f"Side in pixels of the central square that holds {' / '.join(f'{name}%' for name in SHARES)} of the scores "
-        f"and of log10(score + 1); mean of {first.images} pictures at {first.size} px."
+        f"Side in pixels of the central square that holds {' / '.join(f'{name}%' for name in FRACTIONS)} of the scores "
+        f"and of log10(score + 1); mean of {first.images} images at {first.size} px."
     ]
     for note in dict.fromkeys(note for row in rows for note in row.notes):
         names = [name for name, own in models.items() if note in own[0].notes]
@@ -45,13 +47,8 @@ def conditions(rows: Sequence[FieldRow]) -> list[str]:
 
 def columns(rows: Sequence[FieldRow]) -> list[str]:
     """The table's head."""
-    return [
-        "model",
-        "weights",
-        "strides",
-        "of",
-        *(f"stage {stage}" for stage in range(1, max(row.stage for row in rows) + 1)),
-    ]
+    stages = range(1, max(row.stage for row in rows) + 1)
+    return ["model", "weights", "strides", "of", *(f"stage {stage}" for stage in stages)]
 
 
 def cells(rows: Sequence[FieldRow]) -> list[list[str]]:
@@ -85,90 +82,80 @@ def broken(name: str, width: int = 22) -> str:
 
 
 def draw(rows: Sequence[FieldRow], scores: Sequence[np.ndarray], path: Path) -> None:
-    """A column for each model, a row for each stage, all on one scale: parts of the panel's highest score.
+    """A column for each model, a row for each stage, all on one scale: fractions of the panel's highest score.
 
-    Args:
-        rows: Of ``measure``.
-        scores: (size, size) for each row.
-        path: Picture to write.
+    ``rows`` and ``scores`` (size, size) for each of them are what ``measure`` gives.
     """
-    models = by_model(rows)
-    stages = max(row.stage for row in rows)
-    figure = Figure(figsize=(1.45 * len(models) + 1.2, 1.5 * stages + 0.7), layout="constrained")
-    grid = figure.subplots(stages, len(models), squeeze=False)
+    names, stages = list(by_model(rows)), max(row.stage for row in rows)
+    figure = Figure(figsize=(1.45 * len(names) + 1.2, 1.5 * stages + 0.7), layout="constrained")
+    grid = figure.subplots(stages, len(names), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    places = {name: column for column, name in enumerate(models)}
-    image = None
+    drawn: Any = None
     for row, own in zip(rows, scores, strict=True):
-        axes = grid[row.stage - 1, places[row.model]]
-        parts = np.log10(np.maximum(own / own.max(), 10.0**-DECADES))  # pixels without any score, too
-        image = axes.imshow(parts, cmap="inferno", vmin=-DECADES, vmax=0)
-        for share, side in row.scores.items():
+        axes = grid[row.stage - 1, names.index(row.model)]
+        fractions = np.log10(np.maximum(own / own.max(), 10.0**-DECADES))  # pixels without any score, too
+        drawn = axes.imshow(fractions, cmap="inferno", vmin=-DECADES, vmax=0)
+        for percent, side in row.scores.items():
             corner = row.size // 2 - side // 2 - 0.5
-            square = Rectangle((corner, corner), side, side, fill=False, edgecolor=OUTLINES[share], linewidth=0.8)
-            axes.add_patch(square)
+            outline: Any = dict(fill=False, edgecolor=OUTLINES[percent], linewidth=0.8)
+            axes.add_patch(Rectangle((corner, corner), side, side, **outline))
         axes.set_title(" / ".join(str(side) for side in row.scores.values()), fontsize=7, pad=2)
-    for name, column in places.items():
-        axes = grid[0, column]
-        axes.annotate(broken(name), (0.5, 1.16), xycoords="axes fraction", ha="center", va="bottom", fontsize=7)
-    for stage in range(stages):
-        axes = grid[stage, 0]
-        axes.annotate(f"stage {stage + 1}", (-0.06, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=8)
-    assert image is not None  # there are rows
-    bar = figure.colorbar(image, ax=grid, shrink=0.6, extend="min")
+    place: Any = dict(xycoords="axes fraction")
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.annotate(broken(name), (0.5, 1.16), ha="center", va="bottom", fontsize=7, **place)
+    for stage, axes in enumerate(grid[:, 0], 1):
+        axes.annotate(f"stage {stage}", (-0.06, 0.5), ha="right", va="center", fontsize=8, **place)
+    bar = figure.colorbar(drawn, ax=grid, shrink=0.6, extend="min")
     bar.set_label("log10 of score / highest score", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    first = rows[0]
     title = (
-        f"effective receptive fields at {first.size} px, mean of {first.images} pictures; squares and numbers: sides "
-        f"that hold {' and '.join(f'{name}%' for name in SHARES)}"
+        f"effective receptive fields at {rows[0].size} px, mean of {rows[0].images} images; squares and numbers: sides "
+        f"that hold {' and '.join(f'{name}%' for name in FRACTIONS)}"
     )
     figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def run_field(
-    names: Sequence[str], data: Path, *, out: Path, images: int = PICTURES, size: int = 224, device: str = "auto"
+    names: Sequence[str], data: Path, *, out: Path, images: int = IMAGES, size: int = 224, device: str = "auto"
 ) -> tuple[list[FieldRow], list[Path]]:
-    """``conv2former explain field``: measures networks and writes rows, table and picture into a folder.
+    """``conv2former explain field``: measures networks and writes rows, table and figure into a folder.
 
-    A line on standard error says when a network is done; rows and table then hold it.
+    A line on standard error says when a network is done; rows and table then hold it. One network at a time is in
+    memory. Returns the rows, and the files ``receptive_fields.jsonl``, ``.md`` and ``.png``.
 
     Args:
-        names: See ``open_subject``; each is taken once, and one network at a time is in memory.
-        data: Folder of pictures.
-        out: Folder for ``receptive_fields.jsonl``, ``.md`` and ``.png``.
-        images: Pictures to average over.
+        names: See ``open_subject``; each is taken once.
+        data: Folder of images.
+        out: Folder for the files.
+        images: How many to average over.
         size: Side that they are brought to, pixels.
         device: 'auto', 'cpu', 'cuda', ...
 
-    Returns:
-        The rows, and the files.
-
     Raises:
-        UserError: A name, a picture or a size that cannot be used, too few pictures, a folder that cannot be written.
+        UserError: A name, an image or a size that cannot be used, too few images, a folder that cannot be written.
     """
     names = list(dict.fromkeys(names))
     for name in names:  # all before the first is measured, which takes a while
         check_name(name, size=size)
-    pictures, place = choose_pictures(data, images), pick_device(device)
+    chosen, torch_device = choose_images(data, images), pick_device(device)
     rows: list[FieldRow] = []
     scores: list[np.ndarray] = []
-    jsonl, table, picture = (out / f"receptive_fields.{ending}" for ending in ("jsonl", "md", "png"))
+    jsonl, table, figure = (out / f"receptive_fields.{ending}" for ending in ("jsonl", "md", "png"))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names, 1):
             started = time.monotonic()
-            own_rows, own_scores = measure(open_subject(name, size=size, place=place), pictures, size)
+            own_rows, own_scores = measure(open_subject(name, size=size, device=torch_device), chosen, size)
             rows += own_rows
             scores += own_scores
             # after each, so that one that fails does not take the others with it
-            replace_text(jsonl, "".join(json.dumps(row.to_json()) + "\n" for row in rows))
+            replace_text(jsonl, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
             replace_text(table, to_markdown(rows))
             seconds = time.monotonic() - started
             print(f"{name} measured ({number} of {len(names)}) in {seconds:.0f} s", file=sys.stderr, flush=True)
-        draw(rows, scores, picture)
+        draw(rows, scores, figure)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {one_line(error)}") from None
-    return rows, [jsonl, table, picture]
+    return rows, [jsonl, table, figure]

@@ -15,18 +15,13 @@ from conv2former.tasks.base import Task
 
 @dataclass(frozen=True)
 class Explained:
-    """A trained model.
-
-    Attributes:
-        name: What messages call it.
-        task: The model, in evaluation mode.
-    """
+    """A trained model in evaluation mode, and its name in messages."""
 
     name: str
     task: Task
 
     def class_index(self, name: str) -> int:
-        """A class by its name, or by its number where none is called so; raises UserError."""
+        """A class by its name, or by its number where none has that name; raises UserError."""
         classes = self.task.classes
         if name in classes:
             return classes.index(name)
@@ -42,24 +37,18 @@ def open_explained(checkpoint: Path, *, device: str = "auto") -> Explained:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A block of a Conv2Former.
-
-    Attributes:
-        stage: From 1.
-        block: Of the stage, from 1.
-        mod: Its modulation layer.
-    """
+class Block:
+    """A block of a Conv2Former: its stage, its number in the stage (both from 1), and its modulation layer."""
 
     stage: int
-    block: int
+    number: int
     mod: Any
 
     def __str__(self) -> str:
-        return f"stage {self.stage}, block {self.block}"
+        return f"stage {self.stage}, block {self.number}"
 
 
-def choose_blocks(model: Explained, stages: list[int] | None, blocks: list[int] | None) -> list[Place]:
+def choose_blocks(model: Explained, stages: list[int] | None, blocks: list[int] | None) -> list[Block]:
     """Blocks of a Conv2Former, in order.
 
     Args:
@@ -83,5 +72,5 @@ def choose_blocks(model: Explained, stages: list[int] | None, blocks: list[int] 
             if block == 0 or abs(block) > len(own):
                 raise UserError(f"stage {stage} of {model.name} has no block {block}: use 1 to {len(own)}, or -1")
         numbers = sorted({block if block > 0 else len(own) + 1 + block for block in blocks or [-1]})
-        found += [Place(stage, number, own[number - 1].mod) for number in numbers]
+        found += [Block(stage, number, own[number - 1].mod) for number in numbers]
     return found

@@ -26,31 +26,20 @@ SMALL_SCALE = 1e-3  # of a layer scale: below, blocks change next to nothing
 
 @dataclass(frozen=True)
 class Subject:
-    """A network as its maps.
+    """A network as its maps."""
 
-    Attributes:
-        name: As the user named it.
-        weights: 'untrained', 'pretrained' or 'trained'.
-        maps: (B, 3, H, W) -> a map (B, C, h, w) for each stage.
-        strides: Of the maps.
-        mean: Of the images that it expects, 0 to 1.
-        std: The same.
-        place: Where it computes.
-        notes: What to know of its numbers.
-    """
-
-    name: str
-    weights: str
-    maps: Callable[[Tensor], Sequence[Tensor]]
-    strides: list[int]
-    mean: tuple[float, ...]
+    name: str  # as the user wrote it
+    weights: str  # 'untrained', 'pretrained' or 'trained'
+    maps: Callable[[Tensor], Sequence[Tensor]]  # (B, 3, H, W) -> a map (B, C, h, w) for each stage
+    strides: list[int]  # of the maps
+    mean: tuple[float, ...]  # of the images that it expects, 0 to 1
     std: tuple[float, ...]
-    place: torch.device
-    notes: tuple[str, ...] = ()
+    device: torch.device
+    notes: tuple[str, ...] = ()  # what to know of its numbers
 
 
 def check_name(name: str, *, size: int) -> None:
-    """Raises what ``open_subject`` would say of a name, without weights and memory for them."""
+    """Raises the UserError that ``open_subject`` would raise, but needs no weights and no memory for them."""
     named = read_name(name)
     if isinstance(named, Path):
         checkpoints.saved_task(named)
@@ -61,44 +50,44 @@ def check_name(name: str, *, size: int) -> None:
     stage_indices(name, built(name, build_on_meta, model_name, args))
 
 
-def open_subject(name: str, *, size: int, place: torch.device) -> Subject:
-    """What the user named.
+def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
+    """The network of that name.
 
     Args:
         name: timm's name, with arguments of ``timm.create_model`` behind a colon
             (``conv2former_t:kernel_size=21,ls_init_value=1``), or a run folder or saved model of any task.
-        size: Side of the pictures, pixels; networks with positions are told.
-        place: Where it computes.
+        size: Side of the images, pixels; networks with positions are told.
+        device: Where it computes.
 
     Raises:
         UserError: Unknown model, wrong argument, weights that cannot be had, a checkpoint that cannot be used.
     """
-    named = read_name(name)
-    if not isinstance(named, Path):
+    named, weights = read_name(name), "trained"
+    notes: tuple[str, ...] = ()
+    if isinstance(named, Path):
+        stats = checkpoints.saved_normalisation(named)
+        if checkpoints.saved_task(named) != "classification":
+            trunk: Any = load(named).to(device).trunk.requires_grad_(False)
+            return Subject(name, weights, trunk, list(STRIDES), **stats, device=device)
+        model: Any = checkpoints.load_pretrained(named, **model_args(saved_config(named)["architecture"], size))
+    else:
         model_name, args = named
+        model = built_untrained(name, model_name, model_args(model_name, size) | args).eval()
         weights = "pretrained" if args.get("pretrained") else "untrained"
-        model = built_untrained(name, model_name, model_args(model_name, size) | args).eval().to(place)
-        config = resolve_model_data_config(model)
         notes = _notes(model) if weights == "untrained" else ()
-        return _subject(name, weights, model, dict(mean=config["mean"], std=config["std"]), place, notes)
-    normalisation = checkpoints.saved_normalisation(named)
-    if checkpoints.saved_task(named) != "classification":
-        trunk: Any = load(named).to(place).trunk.requires_grad_(False)
-        return Subject(name, "trained", trunk, list(STRIDES), **normalisation, place=place)
-    model = checkpoints.load_pretrained(named, **model_args(saved_config(named)["architecture"], size)).to(place)
-    return _subject(name, "trained", model, normalisation, place, ())
-
-
-def _subject(
-    name: str, weights: str, model: Any, normalisation: dict[str, Any], place: torch.device, notes: tuple[str, ...]
-) -> Subject:
+        stats = {key: resolve_model_data_config(model)[key] for key in ("mean", "std")}
+    model.to(device).requires_grad_(False)  # the gradient is that of the image alone
     indices, strides = stage_indices(name, model)
 
     def maps(images: Tensor) -> Any:
         return model.forward_intermediates(images, indices=indices, intermediates_only=True, output_fmt="NCHW")
 
-    model.requires_grad_(False)  # the gradient is that of the picture alone
-    return Subject(name, weights, maps, strides, **normalisation, place=place, notes=notes)
+    return Subject(name, weights, maps, strides, **stats, device=device, notes=notes)
+
+
+def feature_info(model: Any) -> list[dict[str, Any]]:
+    """timm's description of each intermediate map of a model."""
+    return [dict(entry) for entry in getattr(model.feature_info, "info", model.feature_info)]
 
 
 def stage_indices(name: str, model: Any) -> tuple[list[int], list[int]]:
@@ -112,8 +101,7 @@ def stage_indices(name: str, model: Any) -> tuple[list[int], list[int]]:
     """
     if not hasattr(model, "feature_info") or not hasattr(model, "forward_intermediates"):
         raise UserError(f"{name} gives no maps of its stages (timm): take another model")
-    info = [dict(entry) for entry in getattr(model.feature_info, "info", model.feature_info)]
-    strides = [entry["reduction"] for entry in info]
+    strides = [entry["reduction"] for entry in feature_info(model)]
     if len(set(strides)) == 1:
         count = len(strides)
         indices = sorted({max(count * part // STAGES - 1, 0) for part in range(1, STAGES + 1)})

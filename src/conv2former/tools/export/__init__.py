@@ -1,8 +1,9 @@
-"""Trained models as files for other runtimes, each held against PyTorch on real pictures."""
+"""Trained models as files for other runtimes, each compared with PyTorch on real images."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +18,14 @@ from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, nearest, one_line
-from conv2former.tools.export.check import Comparison, compare, pictures_in, read, top1, validated_on
-from conv2former.tools.export.formats import FORMATS, trace
-from conv2former.tools.export.subjects import Subject, open_subject
+from conv2former.tools.export.check import Comparison, compare, images_in, top1, validated_on
+from conv2former.tools.export.formats import FORMATS, Format, trace
+from conv2former.tools.export.subjects import Runtime, Subject, open_subject
 from conv2former.tools.naming import read_name
 
 __all__ = ["FORMATS", "ExportOptions", "Exported", "export"]
 
-CALIBRATION_PICTURES = 300  # of a folder
+CALIBRATION_IMAGES = 300  # of a folder
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,25 @@ class ExportOptions:
 
     Attributes:
         formats: Keys of ``FORMATS``.
-        pictures: Files and folders to compare on; none for what the run was validated on.
+        images: Files and folders to compare on; none for what the run was validated on.
         count: How many of them.
         data: Folder of classes on which top-1 is counted in PyTorch and in every runtime.
-        calibration: Folder of pictures for int8; None for those that are compared on.
+        calibration: Folder of images for int8; None for those that are compared on.
         size: (H, W) of the images; None for the network's own.
         dynamic_size: Whether the file takes any size.
         fuse: Whether the network is re-parameterized before.
-        limit: Largest difference that is no error; None for the format's.
+        tolerance: Largest difference that is no error; None for the format's.
     """
 
     formats: Sequence[str] = ("onnx",)
-    pictures: Sequence[Path] = ()
+    images: Sequence[Path] = ()
     count: int = 16
     data: Path | None = None
     calibration: Path | None = None
     size: tuple[int, int] | None = None
     dynamic_size: bool = False
     fuse: bool = True
-    limit: float | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Exported:
         files: The file, and what belongs to it.
         size: Bytes of all.
         comparison: With PyTorch.
-        limit: For its difference.
+        tolerance: For its difference.
         top1: Percent in PyTorch and in the file's runtime, and images; None where no folder was given.
     """
 
@@ -71,29 +72,27 @@ class Exported:
     files: list[Path]
     size: int
     comparison: Comparison
-    limit: float
+    tolerance: float
     top1: tuple[float, float, int] | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is within its limit."""
-        return self.comparison.difference <= self.limit
+        """Whether the difference is within the tolerance."""
+        return self.comparison.difference <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        top = dict(zip(("top1_pytorch", "top1", "images"), self.top1, strict=True)) if self.top1 else {}
-        own = dict(format=self.format, file=str(self.files[0]), bytes=self.size, limit=self.limit, ok=self.ok)
-        compared = vars(self.comparison)
-        if not np.isfinite(self.comparison.difference):  # which JSON has no word for
-            compared = compared | dict(difference=None)
-        return own | compared | top
+        """All numbers; an infinite difference, for which JSON has no word, is None."""
+        own = dict(format=self.format, file=str(self.files[0]), bytes=self.size, limit=self.tolerance, ok=self.ok)
+        own |= vars(self.comparison)
+        own |= dict(zip(("top1_pytorch", "top1", "images"), self.top1 or (), strict=False))
+        return own if np.isfinite(self.comparison.difference) else own | dict(difference=None)
 
 
 def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str], None] = print) -> list[Exported]:
-    """Writes a checkpoint in one or more formats and holds each against PyTorch.
+    """Writes a checkpoint in one or more formats and compares each with PyTorch.
 
-    Only files whose difference is within the limit come into ``out``, and none where anything fails. A model card is
-    written beside them.
+    Only files whose difference is within the tolerance come into ``out``, and none where anything fails. A model card
+    is written beside them.
 
     Args:
         source: Run folder, saved model, or a timm model's name for one with random weights.
@@ -110,7 +109,8 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
         raise UserError(f"unknown --format {unknown[0]!r}{hint}")
     formats = [FORMATS[name] for name in dict.fromkeys(options.formats)]
     for format in formats:
-        format.check()
+        if missing := [name for name in format.needs if importlib.util.find_spec(name) is None]:
+            raise UserError(f"--format {format.name} needs {', '.join(missing)}: pip install 'conv2former[export]'")
     with ops.use_backend("reference"):  # our own operators are known to no other runtime
         named = read_name(source)
         subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
@@ -118,38 +118,25 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
             say(f"note: {subject.note}")
         if options.data and subject.task.one_at_a_time:
             raise UserError(f"--data counts top-1, {source} holds a {subject.task.name} model: leave it out")
-        pictures = _pictures(named, options, subject)
-        calibration: list[np.ndarray] = []
-        if any(format.name.endswith("int8") for format in formats):
-            folder = options.calibration
-            files = pictures_in([folder], CALIBRATION_PICTURES) if folder else []
-            calibration = [picture[None] for picture in (read(files, subject) if files else pictures)]
-        images: Any = subject.task.eval_source(options.data) if options.data else None
-        traced = trace(subject, dynamic_size=options.dynamic_size, calibration=calibration)
+        images = calibration = _images(named, options, subject)
+        if options.calibration and any(format.name.endswith("int8") for format in formats):
+            calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
+        labelled: Any = subject.task.eval_source(options.data) if options.data else None
+        subject.calibration = [image[None] for image in calibration]
+        program = trace(subject)
         with _workshop(out) as folder:
             found, runtimes = [], []
             for format in formats:
-                files = format.files(folder)
-                try:
-                    with contextlib.redirect_stdout(sys.stderr):  # some report their progress
-                        format.write(traced, files[0])
-                    runtime = format.load(files[0])
-                    comparison = compare(runtime, subject, pictures, dynamic_size=options.dynamic_size)
-                except UserError:
-                    raise
-                except Exception as error:  # each exporter has its own
-                    raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
-                limit = format.limit if options.limit is None else options.limit
-                size = sum(file.stat().st_size for file in files)
-                found.append(Exported(format.name, format.files(out), size, comparison, limit))
+                exported, runtime = _exported(format, subject, program, images, folder)
+                tolerance = exported.tolerance if options.tolerance is None else options.tolerance
+                found.append(replace(exported, files=format.files(out), tolerance=tolerance))
                 runtimes.append(runtime)
-            if images is not None:
-                own, *others = top1([subject.reference, *runtimes], subject, images)
-                share = 100 / len(images)
-                found = [
-                    replace(exported, top1=(share * own, share * other, len(images)))
-                    for exported, other in zip(found, others, strict=True)
-                ]
+            if labelled is not None:
+                own, *others = (
+                    100 * n / len(labelled) for n in top1([subject.reference, *runtimes], subject, labelled)
+                )
+                for number, other in enumerate(others):
+                    found[number] = replace(found[number], top1=(own, other, len(labelled)))
             for exported in found:
                 for file in exported.files if exported.ok else []:
                     (folder / file.name).replace(file)
@@ -160,13 +147,27 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     return found
 
 
+def _exported(
+    format: Format, subject: Subject, program: Any, images: Sequence[np.ndarray], folder: Path
+) -> tuple[Exported, Runtime]:
+    """A file in a folder, compared with PyTorch, and its runtime; raises UserError."""
+    files = format.files(folder)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # some report their progress
+            format.write(subject, program, files[0])
+        runtime = format.load(files[0])
+        comparison = compare(runtime, subject, images)
+    except UserError:
+        raise
+    except Exception as error:  # each exporter has its own
+        raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
+    size = sum(file.stat().st_size for file in files)
+    return Exported(format.name, files, size, comparison, format.tolerance), runtime
+
+
 @contextlib.contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
-    """A folder inside ``out`` for what has not been compared yet; nothing of it stays.
-
-    Raises:
-        UserError: It cannot be written, or ``out`` holds a saved model.
-    """
+    """A folder inside ``out`` for what has not been compared yet; nothing of it stays. Raises UserError."""
     if (out / CONFIG_FILE).exists():
         raise UserError(f"{out} holds a saved model: give a folder of its own to the exported files")
     try:
@@ -177,12 +178,12 @@ def _workshop(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write the output folder {out}: {error.strerror or one_line(error)}") from None
 
 
-def _pictures(named: Any, options: ExportOptions, subject: Subject) -> list[np.ndarray]:
+def _images(named: Any, options: ExportOptions, subject: Subject) -> list[np.ndarray]:
     """What to compare on: the files given, else those of the labelled folder, else what the run was validated on."""
-    chosen = options.pictures or ([options.data] if options.data else [])
+    chosen = options.images or ([options.data] if options.data else [])
     if chosen:
-        return read(pictures_in(chosen, options.count), subject)
+        return images_in(chosen, options.count, subject)
     run = RunDir(named) if isinstance(named, Path) else None
     if run is None or not run.exists():
-        raise UserError("name pictures to compare the exported file on with --pictures (files or folders)")
+        raise UserError("name images to compare the exported file on with --pictures (files or folders)")
     return validated_on(run, options.count, subject)

@@ -1,38 +1,33 @@
-"""An exported file against PyTorch: on real pictures, in the file's own runtime."""
+"""An exported file compared with PyTorch: on real images, in the file's own runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conv2former.data.images import BadImage, decode, find_images
+from conv2former.data.images import decode, find_images
 from conv2former.engine.evaluate import validation_set
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 from conv2former.tasks.classification.sources import ImageSource
-from conv2former.tools.export.formats import Runtime
-from conv2former.tools.export.subjects import Subject
+from conv2former.tools.export.subjects import Runtime, Subject
 
 BATCH = 4  # other than the exporter's example, so that a batch that is no constant shows
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a runtime makes of pictures beside PyTorch.
+    """A runtime's outputs compared with PyTorch's. The names of the fields are keys of ``--json``."""
 
-    Attributes:
-        pictures: How many.
-        difference: The largest of any output, as a share of that output's largest value in PyTorch; infinite where
-            shapes differ or one of the two gives no finite number.
-        agreement: Share of pictures (of pixels, for a segmenter) whose top class is the same; None for features.
-    """
-
-    pictures: int
+    pictures: int  # how many images
+    # the largest of any output, as a fraction of that output's largest value in PyTorch; infinite where shapes differ
+    # or one of the two gives no finite number
     difference: float
+    # fraction of images (of pixels, for a segmentation model) whose top class is the same; None for features
     agreement: float | None
 
 
@@ -42,74 +37,48 @@ def _spread(total: int, count: int) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
-def read(files: Sequence[Path], subject: Subject) -> list[np.ndarray]:
-    """The pictures as the network takes them.
-
-    Raises:
-        UserError: One cannot be read.
-    """
-    try:
-        return [subject.prepare(decode(file)) for file in files]
-    except BadImage as error:
-        raise UserError(str(error)) from None
-
-
-def pictures_in(paths: Sequence[Path], count: int) -> list[Path]:
-    """Some of the pictures in files and folders; raises UserError where there are none."""
+def images_in(paths: Sequence[Path], count: int, subject: Subject) -> list[np.ndarray]:
+    """Some of the images in files and folders as the network takes them; raises UserError where there are none."""
     files = find_images(paths)
     if not files:
         raise UserError(f"no images in {', '.join(map(str, paths))}")
-    return [files[index] for index in _spread(len(files), count)]
+    return [subject.prepare(decode(files[index])) for index in _spread(len(files), count)]
 
 
 def validated_on(run: RunDir, count: int, subject: Subject) -> list[np.ndarray]:
-    """Some of the pictures that a run was validated on, as the network takes them.
-
-    Raises:
-        UserError: They are not there any more, or one cannot be read.
-    """
+    """Some of the images that a run was validated on, as the network takes them; raises UserError."""
     try:
         source: Any = validation_set(run).val
     except UserError as error:
         reason = str(error).partition(":")[0]
-        raise UserError(f"{reason}: name pictures to compare on with --pictures (files or folders)") from None
-    try:
-        found = [source.load(index) for index in _spread(len(source), count)]
-    except BadImage as error:
-        raise UserError(str(error)) from None
-    # those of a detector or segmenter come with what is on them
+        raise UserError(f"{reason}: name images to compare on with --pictures (files or folders)") from None
+    found = [source.load(index) for index in _spread(len(source), count)]
+    # those of a detector or segmentation model come with what is on them
     return [subject.prepare(item[0] if isinstance(item, tuple) else item) for item in found]
 
 
-def compare(
-    runtime: Runtime, subject: Subject, pictures: Sequence[np.ndarray], *, dynamic_size: bool = False
-) -> Comparison:
-    """Runs both over the pictures, in batches and the first of them alone, and at another size where that is free."""
+def compare(runtime: Runtime, subject: Subject, images: Sequence[np.ndarray]) -> Comparison:
+    """Runs both over the images in batches, over the first image alone, and over another size if the size is free."""
     count = len(subject.part.outputs)
     largest, scale = np.zeros(count), np.zeros(count)
     same = total = 0
-    first = np.stack(pictures[:1])
+    first = np.stack(images[:1])
     extra = [first, np.concatenate([first, first])]
-    if dynamic_size:
+    if subject.dynamic_size:
         extra.append(np.pad(first, [(0, 0), (0, 0), (0, 32), (0, 64)], mode="reflect"))
-    batches = list(_batches(pictures))
+    batches = [np.stack(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
     for number, batch in enumerate([*batches, *extra]):
         ours, theirs = subject.reference(batch), runtime(batch)
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
-                return Comparison(len(pictures), float("inf"), None)
+                return Comparison(len(images), float("inf"), None)
             largest[i] = max(largest[i], np.abs(one - other).max())
             scale[i] = max(scale[i], np.abs(one).max())
         if subject.part.outputs == ["logits"] and number < len(batches):
             equal = ours[0].argmax(axis=1) == theirs[0].argmax(axis=1)
             same, total = same + int(equal.sum()), total + equal.size
-    share = np.where(scale > 0, largest / np.where(scale > 0, scale, 1), largest)
-    return Comparison(len(pictures), float(share.max()), same / total if total else None)
-
-
-def _batches(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    for start in range(0, len(pictures), BATCH):
-        yield np.stack(pictures[start : start + BATCH])
+    differences = largest / np.where(scale > 0, scale, 1)
+    return Comparison(len(images), float(differences.max()), same / total if total else None)
 
 
 def top1(runtimes: Sequence[Runtime], subject: Subject, source: ImageSource) -> list[int]:
@@ -117,10 +86,7 @@ def top1(runtimes: Sequence[Runtime], subject: Subject, source: ImageSource) -> 
     correct = [0] * len(runtimes)
     for start in range(0, len(source), BATCH):
         indices = range(start, min(start + BATCH, len(source)))
-        try:
-            batch = np.stack([subject.prepare(source.load(index)) for index in indices])
-        except BadImage as error:
-            raise UserError(str(error)) from None
+        batch = np.stack([subject.prepare(source.load(index)) for index in indices])
         targets = np.array([source.targets[index] for index in indices])
         for number, runtime in enumerate(runtimes):
             correct[number] += int((runtime(batch)[0].argmax(axis=1) == targets).sum())

@@ -6,17 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from conv2former.errors import UserError
-from conv2former.tools.reproduce import report
-from conv2former.tools.reproduce.jobs import (
-    Images,
-    Outcome,
-    Request,
-    Stopped,
-    measured,
-    measured_seeds,
-    run,
-    table_jobs,
-)
+from conv2former.tools.reproduce import jobs, report
+from conv2former.tools.reproduce.jobs import Images, Outcome, Request, Stopped, table_jobs
 from conv2former.tools.reproduce.tables import TABLES, paper_table
 
 __all__ = ["TABLES", "Outcome", "Request", "Stopped", "reproduce"]
@@ -26,9 +17,7 @@ def reproduce(request: Request) -> tuple[Outcome, list[Path]]:
     """Trains the rows of a table that have not been measured with the same settings and images, and renders it.
 
     The table is written after every row, so that a stop loses nothing; the same request goes on where it stopped.
-
-    Returns:
-        What was trained, and the files of the table.
+    Returns what was trained, and the files of the table.
 
     Raises:
         UserError: Anything wrong with what was given.
@@ -41,13 +30,13 @@ def reproduce(request: Request) -> tuple[Outcome, list[Path]]:
 
     def render() -> list[Path]:
         # all that is known, not only what this call trains
-        seeds = max(request.seeds, measured_seeds(request))
+        seeds = max(request.seeds, *(int(row.get("seed", 0)) + 1 for row in jobs.measured_rows(request)), 1)
         known = replace(request, data=None, pretraining_data=None, only=(), seeds=seeds)
         shown = table_jobs(known, table, images)
-        return report.write(request, table, shown, measured(request, shown))
+        return report.write(request, table, shown, jobs.measured(request, shown))
 
     files = render()
     if request.data is None:
         return Outcome(), files
-    outcome = run(request, found, images, render)
+    outcome = jobs.run(request, found, images, render)
     return outcome, render()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from safetensors import safe_open
@@ -26,7 +25,6 @@ from conv2former.tasks import task_class
 from conv2former.tools.reproduce.scales import Scale, at_scale
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
 
-ROWS = "rows.jsonl"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: no parameters
 PR_SET_PDEATHSIG = 1
 
@@ -58,61 +56,58 @@ class Request:
     @property
     def measured(self) -> Path:
         """The file of measured rows."""
-        return self.out / ROWS
+        return self.out / "rows.jsonl"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """One training."""
 
-    Attributes:
-        recipe: With the seed in it.
-        data: Its images; None where they are not known.
-        run: Its folder.
-        after: The training whose weights it starts from.
-        row: Of the table; None for a pre-training.
-    """
-
-    recipe: Recipe
-    data: Path | None
-    run: Path
-    after: Job | None = None
-    row: PaperRow | None = None
+    recipe: Recipe  # with the seed in it
+    data: Path | None  # None where the images are not known
+    run: Path  # its folder
+    after: Job | None = None  # the training whose weights it starts from
+    row: PaperRow | None = None  # None for a pre-training
 
     @property
     def key(self) -> str:
         """A hash of all settings, with those of the training before; where the weights lie makes no difference."""
-        own = self.recipe.model_copy(update=dict(model=self.recipe.model.model_copy(update=dict(weights=None))))
-        return (
-            hashlib.sha256(f"{own.digest()}{self.after.key}".encode()).hexdigest()[:16] if self.after else own.digest()
-        )
+        model = self.recipe.model.model_copy(update=dict(weights=None))
+        own = self.recipe.model_copy(update=dict(model=model)).digest()
+        return hashlib.sha256(f"{own}{self.after.key}".encode()).hexdigest()[:16] if self.after else own
 
 
 @dataclass
 class Outcome:
-    """What came of the jobs of a table.
+    """What came of the jobs of a table."""
 
-    Attributes:
-        trained: Jobs that were measured now.
-        skipped: Those that had been measured.
-        failed: A line for each run that could not be trained.
-    """
-
-    trained: int = 0
-    skipped: int = 0
-    failed: dict[Path, str] = field(default_factory=dict)
+    trained: int = 0  # jobs that were measured now
+    skipped: int = 0  # those that had been measured
+    failed: dict[Path, str] = field(default_factory=dict)  # a line for each run that could not be trained
 
 
 class Stopped(Exception):
-    """A training was asked to stop; its state is saved.
-
-    Attributes:
-        code: The training's exit status.
-    """
+    """A training was asked to stop; its state is saved. ``code`` is the training's exit status."""
 
     def __init__(self, code: int) -> None:
         super().__init__("stopped with the state saved: the same command goes on from there")
         self.code = code
+
+
+class Images:
+    """Hashes of the images that jobs are trained on, each computed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path | None, str], str] = {}
+
+    def digest(self, job: Job) -> str:
+        """The same for all seeds, even where a seed decides which images are held out; raises UserError."""
+        key = job.data, job.recipe.data.model_dump_json()
+        if key not in self._known:
+            engine = job.recipe.engine.model_copy(update=dict(seed=0))
+            recipe = job.recipe.model_copy(update=dict(engine=engine))
+            self._known[key] = task_class(recipe.task).open_splits(recipe, job.data).digest()
+        return self._known[key]
 
 
 def table_jobs(request: Request, table: PaperTable, images: Images) -> list[Job]:
@@ -132,31 +127,14 @@ def table_jobs(request: Request, table: PaperTable, images: Images) -> list[Job]
             hint = nearest(name, names) or f"; there are: {', '.join(names)}"
             raise UserError(f"no row {name!r} can be trained{hint}")
     rows = [row for row in table.rows if row.recipe and (not request.only or row.name in request.only)]
-    return [job for seed in range(request.seeds) for row in rows for job in _job(request, row, seed, images)]
+    jobs = [_job(request, row, seed, images) for seed in range(request.seeds) for row in rows]
+    return [job for job in jobs if job]
 
 
-def changes(request: Request, table: PaperTable) -> list[str]:
-    """The settings that make a difference to any row; how many processes read images does not."""
-    settings = list(request.settings)
-
-    def digest(row: PaperRow, settings: list[str]) -> str | None:
-        try:
-            recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
-        except UserError:  # some go together only
-            return None
-        return recipe.digest() if recipe else None
-
-    rows = [row for row in table.rows if row.recipe]
-    whole = [digest(row, settings) for row in rows]
-    return [
-        one for one in settings if whole != [digest(row, [other for other in settings if other != one]) for row in rows]
-    ]
-
-
-def _job(request: Request, row: PaperRow, seed: int, images: Images) -> list[Job]:
+def _job(request: Request, row: PaperRow, seed: int, images: Images) -> Job | None:
     recipe = at_scale(str(row.recipe), row.model, request.scale, [*request.settings, f"engine.seed={seed}"])
     if recipe is None:
-        return []
+        return None
     after = None
     if recipe.model.weights:  # as the recipes name them: runs/RECIPE
         before = Path(recipe.model.weights).name
@@ -168,7 +146,7 @@ def _job(request: Request, row: PaperRow, seed: int, images: Images) -> list[Job
         after = _placed(request, Job(first, request.pretraining_data, Path(name)), images)
         weights = recipe.model.model_copy(update=dict(weights=str(after.run)))
         recipe = recipe.model_copy(update=dict(model=weights))
-    return [_placed(request, Job(recipe, request.data, Path(row.name), after, row), images)]
+    return _placed(request, Job(recipe, request.data, Path(row.name), after, row), images)
 
 
 def _placed(request: Request, job: Job, images: Images) -> Job:
@@ -180,26 +158,22 @@ def _placed(request: Request, job: Job, images: Images) -> Job:
     return replace(job, run=folder / f"seed{job.recipe.engine.seed}-{job.key[:6]}-{seen[:6]}")
 
 
-def measured_seeds(request: Request) -> int:
-    """How many seeds the file of measured rows knows, 0 where there is none."""
-    return max((int(row.get("seed", 0)) + 1 for row in _rows(request)), default=0)
-
-
-def measured(request: Request, found: Sequence[Job]) -> dict[str, dict[str, Any]]:
-    """The measured row of each job's key; of several data sets that of the last row alone.
-
-    Numbers on different images do not belong into one table.
-    """
-    keys = {job.key for job in found}
-    rows = [row for row in _rows(request) if row.get("key") in keys]
-    return {row["key"]: row for row in rows if _images_of(row) == _images_of(rows[-1])}
-
-
-def _rows(request: Request) -> list[dict[str, Any]]:
+def measured_rows(request: Request) -> list[dict[str, Any]]:
+    """All rows that were ever measured; none if there is no file. Raises UserError."""
     try:
         return read_lines(request.measured)
     except OSError as error:
         raise UserError(f"cannot read {request.measured}: {one_line(error)}") from None
+
+
+def measured(request: Request, found: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """The measured row of each job's key. If rows are of several data sets, only those of the last row's are taken.
+
+    Numbers on different images do not belong into one table.
+    """
+    keys = {job.key for job in found}
+    rows = [row for row in measured_rows(request) if row.get("key") in keys]
+    return {row["key"]: row for row in rows if _images_of(row) == _images_of(rows[-1])}
 
 
 def _images_of(row: dict[str, Any]) -> tuple[Any, Any]:
@@ -207,20 +181,14 @@ def _images_of(row: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def run(request: Request, found: Sequence[Job], images: Images, each: Callable[[], Any]) -> Outcome:
-    """Trains what has not been measured.
-
-    Args:
-        request: With ``data``.
-        found: The jobs.
-        images: Looked up for them.
-        each: Called after each that has been measured.
+    """Trains the jobs that have not been measured, and calls ``each`` after each of them.
 
     Raises:
         UserError: The data cannot be used, or the folder cannot be written.
         Stopped: By a signal.
     """
     outcome = Outcome()
-    done = {(row["key"], *_images_of(row)) for row in _rows(request)}
+    done = {(row["key"], *_images_of(row)) for row in measured_rows(request)}
     for job in found:
         own, before = images.digest(job), images.digest(job.after) if job.after else None
         if (job.key, own, before) in done:
@@ -237,36 +205,14 @@ def run(request: Request, found: Sequence[Job], images: Images, each: Callable[[
 
 def _trained(job: Job, outcome: Outcome) -> bool:
     """Whether the job's run is there, or could be made."""
-    if job.run in outcome.failed:
-        return False
-    if _finished(job):
-        return True
+    if job.run in outcome.failed or _finished(job):
+        return job.run not in outcome.failed
     code = _train(job)
     if code in (RESUME_ME, 128 + signal.SIGINT):
         raise Stopped(code)
     if code:
         outcome.failed[job.run] = f"{job.run}: training ended with status {code}"
     return not code
-
-
-class Images:
-    """What tells the images of a folder from others', looked up once."""
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[Path | None, str], str] = {}
-
-    def digest(self, job: Job) -> str:
-        """Of the job's images, the same for all seeds even where a seed decides which are held out.
-
-        Raises:
-            UserError: They cannot be used.
-        """
-        key = job.data, job.recipe.data.model_dump_json()
-        if key not in self.known:
-            engine = job.recipe.engine.model_copy(update=dict(seed=0))
-            recipe = job.recipe.model_copy(update=dict(engine=engine))
-            self.known[key] = task_class(recipe.task).open_splits(recipe, job.data).digest()
-        return self.known[key]
 
 
 def _finished(job: Job) -> bool:
@@ -281,12 +227,14 @@ def _finished(job: Job) -> bool:
 def _train(job: Job) -> int:
     """``conv2former train`` as a process of its own, which gets this one's signals; returns its exit status.
 
+    The signals need all of this: a scheduler asks both processes, a terminal tells both of Ctrl-C, and a parent that is
+    killed must not leave a training behind that holds the folder's lock. That is why it is no ``subprocess.run``.
+
     Raises:
-        Stopped: This process was asked to stop, however the training took it: a scheduler asks both, and the second
-            signal may kill what has just saved its state.
+        Stopped: This process was asked to stop, however the training took it: a second signal may kill what has just
+            saved its state.
     """
-    name = f"{job.run.parent.name}, seed {job.recipe.engine.seed}"
-    print(f"--- {name}", file=sys.stderr, flush=True)
+    print(f"--- {job.run.parent.name}, seed {job.recipe.engine.seed}", file=sys.stderr, flush=True)
     recipe = job.run.with_name(f"{job.run.name}.yaml")
     try:
         recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -296,17 +244,20 @@ def _train(job: Job) -> int:
     command = [sys.executable, "-m", "conv2former_cli", "train", f"--recipe={recipe}", f"--out={job.run}"]
     command += [f"--data={job.data}", "--resume=auto"]
     child = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=_stop_with_parent)
-    previous = {}
     asked = False
 
-    def pass_on(signum: int, frame: FrameType | None) -> None:
+    def pass_on(signum: int, _: Any) -> None:
         nonlocal asked
         asked = True
         child.send_signal(signum)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        previous[number] = signal.signal(number, pass_on)
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the child itself
+    # Ctrl-C is ignored: the terminal tells the child itself
+    handlers: dict[signal.Signals, Any] = {
+        signal.SIGTERM: pass_on,
+        signal.SIGUSR1: pass_on,
+        signal.SIGINT: signal.SIG_IGN,
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         code = child.wait()
     finally:
@@ -319,7 +270,7 @@ def _train(job: Job) -> int:
 
 def _stop_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.platform == "linux":  # a killed parent leaves no training behind that would hold the folder's lock
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -329,13 +280,16 @@ def _row(request: Request, job: Job, trained_on: str, pretrained_on: str | None)
     facts = run.facts()
     (_, value), *_ = run.recorded(task_class(job.recipe.task).reported)
     assert job.row is not None
+    with safe_open(job.run / "best" / "model.safetensors", framework="np") as file:
+        names = [name for name in file.keys() if not name.endswith(STATISTICS)]  # noqa: SIM118, no dictionary
+        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     return dict(
         key=job.key,
         row=job.row.name,
         scale=request.scale,
         seed=job.recipe.engine.seed,
         value=value,
-        parameters=_parameters(job.run / "best" / "model.safetensors"),
+        parameters=parameters,
         data=Path(str(facts["data"])).name,
         images=facts["images"],
         images_hash=trained_on,
@@ -345,10 +299,3 @@ def _row(request: Request, job: Job, trained_on: str, pretrained_on: str | None)
         machine=facts["machine"],
         date=datetime.now(UTC).date().isoformat(),
     )
-
-
-def _parameters(path: Path) -> int:
-    with safe_open(path, framework="np") as file:
-        names = [name for name in file.keys() if not name.endswith(STATISTICS)]  # noqa: SIM118, no dictionary
-        shapes = [file.get_slice(name).get_shape() for name in names]
-    return sum(math.prod(shape) for shape in shapes)

@@ -1,4 +1,4 @@
-"""A table for people: Markdown, CSV and a picture with the paper's numbers and ours."""
+"""A table for people: Markdown, CSV and a plot with the paper's numbers and ours."""
 
 from __future__ import annotations
 
@@ -13,38 +13,27 @@ from typing import Any
 from conv2former.errors import UserError, one_line
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
-from conv2former.tools.reproduce.jobs import Job, Request, changes
-from conv2former.tools.reproduce.scales import in_words
+from conv2former.tools.reproduce.jobs import Job, Request
+from conv2former.tools.reproduce.scales import at_scale, in_words
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
 
 COLUMNS = ["row", "parameters", "paper", "ours", "std", "seeds", "ours - paper", "paper, to last", "ours, to last"]
+PAPER, OURS, SEED = "C7", "C3", "C0"  # colours
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row with what was measured.
-
-    Attributes:
-        row: Of the paper.
-        values: One of each seed.
-        parameters: Of the trained network.
-        note: Why there are no values.
-    """
+    """A row with what was measured."""
 
     row: PaperRow
-    values: tuple[float, ...] = ()
-    parameters: int | None = None
-    note: str = ""
+    values: tuple[float, ...] = ()  # one of each seed
+    parameters: int | None = None  # of the trained network
+    note: str = ""  # why there are no values
 
     @property
     def mean(self) -> float | None:
         """Over the seeds."""
         return statistics.fmean(self.values) if self.values else None
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds, of the sample; None for one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 def lines(table: PaperTable, found: Sequence[Job], done: dict[str, dict[str, Any]]) -> list[Line]:
@@ -52,43 +41,54 @@ def lines(table: PaperTable, found: Sequence[Job], done: dict[str, dict[str, Any
     result = []
     for row in table.rows:
         own = [job for job in found if job.row == row]
-        rows = [done[job.key] for job in own if job.key in done]
-        note = "not run"
-        if row.recipe is None:
-            note = "no recipe"
-        elif not own:
-            note = "no small form"
-        if rows:
+        if rows := [done[job.key] for job in own if job.key in done]:
             result.append(Line(row, tuple(r["value"] for r in rows), rows[0]["parameters"]))
         else:
+            note = "no recipe" if row.recipe is None else "not run" if own else "no small form"
             result.append(Line(row, note=note))
     return result
 
 
-def cells(line: Line, last: Line) -> list[str]:
-    """A row of the table; ``last`` is the last of its group."""
-    paper, ours = line.row.paper, line.mean
-    return [
-        line.row.label,
-        "" if line.parameters is None else f"{line.parameters / 1e6:.2f}M",
-        "" if paper is None else f"{paper:.1f}",
-        line.note if ours is None else f"{ours:.2f}",
-        "" if line.spread is None else f"{line.spread:.2f}",
-        str(len(line.values) or ""),
-        _difference(ours, paper, 2),
-        "" if line is last else _difference(paper, last.row.paper, 1),
-        "" if line is last else _difference(ours, last.mean, 2),
-    ]
-
-
-def _difference(value: float | None, other: float | None, digits: int) -> str:
-    return "" if value is None or other is None else f"{value - other:+.{digits}f}"
-
-
-def all_cells(found: Sequence[Line]) -> list[list[str]]:
+def cells(found: Sequence[Line]) -> list[list[str]]:
     """The rows of the table."""
-    last = {line.row.group: line for line in found}
-    return [cells(line, last[line.row.group]) for line in found]
+    ends = {line.row.group: line for line in found}  # the last row of each group
+
+    def difference(value: float | None, other: float | None, digits: int) -> str:
+        return "" if value is None or other is None else f"{value - other:+.{digits}f}"
+
+    def row(line: Line) -> list[str]:
+        paper, ours, last = line.row.paper, line.mean, ends[line.row.group]
+        return [
+            line.row.label,
+            "" if line.parameters is None else f"{line.parameters / 1e6:.2f}M",
+            "" if paper is None else f"{paper:.1f}",
+            line.note if ours is None else f"{ours:.2f}",
+            f"{statistics.stdev(line.values):.2f}" if len(line.values) > 1 else "",
+            str(len(line.values) or ""),
+            difference(ours, paper, 2),
+            "" if line is last else difference(paper, last.row.paper, 1),
+            "" if line is last else difference(ours, last.mean, 2),
+        ]
+
+    return [row(line) for line in found]
+
+
+def changes(request: Request, table: PaperTable) -> list[str]:
+    """The settings that make a difference to any row; how many processes read images does not."""
+    settings = list(request.settings)
+
+    def digest(row: PaperRow, settings: list[str]) -> str | None:
+        try:
+            recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
+        except UserError:  # some can only be used together
+            return None
+        return recipe.digest() if recipe else None
+
+    rows = [row for row in table.rows if row.recipe]
+    whole = [digest(row, settings) for row in rows]
+    return [
+        one for one in settings if whole != [digest(row, [other for other in settings if other != one]) for row in rows]
+    ]
 
 
 def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -> str:
@@ -115,7 +115,7 @@ def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -
 def to_markdown(request: Request, table: PaperTable, found: Sequence[Line], done: dict[str, dict[str, Any]]) -> str:
     """The table for a document, its head above it."""
     marks = ["---", *["---:"] * (len(COLUMNS) - 1)]
-    rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *all_cells(found))]
+    rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *cells(found))]
     return "\n".join([head(request, table, done), "", *rows, ""])
 
 
@@ -124,19 +124,44 @@ def to_csv(found: Sequence[Line]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, "values"])
-    for line, row in zip(found, all_cells(found), strict=True):
+    for line, row in zip(found, cells(found), strict=True):
         writer.writerow([*row, " ".join(f"{value:.4f}" for value in line.values)])
     return text.getvalue()
 
 
+def draw(table: PaperTable, found: Sequence[Line], path: Path) -> None:
+    """Two panels over the same rows: the paper's number; ours, a dot for each seed and a bar for their mean."""
+    from matplotlib.figure import Figure  # needed here alone
+
+    shown = [line for line in found if line.values or line.row.paper is not None]
+    figure = Figure(figsize=(11, 1.4 + 0.34 * len(shown)), layout="constrained")
+    paper, ours = figure.subplots(1, 2, sharey=True)
+    heights = range(len(shown), 0, -1)
+    for y, line in zip(heights, shown, strict=True):
+        if line.row.paper is not None:
+            paper.plot(line.row.paper, y, marker="o", color=PAPER)
+        if line.mean is not None:
+            ours.plot(line.values, [y] * len(line.values), marker=".", linestyle="", color=SEED, alpha=0.7)
+            ours.plot(line.mean, y, marker="|", markersize=16, markeredgewidth=2, color=OURS)
+        else:
+            ours.text(0.02, y, line.note, transform=ours.get_yaxis_transform(), va="center", color=PAPER)
+    paper.set_yticks(list(heights), [line.row.label for line in shown])
+    ours.set_title("ours (dots: seeds, bar: mean)")
+    paper.set_title("paper")
+    for axes in (paper, ours):
+        for upper, lower, y in zip(shown, shown[1:], heights[1:], strict=False):
+            if upper.row.group != lower.row.group:
+                axes.axhline(y + 0.5, color="0.8", linewidth=0.8)
+        axes.set_xlabel(task_class(table.task).reported[0].title)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(0.3, len(shown) + 0.7)
+        axes.margins(x=0.15)
+    figure.suptitle(table.title)
+    figure.savefig(path, dpi=110)
+
+
 def write(request: Request, table: PaperTable, found: Sequence[Job], done: dict[str, dict[str, Any]]) -> list[Path]:
-    """Writes ``TABLE.SCALE.md``, ``.csv`` and, where anything has been measured, ``.png`` into the folder.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    from conv2former.tools.reproduce.picture import draw  # matplotlib is needed here alone
-
+    """Writes ``TABLE.SCALE.md``, ``.csv`` and, where anything has been measured, ``.png``; raises UserError."""
     shown = lines(table, found, done)
     files = [request.out / f"{request.table}.{request.scale}{suffix}" for suffix in (".md", ".csv", ".png")]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from conv2former.config import Recipe
@@ -12,8 +12,8 @@ from conv2former.tasks.detection.config import DetectionRecipe
 
 Scale = Literal["full", "small"]
 
-SHARE = 4  # widths and depths are divided by it
-HEAD = 1280 // SHARE
+DIVISOR = 4  # of widths and depths
+HEAD = 1280 // DIVISOR
 LAYER_SCALE = 0.1  # with 1e-6 blocks wake up only after more steps than so short a run has
 ISOTROPIC_SIZE = 128  # pixels: a map of 8x8 at stride 16
 RESNET_SIZE = 64  # its stem has stride 4 and cannot be told otherwise
@@ -34,26 +34,20 @@ SMALL = dict(
 
 
 def at_scale(name: str, model: str | None, scale: Scale, settings: Sequence[str]) -> Recipe | None:
-    """The recipe of a row.
+    """The shipped recipe ``name``, perhaps with another timm model; None where there is no small form of the model.
 
-    Args:
-        name: The shipped recipe.
-        model: A timm model in place of the recipe's.
-        scale: 'small' takes everything but the network from another shipped recipe (``SMALL``), leaves pre-training
-            out and divides the network's widths and depths by ``SHARE``.
-        settings: Further ``section.key=value``.
-
-    Returns:
-        The recipe; None where there is no small form of the model.
+    'small' takes everything but the network from another shipped recipe (``SMALL``), leaves pre-training out and
+    divides the network's widths and depths by ``DIVISOR``. ``settings`` are further ``section.key=value``.
     """
     swap = [f"model.name={model}", "model.args={}"] if model else []
     if scale == "full":
         return load_recipe(name, overrides=[*swap, *settings])
     full = load_recipe(name, overrides=swap)
     base, changes = SMALL[full.task]
-    args, own_changes = _small_args(full.model.name, dense=full.task != "classification")
-    if args is None:
+    shrunk = _shrunk(full.model.name, dense=full.task != "classification")
+    if shrunk is None:
         return None
+    args, own_changes = shrunk
     raw = load_recipe(base, overrides=[*changes, *own_changes]).model_dump(mode="json")
     raw["name"] = f"{name}{'-' + model if model else ''}_small"
     raw["model"] |= dict(name=full.model.name, args=args | full.model.args)
@@ -73,61 +67,41 @@ def in_words(task: str, scale: Scale = "small") -> str:
     other_sizes = f", stem stride 2 (but ResNets at {RESNET_SIZE} px, isotropic models at {ISOTROPIC_SIZE} px)"
     stem = other_sizes if task == "classification" else ""
     return (
-        f"widths and depths of the network divided by {SHARE} (at least one block), layer scale {LAYER_SCALE}{stem}; "
+        f"widths and depths of the network divided by {DIVISOR} (at least one block), layer scale {LAYER_SCALE}{stem}; "
         f"no pre-training; all else from recipe `{base}` with `{' '.join(changes)}`"
     )
 
 
-def _part(depths: Sequence[int]) -> list[int]:
-    return [max(round(depth / SHARE), 1) for depth in depths]
+def _shrunk(name: str, *, dense: bool) -> tuple[dict[str, Any], list[str]] | None:
+    """The arguments of the small network, and settings that it needs; None where there is none."""
+    family, _, rest = name.partition("_")
+    size = rest.split("_")[0]
 
+    def depths(*full: int) -> list[int]:
+        return [max(round(depth / DIVISOR), 1) for depth in full]
 
-def _small_args(name: str, *, dense: bool) -> tuple[dict[str, Any] | None, list[str]]:
-    """The arguments of the shrunk network, and what its recipe needs besides."""
-    for start, shrink in _SHRINKS.items():
-        if name.startswith(start):
-            return shrink(name, dense)
-    return None, []
-
-
-def _conv2former(name: str, dense: bool) -> tuple[dict[str, Any], list[str]]:
-    family = name.split("_")[1]
-    if family in ("is", "ib"):
-        dim = {"is": 320, "ib": 640}[family] // SHARE
-        args: dict[str, Any] = dict(dim=dim, depth=round(18 / SHARE))
-        changes = [f"data.input_size={ISOTROPIC_SIZE}"]
+    if family == "conv2former" and size in ("is", "ib"):
+        args: dict[str, Any] = dict(dim={"is": 320, "ib": 640}[size] // DIVISOR, depth=round(18 / DIVISOR))
+        args |= dict(head_hidden_size=HEAD, ls_init_value=LAYER_SCALE)
+        return args, [f"data.input_size={ISOTROPIC_SIZE}"]
+    if family == "conv2former":
+        full = SIZES[size]
+        args = dict(dims=[dim // DIVISOR for dim in full["dims"]], depths=depths(*full["depths"]))
+        args |= dict(head_hidden_size=HEAD, ls_init_value=LAYER_SCALE) | ({} if dense else dict(stem_stride=2))
+    elif family == "convnext":
+        width, middle = dict(tiny=(96, 9), small=(96, 27), base=(128, 27), large=(192, 27))[size]
+        args = dict(dims=[width * 2**i // DIVISOR for i in range(4)], depths=depths(3, 3, middle, 3))
+        args |= dict(ls_init_value=LAYER_SCALE) | ({} if dense else dict(patch_size=2))
+    elif family == "swin":
+        width, middle = dict(tiny=(96, 6), small=(96, 18), base=(128, 18), large=(192, 18))[size]
+        args = dict(embed_dim=width // DIVISOR, depths=depths(2, 2, middle, 2))
+        args |= {} if dense else dict(img_size=32, patch_size=2, window_size=4)
+    elif family.startswith("resnet50"):
+        args = dict(channels=[width // DIVISOR for width in (64, 128, 256, 512)], layers=depths(3, 4, 6, 3))
+        return args, [f"data.input_size={RESNET_SIZE}"]
+    elif family == "deit":
+        width, heads = dict(small=(384, 6), base=(768, 12))[size]
+        args = dict(img_size=32, patch_size=4, embed_dim=width // DIVISOR, depth=12 // DIVISOR, num_heads=heads)
     else:
-        size = SIZES[family]
-        args = dict(dims=[dim // SHARE for dim in size["dims"]], depths=_part(size["depths"]))
-        args |= {} if dense else dict(stem_stride=2)
-        changes = []
-    return args | dict(head_hidden_size=HEAD, ls_init_value=LAYER_SCALE), changes
-
-
-def _convnext(name: str, dense: bool) -> tuple[dict[str, Any], list[str]]:
-    width, middle = {"tiny": (96, 9), "small": (96, 27), "base": (128, 27), "large": (192, 27)}[name.split("_")[1]]
-    args = dict(dims=[width * 2**i // SHARE for i in range(4)], depths=_part((3, 3, middle, 3)))
-    return args | dict(ls_init_value=LAYER_SCALE) | ({} if dense else dict(patch_size=2)), []
-
-
-def _swin(name: str, dense: bool) -> tuple[dict[str, Any], list[str]]:
-    width, middle = {"tiny": (96, 6), "small": (96, 18), "base": (128, 18), "large": (192, 18)}[name.split("_")[1]]
-    args: dict[str, Any] = dict(embed_dim=width // SHARE, depths=_part((2, 2, middle, 2)))
-    if not dense:
-        args |= dict(img_size=32, patch_size=2, window_size=4)
+        return None
     return args, []
-
-
-def _resnet(name: str, dense: bool) -> tuple[dict[str, Any], list[str]]:
-    args = dict(channels=[width // SHARE for width in (64, 128, 256, 512)], layers=_part((3, 4, 6, 3)))
-    return args, [f"data.input_size={RESNET_SIZE}"]
-
-
-def _deit(name: str, dense: bool) -> tuple[dict[str, Any], list[str]]:
-    width, heads = {"small": (384, 6), "base": (768, 12)}[name.split("_")[1]]
-    return dict(img_size=32, patch_size=4, embed_dim=width // SHARE, depth=12 // SHARE, num_heads=heads), []
-
-
-_SHRINKS: dict[str, Callable[[str, bool], tuple[dict[str, Any], list[str]]]] = dict(
-    conv2former=_conv2former, convnext=_convnext, swin=_swin, resnet50=_resnet, deit=_deit
-)

@@ -1,4 +1,4 @@
-"""Pictures of measured rows: accuracy against speed, cost against resolution."""
+"""Plots of measured rows: accuracy against speed, cost against resolution."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from conv2former.models.zoo import PAPER_TOP1
 from conv2former.tools.benchmark.measure import Row
 
-# ImageNet-1k top-1 in percent at 224 px of the paper's rivals, those that timm has: Tables 3 and 7
-PEERS_TOP1 = {
+# ImageNet-1k top-1 in percent at 224 px of the paper's baselines, those that timm has: Tables 3 and 7
+BASELINES_TOP1 = {
     "resnet50d": 79.5,
     "swin_tiny_patch4_window7_224": 81.5,
     "swin_small_patch4_window7_224": 83.0,
@@ -30,6 +30,7 @@ ACCURACY_SIZE = 224
 # the beginning of a family's name -> its colour
 FAMILIES = {"conv2former": "C3", "convnext": "C0", "swin": "C2", "deit": "C4", "resnet": "C1", "regnet": "C5"}
 OTHERS = "C7"
+DPI = 110
 
 
 def best_modes(rows: Sequence[Row]) -> list[Row]:
@@ -44,15 +45,14 @@ def best_modes(rows: Sequence[Row]) -> list[Row]:
 
 def top1(row: Row) -> float | None:
     """The paper's accuracy of a row's model; None where it gives none for this image size."""
-    known = (PAPER_TOP1 | PEERS_TOP1).get(row.model.split(".")[0])  # a pretrained tag makes no difference
+    known = (PAPER_TOP1 | BASELINES_TOP1).get(row.model.split(".")[0])  # a pretrained tag makes no difference
     return known if row.image_size == ACCURACY_SIZE else None
 
 
 def speed(rows: Sequence[Row], folder: Path) -> Path | None:
     """``speed.png``: accuracy against images per second, a panel for each dtype and batch size.
 
-    Returns:
-        The picture; None where the paper gives no accuracy for any row.
+    There is none where the paper gives no accuracy for any row.
     """
     known = [row for row in best_modes(rows) if top1(row) is not None]
     if not known:
@@ -64,20 +64,20 @@ def speed(rows: Sequence[Row], folder: Path) -> Path | None:
             colour = next((c for start, c in FAMILIES.items() if row.model.startswith(start)), OTHERS)
             axes.plot(row.images_per_second, top1(row), marker="o", color=colour)
             name = f"{row.model.partition('_patch')[0]} ({row.mode})"
-            place = (0, -14 if number % 2 else 7)  # below and above in turn, so that names do not meet
+            offset = (0, -14 if number % 2 else 7)  # below and above in turn, so that names do not meet
             point = row.images_per_second, top1(row)
-            axes.annotate(name, point, place, textcoords="offset points", fontsize=8, ha="center")
+            axes.annotate(name, point, offset, textcoords="offset points", fontsize=8, ha="center")
         axes.margins(x=0.35, y=0.2)  # room for the names
         axes.set(xlabel=f"{group[0].task}, images/s, best mode", ylabel="paper's ImageNet top-1, %", title=title)
         axes.grid(alpha=0.3)
-    return _save(figure, folder / "speed.png")
+    figure.savefig(folder / "speed.png", dpi=DPI)
+    return folder / "speed.png"
 
 
 def resolution(rows: Sequence[Row], folder: Path) -> Path | None:
     """``resolution.png``: time and multiply-adds of an image against its side, for each dtype and batch size.
 
-    Returns:
-        The picture; None where there is one size alone.
+    There is none where there is one size alone.
     """
     best = sorted(best_modes(rows), key=lambda row: row.image_size)
     if len({row.image_size for row in best}) < 2:
@@ -102,7 +102,8 @@ def resolution(rows: Sequence[Row], folder: Path) -> Path | None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)
         time.legend()
-    return _save(figure, folder / "resolution.png")
+    figure.savefig(folder / "resolution.png", dpi=DPI)
+    return folder / "resolution.png"
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -111,8 +112,3 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         panels.setdefault(f"{row.dtype}, batch size {row.batch_size}", []).append(row)
     return panels
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    return path
