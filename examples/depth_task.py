@@ -161,7 +161,7 @@ class DepthMetric(Metric):
 
     def result(self) -> Evaluation:
         images, pixels, error, close = self.compute().tolist()
-        metrics = dict(abs_rel=error / max(pixels, 1), delta1=100 * close / max(pixels, 1))
+        metrics = dict(delta1=100 * close / max(pixels, 1), abs_rel=error / max(pixels, 1))
         line = f"abs-rel {metrics['abs_rel']:.4f}, delta-1 {metrics['delta1']:.2f}% ({images:.0f} images)"
         return Evaluation(dict(metrics), line, dict(images=int(images), pixels=int(pixels)) | metrics)
 

@@ -147,6 +147,18 @@ def test_models_of_other_tasks_are_refused(runs: dict[str, Path], scenes: dict[s
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_recipe_of_weights_is_one_line(
+    runs: dict[str, Path], scenes: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(runs["detection"] / "best", tmp_path / "weights")
+    file = tmp_path / "weights" / "config.json"
+    for damage in ({}, dict(model=None), dict(model=dict(args=3))):
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(recipe=damage)))
+        recipe = small_detector(f"model.weights={tmp_path / 'weights'}")
+        with pytest.raises(UserError, match=r"the recipe in config.json of .* is damaged: save the model again"):
+            train(recipe, data=scenes["detection"], out=tmp_path / "run")
+
+
 def test_weights_of_a_classifier_fill_the_backbone(
     finished: Path, scenes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from command import run_command
 from conv2former.engine.dry_run import activations, build_without_memory, dry_run, saved_bytes, state_bytes
+from conv2former.engine.trial import stand_in
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe, load_recipe
+from conv2former.tasks import task_class
 from conv2former.tasks.classification.task import ClassificationTask
 from digits import write_digits
 
@@ -111,6 +113,15 @@ def test_activations_are_those_of_a_real_pass(precision: str) -> None:
         real = saved_bytes(task, step, half=precision != "32")
         assert found.fixed + batch * found.per_image == pytest.approx(real, rel=0.01)
     assert found.whole
+
+
+def test_activations_of_a_detector_are_those_of_its_backbone(tmp_path: Path) -> None:
+    """Its loss needs values: nothing of the attempt is counted."""
+    recipe = load_recipe("smoke_detection")
+    found = activations(build_without_memory(recipe, classes=3))
+    task = task_class("detection").build(recipe, ["a", "b", "c"]).train()
+    real = [saved_bytes(task, functools.partial(stand_in, task, count), half=False) for count in (2, 4)]
+    assert not found.whole and found.per_image == pytest.approx((real[1] - real[0]) / 2, rel=0.02)
 
 
 def test_half_width_and_checkpointing_save_activations() -> None:

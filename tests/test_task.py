@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import timm
 import torch
+from torch import Tensor, nn
 
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.optim import build_optimizer, scaled_lr
+from conv2former.engine.trial import try_out
+from conv2former.errors import UserError
 from conv2former.tasks.classification.data import NO_TARGET, Batch
 from conv2former.tasks.classification.metrics import ClassificationMetric
 from conv2former.tasks.classification.task import ClassificationTask
@@ -109,6 +113,45 @@ def test_mixup_keeps_the_loss_of_the_mixed_labels() -> None:
     logits = model(mixed)
     torch.testing.assert_close(loss, -(soft * logits.log_softmax(1)).sum(1).mean())
     assert torch.allclose(soft.sum(1), torch.ones(4)) and not torch.equal(mixed, images)
+
+
+def test_names_of_classes_are_as_many_as_the_outputs() -> None:
+    model = timm.create_model("conv2former_test", num_classes=5)
+    with pytest.raises(UserError, match="2 names of classes for a model of 5"):
+        ClassificationTask(model, tiny_recipe(), ["a", "b"])
+
+
+class Remembering(nn.Module):
+    """A network that keeps a tensor from call to call, and counts."""
+
+    num_classes = 4
+    pretrained_cfg: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.kept is None:
+            self.kept = torch.ones(3, device=x.device)
+        return self.head(self.norm(x).mean((2, 3)) * self.kept)
+
+
+def test_the_trial_leaves_the_network_as_it_was() -> None:
+    network = Remembering()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    task = ClassificationTask(network, tiny_recipe("augment.mixup=0.8"))
+    try_out(task)
+    assert network.kept is None and all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    batch = task.example_batch(4)
+    loss = task.train().training_step(batch)
+    assert type(loss) is Tensor and network.calls == 1
+    with pytest.raises(UserError, match=r"cannot be trained on images of 16 x 16 pixels: .*reduction dim"):
+        network.head = nn.Linear(7, 4)
+        try_out(task)
 
 
 def test_learning_rate_scales_with_the_effective_batch() -> None:

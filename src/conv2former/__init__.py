@@ -78,7 +78,7 @@ class _Moved(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         if (new := _MOVED.get(spec.name.removeprefix("conv2former."))) is not None:
-            warnings.warn(f"{spec.name} is conv2former.{new} now", FutureWarning, stacklevel=6)
+            warnings.warn(f"{spec.name} is conv2former.{new} now", FutureWarning, stacklevel=2)
         return _MovedModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:

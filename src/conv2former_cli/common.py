@@ -33,10 +33,10 @@ def options(
         sys.path.insert(0, os.getcwd())
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            from conv2former.errors import UserError
+        except Exception as error:  # whatever somebody's module raises
+            from conv2former.errors import UserError, one_line
 
-            raise UserError(f"--import {name}: {error}") from None
+            raise UserError(f"--import {name}: {one_line(error)}") from error
 
 
 DataOption = Annotated[Path | None, Option(help="Folder of images.")]

@@ -31,19 +31,12 @@ from conv2former.errors import UserError, some
 
 @dataclass(frozen=True)
 class SavedDense:
-    """What such a folder holds beside the weights.
+    """What such a folder holds beside the weights."""
 
-    Attributes:
-        config_file: Where it is from.
-        weights: The file of the weights.
-        recipe: What it was trained with, not checked; ``model.args`` are those that rebuild the backbone.
-        classes: K names.
-    """
-
-    config_file: Path
-    weights: Path
-    recipe: dict[str, Any]
-    classes: list[str]
+    config_file: Path  # where it is from
+    weights: Path  # the file
+    recipe: dict[str, Any]  # what it was trained with, not checked; ``model.args`` rebuild the backbone
+    classes: list[str]  # K names
 
 
 def save_dense(
@@ -57,22 +50,16 @@ def save_dense(
 ) -> None:
     """Writes a model whole or not at all; one that is in ``folder`` already is replaced.
 
-    Args:
-        folder: Where to; parents are made.
-        recipe: What it was trained with.
-        state: The weights.
-        classes: K names.
-        model_args: Arguments of ``timm.create_model`` that rebuild the backbone.
-        note: Further facts for ``config.json``.
+    ``recipe`` is what the model was trained with, ``model_args`` rebuild the backbone by ``timm.create_model``, and
+    ``note`` has further facts for ``config.json``.
 
     Raises:
         UserError: ``folder`` is a file, holds something else than a model, or cannot be written.
     """
     folder = Path(folder)
     check_replaceable(folder, overwrite=True)
-    own = recipe.model_copy(
-        update=dict(model=recipe.model.model_copy(update=dict(weights=None, args=dict(model_args))))
-    )
+    section = recipe.model.model_copy(update=dict(weights=None, args=dict(model_args)))
+    own = recipe.model_copy(update=dict(model=section))
     config = dict(
         architecture=recipe.model.name,
         task=recipe.task,
@@ -128,22 +115,18 @@ def with_saved_args(section: ModelSection) -> ModelSection:
     if config.get("task", "classification") == "classification":
         args = saved_model_args(section.weights)
     else:
-        args = read_dense(section.weights, str(config["task"])).recipe["model"].get("args", {})
+        model = read_dense(section.weights, str(config["task"])).recipe.get("model")
+        args = model.get("args", {}) if isinstance(model, dict) else {}
+        if not isinstance(model, dict) or not isinstance(args, dict):
+            raise UserError(f"the recipe in {CONFIG_FILE} of {section.weights} is damaged: save the model again")
     return section.model_copy(update=dict(args=args | section.args))
 
 
 def start_from(path: StrPath, model: nn.Module, *, task: str) -> str:
     """Loads weights of a classifier into the backbone, or those of a model of the same task into all of the network.
 
-    Layers whose shape depends on other classes stay as they were initialised.
-
-    Args:
-        path: Run folder, saved model, or timm's ``local-dir:PATH``.
-        model: On a ``Backbone`` that ``with_saved_args`` describes.
-        task: Of the network.
-
-    Returns:
-        A line that says what was loaded.
+    Layers whose shape depends on other classes stay as they were initialised. The backbone must be built with the
+    arguments of ``with_saved_args``. Returns a line that says what was loaded.
 
     Raises:
         UserError: Weights of another task, or that do not fit.

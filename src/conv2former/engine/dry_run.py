@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,7 @@ class Activations:
     Attributes:
         fixed: Bytes, whatever the batch.
         per_image: Bytes for each image of it.
-        whole: Whether they are those of the whole network; else of the part that can be exported.
+        whole: Whether they are those of the whole network; else of its trunk.
     """
 
     fixed: int
@@ -158,18 +159,15 @@ def activations(task: Task) -> Activations:
     Raises:
         UserError: The network does not take images of that size.
     """
-    half, whole = task.recipe.engine.precision != "32", True
-
-    def step(count: int) -> None:
-        nonlocal whole
-        whole = trial.loss(task, count)[1]
-
+    half = task.recipe.engine.precision != "32"
     with trial.refusals(task), FakeTensorMode(allow_non_fake_inputs=True):
         if task.recipe.engine.grad_checkpointing:
             task.model.set_grad_checkpointing()
         task.to_empty(device="cpu").train()
         # one image would be too few for batch norm on a map of one position, and for mixing in pairs
-        two, four = (saved_bytes(task, partial(step, count), half=half) for count in (2, 4))
+        whole = trial.step(task, 2) is not None
+        compute = trial.step if whole else trial.stand_in
+        two, four = (saved_bytes(task, partial(compute, task, count), half=half) for count in (2, 4))
     per_image = (four - two) // 2
     return Activations(two - 2 * per_image, per_image, whole)
 
@@ -288,16 +286,14 @@ def _network(task: Task) -> list[str]:
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     total = sum(p.numel() for p in model.parameters())
     own = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
-    with trial.refusals(task):
+    lines = [f"{section.name}: {total:,} parameters ({own})"]
+    with trial.refusals(task), contextlib.suppress(UserError):  # a task may have nothing that can be exported
         part = task.exportable()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             part.network.eval()(torch.empty(1, 3, *part.size, device="meta"))
-    macs, (height, width) = counter.get_total_flops() / 2e9, part.size
-    of = f" in {part.part}" if part.part else ""
-    lines = [
-        f"{section.name}: {total:,} parameters ({own})",
-        f"{macs:.3f} G multiply-adds{of} for an image of {height} x {width} pixels",
-    ]
+        macs, (height, width) = counter.get_total_flops() / 2e9, part.size
+        of = f" in {part.part}" if part.part else ""
+        lines.append(f"{macs:.3f} G multiply-adds{of} for an image of {height} x {width} pixels")
     if section.weights:
         lines.append(f"model.weights ({section.weights}) was not looked at; arguments that it brings are not counted")
     return lines
@@ -316,7 +312,7 @@ def _memory(task: Task, batch: BatchPlan) -> list[str]:
     width = "32 bits" if recipe.engine.precision == "32" else "16 bits under autocast"
     width += ", of checkpointed blocks the inputs" if recipe.engine.grad_checkpointing else ""
     held = f"{batch.per_process} images x {found.per_image / 2**20:.1f} MiB + {found.fixed / 2**20:.0f} MiB; {width}"
-    held += "" if found.whole else f"; of {task.exportable().part} alone, the rest depends on values"
+    held += "" if found.whole else "; of the backbone alone, the rest depends on values"
     rows = [
         ("weights", weights / shards, f"32 bits{sharded}"),
         ("gradients", gradients / shards, f"32 bits{sharded}"),

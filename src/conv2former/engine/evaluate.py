@@ -36,7 +36,7 @@ def evaluation_loop(task: Task, batches: Iterable[Any], metric: Metric) -> Evalu
     """
     metric.to(task.normalizer.mean.device)
     for batch in batches:
-        task.eval_step(batch, metric)
+        task.count(batch, lambda: metric)
     return metric.result()
 
 
@@ -89,8 +89,8 @@ def _announced(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
 def evaluate(
     checkpoint: Path | str,
     *,
-    data: Path | None = None,
-    out: Path | None = None,
+    data: Path | str | None = None,
+    out: Path | str | None = None,
     batch_size: int | None = None,
     workers: int = 2,
     device: str = "auto",
@@ -120,7 +120,7 @@ def evaluate(
     Raises:
         UserError: Anything wrong with what was given.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, data, out = Path(checkpoint), None if data is None else Path(data), None if out is None else Path(out)
     task = load(checkpoint)
     set_options(task, batch_size=batch_size, source=source, multi_scale=multi_scale or None)
     if settings and (data is None or "settings" not in task.options):

@@ -99,7 +99,7 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
     return found
 
 
-def shard(task: nn.Module, mesh: Any) -> nn.Module:
+def shard(task: Any, mesh: Any) -> nn.Module:
     """FSDP: every block, then the rest, has its weights sharded and gathered when it computes."""
     from torch.distributed.fsdp import fully_shard
 
@@ -107,16 +107,17 @@ def shard(task: nn.Module, mesh: Any) -> nn.Module:
     for child in task.children():  # the strategy moves what is sharded alone
         if child is not network:
             child.to(mesh.device_type)
-    for block in blocks(network):
-        fully_shard(block, mesh=mesh["data_parallel"])
+    own, called = blocks(task.backbone), task.sharded_blocks
+    for name in own if called is None else sorted(called):
+        fully_shard(own[name], mesh=mesh["data_parallel"])
     fully_shard(network, mesh=mesh["data_parallel"])
     return task
 
 
-def blocks(network: Any) -> list[nn.Module]:
-    """The repeated parts of a network with timm's ``group_matcher``, as its layer-wise decay knows them."""
+def blocks(network: Any) -> dict[str, nn.Module]:
+    """The repeated parts of a network with timm's ``group_matcher``, as its layer-wise decay knows them, by name."""
     if not hasattr(network, "group_matcher"):
-        return []
+        return {}
     found: dict[str, nn.Module] = {}
     for names in group_parameters(network, network.group_matcher(coarse=False)).values():
         for name in names:
@@ -128,4 +129,4 @@ def blocks(network: Any) -> list[nn.Module]:
                 if any(block.children()) and {f"{path}.{own}" for own, _ in block.named_parameters()} <= set(names):
                     found[path] = block
                     break
-    return [*found.values()]
+    return found

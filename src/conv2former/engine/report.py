@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,4 +43,6 @@ def _write_samples(run: RunDir, source: Any) -> None:
     folder = run.path / "samples"
     folder.mkdir(exist_ok=True)
     for index in range(0, len(source), -(-len(source) // SAMPLES)):
-        source.load(index).save(folder / source.name(index))
+        loaded = source.load(index)
+        image = loaded[0] if isinstance(loaded, tuple) else loaded
+        image.save(folder / Path(source.name(index)).name)

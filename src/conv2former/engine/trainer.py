@@ -84,7 +84,7 @@ class Trainer:
         if engine.compile:
             task.compile(mode=engine.compile_mode)
         self.wrapped: Any = fabric.setup_module(task)
-        for step in ("training_step", "eval_step"):  # through DDP's and FSDP's forward
+        for step in ("training_step", "count"):  # through DDP's and FSDP's forward
             self.wrapped.mark_forward_method(step)
         fused = fused_optimizer(recipe, fabric.device)
         # behind the set-up, which may shard the weights

@@ -2,66 +2,116 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 
-from conv2former.engine.batchnorm import BatchNormBackup
+from conv2former.engine.launch import blocks
 from conv2former.errors import UserError, one_line
 from conv2former.tasks.base import Task
 
-# of operations whose result depends on values: detectors choose boxes, some networks ask a tensor for a number
-VALUES_NEEDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+# raised where a result depends on values (detectors choose boxes), or where code of others knows no fake tensors
+NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+WORDS = ("tensor subclass", "no fake impl", "FakeTensor", "fake tensor")  # of PyTorch's other errors about them
 
 
 def try_out(task: Task) -> None:
-    """Computes a training step on blank images of the training size.
+    """Computes a training step on blank images of the training size, with a copy that shares the parameters.
+
+    A copy, because networks keep tensors from call to call, and in the fake mode batch norms go on counting. It finds
+    out which blocks of the backbone are called as modules: FSDP shards those alone.
 
     Raises:
         UserError: The network cannot be trained on such images.
     """
-    statistics = BatchNormBackup(task.model)
-    statistics.keep()  # the fake mode lets batch norms count the step
-    with refusals(task), FakeTensorMode(allow_non_fake_inputs=True):
+    called: set[str] = set()
+    with refusals(task):
         if task.recipe.engine.grad_checkpointing:
             task.model.set_grad_checkpointing()
-        loss(task.train(), 2)
-    statistics.restore()
+        trial = copy.deepcopy(task, {id(parameter): parameter for parameter in task.parameters()}).train()
+        if task.recipe.engine.strategy == "fsdp":
+            for name, block in blocks(trial.backbone).items():
+                block.register_forward_hook(partial(_note, called, name))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for compute in (step, stand_in):
+                if compute(trial, 2) is not None:
+                    break
+    task.sharded_blocks = called
 
 
-def loss(task: Task, count: int) -> tuple[Tensor, bool]:
-    """The loss of ``count`` blank images under fake tensors, and whether it is that of the whole network.
+def _note(called: set[str], name: str, *call: Any) -> None:
+    called.add(name)
 
-    Where the network needs values, a sum over the maps of its trunk stands in.
-    """
-    batch: Any = task.example_batch(count)
+
+def step(task: Task, count: int) -> Tensor | None:
+    """The loss of ``count`` blank images; None if it cannot be computed without values."""
+    return _without_values(lambda: task.training_step(task.example_batch(count)))
+
+
+def stand_in(task: Task, count: int) -> Tensor | None:
+    """A sum over the maps of the trunk, for a network whose loss needs values; None if these need them, too."""
+    images = example_images(task, count)
+    if images is None:
+        return None
+
+    def total() -> Tensor:
+        found: Any = task.trunk(task.prepared(images))
+        parts = found if isinstance(found, (tuple, list)) else (found,)
+        return torch.stack([part.float().sum() for part in parts]).sum()
+
+    return _without_values(total)
+
+
+def _without_values(compute: Any) -> Tensor | None:
     try:
-        return task.training_step(batch), True
-    except VALUES_NEEDED:
-        images = batch.images if isinstance(batch.images, Tensor) else batch.images[0]
-        found: Any = task.exportable().network(task.prepared(images))
-        return sum(
-            (part.float().sum() for part in (found if isinstance(found, tuple) else (found,))), start=Tensor()
-        ), False
+        return compute()
+    except NEEDS_VALUES:
+        return None
+    except RuntimeError as error:
+        if any(word in str(error) for word in WORDS):
+            return None
+        raise
+
+
+def example_images(task: Task, count: int) -> Tensor | None:
+    """The images of ``task.example_batch``, None for a batch that has none under this name."""
+    images = getattr(task.example_batch(count), "images", None)
+    return images[0] if isinstance(images, (tuple, list)) else images
 
 
 @contextmanager
 def refusals(task: Task) -> Iterator[None]:
     """Turns what a network says of a size or of a setting into the user's line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # which would print a traceback beside it
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        images: Any = task.example_batch(1).images
-        height, width = (images if isinstance(images, Tensor) else images[0]).shape[-2:]
-        name = task.recipe.model.name
-        raise UserError(f"{name} cannot be trained on images of {height} x {width} pixels: {one_line(error)}") from None
+        images, where = example_images(task, 1), ""
+        if images is not None:
+            where = f" on images of {images.shape[-2]} x {images.shape[-1]} pixels"
+        raise UserError(f"{task.recipe.model.name} cannot be trained{where}: {one_line(error)}") from None
+    finally:
+        logger.setLevel(level)

@@ -24,6 +24,9 @@ TASKS: dict[str, Any] = dict(
 
 def register(task: type[Task]) -> type[Task]:
     """Adds a task under its name; a decorator for its class. ``conv2former --import MODULE`` imports your module."""
+    known = TASKS.get(task.name, task)
+    if isinstance(known, str):
+        raise UserError(f"a task of the name {task.name!r} comes with the package: choose another name")
     TASKS[task.name] = task
     return task
 

@@ -25,7 +25,8 @@ class Evaluation:
     """What a model reaches on a set of images, over all processes.
 
     Attributes:
-        metrics: The numbers that a run keeps; ``top1`` is the column ``val_top1``. None where a number is not defined.
+        metrics: The numbers that a run keeps; ``top1`` is the column ``val_top1``. ``loss`` first if there is one, then
+            the monitored one. None where a number is not defined.
         line: The main ones in words.
         details: All that ``evaluation.json`` holds; ``images`` counts those that were evaluated.
         records: What the images of the report are drawn from.
@@ -191,6 +192,7 @@ class Task(nn.Module, ABC):
         self.model_args = dict(recipe.model.args if model_args is None else model_args)
         self.normalizer = Normalizer(recipe.data.mean, recipe.data.std)
         self.average: ModelEmaV3 | None = None
+        self.sharded_blocks: set[str] | None = None  # of the backbone, by FSDP; None for all
         # as it was built: FSDP and the compiler change the network's class; in a tuple, so that it is no second child
         self._built = (copy.copy(model),)
 
@@ -294,6 +296,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def eval_step(self, batch: Any, metric: Any) -> None:
         """Counts a batch of ``eval_dataset``."""
+
+    def count(self, batch: Any, metric: Callable[[], Any]) -> None:
+        """``eval_step`` for the trainer: Lightning Fabric copies dictionaries and dataclasses among the arguments."""
+        self.eval_step(batch, metric())
 
     def check_batch(self, per_process: int, world: int) -> None:
         """Refuses a batch that the network cannot be trained on; raises UserError."""

@@ -1,4 +1,4 @@
-"""Images of a run: learning curves, confusion matrix, a sheet of predictions."""
+"""Images of a run: learning curves, confusion matrix, a sheet of predictions, the schedule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ from conv2former.errors import UserError
 
 X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
-# columns in percent, of each task
-FIGURES = (
-    [("val_top1", "top-1"), ("val_top5", "top-5")],
-    [("val_box_ap", "box AP"), ("val_mask_ap", "mask AP")],
-    [("val_miou", "mIoU"), ("val_pixel_accuracy", "pixel accuracy")],
-)
 GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
@@ -30,13 +24,17 @@ def learning_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
+    """The same for runs by name, over one of ``X_AXES``."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
+    (loss, accuracy), (lr, speed) = figure.subplots(2, 2, sharex=True)
     waiting = speed.twinx()
     alone = len(runs) == 1
     legend: dict[str, Any] = {}
     titles: set[str] = set()
-    for (name, rows), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+    colours: list[Any] = [f"C{index}" for index in range(10)]
+    if len(runs) > 10:
+        colours = list(colormaps["turbo"](np.linspace(0.05, 0.95, len(runs))))
+    for (name, rows), colour in zip(runs.items(), colours, strict=False):
         position = _positions(name, rows, x)
         steps = [row for row in rows if row["kind"] == "step"]
         epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -49,9 +47,9 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         titles.add(title)
         (line,) = accuracy.plot(at_epochs, _column(epochs, key), color=colour, marker=".", label=title)
         for number, (other, other_title) in enumerate(others if alone else [], 1):
-            second: dict[str, Any] = dict(color=f"C{number}", marker=".", alpha=0.5, label=other_title)
-            accuracy.plot(at_epochs, _column(epochs, other), **second)
-        rate.plot(at_steps, _column(steps, "lr"), **dots)
+            column = _column(epochs, other)
+            accuracy.plot(at_epochs, column, color=f"C{number}", marker=".", alpha=0.5, label=other_title)
+        lr.plot(at_steps, _column(steps, "lr"), **dots)
         speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
         waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
         legend[f"{name}: {_best(epochs)}".replace("$", r"\$")] = line  # a dollar would begin a formula
@@ -59,15 +57,15 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         loss.legend()
         accuracy.legend()
     loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
-    accuracy.set_title("validation metrics, %" if alone else f"validation {' or '.join(sorted(titles))}, %")
-    rate.set_title("learning rate")
+    accuracy.set_title("validation metrics" if alone else f"validation {' or '.join(sorted(titles))}")
+    lr.set_title("learning rate")
     speed.set_title("training speed, images/s")
     if any(np.isfinite(line.get_ydata()).any() for line in waiting.lines):
         waiting.set(ylabel="time spent waiting for data, % (dashed)", ylim=(0, 100))
     else:
         waiting.remove()
     speed.set_ylim(bottom=0)
-    for axes in (loss, accuracy, rate, speed):
+    for axes in (loss, accuracy, lr, speed):
         axes.set_xlabel(X_AXES[x])
         axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
@@ -76,7 +74,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
 
 
 def _positions(name: str, rows: list[dict[str, Any]], x: str) -> Callable[[list[dict[str, Any]]], np.ndarray]:
-    """What gives rows of a run their places on the x axis."""
+    """A function that gives rows of a run their positions on the x axis."""
     if x != "minutes":
         return lambda some_rows: _column(some_rows, x)
     timed = [row for row in rows if "seconds" in row]
@@ -102,28 +100,17 @@ def _best(epochs: list[dict[str, Any]]) -> str:
     if not evaluated:
         return "not evaluated yet"
     best = max(evaluated, key=lambda row: row[key])
-    return f"best {title} {best[key]:.2f}% at epoch {best['epoch']:g}"
+    return f"best {title} {best[key]:.2f} at epoch {best['epoch']:g}"
 
 
 def _metrics(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The columns of a run's task that are in percent with their names, the monitored metric first."""
-    return next((columns for columns in FIGURES if any(columns[0][0] in row for row in epochs)), FIGURES[0])
-
-
-def _colours(count: int) -> list[Any]:
-    if count <= 10:
-        return [f"C{index}" for index in range(count)]
-    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+    """The columns of a run's metrics, the monitored one first, with their titles."""
+    keys = dict.fromkeys(key for row in epochs for key in row if key.startswith("val_") and key != "val_loss")
+    return [(key, key.removeprefix("val_").replace("_", " ")) for key in keys] or [("", "")]
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Rows are true classes, columns predicted ones; colours are shares of the row, numbers are counts.
-
-    Args:
-        matrix: Counts (K, K).
-        classes: K names.
-        path: PNG to write.
-    """
+    """Counts (K, K) as an image: rows are true classes, columns predicted ones; colours are fractions of the row."""
     count = len(classes)
     labelled = count <= MAX_LABELLED_CLASSES
     side = min(max(4.5, 0.45 * count + 2), 24) if labelled else 12
@@ -146,13 +133,7 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
 def prediction_sheet(
     mistakes: list[tuple[Image.Image, str, bool]], samples: list[tuple[Image.Image, str, bool]], path: Path
 ) -> None:
-    """Two blocks of images with captions: the worst mistakes, then some others.
-
-    Args:
-        mistakes: (image, caption, correct), worst first.
-        samples: The same for images chosen without regard to the outcome.
-        path: PNG to write.
-    """
+    """Two blocks of images, as (image, caption, correct): the worst mistakes, then some of all others."""
     columns = 8
     blocks = [(title, items) for title, items in (("worst mistakes", mistakes), ("others", samples)) if items]
     heights = [-(-len(items) // columns) for _, items in blocks]
@@ -178,27 +159,21 @@ def schedule(
 ) -> None:
     """Learning rate and weight decay over a training that has not begun.
 
-    The axis of the rates is linear, which shows warm-up and cosine as they are, unless the curves' peaks lie so far
-    apart (layer-wise decay) that the lower ones would be flat.
-
-    Args:
-        epochs: Positions on the horizontal axis.
-        rates: Learning rates at them, a named curve for each.
-        decay: Weight decay at them.
-        path: PNG to write.
-        steps_per_epoch: For a second axis in optimizer steps; None where it is not known.
+    ``rates`` are named curves of learning rates, at ``epochs``; ``steps_per_epoch`` makes a second axis in optimizer
+    steps. The learning rates' axis is linear, which shows warm-up and cosine as they are, unless the curves' peaks lie
+    so far apart (layer-wise decay) that the lower ones would be flat.
     """
     figure = Figure(figsize=(11, 3.8), layout="constrained")
-    rate, weight = figure.subplots(1, 2)
+    lr, weight = figure.subplots(1, 2)
     for name, values in rates.items():
-        rate.plot(epochs, values, label=name)
+        lr.plot(epochs, values, label=name)
     peaks = [max(values) for values in rates.values()]
-    rate.set(title="learning rate", yscale="log" if max(peaks) > 20 * min(peaks) else "linear")
+    lr.set(title="learning rate", yscale="log" if max(peaks) > 20 * min(peaks) else "linear")
     if len(rates) > 1:
-        rate.legend()
+        lr.legend()
     weight.plot(epochs, decay)
     weight.set(title="weight decay (of the tensors that are decayed)", ylim=(0, max(decay) * 1.3 or 1))
-    for axes in (rate, weight):
+    for axes in (lr, weight):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         if steps_per_epoch:

@@ -68,7 +68,7 @@ class ClassificationMetric(Metric):
 
     def update(self, logits: Tensor, targets: Tensor, indices: Tensor | None = None) -> None:
         """Logits (B, K), targets (B,) and numbers of the images (B,); targets below 0 are not counted."""
-        counted = targets >= 0
+        counted = (targets >= 0).nonzero().squeeze(1)  # once: it waits for a GPU
         logits, targets = logits[counted].float(), targets[counted]
         top = logits.topk(self.top_k, dim=1).indices
         hits = top == targets[:, None]
@@ -95,8 +95,8 @@ class ClassificationMetric(Metric):
             top5=correct_top5 * percent,
             loss=float(self.loss_sum) / max(seen, 1),
             per_class={
-                name: dict(correct=int(right), images=int(count), top1=100 * int(right) / int(count) if count else None)
-                for name, right, count in zip(self.classes, self.correct, self.seen, strict=True)
+                name: dict(correct=right, images=count, top1=100 * right / count if count else None)
+                for name, right, count in zip(self.classes, self.correct.tolist(), self.seen.tolist(), strict=True)
             },
         )
 

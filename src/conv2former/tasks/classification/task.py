@@ -74,7 +74,10 @@ class ClassificationTask(Task):
         model_args: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, recipe, classes or class_names(model), model_args=model_args)
+        classes = list(classes or class_names(model))
+        if len(classes) != model.num_classes:
+            raise UserError(f"{len(classes)} names of classes for a model of {model.num_classes}: they must be as many")
+        super().__init__(model, recipe, classes, model_args=model_args)
         self.data_config = data_config or recipe.data.timm_config()
         self.normalizer = Normalizer(self.data_config["mean"], self.data_config["std"])
         self.transform = eval_transform(self.data_config)
