@@ -43,7 +43,7 @@ class Claim(Section):
 
 
 class ModelSection(Section):
-    """The network: a classifier, or the backbone of a detector or segmenter."""
+    """The network: a classifier, or the backbone of a detector or segmentation model."""
 
     name: str = Field(description="any name that timm knows")
     args: dict[str, Any] = Field(default={}, description="keyword arguments of timm.create_model")
@@ -113,8 +113,8 @@ class ScheduleSection(Section):
     warmup_steps: int | None = Field(default=None, ge=0, description="warm-up in optimizer steps, for warmup_epochs")
     warmup_lr: float = Field(default=1e-6, ge=0, description="learning rate at step 0 of the warm-up")
     min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end of the cosine or polynomial")
-    milestones: list[float] = Field(default=[], description="epochs after which 'multistep' multiplies the rate")
-    gamma: float = Field(default=0.1, gt=0, lt=1, description="by how much it does")
+    milestones: list[float] = Field(default=[], description="epochs after which 'multistep' lowers the learning rate")
+    gamma: float = Field(default=0.1, gt=0, lt=1, description="the factor of each milestone")
     power: float = Field(default=1.0, gt=0, description="of the polynomial")
     eval_every: PositiveInt = Field(default=1, description="epochs between evaluations")
     eval_every_steps: PositiveInt | None = Field(default=None, description="the same in optimizer steps")
@@ -253,10 +253,8 @@ class Recipe(Section):
         false, so that ``reproduce`` finds the rows and runs of a recipe on every machine.
         """
         settings = self.settings()
-        engine = settings["engine"]
-        settings["engine"] = {key: value for key, value in engine.items() if LATER.get(key) != value}
-        if engine["compile"] == "auto":
-            settings["engine"]["compile"] = False
+        engine = {key: value for key, value in settings["engine"].items() if LATER.get(key) != value}
+        settings["engine"] = engine | (dict(compile=False) if engine["compile"] == "auto" else {})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def decided(self, compiles: bool | Literal["auto"]) -> Self:
@@ -268,7 +266,7 @@ class Recipe(Section):
         return self.model_copy(update=dict(engine=engine))
 
 
-# what a resumed run may change without being forced: names, reading, saving and reporting
+# what a resumed run may change without --force: names, reading, saving and reporting
 FREE: dict[str, Any] = dict(
     name=True,
     claim=True,
@@ -281,12 +279,7 @@ LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="h
 
 
 def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> Any:
-    """A recipe of a task, checked.
-
-    Args:
-        config_class: Of the task.
-        raw: As it is written.
-        origin: What messages call it.
+    """A task's recipe from its parsed text; messages call it ``origin``.
 
     Raises:
         UserError: Unknown key or wrong type; the message names the nearest right one.

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, the wording of its messages, and lines that are said once."""
+"""The exception for a user's mistake, the wording of its messages, and lines that one process prints."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def one_line(error: BaseException) -> str:
 
 
 def say_once(line: str) -> None:
-    """Prints a line to stderr, on the first process alone, also before the processes know of each other."""
+    """Prints a line to stderr, on the first process alone, even before the processes are connected."""
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
         print(line, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file next to its place, then moves it there: a reader never sees half of it."""
+    """Writes a file under another name, then renames it: a reader never sees half of it."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -19,7 +19,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Has the disk write a file, or a folder's names, before what follows."""
+    """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -28,18 +28,15 @@ def flush(path: Path) -> None:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Appends a line of JSON, behind whatever a crash may have cut short."""
+    """Appends a line of JSON, on a new line even if a crash cut the last one short."""
     with path.open("ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        torn = False
-        if size:
-            file.seek(size - 1)
-            torn = file.read(1) != b"\n"
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of JSON in a file, those that a crash has cut short passed over; none where there is no file."""
+    """The lines of JSON in a file, but for those that a crash cut short; none where there is no file."""
     if not path.exists():
         return []
     rows = []
@@ -54,10 +51,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def free_name(stem: str, ending: str, taken: set[str]) -> str:
-    """A name for what is made of an image file, which is ``taken`` from then on.
+    """A name for a file that is made from an image file; adds it to ``taken``.
 
-    It has an ending of its own, because it may go to the folder of the inputs, and a number where two folders hold
-    files of one name.
+    The ending differs from the image's, because the file may go to the same folder. The name gets a number where two
+    folders hold images of one name.
     """
     name, number = f"{stem}{ending}", 2
     while name in taken:

@@ -13,7 +13,6 @@ from conv2former.checkpoints.hub import (
     save_pretrained,
     saved_model_args,
     saved_normalisation,
-    saved_pretrained_cfg,
     saved_task,
 )
 from conv2former.checkpoints.reading import read_state_dict

@@ -18,7 +18,7 @@ from torch import Tensor
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
 from conv2former.checkpoints.reading import StrPath, extract_weights, read_checkpoint
 from conv2former.errors import UserError, some
-from conv2former.models import variants as hierarchical
+from conv2former.models import variants
 
 # The authors' modules and ours. {i}: stage, {j}: block, {n}: LayerNorm 0 or convolution 1 of a downsampling. The last
 # column marks the 1x1 convolutions, (out, in, 1, 1) with them and (out, in) with us. The first match counts, so that
@@ -59,24 +59,20 @@ def convert_authors_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Te
     Raises:
         UserError: Two names stand for the same parameter.
     """
-    return rename(state_dict, [(compile_template(theirs), ours, linear) for theirs, ours, linear in NAMES], to_linear)
+    return _renamed(state_dict, NAMES, _to_linear)
 
 
 def authors_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``convert_authors_state_dict``: the hierarchical network's names to the authors'."""
-    return rename(state_dict, [(compile_template(ours), theirs, linear) for theirs, ours, linear in NAMES], to_conv)
+    return _renamed(state_dict, [(ours, theirs, linear) for theirs, ours, linear in NAMES], _to_conv)
 
 
-def compile_template(template: str) -> re.Pattern[str]:
-    """A pattern for the names under a module of the table; group ``tail`` is '.weight' and the like, or empty."""
-    pattern = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(template))
-    return re.compile(rf"{pattern}(?P<tail>(?:\.\w+)?)")
-
-
-def rename(
-    state_dict: Mapping[str, Tensor], table: list[tuple[re.Pattern[str], str, bool]], reshape: Any
-) -> dict[str, Tensor]:
+def _renamed(state_dict: Mapping[str, Tensor], names: list[tuple[str, str, bool]], reshape: Any) -> dict[str, Tensor]:
     """Every tensor under its new name, weights of the marked rows reshaped."""
+    table = []
+    for old, new, linear in names:
+        module = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(old))
+        table.append((re.compile(rf"{module}(?P<tail>(?:\.\w+)?)"), new, linear))  # tail: '.weight' and the like
     renamed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         for pattern, template, linear in table:
@@ -91,13 +87,12 @@ def rename(
     return renamed
 
 
-def to_linear(weight: Tensor) -> Tensor:
+def _to_linear(weight: Tensor) -> Tensor:
     """(out, in, 1, 1) -> (out, in); any other shape stays and is reported where it does not fit."""
     return weight.flatten(1) if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight
 
 
-def to_conv(weight: Tensor) -> Tensor:
-    """(out, in) -> (out, in, 1, 1)."""
+def _to_conv(weight: Tensor) -> Tensor:
     return weight[:, :, None, None] if weight.ndim == 2 else weight
 
 
@@ -109,29 +104,17 @@ MEAN_STD = {
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What ``convert`` did.
+    """What ``convert`` did."""
 
-    Attributes:
-        folder: The folder written.
-        model: Registered name of the architecture.
-        kernel_size: Side of the modulation kernel, read off the checkpoint.
-        num_classes: Classes, read off the checkpoint.
-        parameters: Number of parameters.
-        normalisation: 'imagenet' or 'half', as recorded.
-        ema: Whether the weights are a moving average.
-        source: Name of the file converted.
-        sha256: Its hash.
-    """
-
-    folder: Path
-    model: str
-    kernel_size: int
-    num_classes: int
-    parameters: int
-    normalisation: str
-    ema: bool
-    source: str
-    sha256: str
+    folder: Path  # that was written
+    model: str  # registered name of the architecture
+    kernel_size: int  # side of the modulation kernel, read off the checkpoint
+    num_classes: int  # read off the checkpoint
+    parameters: int  # how many
+    normalisation: str  # 'imagenet' or 'half', as recorded
+    ema: bool  # whether the weights are a moving average
+    source: str  # name of the file converted
+    sha256: str  # its hash
 
     def __str__(self) -> str:
         return (
@@ -188,13 +171,11 @@ def convert(
         raise UserError(f"{src} has modulation kernels of side {kernel_size}: Conv2Former's are odd")
     classifier = state_dict.get("head.fc.bias")
     num_classes = 0 if classifier is None else classifier.numel()
-
     model_args: dict[str, Any] = dict(kernel_size=kernel_size, num_classes=num_classes)
     if difference := differences(expected_shapes(model, **model_args), state_dict):
-        fitting = [
-            name for name in family() if not differences(expected_shapes(name, **model_args), state_dict)
-        ]  # the sizes differ in width or depth, so that one fits at most
-        advice = f"it fits {fitting[0]}: give that as model" if fitting else "it fits no registered size"
+        # the sizes differ in width or depth, so that one fits at most
+        fits = next((n for n in family() if not differences(expected_shapes(n, **model_args), state_dict)), None)
+        advice = f"it fits {fits}: give that as model" if fits else "it fits no registered size"
         raise UserError(f"{src} does not fit {architecture}: {difference}; {advice}")
 
     mean, std = MEAN_STD[mean_std]
@@ -202,7 +183,7 @@ def convert(
     network.load_state_dict(state_dict)
     with open(src, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    provenance = dict(source=src.name, sha256=sha256, normalisation=mean_std, ema=averaged)
+    provenance: dict[str, Any] = dict(source=src.name, sha256=sha256, normalisation=mean_std, ema=averaged)
     save_pretrained(
         network,
         dst,
@@ -211,27 +192,14 @@ def convert(
         pretrained_cfg=dict(mean=mean, std=std, license=None),
         extra=dict(conv2former=provenance),
     )
-    return ConvertReport(
-        folder=dst,
-        model=architecture,
-        kernel_size=kernel_size,
-        num_classes=num_classes,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        normalisation=mean_std,
-        ema=averaged,
-        source=src.name,
-        sha256=sha256,
-    )
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return ConvertReport(folder=dst, model=architecture, parameters=parameters, **model_args, **provenance)
 
 
 def family() -> list[str]:
     """Registered names of the hierarchical network, the paper's sizes first; its ablations are not among them."""
-    names = [
-        name
-        for name in timm.list_models("conv2former*")
-        if timm.model_entrypoint(name).__module__ == hierarchical.__name__
-    ]
-    return sorted(names, key=lambda name: name.removeprefix("conv2former_") not in hierarchical.SIZES)
+    sizes = sorted(variants.SIZES) + sorted(variants.SMALL_SIZES)
+    return [f"conv2former_{size}" for size in sizes]
 
 
 def check_model_name(model: str) -> str:

@@ -40,8 +40,8 @@ def save_pretrained(
 ) -> Path:
     """Writes a timm model in hub layout, whole or not at all; a model that is in ``folder`` already is replaced.
 
-    The files are written to a hidden folder beside ``folder``, which is renamed when complete. Whoever is killed on the
-    way leaves the old model in place (between two renames: beside it, as ``.NAME.PID.old``).
+    The files are written to a hidden folder beside ``folder``, which is renamed when complete. If the process is killed
+    before, the old model stays (between two renames: beside it, as ``.NAME.PID.old``).
 
     Args:
         model: A model built by timm, without wrappers such as DistributedDataParallel. It is not changed.
@@ -70,7 +70,13 @@ def save_pretrained(
 
     # save_for_hf takes the weights and the configuration from the model: a shallow copy gets what shall be written
     export: Any = copy.copy(model)
-    export.pretrained_cfg = exported_cfg(model, pretrained_cfg or {})
+    # the preprocessing goes with the weights of now: without the source, tag and labels of those that were loaded
+    dropped = {"state_dict", "tag"}
+    if export.pretrained_cfg.get("num_classes") != model.num_classes:
+        dropped |= {"label_names", "label_descriptions", "label_offset"}
+    cfg = {key: value for key, value in export.pretrained_cfg.items() if key not in dropped}
+    cfg |= (pretrained_cfg or {}) | {"num_classes": model.num_classes}
+    export.pretrained_cfg = filter_pretrained_cfg(cfg, remove_source=True)
     weights = model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     export.state_dict = lambda: tensors
@@ -98,11 +104,7 @@ def leave_out_what_is_known(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a hidden folder to write to, and puts it in the place of ``folder`` when the body has ended well.
-
-    Raises:
-        UserError: It cannot be written.
-    """
+    """Gives a hidden folder to write to; it replaces ``folder`` when the body has ended well. Raises UserError."""
     new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,23 +113,20 @@ def written_whole(folder: Path) -> Iterator[Path]:
             yield new
             for path in (*new.iterdir(), new):  # a power cut must not leave torn weights in the place of whole ones
                 flush(path)
-            swap(new, folder)
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            if replaces := folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if replaces:
+                    old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({reason(error)}): give a folder on a disk with room") from error
-
-
-def exported_cfg(model: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """The model's ``pretrained_cfg`` as it describes the weights of now: without their source, tag and old labels."""
-    cfg = dict(model.pretrained_cfg)
-    dropped = {"state_dict", "tag"}
-    if cfg.get("num_classes") != model.num_classes:
-        dropped |= {"label_names", "label_descriptions", "label_offset"}
-    cfg = (
-        {key: value for key, value in cfg.items() if key not in dropped} | changes | {"num_classes": model.num_classes}
-    )
-    return filter_pretrained_cfg(cfg, remove_source=True)
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
@@ -145,21 +144,6 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} holds {some(foreign, 3)} and is not replaced: give a new folder")
     if files and not overwrite:
         raise UserError(f"{folder} holds a model already: give a new folder, or overwrite it")
-
-
-def swap(new: Path, folder: Path) -> None:
-    """Puts a complete folder in the place of ``folder``, which comes back where that fails."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if not folder.exists():
-        new.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
@@ -203,11 +187,6 @@ def saved_model_args(path: StrPath) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key != "num_classes"}
 
 
-def saved_pretrained_cfg(path: StrPath) -> dict[str, Any]:
-    """timm's ``pretrained_cfg`` behind ``load_pretrained(path)``, read without the weights."""
-    return read_config(find_model(Path(path))[0])[0]
-
-
 def find_model(path: Path) -> tuple[Path, Path]:
     """The folder with ``config.json`` that ``path`` means, also as timm's ``local-dir:PATH``, and its weights file."""
     path = Path(str(path).removeprefix("local-dir:"))
@@ -243,10 +222,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
 
 def saved_normalisation(path: StrPath) -> dict[str, Any]:
     """``mean`` and ``std`` of the images that a saved model of any task was trained on."""
-    if saved_task(path) == "classification":
-        cfg = saved_pretrained_cfg(path)
-    else:
-        cfg = saved_config(path).get("pretrained_cfg", {})
+    folder = find_model(Path(path))[0]
+    config = read_json(folder)
+    classifier = config.get("task", "classification") == "classification"
+    cfg = read_config(folder)[0] if classifier else config.get("pretrained_cfg", {})
     return {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
 
 

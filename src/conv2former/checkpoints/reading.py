@@ -33,8 +33,8 @@ def read_state_dict(path: StrPath, *, ema: bool = True) -> dict[str, Tensor]:
 
     ``.safetensors`` is read by safetensors, anything else by ``torch.load(weights_only=True)``. The state dict may be
     the top level or sit under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, these also nested. The
-    prefixes of DistributedDataParallel and torch.compile go; whatever is not a tensor (optimizer, arguments, epoch) is
-    left out.
+    prefixes of DistributedDataParallel and torch.compile are removed; whatever is not a tensor (optimizer, arguments,
+    epoch) is left out.
 
     Args:
         path: The file.
@@ -130,7 +130,9 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
         raise UserError(f"{path} holds no weights, only {keys}: give a model's checkpoint")
     state_dict: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        name = strip_wrappers(key)
+        name = key
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.split(".", 1)[1]
         if name in state_dict:
             raise UserError(f"{path} holds {name} twice, with and without a wrapper's prefix: save one model alone")
         # sparse, quantized and meta tensors would fail later in a less clear way
@@ -138,13 +140,6 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
             raise UserError(f"{path} holds {name} in a form without plain values: save dense tensors")
         state_dict[name] = value.detach()
     return state_dict, averaged
-
-
-def strip_wrappers(name: str) -> str:
-    """A parameter's name without the prefixes that wrappers put before it."""
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def reason(error: Exception) -> str:

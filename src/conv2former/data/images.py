@@ -48,59 +48,27 @@ from PIL.WebPImagePlugin import WebPImageFile
 from conv2former.errors import UserError
 
 IGNORED = 255  # in a mask: of no class
+# The most pixels, width times height, that `decode` takes unless told otherwise: half a gigabyte as Pillow holds RGB.
+# While an image of that size is decoded and converted the process takes 1 GiB, for floating point 1.6 and for animated
+# WebP nearly 3, which a file of some kilobytes can demand. The 108-megapixel cameras of phones stay below the limit.
 MAX_PIXELS = 1 << 27
-"""The most pixels, width times height, that `decode` takes unless told otherwise.
-
-Half a gigabyte as Pillow holds RGB. While an image of that size is decoded and converted the process takes 1 GiB, for
-floating point 1.6 and for an animated WebP nearly 3, which a file of some kilobytes can demand. The 108-megapixel
-cameras of phones stay below the limit.
-"""
-
+# The largest file that `decode` opens, but for TIFF, whose later pages are never read. Some decoders read the whole
+# file before anything is known of it, and a sparse file of a terabyte costs its author nothing.
 MAX_FILE_BYTES = 1 << 30
-"""The largest file that `decode` opens; TIFF excepted, whose later pages are never read.
-
-Some decoders read the whole file before anything is known of it, and a sparse file of a terabyte costs its author
-nothing.
-"""
-
+# which files of a folder are images; `find_images` takes them in any case
 IMAGE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".mpo",
-    ".png",
-    ".apng",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".pfm",
-    ".jp2",
-    ".j2k",
-    ".jpx",
-    ".avif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".avif"),
 )
-"""Which files of a folder are images, in lower case; `find_images` takes them in any case."""
 
 
 class BadImage(UserError):
-    """A file that cannot be turned into an image.
-
-    Attributes:
-        file: The file as the user knows it: a path, or the name given to `decode`.
-        reason: Why it cannot be read, in one line.
-    """
+    """A file that cannot be turned into an image."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"cannot read {_one_line(file)}: {_one_line(reason)}")
-        self.file = file
-        self.reason = reason
+        self.file = file  # as the user knows it: a path, or the name given to `decode`
+        self.reason = reason  # one line
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception is rebuilt from its `args`, here the message alone: two arguments would be missing.
@@ -111,7 +79,7 @@ class _JpegFile(JpegImageFile):
     """JPEG, of which a multi-image file (MPO) is read as the plain JPEG it starts with."""
 
     def _read_dpi_from_exif(self) -> None:
-        """Does nothing: Pillow parses the EXIF here for a resolution nobody asks for, and warns where it is broken."""
+        """Does nothing: Pillow parses the EXIF for a resolution that nobody wants, and warns where it is broken."""
 
 
 _PLUGINS: dict[str, type[ImageFile]] = {
@@ -128,11 +96,10 @@ try:
     from PIL.AvifImagePlugin import AvifImageFile
 
     _PLUGINS["AVIF"] = AvifImageFile
-except ImportError:  # came with Pillow 11.3
+except ImportError:  # it came with Pillow 11.3
     pass
 
-FORMATS = tuple(_PLUGINS)
-"""The formats that `decode` reads, by Pillow's names; AVIF from Pillow 11.3 on."""
+FORMATS = tuple(_PLUGINS)  # by Pillow's names
 
 _SIGNATURES = (
     ("JPEG", re.compile(rb"\xff\xd8\xff")),
@@ -143,20 +110,20 @@ _SIGNATURES = (
     ("PPM", re.compile(rb"P[1-6f]\s")),
     ("JPEG2000", re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n")),
     ("AVIF", re.compile(rb"....ftyp.{0,48}avi[fs]", re.DOTALL)),
-    # What people try, to be told that it is not read.
+    # Formats that people try, so that the message can name them.
     ("HEIC", re.compile(rb"....ftyp.{0,48}(hei[cxms]|hev[cxms])", re.DOTALL)),
     ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n")),
     ("PDF", re.compile(rb"%PDF")),
     ("PostScript", re.compile(rb"%!PS|\xc5\xd0\xd3\xc6")),
     ("Photoshop", re.compile(rb"8BPS")),
-    # Last, as its two letters are the weakest sign.
+    # Last, since two letters can be the start of anything.
     ("BMP", re.compile(rb"BM")),
 )
 _HEAD = 64
 
 _PATH = str | os.PathLike
 
-_TRANSPOSE = {
+_TRANSPOSE = {  # by the EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -165,9 +132,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 258
-_PHOTOMETRIC = 262
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 
 
@@ -180,14 +145,14 @@ def decode(
         source: A path, the content of a file, or an open binary file, which is read from its position to its end and
             left open.
         name: What to call the image in a `BadImage`; the path unless given.
-        max_pixels: Larger images are refused before any of their pixels are decoded. Some formats have
-            a limit of Pillow's own, 178,956,970 pixels.
+        max_pixels: Larger images are refused before any of their pixels are decoded. For some formats Pillow has its
+            own limit, 178,956,970 pixels.
 
     Returns:
         An image of mode RGB without metadata, independent of the file.
 
     Raises:
-        BadImage: The file cannot be read, whatever it holds and whyever not.
+        BadImage: The file cannot be read, for whatever reason.
         TypeError: `source` is none of the above, which is the caller's bug.
         OSError: The process may open no more files, which is not the image's fault.
     """
@@ -207,12 +172,6 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     `IMAGE_EXTENSIONS`, in natural order (`img2` before `img10`); hidden files and folders in it are skipped, links are
     followed, and no folder is entered twice. What does not exist, and a folder that may not be listed, is returned as
     it is: the caller, who reports each file's `BadImage` anyway, then reports this one with its reason.
-
-    Args:
-        paths: Files and folders.
-
-    Returns:
-        The files, in the order of `paths`.
     """
     if isinstance(paths, _PATH):
         paths = [paths]  # a string is a sequence of strings, too
@@ -224,12 +183,12 @@ class _Refused(Exception):
 
 
 def _binary(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
-    """Opens the source for random access; what is opened here is closed when the context is left."""
+    """The source, open for random access."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
         if not isinstance(source, _PATH):
-            # Into memory, since not every stream can seek, and some decoders go behind its back to its descriptor.
+            # Into memory, since not every stream can seek, and some decoders use its file descriptor directly.
             content = source.read(MAX_FILE_BYTES + 1)
             if len(content) > MAX_FILE_BYTES:
                 raise _Refused(f"it is larger than {MAX_FILE_BYTES:,} bytes")
@@ -272,8 +231,7 @@ def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
         with _no_size_warning() if large else nullcontext():
             image.load()
         rgb = _rgb(image)
-        turn = _TRANSPOSE.get(_orientation(image))
-        if turn is not None:
+        if (turn := _TRANSPOSE.get(_orientation(image))) is not None:
             rgb = rgb.transpose(turn)
         elif rgb is image:
             rgb = rgb.copy()  # into a plain Image, which holds on to nothing of the file
@@ -283,12 +241,11 @@ def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         # Pillow's plugins raise nearly anything on a damaged file: OSError, SyntaxError, ValueError, struct.error,
-        # zlib.error, AssertionError, OverflowError, MemoryError. A bug of our own would look the same; the tests know.
+        # zlib.error, AssertionError, OverflowError, MemoryError. A bug of ours would look the same: tests look for it.
         raise _refusal(error, file_format) from error
 
 
 def _refusal(error: Exception, file_format: str | None = None) -> _Refused:
-    """Says in one line what went wrong."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         raise error
     if isinstance(error, OSError) and error.strerror:
@@ -300,7 +257,6 @@ def _refusal(error: Exception, file_format: str | None = None) -> _Refused:
 
 
 def _sniff(head: bytes) -> str:
-    """Tells the format from a file's first bytes."""
     for file_format, signature in _SIGNATURES:
         if signature.match(head):
             return file_format
@@ -326,7 +282,7 @@ def _scale_transparent_colour(image: ImageFile) -> None:
         return
     raw_mode = image.tile[0][3]
     if raw_mode in ("L;2", "L;4"):
-        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+        image.info["transparency"] = colour * (85 if raw_mode == "L;2" else 17)
     elif raw_mode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)
 
@@ -336,11 +292,8 @@ def _rgb(image: ImageFile) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey(image).convert("RGB")
     if image.has_transparency_data:
-        rgba: Image.Image = image
-        if rgba.mode == "La":
-            rgba = rgba.convert("LA")  # the only mode that Pillow converts it to
-        if rgba.mode != "RGBA":
-            rgba = rgba.convert("RGBA")
+        rgba: Image.Image = image.convert("LA") if image.mode == "La" else image  # Pillow converts La to nothing else
+        rgba = rgba if rgba.mode == "RGBA" else rgba.convert("RGBA")
         white = Image.new("RGB", rgba.size, (255, 255, 255))
         white.paste(rgba, mask=rgba)
         return white
@@ -425,13 +378,11 @@ def _walk(folder: str | Path) -> list[Path]:
         except OSError:
             found.append(Path(path))
             continue
-        inside = [
-            (name, path, is_folder)
-            for name, path, is_folder in inside
-            if not name.startswith(".") and (is_folder or os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS)
-        ]
         inside.sort(key=lambda item: _natural(item[0]), reverse=True)
-        waiting.extend((path, is_folder) for _, path, is_folder in inside)
+        for name, path, is_folder in inside:
+            image = is_folder or os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+            if image and not name.startswith("."):
+                waiting.append((path, is_folder))
     return found
 
 
@@ -459,6 +410,4 @@ def _name(source: str | Path | bytes | BinaryIO) -> str:
 
 def _one_line(text: str) -> str:
     """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

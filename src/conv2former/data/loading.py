@@ -32,18 +32,13 @@ KILLED_READER = (
 
 
 class AnyBatch(Protocol):
-    """What the engine knows of a batch of any task.
-
-    Attributes:
-        indices: Numbers of the images in their source (B,).
-        bad: Images that could not be read, and whose place others have taken.
-    """
+    """What the engine knows of a batch of any task."""
 
     @property
-    def indices(self) -> Tensor: ...
+    def indices(self) -> Tensor: ...  # (B,), numbers of the images in their source
 
     @property
-    def bad(self) -> tuple[BadImage, ...]: ...
+    def bad(self) -> tuple[BadImage, ...]: ...  # images that could not be read and were replaced
 
 
 class KeyedDataset(Dataset):
@@ -52,7 +47,7 @@ class KeyedDataset(Dataset):
     A broken image comes out as its ``BadImage``, so that a worker process does not turn it into a traceback.
 
     Args:
-        source: Where the images are; anything with a length that ``read`` understands.
+        source: Where the images are; anything with a length that ``read`` can read.
         seed: Of the run.
         on_bad_image: 'error' gives out the ``BadImage``; 'replace' the next image that can be read, with it (the same
             one whenever the key is the same); 'mask' a blank one that does not count, with it.
@@ -67,8 +62,7 @@ class KeyedDataset(Dataset):
         on_bad_image: Literal["error", "replace", "mask"] = "error",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.source, self.seed = source, seed
-        self.on_bad_image, self.max_pixels = on_bad_image, max_pixels
+        self.source, self.seed, self.on_bad_image, self.max_pixels = source, seed, on_bad_image, max_pixels
 
     def read(self, index: int) -> Any:
         """The image with that number, whatever the task needs of it; raises BadImage."""
@@ -144,10 +138,10 @@ def checked(batch: Any) -> Any:
 
 
 def killed_reader(error: Exception) -> UserError | None:
-    """The user's line for an error of a loader which says, or shows by a broken connection, that a reader was killed.
+    """The message for the user if a loader's error means that a process that reads images was killed, else None.
 
-    PyTorch would say so again, from its signal handler and at any moment, for each process that ends after that one:
-    the handler goes, and the next loader brings it back.
+    PyTorch's signal handler would raise again, at any moment, for each further process that ends. It is removed here;
+    the next loader sets it again.
     """
     if not isinstance(error, (ConnectionError, EOFError)) and "DataLoader worker (pid" not in str(error):
         return None
@@ -161,27 +155,22 @@ def train_loader(
     dataset: KeyedDataset, sampler: TrainSampler, *, workers: int, device: torch.device = CPU
 ) -> DataLoader:
     """One endless pass: the sampler runs through all epochs, so that workers never restart."""
-    return DataLoader(dataset, batch_sampler=sampler, **_loader_options(dataset, workers, device))
+    return _loader(dataset, workers, device, batch_sampler=sampler)
 
 
 def eval_loader(
     dataset: KeyedDataset, sampler: EvalSampler, *, batch_size: int, workers: int, device: torch.device = CPU
 ) -> DataLoader:
     """Every image of the sampler once, in order, the last batch smaller."""
-    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, **_loader_options(dataset, workers, device))
+    return _loader(dataset, workers, device, sampler=sampler, batch_size=batch_size)
 
 
-def _loader_options(dataset: KeyedDataset, workers: int, device: torch.device) -> dict[str, Any]:
+def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options: Any) -> DataLoader:
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
-    return dict(
-        num_workers=workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
-    )
+    options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_start_worker)
+    return DataLoader(dataset, collate_fn=dataset.collate, pin_memory=device.type == "cuda", **options)
 
 
 def _start_worker(worker: int) -> None:
@@ -193,7 +182,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _kill_workers() -> None:
-    """Ends workers that are left when the process ends: they ignore the SIGTERM that Python would wait on for ever."""
+    """Ends workers that are left when the process ends: they ignore Python's SIGTERM, and it would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for an accident
     for process in multiprocessing.active_children():
         if process.daemon:  # which Python would end, too

@@ -24,9 +24,8 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """A mask (H, W) as compressed run lengths: ``size`` [H, W] and ``counts``, a string, as in COCO's results."""
     encoded = library().encode(np.asfortranarray(mask.astype(np.uint8)))
     counts = encoded["counts"]
-    return dict(
-        size=[int(side) for side in encoded["size"]], counts=counts if isinstance(counts, str) else counts.decode()
-    )
+    counts = counts if isinstance(counts, str) else counts.decode()
+    return dict(size=[int(side) for side in encoded["size"]], counts=counts)
 
 
 def decode_mask(encoded: dict[str, Any]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Keyed randomness: every random choice is a function of a key, so that nothing but the step has to be saved.
 
 The order of an epoch comes from (seed, epoch), an image's augmentation from (seed, epoch, index), drop path and MixUp
-from (seed, step, part of the step, rank). A run that stops anywhere therefore continues with the very numbers it would
-have drawn.
+from (seed, step, micro-batch, rank). A run that stops anywhere therefore continues with the very numbers it would have
+drawn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import random
 import struct
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -30,11 +31,11 @@ class Purpose(IntEnum):
 
 
 class SampleKey(NamedTuple):
-    """One image in one epoch; ``padding`` for one that only fills up a process's share and does not count."""
+    """One image in one epoch."""
 
     epoch: int
     image: int
-    padding: bool = False
+    padding: bool = False  # only there so that all processes have equally many images; it does not count
 
 
 def derive_seed(purpose: Purpose, *key: int) -> int:
@@ -52,46 +53,34 @@ def seed_all(seed: int) -> None:
 
 
 def seed_cpu(purpose: Purpose, *key: int) -> None:
-    """Seeds Python, NumPy and PyTorch's CPU generator from a key: what an image's augmentation draws from."""
+    """Seeds Python, NumPy and PyTorch's CPU generator from a key, for an image's augmentation."""
     seed = derive_seed(purpose, *key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
 
 
+@dataclass(eq=False)
 class TrainSampler(Sampler[list[SampleKey]]):
     """Batches of keys for one process, from optimizer step ``start`` to ``steps``, over as many epochs as that takes.
 
-    An optimizer step takes ``batch_size * world * accumulate`` images off the epoch's permutation, whichever way they
-    are dealt out; what is left at the end of an epoch is dropped.
+    An optimizer step takes the next ``batch_size * world * accumulate`` images of the epoch's permutation, however many
+    processes there are; what is left at the end of an epoch is dropped.
 
-    Args:
-        size: Images in the training set.
-        batch_size: Images per process and forward pass.
-        seed: Of the run.
-        steps: Optimizer steps of the whole run.
-        start: First optimizer step to give.
-        accumulate: Forward passes per optimizer step.
-        rank: This process.
-        world: All processes.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        *,
-        seed: int,
-        steps: int,
-        start: int = 0,
-        accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.steps, self.start, self.accumulate = steps, start, accumulate
-        self.rank, self.world = rank, world
-        self.steps_per_epoch = steps_per_epoch(size, batch_size * world * accumulate)
+    size: int  # images in the training set
+    batch_size: int  # images per process and forward pass
+    _: KW_ONLY
+    seed: int  # of the run
+    steps: int  # optimizer steps of the whole run
+    start: int = 0  # first optimizer step to give
+    accumulate: int = 1  # forward passes per optimizer step
+    rank: int = 0  # this process
+    world: int = 1  # how many processes
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = steps_per_epoch(self.size, self.batch_size * self.world * self.accumulate)
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
@@ -103,8 +92,8 @@ class TrainSampler(Sampler[list[SampleKey]]):
                 epoch = step // self.steps_per_epoch
                 order = np.random.default_rng(derive_seed(Purpose.ORDER, self.seed, epoch)).permutation(self.size)
             first = step % self.steps_per_epoch * self.accumulate * self.world
-            for part in range(self.accumulate):
-                at = (first + part * self.world + self.rank) * self.batch_size
+            for micro_batch in range(self.accumulate):
+                at = (first + micro_batch * self.world + self.rank) * self.batch_size
                 yield [SampleKey(epoch, int(index)) for index in order[at : at + self.batch_size]]
 
 
@@ -113,15 +102,17 @@ def steps_per_epoch(size: int, global_batch: int) -> int:
     return size // global_batch
 
 
+@dataclass(eq=False)
 class EvalSampler(Sampler[SampleKey]):
-    """This process's share of the images, each exactly once over all processes, in order.
+    """This process's images, in order; over all processes each image exactly once.
 
-    All shares are of one length, so that processes that work together on every batch stay together; what fills a share
-    up is marked as padding.
+    All processes get equally many, since they work together on every batch; the images added for that are ``padding``.
     """
 
-    def __init__(self, size: int, *, rank: int = 0, world: int = 1) -> None:
-        self.size, self.rank, self.world = size, rank, world
+    size: int
+    _: KW_ONLY
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
         return -(-self.size // self.world)

@@ -6,14 +6,14 @@ reach them by name; any other network takes the class as ``mod_layer``. The rema
 (Fig. 4a, Table 5), is an argument of the network itself.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from conv2former.models.conv2former import Conv2Former, ConvMod
-from conv2former.models.variants import SIZES, create_conv2former, default_cfg
+from conv2former.models.variants import SIZES, create_conv2former, default_cfg, register
 
 __all__ = ["L1Mod", "LinearMod", "SigmoidMod", "SumMod"]
 
@@ -34,7 +34,6 @@ class SumMod(WeightingMod):
     """Element-wise sum, ``Z = A + V`` (Fig. 4b; Table 6, row 1)."""
 
     def combine(self, a: Tensor, v: Tensor) -> Tensor:
-        """(B, H, W, C) twice -> (B, H, W, C)."""
         return a + v
 
 
@@ -42,7 +41,6 @@ class SigmoidMod(WeightingMod):
     """A sigmoid on A, ``Z = sigmoid(A) * V`` (Table 6, row 2)."""
 
     def combine(self, a: Tensor, v: Tensor) -> Tensor:
-        """(B, H, W, C) twice -> (B, H, W, C)."""
         return torch.sigmoid(a) * v
 
 
@@ -51,11 +49,10 @@ class L1Mod(WeightingMod):
 
     The paper leaves the axis open. Ours is the channels of each position: what one position gets then does not depend
     on the image's size (over the positions, weights trained at 224 would shrink threefold at 384), and it is the axis
-    of the network's LayerNorms.
+    of the network's LayerNorms. Computed in float32.
     """
 
     def combine(self, a: Tensor, v: Tensor) -> Tensor:
-        """(B, H, W, C) twice -> (B, H, W, C). Computed in float32."""
         weights = nn.functional.normalize(a.float(), p=1.0, dim=-1, eps=1e-6)
         return (weights * v).to(v.dtype)
 
@@ -64,11 +61,10 @@ class LinearMod(WeightingMod):
     """A scaled linearly to (0, 1], ``Z = (A - min A + eps) / (max A - min A + eps) * V`` (Table 6, row 4).
 
     The axis, open in the paper, is the channels of each position, for the reasons given at ``L1Mod``; eps keeps the
-    least weight above 0, as the half-open interval says.
+    least weight above 0, as the half-open interval says. Computed in float32.
     """
 
     def combine(self, a: Tensor, v: Tensor) -> Tensor:
-        """(B, H, W, C) twice -> (B, H, W, C). Computed in float32."""
         eps = 1e-6
         a = a.float()
         low, high = a.amin(dim=-1, keepdim=True), a.amax(dim=-1, keepdim=True)
@@ -84,18 +80,12 @@ default_cfgs = generate_default_cfgs(
     {f"conv2former_{size}_{weighting}.untrained": default_cfg() for size, weighting in ROWS}
 )
 
-
-def _register(size: str, weighting: str) -> None:
-    name = f"conv2former_{size}_{weighting}"
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        model_args = SIZES[size] | dict(mod_layer=WEIGHTINGS[weighting])
-        return create_conv2former(Conv2Former, name, pretrained, **(model_args | kwargs))
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"Conv2Former-{size.upper()} with ``{WEIGHTINGS[weighting].__name__}``."
-    globals()[name] = register_model(entrypoint)
-
-
 for _size, _weighting in ROWS:
-    _register(_size, _weighting)
+    _class = WEIGHTINGS[_weighting]
+    register(
+        f"conv2former_{_size}_{_weighting}",
+        partial(create_conv2former, Conv2Former),
+        SIZES[_size] | dict(mod_layer=_class),
+        f"Conv2Former-{_size.upper()} with ``{_class.__name__}``.",
+        module=__name__,
+    )

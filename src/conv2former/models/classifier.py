@@ -16,14 +16,8 @@ torch.fx.wrap("head")  # a fused head stays one operation in a symbolic trace
 class Head(nn.Module):
     """Classifier: 1x1 convolution to ``hidden_size``, GELU, LayerNorm, global pooling, dropout, linear.
 
-    Args:
-        in_features: Channels C4 of the last stage.
-        num_classes: Classes; 0 leaves the linear layer out.
-        hidden_size: Width of the 1x1 convolution (1280 in the released network).
-        pool_type: A pooling of timm's, or '' for none: the output is then a map (B, classes, H, W).
-        drop_rate: Dropout before the linear layer.
-        norm_layer: Makes a norm of the last dimension.
-        act_layer: Makes an activation.
+    Without classes (0) there is no linear layer. ``hidden_size`` is the width of the 1x1 convolution, 1280 in the
+    released network. ``pool_type`` is a pooling of timm's, or '' for none: the output is then (B, classes, H, W).
     """
 
     fused = False  # see `fuse`
@@ -71,7 +65,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C4, H, W) -> (B, num_classes); with ``pre_logits`` (B, hidden_size); unpooled (B, ..., H, W)."""
         x = x.permute(0, 2, 3, 1)
-        if not torch.jit.is_scripting():  # noqa: SIM102  see `model.ConvMod`
+        if not torch.jit.is_scripting():  # noqa: SIM102  see `conv2former.ConvMod`
             if self.fused and not pre_logits and fusable_head(self):
                 conv, norm, fc = self.conv, self.norm, self.fc
                 return head(x, conv.weight, conv.bias, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
@@ -83,6 +77,6 @@ class Head(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> "Head":
-        """In evaluation it is one operation from now on, as long as it is the paper's head (``fusing``)."""
+        """In evaluation it is one operation from now on, as long as it is the paper's head (``fusable_head``)."""
         self.fused = True
         return self

@@ -79,12 +79,6 @@ class Mlp(nn.Module):
     """The FFN: expansion by 4 with a residual 3x3 depthwise convolution on the hidden layer.
 
     The depthwise convolution is not in the paper's text; the printed multiply-adds of Table 1 need it.
-
-    Args:
-        dim: Channels C.
-        hidden_dim: Channels D of the hidden layer.
-        act_layer: Makes the activation, which is used twice.
-        dilation: Of the depthwise convolution.
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, act_layer: Layer = nn.GELU, dilation: int = 1) -> None:
@@ -108,16 +102,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One block of Fig. 3(d): modulation and MLP, each normalised before, scaled and added to its input.
 
-    Args:
-        dim: Channels C.
-        kernel_size: Side of the modulation kernel.
-        mlp_ratio: Hidden width of the MLP over C.
-        drop_path: Probability of dropping a branch (stochastic depth).
-        ls_init_value: Initial value of both layer scales; None leaves them out.
-        mod_layer: Class of the modulation layer, called as ``ConvMod``.
-        norm_layer: Makes a norm of the last dimension, called with ``dim``.
-        act_layer: Makes an activation.
-        dilation: Of both depthwise convolutions.
+    ``drop_path`` is the probability of dropping a branch (stochastic depth). ``ls_init_value`` is the initial value of
+    both layer scales; None leaves them out. The other arguments are those of ``Conv2Former``.
     """
 
     def __init__(
@@ -151,11 +137,9 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Sequential):
-    """The blocks of a stage."""
-
     @torch.jit.ignore
     def fuse(self) -> nn.Sequential:
-        """What computes the same in evaluation, faster; itself where a block is not the paper's (``fusing``)."""
+        """What computes the same in evaluation, faster; itself where a block is not the paper's (``models.fused``)."""
         return fuse_blocks(self, (Blocks, Block, ConvMod, Mlp))
 
 
@@ -163,14 +147,7 @@ class Stem(nn.Module):
     """Patch embedding of the hierarchical models: three convolutions without bias, stride 4 in all.
 
     3x3 s2, GELU, BatchNorm, 3x3 s1, GELU, BatchNorm, 2x2 s2. ``stride=2`` leaves the first convolution at stride 1:
-    for small images (CIFAR), not in the paper.
-
-    Args:
-        in_chans: Channels of the image.
-        dim: Channels of the first stage.
-        stride: Total stride, 4 or 2.
-        min_size: Smallest height and width that the whole network takes; smaller images are refused here.
-        act_layer: Makes an activation.
+    for small images (CIFAR), not in the paper. Images below ``min_size``, which the whole network needs, are refused.
     """
 
     def __init__(
@@ -206,12 +183,7 @@ class Stem(nn.Module):
 class Downsample(nn.Sequential):
     """Between stages: a norm over the channels and a 2x2 convolution with stride 2.
 
-    Args:
-        in_dim: Channels of the stage before.
-        dim: Channels of this stage.
-        stride: 2, or 1 where the network's ``output_stride`` is reached: the map then keeps its size.
-        dilation: Of the convolution.
-        norm_layer: Makes a norm of the last dimension, called with ``in_dim``.
+    The stride is 1 where the network's ``output_stride`` is reached: the map then keeps its size.
     """
 
     def __init__(self, in_dim: int, dim: int, *, stride: int, dilation: int, norm_layer: Layer) -> None:
@@ -236,16 +208,8 @@ class Downsample(nn.Sequential):
 class Stage(nn.Module):
     """Downsampling (none in the first stage) and a row of blocks.
 
-    Args:
-        in_dim: Channels of the stage before.
-        dim: Channels of this stage; equal to ``in_dim`` without downsampling.
-        kernel_size: Side of the modulation kernel.
-        drop_path: One rate per block; its length is the depth of the stage.
-        downsample: Whether another resolution or width comes first.
-        stride: Of the downsampling.
-        dilation: Of the downsampling and of the blocks; both are 1 but for a reduced ``output_stride``.
-        norm_layer: Makes a norm of the last dimension.
-        **block_args: Passed to every ``Block``.
+    ``drop_path`` has one rate per block; its length is the depth of the stage. ``dilation`` is that of the downsampling
+    and that of the blocks; both are 1 but for a reduced ``output_stride``. ``block_args`` go to every ``Block``.
     """
 
     def __init__(
@@ -264,15 +228,12 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         first, rest = dilation
-        self.downsample: nn.Module = (
-            Downsample(in_dim, dim, stride=stride, dilation=first, norm_layer=norm_layer)
-            if downsample
-            else nn.Identity()
-        )
+        self.downsample: nn.Module = nn.Identity()
+        if downsample:
+            self.downsample = Downsample(in_dim, dim, stride=stride, dilation=first, norm_layer=norm_layer)
         block_args |= dict(norm_layer=norm_layer, dilation=rest)
-        self.blocks: nn.Sequential = Blocks(
-            *(Block(dim, kernel_size, drop_path=rate, **block_args) for rate in drop_path)
-        )
+        blocks = [Block(dim, kernel_size, drop_path=rate, **block_args) for rate in drop_path]
+        self.blocks: nn.Sequential = Blocks(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim, H, W) -> (B, dim, H / stride, W / stride), or the same size without downsampling."""
@@ -318,6 +279,7 @@ class Conv2Former(nn.Module):
     """
 
     uses_ops = True  # of ``conv2former.ops``: a training says what computes them
+    feature_layers = "stages"  # the submodule whose layers' outputs are the intermediate features
 
     def __init__(
         self,
@@ -352,30 +314,18 @@ class Conv2Former(nn.Module):
 
         stem_stride = stem_stride if stem is None else stem.stride
         reductions, strides, dilations = zip(*strides_and_dilations(len(dims), stem_stride, output_stride), strict=True)
-        layers: dict[str, Layer] = dict(act_layer=activation(act_layer), norm_layer=last_dim_norm(norm_layer))
+        layers: dict[str, Any] = dict(act_layer=activation(act_layer), norm_layer=last_dim_norm(norm_layer))
         if stem is None:
             stem = Stem(in_chans, dims[0], stride=stem_stride, min_size=reductions[-1], act_layer=layers["act_layer"])
         self.stem = stem
 
         rates = drop_path_rates(drop_path_rate, depths)
-        self.stages = nn.Sequential(
-            *(
-                Stage(
-                    dims[max(i - 1, 0)],
-                    dim,
-                    kernel_size,
-                    rates[i],
-                    downsample=i > 0,
-                    stride=strides[i],
-                    dilation=dilations[i],
-                    mlp_ratio=mlp_ratio,
-                    ls_init_value=ls_init_value,
-                    mod_layer=mod_layer,
-                    **layers,
-                )
-                for i, dim in enumerate(dims)
-            )
-        )
+        block_args: dict[str, Any] = dict(mlp_ratio=mlp_ratio, ls_init_value=ls_init_value, mod_layer=mod_layer)
+        stages = []
+        for i, dim in enumerate(dims):
+            sampling: dict[str, Any] = dict(downsample=i > 0, stride=strides[i], dilation=dilations[i])
+            stages.append(Stage(dims[max(i - 1, 0)], dim, kernel_size, rates[i], **sampling, **block_args, **layers))
+        self.stages = nn.Sequential(*stages)
         self.feature_info = [
             dict(num_chs=dim, reduction=reductions[i], module=f"stages.{i}") for i, dim in enumerate(dims)
         ]
@@ -396,16 +346,12 @@ class Conv2Former(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups for layer-wise decay: the stem, then every block; the head counts as last."""
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^head\.(?:conv|norm)", (99999,)),  # no capture: timm sorts by what is captured
-            ],
-        )
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^head\.(?:conv|norm)", (99999,)),  # no capture: timm sorts by what is captured
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -463,10 +409,11 @@ class Conv2Former(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages behind the last one asked for, and the head; returns the indices kept."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        pruned = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        """Drops the layers behind the last one asked for, and the head; returns the indices kept."""
+        layers: Any = self.get_submodule(self.feature_layers)
+        take, last = feature_take_indices(len(layers), indices)
+        pruned = last < len(layers) - 1
+        self.set_submodule(self.feature_layers, layers[: last + 1])
         if pruned:
             self.num_features = int(self.feature_info[last]["num_chs"])
             self.head.in_features = self.num_features

@@ -5,8 +5,8 @@ LayerNorm into what follows, layer scale into what stands before, and W1 and W2 
 of a stage, what stands between stages and the head are then one operation each (``ops``). The parts are for evaluation
 alone: no dropout, no stochastic depth, no gradients needed.
 
-A part that was changed stays as it is, and a line says why: with a hook, another layer, a parametrization. The fused
-parts hold weights and no layers. Only the head keeps its layers, and asks at each call whether they may be passed by.
+A part with a hook, another layer or a parametrization stays as it is, and a warning says why. The fused parts hold
+weights and no layers. Only the head keeps its layers, and checks at each call whether the operation may replace them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,16 +56,8 @@ def constant(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().to(like), requires_grad=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts
-
-
 class FusedBlock(nn.Module):
-    """``Block`` for inference: two normalisations, four products, the two operations between them.
-
-    Args:
-        block: Of the trained network, with ``ConvMod``.
-    """
+    """``Block`` for inference: two normalisations, four products, the two operations between them."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -80,7 +72,6 @@ class FusedBlock(nn.Module):
         self.weights = constant(join_block_weights([part.detach().double() for part in parts]), mod.w1.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
         return blocks(x, [self.weights], self.dim, self.hidden, self.kernel_size, self.eps)
 
 
@@ -93,7 +84,6 @@ class FusedBlocks(nn.Sequential):
         self.dim, self.hidden, self.kernel_size, self.eps = first.dim, first.hidden, first.kernel_size, first.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not a longer condition
             if guard.hooked(*self) or any(type(block) is not FusedBlock for block in self):
                 return super().forward(x)
@@ -106,13 +96,8 @@ class FusedBlocks(nn.Sequential):
 class FusedStem(nn.Module):
     """The three-convolution stem or embedding without batch norms.
 
-    The second norm goes into the last convolution. The first stays a factor and an offset, since the zeros around the
-    map come behind it.
-
-    Args:
-        convs: The three convolutions, 3x3, 3x3 and 2x2 with stride 2, without bias.
-        norms: The batch norms behind the first two.
-        min_size: Smaller images are refused.
+    The second norm goes into the last convolution. The first stays a factor and an offset, since the next convolution
+    pads the map with zeros behind it.
     """
 
     def __init__(self, convs: Sequence[Any], norms: Sequence[Any], *, min_size: int) -> None:
@@ -133,12 +118,7 @@ class FusedStem(nn.Module):
 
 
 class FusedDownsample(nn.Module):
-    """Normalisation and 2x2 convolution with stride 2, the norm's factor and offset in the convolution.
-
-    Args:
-        norm: Over channels, with factor and offset.
-        conv: Unpadded, with bias.
-    """
+    """Normalisation and 2x2 convolution with stride 2, the norm's factor and offset in the convolution."""
 
     def __init__(self, norm: Any, conv: Any) -> None:
         super().__init__()
@@ -150,34 +130,25 @@ class FusedDownsample(nn.Module):
         return downsample(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether a part may be put in the place of the trained one
+# Below: whether a part may be put in the place of the trained one. A reason is a text, '' where there is none.
 
 
 def fuse_blocks(stage: nn.Sequential, kinds: Sequence[type]) -> nn.Sequential:
     """The blocks of a stage as one operation; as they are where one of them is not the paper's.
 
-    Args:
-        stage: The blocks.
-        kinds: The classes of the row, of a block, its modulation and its MLP.
+    ``kinds`` are the classes of the row, of a block, its modulation and its MLP.
     """
-    parts: list[Any] = list(stage)
     row_kind, *block_kinds = kinds
     why = other([(stage, row_kind)]) or touched(stage)
-    why = why or next(filter(None, (unlike_block(block, block_kinds) for block in parts)), "")
-    if not parts or stays("the blocks of a stage", why):
-        return stage
-    fused = [FusedBlock(block) for block in parts]
-    if stays(
-        "the blocks of a stage",
-        "" if len({(b.dim, b.hidden, b.kernel_size, b.eps) for b in fused}) == 1 else "they differ",
-    ):
-        return stage
-    return FusedBlocks(*fused)
+    why = why or next(filter(None, (unlike_block(block, block_kinds) for block in stage)), "")
+    fused = [] if why else [FusedBlock(block) for block in stage]
+    if len({(block.dim, block.hidden, block.kernel_size, block.eps) for block in fused}) > 1:
+        why = "they differ"
+    return stage if not len(stage) or stays("the blocks of a stage", why) else FusedBlocks(*fused)
 
 
 def unlike_block(block: Any, kinds: Sequence[type]) -> str:
-    """What keeps a block from being fused, '' for nothing."""
+    """What keeps a block from being fused."""
     kind, mod_kind, mlp_kind = kinds
     why = other([(block, kind)]) or other([(block.mod, mod_kind), (block.mlp, mlp_kind)])
     if why:
@@ -208,9 +179,7 @@ def fuse_stem(
     part: nn.Module, kind: type, convs: Sequence[Any], norms: Sequence[Any], acts: Sequence[nn.Module], *, min_size: int
 ) -> nn.Module:
     """A stem or embedding of three convolutions, of this class, as one operation; as it is where it was changed."""
-    why = other([(part, kind)]) or other(
-        [(conv, nn.Conv2d) for conv in convs] + [(norm, nn.BatchNorm2d) for norm in norms]
-    )
+    why = other([(part, kind), *((conv, nn.Conv2d) for conv in convs), *((norm, nn.BatchNorm2d) for norm in norms)])
     why = why or without_bias(*norms) or next(filter(None, map(guard.not_gelu, acts)), "") or touched(part)
     settings = [(conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.bias) for conv in convs if not why]
     square = not why and all(conv.stride[0] == conv.stride[1] for conv in convs) and convs[2].stride == (2, 2)
@@ -236,14 +205,10 @@ def fuse_downsample(part: Any, kind: type) -> nn.Module:
 def fusable_head(head: Any) -> bool:
     """Whether a head may be computed as one operation: it is the paper's, unchanged, with no dropout to be done."""
     conv, act, norm, pool, drop, fc = head.conv, head.act, head.norm, head.global_pool, head.drop, head.fc
-    layers = [
-        (conv, nn.Linear),
-        (norm, nn.LayerNorm),
-        (fc, nn.Linear),
-        (drop, nn.Dropout),
-        (pool, SelectAdaptivePool2d),
-    ]
-    if other(layers) or without_bias(conv, norm, fc) or guard.not_gelu(act) or drop.training:
+    kinds = nn.Linear, nn.LayerNorm, SelectAdaptivePool2d, nn.Dropout, nn.Linear
+    if other(zip((conv, norm, pool, drop, fc), kinds, strict=True)) or drop.training:
+        return False
+    if without_bias(conv, norm, fc) or guard.not_gelu(act):
         return False
     if pool.pool_type != "avg" or other([(pool.pool, FastAdaptiveAvgPool), (pool.flatten, nn.Identity)]):
         return False
@@ -253,17 +218,17 @@ def fusable_head(head: Any) -> bool:
 
 
 def other(layers: Iterable[tuple[Any, type]]) -> str:
-    """The first layer that is of another class, '' where all are what they should be."""
+    """The first layer that is of another class."""
     return next((f"there is a {type(layer).__name__} in it" for layer, kind in layers if type(layer) is not kind), "")
 
 
 def without_bias(*layers: Any) -> str:
-    """The first layer that lacks a factor or an offset, '' where none does."""
+    """The first layer that lacks a factor or an offset."""
     return next((f"{layer} has no bias" for layer in layers if layer.weight is None or layer.bias is None), "")
 
 
 def touched(part: nn.Module) -> str:
-    """What would be lost with the modules of a part: hooks, weights that are more than tensors; '' for nothing."""
+    """What would be lost with the modules of a part: hooks, weights that are more than tensors."""
     weights = list(part.parameters())
     if not all(map(guard.plain, weights)) or len({(weight.device, weight.dtype) for weight in weights}) > 1:
         return "its weights are not all plain tensors of one dtype on one device"
@@ -271,7 +236,7 @@ def touched(part: nn.Module) -> str:
 
 
 def stays(part: str, why: str) -> bool:
-    """Whether there is a reason not to fuse a part, which is said."""
+    """Whether there is a reason not to fuse a part; a warning says it."""
     if why:
         guard.warn_once(f"fuse() leaves {part} as it is, because {why}")
     return bool(why)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from timm.layers.trace_utils import _assert
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from conv2former.models.conv2former import Conv2Former
 from conv2former.models.fused import fuse_stem
 from conv2former.models.layers import Layer, activation, channels_last, check_image_size
-from conv2former.models.variants import create_conv2former, default_cfg
+from conv2former.models.variants import create_conv2former, default_cfg, register
 
 __all__ = ["Conv2FormerIsotropic"]
 
@@ -23,12 +23,8 @@ __all__ = ["Conv2FormerIsotropic"]
 class PatchEmbed(nn.Module):
     """(B, in_chans, H, W) -> (B, dim, H / 16, W / 16).
 
-    Args:
-        in_chans: Channels of the image.
-        dim: Channels of the network.
-        convs: 1 for a 16x16 convolution with stride 16; 3 for 3x3 s4, 3x3 s2 and 2x2 s2, half as wide before the last,
-            each of the first two followed by GELU and BatchNorm like the hierarchical stem.
-        act_layer: Makes an activation.
+    Either one 16x16 convolution with stride 16, or three: 3x3 s4, 3x3 s2 and 2x2 s2, half as wide before the last, each
+    of the first two followed by GELU and BatchNorm like the hierarchical stem.
     """
 
     def __init__(self, in_chans: int, dim: int, *, convs: int = 1, act_layer: Layer = nn.GELU) -> None:
@@ -51,7 +47,6 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"patch_embed_convs is {convs}: use 1 or 3 (Table 7)")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, dim, H / 16, W / 16), channels last in memory."""
         check_image_size(x, self.stride)
         return self.proj(channels_last(x))
 
@@ -60,7 +55,7 @@ class PatchEmbed(nn.Module):
         """What computes the same in evaluation, without batch norms."""
         if not isinstance(self.proj, nn.Sequential) or len(self.proj) != 7:
             return self
-        convs, norms, acts = ([self.proj[i] for i in places] for places in ((0, 3, 6), (2, 5), (1, 4)))
+        convs, norms, acts = ([self.proj[i] for i in indices] for indices in ((0, 3, 6), (2, 5), (1, 4)))
         return fuse_stem(self, PatchEmbed, convs, norms, acts, min_size=self.stride)
 
 
@@ -73,6 +68,8 @@ class Conv2FormerIsotropic(Conv2Former):
         patch_embed_convs: Convolutions of the patch embedding, 1 or 3 (Table 7).
         **kwargs: As for ``Conv2Former``.
     """
+
+    feature_layers = "stages.0.blocks"
 
     def __init__(
         self,
@@ -114,32 +111,22 @@ class Conv2FormerIsotropic(Conv2Former):
         x = x.permute(0, 3, 1, 2)
         return intermediates if intermediates_only else (x, intermediates)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops the blocks behind the last one asked for, and the head; returns the indices kept."""
-        blocks: Any = self.stages[0].blocks
-        take, last = feature_take_indices(len(blocks), indices)
-        pruned = last < len(blocks) - 1
-        self.stages[0].blocks = blocks[: last + 1]
-        if prune_head or pruned:
-            self.reset_classifier(0, "", reset_other=True)
-        return take
+
+SIZES: dict[str, dict[str, Any]] = {
+    "is": dict(dim=320),
+    "ib": dict(dim=640),
+    "is_conv3": dict(dim=320, patch_embed_convs=3),
+    "ib_conv3": dict(dim=640, patch_embed_convs=3),
+}
 
 
-def isotropic_cfg() -> dict[str, Any]:
+def _cfg(size: str) -> dict[str, Any]:
     """The hierarchical models' preprocessing with the isotropic layout's names and sizes."""
-    return default_cfg(pool_size=(14, 14), min_input_size=(3, 16, 16))
+    first = "stem.proj.0" if "conv3" in size else "stem.proj"
+    return default_cfg(pool_size=(14, 14), min_input_size=(3, 16, 16), first_conv=first)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "conv2former_is.untrained": isotropic_cfg() | dict(first_conv="stem.proj"),
-        "conv2former_ib.untrained": isotropic_cfg() | dict(first_conv="stem.proj"),
-        "conv2former_is_conv3.untrained": isotropic_cfg() | dict(first_conv="stem.proj.0"),
-        "conv2former_ib_conv3.untrained": isotropic_cfg() | dict(first_conv="stem.proj.0"),
-    }
-)
+default_cfgs = generate_default_cfgs({f"conv2former_{size}.untrained": _cfg(size) for size in SIZES})
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Conv2FormerIsotropic:
@@ -149,25 +136,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> Conv2FormerIsotrop
     return create_conv2former(Conv2FormerIsotropic, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-@register_model
-def conv2former_is(pretrained: bool = False, **kwargs: Any) -> Conv2FormerIsotropic:
-    """Conv2Former-IS with the one-convolution embedding (Table 7)."""
-    return _create("conv2former_is", pretrained, **(dict(dim=320) | kwargs))
-
-
-@register_model
-def conv2former_ib(pretrained: bool = False, **kwargs: Any) -> Conv2FormerIsotropic:
-    """Conv2Former-IB with the one-convolution embedding (Table 7)."""
-    return _create("conv2former_ib", pretrained, **(dict(dim=640) | kwargs))
-
-
-@register_model
-def conv2former_is_conv3(pretrained: bool = False, **kwargs: Any) -> Conv2FormerIsotropic:
-    """Conv2Former-IS with the three-convolution embedding (Table 7)."""
-    return _create("conv2former_is_conv3", pretrained, **(dict(dim=320, patch_embed_convs=3) | kwargs))
-
-
-@register_model
-def conv2former_ib_conv3(pretrained: bool = False, **kwargs: Any) -> Conv2FormerIsotropic:
-    """Conv2Former-IB with the three-convolution embedding (Table 7)."""
-    return _create("conv2former_ib_conv3", pretrained, **(dict(dim=640, patch_embed_convs=3) | kwargs))
+for _size, _args in SIZES.items():
+    _doc = f"Conv2Former-{_size[:2].upper()} with {_args.get('patch_embed_convs', 1)} embedding convolutions (Table 7)."
+    register(f"conv2former_{_size}", _create, _args, _doc, module=__name__)

@@ -24,25 +24,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def activation(layer: str | Layer | None) -> Layer:
-    """What makes an activation: timm's name or a class. GELU is PyTorch's, which the fused operations know.
-
-    Raises:
-        ValueError: timm does not know the name.
-    """
+    """What makes an activation: timm's name or a class. GELU is PyTorch's, which the fused operations know."""
     try:
         return nn.GELU if layer in (None, "gelu") else get_act_layer(layer)
     except KeyError:
-        raise ValueError(
-            f"act_layer is {layer!r}: use a name of timm's, such as gelu, relu or silu, or a class"
-        ) from None
+        names = "a name of timm's, such as gelu, relu or silu"
+        raise ValueError(f"act_layer is {layer!r}: use {names}, or a class") from None
 
 
 def last_dim_norm(layer: str | Layer | None) -> Layer:
-    """What makes a norm of the last dimension: timm's name or a class; LayerNorm with the network's eps.
-
-    Raises:
-        ValueError: The name is that of a norm of maps, (B, C, H, W), or unknown.
-    """
+    """What makes a norm of the last dimension: a class or timm's name, but no norm of maps (B, C, H, W)."""
     names = "layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32", "simplenorm", "simplenormfp32"
     if layer is None or layer == "layernorm":
         return LayerNorm
@@ -58,9 +49,6 @@ def strides_and_dilations(stages: int, stem_stride: int, output_stride: int) -> 
 
     From the output stride on, maps keep their size, and dilated kernels see as far as on smaller maps, as in timm's
     ConvNeXt. With an output stride of 32 every stage halves the map, however many there are.
-
-    Raises:
-        ValueError: An output stride that the network cannot have.
     """
     if output_stride not in (8, 16, 32) or stem_stride > output_stride:
         possible = ", ".join(str(stride) for stride in (8, 16, 32) if stride >= stem_stride)

@@ -15,7 +15,6 @@ class SkipFilling(TorchFunctionMode):
     FILLING = frozenset({"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The tensor as it is for a method that fills it, the function's result otherwise."""
         filling = args and getattr(func, "__name__", "") in self.FILLING
         return args[0] if filling else func(*args, **(kwargs or {}))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +18,7 @@ from conv2former.models.conv2former import Conv2Former
 def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """Builds a registered model through timm, with one clear error where weights are asked for that nobody publishes.
 
-    Args:
-        model_cls: Class of the network.
-        variant: Registered name.
-        pretrained: Whether to load weights.
-        **kwargs: timm's own arguments and those of ``model_cls``; ``device`` and ``dtype`` as timm's models take them.
+    ``variant`` is the registered name; the other arguments are timm's own and those of ``model_cls``.
 
     Raises:
         RuntimeError: ``pretrained=True`` and no source of weights for ``variant``.
@@ -38,51 +37,44 @@ def create_conv2former(model_cls: type[nn.Module], variant: str, pretrained: boo
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs).to(dtype=dtype)
 
 
+def register(name: str, create: Callable[..., Any], model_args: dict[str, Any], doc: str, *, module: str) -> None:
+    """Registers a model with timm: makes its entrypoint, the function ``name`` of the module that has its default_cfgs.
+
+    The entrypoint calls ``create`` with the name, ``pretrained`` and ``model_args``, which its caller can change.
+    """
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **(model_args | kwargs))
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__, entrypoint.__module__ = doc, module
+    setattr(sys.modules[module], name, register_model(entrypoint))
+
+
 def default_cfg(**overrides: Any) -> dict[str, Any]:
     """What timm knows about a model without building it: image size, normalisation, crop, first and last layer.
 
     ImageNet mean and standard deviation: the authors' README. The paper says nothing of the crop: 0.9 at 224 is Swin's
     (ConvNeXt evaluates at 0.875), 1.0 at 384 is what both use for fine-tuned models.
     """
-    return (
-        dict(
-            url="",
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            min_input_size=(3, 32, 32),
-            pool_size=(7, 7),
-            crop_pct=0.9,
-            interpolation="bicubic",
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            first_conv="stem.conv1",
-            classifier="head.fc",
-            license="apache-2.0",
-            paper_ids="arXiv:2211.11943",
-            paper_name="Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition",
-        )
-        | overrides
+    cfg = dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        min_input_size=(3, 32, 32),
+        pool_size=(7, 7),
+        crop_pct=0.9,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="stem.conv1",
+        classifier="head.fc",
+        license="apache-2.0",
+        paper_ids="arXiv:2211.11943",
+        paper_name="Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition",
     )
+    return cfg | overrides
 
-
-CFG_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
-
-default_cfgs = generate_default_cfgs(
-    {
-        "conv2former_n.untrained": default_cfg(),
-        "conv2former_t.untrained": default_cfg(),
-        "conv2former_s.untrained": default_cfg(),
-        "conv2former_b.untrained": default_cfg(),
-        "conv2former_b.untrained_384": default_cfg(**CFG_384),
-        "conv2former_l.untrained": default_cfg(),
-        "conv2former_l.untrained_384": default_cfg(**CFG_384),
-        # below: not in the paper
-        "conv2former_pico.untrained": default_cfg(),
-        "conv2former_femto.untrained": default_cfg(),
-        "conv2former_atto.untrained": default_cfg(),
-        "conv2former_test.untrained": default_cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
-    }
-)
 
 # Table 1; the kernel of N is the released checkpoint's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -93,60 +85,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "l": dict(dims=(128, 256, 512, 1024), depths=(4, 4, 48, 4)),
 }
 
+# Not in the paper. Depths and the steps from width to width follow ConvNeXt V2's small line. From femto on the head is
+# halved, so that the stages get the parameters.
+SMALL_SIZES: dict[str, dict[str, Any]] = {
+    # for CPUs: about 9M and 5M parameters
+    "pico": dict(dims=(48, 96, 192, 384), depths=(2, 2, 8, 2), kernel_size=7),
+    "femto": dict(dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640),
+    # for edge devices: about 3.8M parameters
+    "atto": dict(dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640),
+    # for tests and quick trials
+    "test": dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), kernel_size=5, head_hidden_size=64),
+}
 
-@register_model
-def conv2former_n(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-N (Table 1), kernel 7 as released."""
-    return create_conv2former(Conv2Former, "conv2former_n", pretrained, **(SIZES["n"] | kwargs))
+CFG_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
 
+_cfgs: dict[str, Any] = {f"conv2former_{size}.untrained": default_cfg() for size in (*SIZES, *SMALL_SIZES)}
+_cfgs |= {f"conv2former_{size}.untrained_384": default_cfg(**CFG_384) for size in ("b", "l")}
+_cfgs["conv2former_test.untrained"] = default_cfg(input_size=(3, 64, 64), pool_size=(2, 2))
+default_cfgs = generate_default_cfgs(_cfgs)
 
-@register_model
-def conv2former_t(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-T (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_t", pretrained, **(SIZES["t"] | kwargs))
-
-
-@register_model
-def conv2former_s(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-S (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_s", pretrained, **(SIZES["s"] | kwargs))
-
-
-@register_model
-def conv2former_b(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-B (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_b", pretrained, **(SIZES["b"] | kwargs))
-
-
-@register_model
-def conv2former_l(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Conv2Former-L (Table 1)."""
-    return create_conv2former(Conv2Former, "conv2former_l", pretrained, **(SIZES["l"] | kwargs))
-
-
-@register_model
-def conv2former_pico(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 9M parameters, for CPUs; depths and width steps after ConvNeXt V2's small line."""
-    sizes: dict[str, Any] = dict(dims=(48, 96, 192, 384), depths=(2, 2, 8, 2), kernel_size=7)
-    return create_conv2former(Conv2Former, "conv2former_pico", pretrained, **(sizes | kwargs))
-
-
-@register_model
-def conv2former_femto(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 5M parameters, for CPUs; the head is halved so that the stages get the parameters."""
-    sizes: dict[str, Any] = dict(dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640)
-    return create_conv2former(Conv2Former, "conv2former_femto", pretrained, **(sizes | kwargs))
-
-
-@register_model
-def conv2former_atto(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: about 3.8M parameters, for edge devices; the head is halved like femto's."""
-    sizes: dict[str, Any] = dict(dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), kernel_size=7, head_hidden_size=640)
-    return create_conv2former(Conv2Former, "conv2former_atto", pretrained, **(sizes | kwargs))
-
-
-@register_model
-def conv2former_test(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper: for tests and quick trials."""
-    sizes: dict[str, Any] = dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), kernel_size=5, head_hidden_size=64)
-    return create_conv2former(Conv2Former, "conv2former_test", pretrained, **(sizes | kwargs))
+for _size, _args in (SIZES | SMALL_SIZES).items():
+    _doc = f"Conv2Former-{_size.upper()} (Table 1)." if _size in SIZES else f"Conv2Former {_size}, not in the paper."
+    register(f"conv2former_{_size}", partial(create_conv2former, Conv2Former), _args, _doc, module=__name__)

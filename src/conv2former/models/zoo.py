@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conv2former.errors import UserError, nearest
 from conv2former.models.ablations import ROWS
 from conv2former.models.meta import build_on_meta
-from conv2former.models.variants import SIZES
+from conv2former.models.variants import SIZES, SMALL_SIZES
 
 # ImageNet-1k top-1 in percent, 224 px, 300 epochs: Tables 3, 6 and 7
 PAPER_TOP1 = {
@@ -47,11 +47,11 @@ PAPER_TOP1_22K = {
 }
 
 PAPER_MODELS = [f"conv2former_{size}" for size in (*SIZES, "is", "is_conv3", "ib", "ib_conv3")]
-SMALL_MODELS = ["conv2former_pico", "conv2former_femto", "conv2former_atto", "conv2former_test"]
+SMALL_MODELS = [f"conv2former_{size}" for size in SMALL_SIZES]
 ABLATIONS = [f"conv2former_{size}_{weighting}" for size, weighting in ROWS]
 
 # Sec. 4.3 and Tables 4 and 5: (model, kernel size, image size) beside the registered defaults
-VARIANTS = [
+VARIANTS: list[tuple[str, int | None, int]] = [
     ("conv2former_n", 11, 224),
     *(("conv2former_t", k, 224) for k in (5, 7, 9, 15, 21)),
     *(("conv2former_b", k, 224) for k in (5, 7, 9, 15, 21)),
@@ -62,30 +62,18 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Row:
-    """One model.
+    """One model."""
 
-    Attributes:
-        name: timm's name.
-        kernel_size: Side of the modulation kernel.
-        image_size: Side of the image, pixels.
-        params: Parameters with 1,000 classes.
-        macs: Multiply-adds of convolutions and linear layers; what the paper calls FLOPs.
-        paper_top1: The paper's ImageNet-1k accuracy in percent, None where it gives none.
-        paper_top1_22k: The same with ImageNet-22k pre-training.
-        origin: 'paper', 'paper, ablation' or 'ours'.
-    """
-
-    name: str
-    kernel_size: int
-    image_size: int
-    params: int
-    macs: int
-    paper_top1: float | None
-    paper_top1_22k: float | None
-    origin: str
+    name: str  # timm's
+    kernel_size: int  # side of the modulation kernel
+    image_size: int  # side of the image, pixels
+    params: int  # with 1,000 classes
+    macs: int  # multiply-adds of convolutions and linear layers; what the paper calls FLOPs
+    paper_top1: float | None  # ImageNet-1k accuracy in percent, None where the paper gives none
+    paper_top1_22k: float | None  # the same with ImageNet-22k pre-training
+    origin: str  # 'paper', 'paper, ablation' or 'ours'
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a dictionary."""
         return asdict(self)
 
 
@@ -112,31 +100,26 @@ def _count(model: Any, image_size: int, in_chans: int = 3) -> tuple[int, int]:
 
 def rows(*, variants: bool = False) -> list[Row]:
     """All registered models; with ``variants`` also the paper's other kernel and image sizes."""
-    result = []
+    wanted: list[tuple[str, int | None, int]] = []
     for name in PAPER_MODELS + ABLATIONS + SMALL_MODELS:
         cfg: Any = timm.get_pretrained_cfg(name)
-        origin = "ours" if name in SMALL_MODELS else "paper, ablation" if name in ABLATIONS else "paper"
-        result.append(_row(name, None, cfg.input_size[-1], origin))
-    for name, kernel_size, size in VARIANTS if variants else []:
-        result.append(_row(name, kernel_size, size, "paper, ablation" if size == 224 else "paper"))
+        wanted.append((name, None, cfg.input_size[-1]))
+    result = []
+    for name, kernel, size in wanted + (VARIANTS if variants else []):
+        model = build_on_meta(name, **({} if kernel is None else dict(kernel_size=kernel)))
+        side = model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
+        top1 = PAPER_TOP1.get(name) if kernel is None else PAPER_TOP1_KERNEL.get((name, side))
+        pretrained = PAPER_TOP1_22K.get((name, size)) if side == 11 else None
+        ablation = name in ABLATIONS or (kernel is not None and size == 224)
+        origin = "ours" if name in SMALL_MODELS else "paper, ablation" if ablation else "paper"
+        result.append(Row(name, side, size, *_count(model, size), top1, pretrained, origin))
     return result
-
-
-def _row(name: str, kernel_size: int | None, image_size: int, origin: str) -> Row:
-    model = build_on_meta(name, **({} if kernel_size is None else dict(kernel_size=kernel_size)))
-    params, macs = _count(model, image_size)
-    side = model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
-    top1 = PAPER_TOP1.get(name) if kernel_size is None else PAPER_TOP1_KERNEL.get((name, side))
-    pretrained = PAPER_TOP1_22K.get((name, image_size)) if side == 11 else None
-    return Row(name, side, image_size, params, macs, top1, pretrained, origin)
 
 
 def to_markdown(table: list[Row]) -> str:
     """The table for a document."""
-    lines = [
-        "| model | kernel | image | parameters | MACs (G) | paper top-1 | paper top-1, 22k | origin |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| model | kernel | image | parameters | MACs (G) | paper top-1 | paper top-1, 22k | origin |"]
+    lines += ["|---" * 8 + "|"]
     for r in table:
         top1, pretrained = (f"{value:.1f}" if value is not None else "" for value in (r.paper_top1, r.paper_top1_22k))
         lines.append(

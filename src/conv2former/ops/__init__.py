@@ -8,8 +8,8 @@ network's modules may be left uncalled. A network that was fused for inference (
 
 from conv2former.ops.backend import BACKENDS, backend_for, passes_by, set_backend, use_backend
 from conv2former.ops.blocks import block_weights, blocks, join_block_weights
-from conv2former.ops.downsample import downsample, downsample_reference
-from conv2former.ops.head import head, head_reference
+from conv2former.ops.downsample import downsample
+from conv2former.ops.head import head
 from conv2former.ops.mlp import mlp_middle, mlp_middle_fused, mlp_middle_reference
 from conv2former.ops.modulation import modulation, modulation_fused, modulation_reference
-from conv2former.ops.stem import stem, stem_reference
+from conv2former.ops.stem import stem

@@ -94,15 +94,14 @@ def _resolve(choice: str, device: str) -> str:
 
 
 def module(name: str) -> ModuleType:
-    """The code behind a name, imported when first asked for."""
     return importlib.import_module(MODULES[name])
 
 
 def kernels(device: torch.device) -> Any:
     """The module that computes a fused operation on a device.
 
-    That it is fused was decided when it was called. Its backward pass, or a program that was exported with it, may run
-    under another choice.
+    Whether to fuse was decided when the operation was called. Its backward pass, or an exported program, may run after
+    the choice has changed.
 
     Raises:
         UserError: It cannot run there.
@@ -123,8 +122,7 @@ def _obstacle(
     chosen: str | None, device: str, dtype: torch.dtype, channels: int, kernel_size: int, operation: str
 ) -> str | None:
     """Why no fused kernel computes an operation: '' if one does, None where none was asked for."""
-    choice = current()  # `chosen` is there for the compiler, which sees by it that the choice has changed
-    name = _wanted(choice, device)
+    name = _wanted(current(), device)  # `chosen` is there for the compiler, which sees by it that the choice changed
     if name == "reference":
         return None
     why = _lacks(name, operation, dtype, channels, kernel_size)
@@ -132,7 +130,7 @@ def _obstacle(
 
 
 def _wanted(choice: str, device: str) -> str:
-    """The backend for operations that are called now. What is exported knows none unless it was chosen by name."""
+    """The backend for a call. An exported program gets a fused operation only if its backend was chosen by name."""
     if choice == "auto" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return "reference"  # another runtime would not know our operators
     return _resolve(choice, device)
@@ -154,13 +152,13 @@ def _say(operation: str, why: str, device: str) -> None:
 
 
 def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Tensor) -> bool:
-    """Whether a fused kernel may compute what the modules say, ``conv(act(u))`` in the middle, without calling them.
+    """Whether a fused kernel may compute ``conv(act(u))``, and what is around it, without calling the modules.
 
     Args:
-        operation: Its name, for the line that says once why it is not fused where it could be.
-        act: To be the exact GELU.
-        conv: To be a depthwise convolution with bias, "same" zero padding and default settings.
-        u: (B, H, W, C), what ``act`` is to be given.
+        operation: Its name, for the warning that says once why it is not fused where it could be.
+        act: Must be the exact GELU.
+        conv: Must be a depthwise convolution with bias, "same" zero padding and default settings.
+        u: (B, H, W, C), the input of ``act``.
         *others: Further maps, (B, H, W, C) too.
     """
     if isinstance(u, Proxy):  # a symbolic trace records modules, which can be scripted and changed
@@ -169,7 +167,7 @@ def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Ten
     if not why:
         weight = conv.weight
         if weight.dtype != u.dtype and not torch.is_autocast_enabled(u.device.type):
-            return False  # a mistake that PyTorch refuses
+            return False  # PyTorch raises an error for that
         return fused(operation, u, weight, conv.bias, *others)
     _say(operation, why, u.device.type)
     return False
@@ -178,7 +176,7 @@ def passes_by(operation: str, act: nn.Module, conv: Any, u: Tensor, *others: Ten
 def fused(operation: str, u: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> bool:
     """Whether a fused kernel is to compute an operation: there is one, and the tensors are what it is written for.
 
-    That is u and the others (B, H, W, C) of one dtype, weight (C, 1, k, k) with k odd, bias (C,), all on one device.
+    u and the others are (B, H, W, C) of one dtype, weight is (C, 1, k, k) with k odd, bias (C,), all on one device.
     Broadcasting, other shapes, mixed dtypes, wrapped tensors, ``torch.func`` and forward-mode differentiation are left
     to PyTorch.
 
@@ -215,7 +213,7 @@ def in_evaluation(operation: str, x: Tensor, weights: Sequence[Tensor], *, chann
 
 
 def _unhindered(operation: str, tensors: Sequence[Tensor], *, channels: int, kernel_size: int) -> bool:
-    """Whether there is a kernel and it can be given the tensors; what is in the way is said."""
+    """Whether there is a kernel and it takes the tensors; if not, a warning says why."""
     x = tensors[0]
     why = _obstacle(_chosen[0], x.device.type, x.dtype, channels, kernel_size, operation)
     if why == "":
@@ -226,7 +224,7 @@ def _unhindered(operation: str, tensors: Sequence[Tensor], *, channels: int, ker
 
 
 def _unlike(tensors: Sequence[Tensor]) -> str:
-    """Why the tensors are none that a kernel can be given, '' where they are."""
+    """Why a kernel does not take the tensors, '' where it does."""
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
@@ -261,10 +259,10 @@ def operator(
 
     Args:
         schema: Name, arguments and results.
-        shapes: What tells the results' shapes.
-        compute: What computes it, on any device; unless given, the function of its name in the device's ``kernels``.
-        gradients: The backward pass; without one, which is for evaluation, inputs that want gradients are refused.
-        save: What it keeps of the forward pass.
+        shapes: Makes empty results of the right shapes.
+        compute: Computes it on any device; unless given, the function of its name in the device's ``kernels``.
+        gradients: The backward pass; without one, for evaluation, inputs that require gradients are refused.
+        save: Keeps what the backward pass needs.
         flops: Twice the multiply-adds, from the arguments' shapes, for ``torch.utils.flop_counter``.
     """
     name = schema.partition("(")[0]
@@ -287,13 +285,9 @@ def operator(
 def second_derivative(
     ctx: Any, reference: Callable[..., Tensor], g: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of an operation as something that has gradients itself: those of the plain form.
+    """An operation's gradients in a form that can be differentiated again: those of the plain form.
 
-    Args:
-        ctx: The operation's, which knows what gradients are wanted.
-        reference: The plain form.
-        g: Of the output.
-        inputs: The tensors that ``reference`` takes.
+    ``reference`` is the plain form, which takes ``inputs``; g is the output's gradient, and ctx the operation's.
     """
     here = [tensor.view_as(tensor) for tensor in inputs]  # gradients stop here and do not go on from u to what made it
     leaves = [tensor for tensor, wanted in zip(here, ctx.needs_input_grad, strict=False) if wanted]
@@ -304,9 +298,8 @@ def second_derivative(
 
 def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            leaf.requires_grad for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)
-        ):
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise NotImplementedError(
                 "this fused operation has no derivative: compute under conv2former.ops.use_backend('reference')"
             )
@@ -316,7 +309,7 @@ def _without_gradients(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:
-    """A weight's gradient with the weight's strides: DDP wants that, and the shape functions announce it."""
+    """A weight's gradient with the weight's strides, which DDP needs and the ``shapes`` functions promise."""
     strides = gradient.stride()
     if strides == weight.stride():
         return gradient
@@ -329,7 +322,7 @@ def pixels(x: Tensor) -> tuple[Tensor, int]:
     """The tensor (B, H, W, C), copied where necessary, and the distance S of its pixels in elements.
 
     Pixel (b, y, x) begins at element ((b * H + y) * W + x) * S. Contiguous tensors and either half of a contiguous
-    (B, H, W, 2C) are of that kind.
+    (B, H, W, 2C) are not copied.
     """
     size, stride = x.shape, x.stride()
     wanted = step = next((stride[d] for d in (2, 1, 0) if size[d] > 1), size[3])

@@ -1,10 +1,11 @@
 """Blocks in evaluation, from the first normalisation to the last sum, Fig. 3(d).
 
-Norms' factors and layer scales are taken to be in the weights already (``fusing``).
+Norms' factors and layer scales are expected in the weights (``models.fused``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,15 +26,12 @@ def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size:
     or, where there are fewer images than threads, that of some 16,000 positions.
 
     Args:
-        x: (B, H, W, C).
-        weights: Those of each block in one row, see ``block_weights``: so many tensors are soon looked through.
-        dim: Channels C, said once more, since a compiler may leave the sizes of x open.
+        x: (B, H, W, C); the output has the same shape.
+        weights: Those of each block in one row, see ``block_weights``: PyTorch then checks one tensor and not twelve.
+        dim: Channels C, since a compiler may leave the sizes of x open.
         hidden: Width D of the MLP's hidden layer.
         kernel_size: Side k of the modulation's kernel.
         eps: Of the normalisations.
-
-    Returns:
-        (B, H, W, C).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
         if _fits(x, weights, dim, hidden, kernel_size):
@@ -61,11 +59,9 @@ def block_weights(row: Tensor, dim: int, hidden: int, kernel_size: int) -> list[
     Raises:
         ValueError: There are more or fewer numbers than that.
     """
-    shapes = [[2 * dim, dim], [2 * dim], [dim, 1, kernel_size, kernel_size], [dim], [dim, dim], [dim]]
-    shapes += [[hidden, dim], [hidden], [hidden, 1, 3, 3], [hidden], [dim, hidden], [dim]]
     parts: list[Tensor] = []
     start = 0
-    for shape in shapes:
+    for shape in _shapes(dim, hidden, kernel_size):
         size = 1
         for side in shape:
             size *= side
@@ -82,25 +78,19 @@ def join_block_weights(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(part.flatten(), (0, -part.numel() % 64)) for part in parts])
 
 
+def _shapes(dim: int, hidden: int, kernel_size: int) -> list[list[int]]:
+    shapes = [[2 * dim, dim], [2 * dim], [dim, 1, kernel_size, kernel_size], [dim], [dim, dim], [dim]]
+    shapes += [[hidden, dim], [hidden], [hidden, 1, 3, 3], [hidden], [dim, hidden], [dim]]
+    return shapes
+
+
 def _fits(x: Tensor, weights: Sequence[Tensor], dim: int, hidden: int, kernel_size: int) -> bool:
-    """Whether the fused form is to compute them: it can, and the sizes are right."""
     if x.ndim != 4 or x.shape[-1] != dim or not weights or hidden < 1 or kernel_size < 1 or kernel_size % 2 == 0:
         return False
-    size = _size(dim, hidden, kernel_size)
+    size = sum((math.prod(shape) + 63) // 64 * 64 for shape in _shapes(dim, hidden, kernel_size))
     if any(row.ndim != 1 or len(row) != size for row in weights):
         return False
     return in_evaluation("blocks", x, weights, channels=dim, kernel_size=kernel_size)
-
-
-def _size(dim: int, hidden: int, kernel_size: int) -> int:
-    """Numbers in a row of weights."""
-    sizes = [2 * dim * dim, 2 * dim, dim * kernel_size**2, dim, dim * dim, dim]
-    sizes += [hidden * dim, hidden, hidden * 9, hidden, dim * hidden, dim]
-    return sum((size + 63) // 64 * 64 for size in sizes)
-
-
-def _shape(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _flops(x: Any, weights: Any, dim: int, hidden: int, kernel_size: int, *_: Any, **__: Any) -> int:
@@ -111,6 +101,6 @@ def _flops(x: Any, weights: Any, dim: int, hidden: int, kernel_size: int, *_: An
 
 _BLOCKS = operator(
     "blocks(Tensor x, Tensor[] weights, int dim, int hidden, int kernel_size, float eps) -> Tensor",
-    _shape,
+    lambda x, *_: x.new_empty(x.shape),
     flops=_flops,
 )

@@ -1,7 +1,7 @@
-"""Whether a fused operation may be taken: it passes modules by, and nobody must be able to tell.
+"""Whether a fused operation may run in the place of modules: only where that makes no difference but the time.
 
-People change networks: hooks, pruning, adapters, another activation, a ``forward`` put on one layer. What they do
-shows, because a fused operation is taken only if the modules are exactly what it computes.
+People change networks: hooks, pruning, adapters, another activation, a ``forward`` put on one layer. All that works,
+because a fused operation runs only if the modules are exactly what it computes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ _FUNCTIONS = [(owner, name, getattr(owner, name)) for owner, names in _OWNERS.it
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """Says why something is slower than it could be, once in a process."""
     _log.warning(line)
 
 
@@ -61,11 +60,8 @@ def hooked(*modules: nn.Module) -> str:
 
 def not_gelu(act: nn.Module) -> str:
     """Why the module is not the exact GELU, '' where it is."""
-    return (
-        ""
-        if type(act) is nn.GELU and act.approximate == "none"
-        else f"the activation, a {type(act).__name__}, is not the exact GELU"
-    )
+    exact = type(act) is nn.GELU and act.approximate == "none"
+    return "" if exact else f"the activation, a {type(act).__name__}, is not the exact GELU"
 
 
 def not_depthwise(conv: Any) -> str:

@@ -39,25 +39,13 @@ def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def mlp_middle_fused(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``mlp_middle`` by a kernel, for whoever has asked ``fused`` or ``passes_by``."""
+    """``mlp_middle`` by a kernel, where ``fused`` or ``passes_by`` allows it."""
     return _FORWARD(u, weight, bias)
-
-
-def _shape(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return u.new_empty(u.shape)
 
 
 def _backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     du, dweight, dbias = kernels(u.device).mlp_middle_backward(g, u, weight, bias)
     return du, in_layout_of(weight, dweight), dbias
-
-
-def _shapes_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty_like(weight), bias.new_empty(bias.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,24 +55,16 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return _BACKWARD(g.to(u.dtype), u, weight, bias)
 
 
-def _flops(u: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(u) * 9
-
-
-def _flops_backward(g: Any, u: Any, *_: Any, **__: Any) -> int:
-    return 4 * math.prod(u) * 9
-
-
 _FORWARD = operator(
     "mlp_middle(Tensor u, Tensor weight, Tensor bias) -> Tensor",
-    _shape,
+    lambda u, weight, bias: u.new_empty(u.shape),
     gradients=_gradients,
-    save=_save,
-    flops=_flops,
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    flops=lambda u, *_, **__: 2 * math.prod(u) * 9,
 )
 _BACKWARD = operator(
     "mlp_middle_backward(Tensor g, Tensor u, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
-    _shapes_backward,
+    lambda g, u, weight, bias: (u.new_empty(u.shape), torch.empty_like(weight), bias.new_empty(bias.shape)),
     compute=_backward,
-    flops=_flops_backward,
+    flops=lambda g, u, *_, **__: 4 * math.prod(u) * 9,
 )

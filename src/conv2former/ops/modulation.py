@@ -39,14 +39,10 @@ def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def modulation_fused(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``modulation`` by a kernel, for whoever has asked ``fused`` or ``passes_by``."""
+    """``modulation`` by a kernel, where ``fused`` or ``passes_by`` allows it."""
     leaves = u.requires_grad or v.requires_grad or weight.requires_grad or bias.requires_grad
     keep = torch.is_grad_enabled() and leaves
     return _FORWARD(u, v, weight, bias, keep)[0]
-
-
-def _shapes(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), u.new_empty(u.shape if keep else (0,))
 
 
 def _backward(g: Tensor, u: Tensor, v: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,24 +71,16 @@ def _gradients(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     return *_BACKWARD(g.to(u.dtype), u, v, a, weight), None
 
 
-def _flops(u: Any, v: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(u) * weight[-1] ** 2
-
-
-def _flops_backward(g: Any, u: Any, v: Any, a: Any, weight: Any, **_: Any) -> int:
-    return 4 * math.prod(u) * weight[-1] ** 2
-
-
 _FORWARD = operator(
     "modulation(Tensor u, Tensor v, Tensor weight, Tensor bias, bool keep) -> (Tensor, Tensor)",
-    _shapes,
+    lambda u, v, weight, bias, keep: (u.new_empty(u.shape), u.new_empty(u.shape if keep else (0,))),
     gradients=_gradients,
     save=_save,
-    flops=_flops,
+    flops=lambda u, v, weight, *_, **__: 2 * math.prod(u) * weight[-1] ** 2,
 )
 _BACKWARD = operator(
     "modulation_backward(Tensor g, Tensor u, Tensor v, Tensor a, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _shapes_backward,
     compute=_backward,
-    flops=_flops_backward,
+    flops=lambda g, u, v, a, weight, **_: 4 * math.prod(u) * weight[-1] ** 2,
 )

@@ -12,23 +12,6 @@ from torch.nn import functional as F
 from conv2former.ops.backend import in_evaluation, operator
 
 
-def stem_reference(
-    x: Tensor,
-    weight1: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    weight2: Tensor,
-    weight3: Tensor,
-    bias3: Tensor,
-    stride1: int,
-    stride2: int,
-) -> Tensor:
-    """``stem`` in plain PyTorch: the specification."""
-    y = F.gelu(F.conv2d(x, weight1, stride=stride1, padding=1)) * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
-    y = F.gelu(F.conv2d(y, weight2, stride=stride2, padding=1))
-    return F.conv2d(y, weight3, bias3, stride=2)
-
-
 def stem(
     x: Tensor,
     weight1: Tensor,
@@ -42,24 +25,18 @@ def stem(
 ) -> Tensor:
     """3x3 convolution, GELU, factor and offset, 3x3 convolution, GELU, 2x2 convolution with stride 2.
 
-    The fused form computes a few rows of the output at a time, so that what lies between stays in a cache.
+    The fused form computes a few rows of the output at a time, so that what lies between stays in a cache. The 3x3
+    convolutions pad by one. ``scale`` and ``offset`` are the first batch norm's; the second is in weight3 and bias3.
 
-    Args:
-        x: (B, I, H, W).
-        weight1: (M, I, 3, 3), padded by one.
-        scale: (M,), of the first batch norm, with offset (M,).
-        weight2: (M, M, 3, 3), padded by one.
-        weight3: (C, M, 2, 2) with bias3 (C,), the second batch norm in them.
-        stride1: Of the first convolution.
-        stride2: Of the second.
-
-    Returns:
-        (B, C, H / (2 * stride1 * stride2), W / ...), channels last in memory.
+    x (B, I, H, W), weight1 (M, I, 3, 3), scale and offset (M,), weight2 (M, M, 3, 3), weight3 (C, M, 2, 2), bias3 (C,)
+    -> (B, C, H / (2 * stride1 * stride2), W / ...), channels last in memory.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  see `modulation`
         if _fits(x, stride1, stride2, weight1, scale, offset, weight2, weight3, bias3):
             return _STEM(x, weight1, scale, offset, weight2, weight3, bias3, stride1, stride2)
-    return stem_reference(x, weight1, scale, offset, weight2, weight3, bias3, stride1, stride2)
+    y = F.gelu(F.conv2d(x, weight1, stride=stride1, padding=1)) * scale.view(-1, 1, 1) + offset.view(-1, 1, 1)
+    y = F.gelu(F.conv2d(y, weight2, stride=stride2, padding=1))
+    return F.conv2d(y, weight3, bias3, stride=2)
 
 
 def _fits(x: Tensor, stride1: int, stride2: int, *weights: Tensor) -> bool:
@@ -79,24 +56,14 @@ def _sides(height: int, width: int, stride1: int, stride2: int) -> list[tuple[in
     return [first, second, (second[0] // 2, second[1] // 2)]
 
 
-def _shape(
-    x: Tensor,
-    weight1: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    weight2: Tensor,
-    weight3: Tensor,
-    bias3: Tensor,
-    *strides: int,
-) -> Tensor:
-    height, width = _sides(x.shape[2], x.shape[3], *strides)[-1]
-    return x.new_empty(x.shape[0], height, width, weight3.shape[0]).permute(0, 3, 1, 2)
+def _shape(x: Tensor, *rest: Any) -> Tensor:
+    *weights, stride1, stride2 = rest
+    height, width = _sides(x.shape[2], x.shape[3], stride1, stride2)[-1]
+    return x.new_empty(x.shape[0], height, width, weights[4].shape[0]).permute(0, 3, 1, 2)
 
 
-def _flops(
-    x: Any, weight1: Any, scale: Any, offset: Any, weight2: Any, weight3: Any, bias3: Any, *strides: int, **_: Any
-) -> int:
-    maps = [math.prod(sides) for sides in _sides(x[2], x[3], *strides)]
+def _flops(x: Any, weight1: Any, scale: Any, offset: Any, weight2: Any, weight3: Any, *rest: Any, **_: Any) -> int:
+    maps = [math.prod(sides) for sides in _sides(x[2], x[3], *rest[1:])]
     weights = weight1, weight2, weight3
     return 2 * x[0] * sum(size * math.prod(weight) for size, weight in zip(maps, weights, strict=True))
 

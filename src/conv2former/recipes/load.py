@@ -29,8 +29,7 @@ def parse_yaml(text: str) -> Any:
 
 def recipe_names() -> list[str]:
     """The shipped recipes."""
-    folder = resources.files("conv2former.recipes")
-    names = (entry.name for entry in folder.iterdir())
+    names = (entry.name for entry in resources.files("conv2former.recipes").iterdir())
     # a leading underscore marks what others are based on and is no experiment by itself
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and not name.startswith("_"))
 
@@ -66,7 +65,7 @@ def with_settings(recipe: Recipe, settings: list[str], *, section: str | None = 
 
 
 def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """A recipe as it is written, laid over the one that it names as its ``base``."""
+    """A recipe as it is written, merged over the one that it names as its ``base``."""
     try:
         raw = parse_yaml(_read(name))
     except yaml.YAMLError as error:
@@ -79,18 +78,18 @@ def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(base, str) or base in (name, *above):
         raise UserError(f"recipe {name}: base must name another recipe, not {base!r}")
     below = _raw(base, (name, *above))
-    if name.endswith((".yaml", ".yml")):  # what the paper claims of the base says nothing of somebody's own recipe
+    if name.endswith((".yaml", ".yml")):  # the paper's numbers for the base do not hold for somebody's own recipe
         command = f"conv2former train --recipe {name} --data DIR --out RUN"
         own = dict(source=f"based on {base}", command=command, notes="", paper=None, measured="not run")
         below["claim"] = below.get("claim", {}) | own
-    return _laid_over(below, raw)
+    return _merged(below, raw)
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = below | above
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _laid_over(below[key], above[key])
+            merged[key] = _merged(below[key], above[key])
     return merged
 
 
@@ -125,12 +124,11 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment!r} is not of the form section.key=value")
     target = raw
     for part in path[:-1]:
-        # a section that the file leaves out, or writes as an empty line, starts empty
-        child = target.get(part)
-        target[part] = child = {} if child is None else child
-        if not isinstance(child, dict):
+        if target.get(part) is None:  # a section that the file leaves out, or writes as an empty line
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
             raise UserError(f"--set {assignment!r}: {part!r} holds a value, not a section")
-        target = child
     try:
         target[path[-1]] = parse_yaml(value)
     except yaml.YAMLError:

@@ -34,22 +34,19 @@ def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image
     """Names of some classes in their colours, as many a line as fit."""
     font = ImageFont.load_default(14)
     names = [(int(index), classes[int(index)]) for index in shown if int(index) < len(classes)]
-    lines: list[list[tuple[int, int, str]]] = [[]]
-    left = 6
-    for index, name in names:
+    positions: list[tuple[int, int]] = []
+    left, row = 6, 0
+    for _, name in names:
         needed = round(font.getlength(name)) + 36
-        if left + needed > width and lines[-1]:
-            lines.append([])
-            left = 6
-        lines[-1].append((left, index, name))
+        if left + needed > width and left > 6:
+            left, row = 6, row + 1
+        positions.append((left, LINE * row + 4))
         left += needed
-    sheet = Image.new("RGB", (width, LINE * len(lines) + 4), "white")
+    sheet = Image.new("RGB", (width, LINE * (row + 1) + 4), "white")
     canvas = ImageDraw.Draw(sheet)
-    for row, line in enumerate(lines):
-        top = LINE * row + 4
-        for left, index, name in line:
-            canvas.rectangle((left, top + 2, left + 14, top + 16), fill=colour(index))
-            canvas.text((left + 19, top), name, fill="black", font=font)
+    for (left, top), (index, name) in zip(positions, names, strict=True):
+        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=colour(index))
+        canvas.text((left + 19, top), name, fill="black", font=font)
     return sheet
 
 
@@ -86,9 +83,8 @@ def objects(
     font = ImageFont.load_default(max(12, side // 50))
     for box, caption, index in zip(boxes, captions, colours, strict=True):
         left, top, right, bottom = (float(value) for value in box)
-        canvas.rectangle(
-            (left, top, max(right, left), max(bottom, top)), outline=colour(index), width=max(2, side // 400)
-        )
+        corners = left, top, max(right, left), max(bottom, top)
+        canvas.rectangle(corners, outline=colour(index), width=max(2, side // 400))
         frame = canvas.textbbox((left, top), caption, font=font)
         high = frame[3] - frame[1] + 6
         above = max(top - high, 0)

@@ -7,13 +7,12 @@ has loaded: one pool of threads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.depthwise import mlp_middle, mlp_middle_backward, modulation, modulation_backward
 from conv2former.ops.cpu.inference import blocks, downsample, head, stem
+from conv2former.ops.cpu.packing import lanes
 
 
 def unusable(device: torch.device) -> str | None:
@@ -26,9 +25,5 @@ def unusable(device: torch.device) -> str | None:
 
 def takes(dtype: torch.dtype, *, channels: int, kernel_size: int) -> bool:
     """Whether there is code for this dtype (float32, bfloat16), width (at least one vector) and kernel (odd, to 21)."""
-    library: Any = load()
-    return (
-        dtype in (torch.float32, torch.bfloat16)
-        and channels >= library.conv2former_lanes()
-        and kernel_size <= library.conv2former_largest_kernel()
-    )
+    known = dtype in (torch.float32, torch.bfloat16)
+    return known and channels >= lanes() and kernel_size <= load().conv2former_largest_kernel()

@@ -13,19 +13,20 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.cpp"))
-# no -ffast-math: what is not a number has to come out as such (in bfloat16 it may reach one column further)
+# no -ffast-math: NaN has to stay NaN (in bfloat16 it may spread one column further)
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("g++", "clang++", "c++")
 PATIENCE = 120.0  # seconds for the compiler
 
 
 @functools.cache
-def load() -> ctypes.CDLL | str:
+def load() -> Any:  # ctypes.CDLL or str
     """The library, compiled if this source has not been compiled for this processor before; or why there is none."""
     if not hasattr(os, "getuid"):
         return "the C++ kernels are made for Linux and macOS"
@@ -60,7 +61,10 @@ def _run(command: list[str]) -> bytes:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Whole or not there, whoever else builds. OpenMP is not linked: PyTorch has loaded its symbols."""
+    """Builds in a folder of its own and renames the result, so that no process loads half a library.
+
+    OpenMP is not linked: PyTorch has loaded its symbols.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / "kernels.so"
         objects = [str(made.with_name(f"{source.stem}.o")) for source in SOURCES]

@@ -13,23 +13,19 @@ from conv2former.ops.backend import pixels
 from conv2former.ops.cpu.build import load
 
 
-class OutOfMemory(MemoryError):
-    """A kernel found no scratch memory."""
-
-
 def call(name: str, dtype: torch.dtype, shape: Sequence[int], *arguments: Any) -> None:
     """Calls ``conv2former_NAME`` for tensors of a dtype, with the numbers that it takes as their shape.
 
     Raises:
         TypeError: There is no code for this dtype.
-        OutOfMemory: There was no scratch memory.
+        MemoryError: There was no scratch memory.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"the C++ kernels compute float32 and bfloat16, not {dtype}")
     numbers = (ctypes.c_long * len(shape))(*shape)
     half = int(dtype == torch.bfloat16)
     if getattr(load(), f"conv2former_{name}")(half, numbers, *arguments, torch.get_num_threads()):
-        raise OutOfMemory("no scratch memory for the C++ kernels: lower the batch size or the number of threads")
+        raise MemoryError("no scratch memory for the C++ kernels: lower the batch size or the number of threads")
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,6 @@ def modulation_backward(
 
 
 def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``mlp_middle``."""
     out = u.new_empty(u.shape)
     if out.numel():
         u, *at_u = strided(u)
@@ -68,9 +66,8 @@ def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> t
 
 def _partial_sums(u: Tensor, weight: Tensor) -> Tensor:
     """(parts, k * k + 1, C): a part of the images each, the bias last."""
-    library: Any = load()
     batch, _, _, channels = u.shape
-    parts = library.conv2former_groups(ctypes.c_long(batch), ctypes.c_long(channels)) if u.numel() else 0
+    parts = load().conv2former_groups(ctypes.c_long(batch), ctypes.c_long(channels)) if u.numel() else 0
     return torch.empty(parts, weight.shape[-1] ** 2 + 1, channels)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,13 @@ from conv2former.ops.cpu.calls import call, pointer
 
 
 def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size: int, eps: float) -> Tensor:
-    """``blocks``."""
     x = x.contiguous()
     out, between = torch.empty_like(x), torch.empty_like(x)
     if out.numel():
         packed = packing.packed(weights, _packed_branches, dim, hidden, kernel_size)
         shape = *x.shape, hidden, kernel_size, len(weights)
-        places = (ctypes.c_void_p * len(packed))(*(branch.data_ptr() for branch in packed))
-        call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), places, pointer(between), pointer(out))
+        addresses = (ctypes.c_void_p * len(packed))(*(branch.data_ptr() for branch in packed))
+        call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), addresses, pointer(between), pointer(out))
     return out
 
 
@@ -47,24 +47,15 @@ def _packed_branch(
     return torch.cat([part.flatten().view(torch.uint8) for part in parts])
 
 
-def stem(
-    x: Tensor,
-    weight1: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    weight2: Tensor,
-    weight3: Tensor,
-    bias3: Tensor,
-    stride1: int,
-    stride2: int,
-) -> Tensor:
-    """``stem``."""
+def stem(x: Tensor, *rest: Any) -> Tensor:
+    *weights, stride1, stride2 = rest
+    weight1, _, _, _, weight3, _ = weights
     x = x.permute(0, 2, 3, 1).contiguous()
     height, width = ((side - 1) // stride1 + 1 for side in x.shape[1:3])
     height, width = (((side - 1) // stride2 + 1) // 2 for side in (height, width))
     out = x.new_empty(len(x), height, width, len(weight3))
     if out.numel():
-        parts = packing.packed((weight1, scale, offset, weight2, weight3, bias3), _packed_stem)
+        parts = packing.packed(weights, _packed_stem)
         shape = *x.shape, len(weight1), len(weight3), stride1, stride2
         call("stem", x.dtype, shape, pointer(x), *map(pointer, parts), pointer(out))
     return out.permute(0, 3, 1, 2)
@@ -75,44 +66,32 @@ def _packed_stem(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``downsample``."""
     x = x.contiguous()
     out = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
     if out.numel():
         parts = packing.packed((weight, bias), _packed_downsample)
-        call(
-            "downsample",
-            x.dtype,
-            (*x.shape, len(weight)),
-            pointer(x),
-            ctypes.c_float(eps),
-            *map(pointer, parts),
-            pointer(out),
-        )
+        shape = *x.shape, len(weight)
+        call("downsample", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
     return out
 
 
 def _packed_downsample(weights: Sequence[Tensor]) -> list[Tensor]:
     weight, bias = weights
-    places = packing.whole_vectors(weight.permute(0, 2, 3, 1))
-    return [packing.panels(places.flatten(1)), packing.vectors(bias)]
+    padded = packing.whole_vectors(weight.permute(0, 2, 3, 1))
+    return [packing.panels(padded.flatten(1)), packing.vectors(bias)]
 
 
-def head(
-    x: Tensor, weight1: Tensor, bias1: Tensor, scale: Tensor, offset: Tensor, weight2: Tensor, bias2: Tensor, eps: float
-) -> Tensor:
-    """``head``."""
+def head(x: Tensor, *rest: Any) -> Tensor:
+    *weights, eps = rest
+    weight1, _, _, _, weight2, _ = weights
     x = x.contiguous()
     out = x.new_empty(len(x), len(weight2))
     if out.numel():
-        parts = packing.packed((weight1, bias1, scale, offset, weight2, bias2), _packed_head)
+        parts = packing.packed(weights, _packed_head)
         shape = len(x), x.shape[1] * x.shape[2], x.shape[3], len(weight1), len(weight2)
         call("head", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
     return out
 
 
 def _packed_head(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        packing.panels(packing.whole_vectors(weight)) if weight.ndim > 1 else packing.vectors(weight)
-        for weight in weights
-    ]
+    return [packing.panels(packing.whole_vectors(w)) if w.ndim > 1 else packing.vectors(w) for w in weights]

@@ -1,4 +1,4 @@
-"""Weights in the order that the operations of evaluation want, made once and kept for as long as they live."""
+"""Weights in the order that the operations of evaluation need, packed once and kept while the weights live."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from conv2former.ops.cpu.build import load
 
-# By the first weight of a call: what all were when they were packed, and the results. The fused parts could not keep
-# them: the order depends on the processor, and a network is moved, cast, loaded and compiled after it was fused.
+# By the first weight of a call: facts of all its weights when they were packed, and the results. Fused modules cannot
+# hold the results: the order depends on the processor, and a fused network may be moved, cast, loaded and compiled.
 _kept: Any = WeakTensorKeyDictionary()
 
 
 def packed(weights: Sequence[Tensor], pack: Callable[..., list[Tensor]], *sizes: int) -> list[Tensor]:
-    """What ``pack`` makes of the weights of a call and of sizes, made anew if one of them has changed since."""
+    """``pack(weights, *sizes)``, kept from an earlier call unless a weight has changed since."""
     if any(weight.is_inference() for weight in weights):  # such tensors do not tell whether they have changed
         return pack([weight.detach() for weight in weights], *sizes)
     facts = [sizes, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights)]
@@ -54,8 +54,7 @@ def panels(weight: Tensor) -> Tensor:
 
     Outputs are filled up with zeros to whole vectors, inputs to whole pairs.
     """
-    library: Any = load()
-    panel, together = library.conv2former_panel(), _together(weight.dtype)
+    panel, together = load().conv2former_panel(), _together(weight.dtype)
     dtype = torch.bfloat16 if together == 2 else torch.float32
     weight = F.pad(weight.to(dtype), (0, -weight.shape[1] % together, 0, -weight.shape[0] % lanes()))
     words = weight.unflatten(1, (-1, together))
@@ -77,11 +76,9 @@ def rows_of_panels(weight: Tensor) -> Tensor:
 
 def lanes() -> int:
     """Floats in a vector."""
-    library: Any = load()
-    return library.conv2former_lanes()
+    return load().conv2former_lanes()
 
 
 def _together(dtype: torch.dtype) -> int:
     """Inputs that one instruction multiplies with their weights and adds up."""
-    library: Any = load()
-    return 2 if dtype == torch.bfloat16 and library.conv2former_pairs() else 1
+    return 2 if dtype == torch.bfloat16 and load().conv2former_pairs() else 1

@@ -18,30 +18,17 @@ import torch
 OLDEST_CAPABILITY = (8, 0)
 LARGEST_KERNEL = 21
 # files that import Triton, when an operation in them is first asked for
-WHERE = dict(
-    modulation="large_kernel",
-    modulation_backward="large_kernel",
-    mlp_middle="three_rows",
-    mlp_middle_backward="three_rows",
-)
+FILES = dict(modulation="large_kernel", mlp_middle="three_rows")
 
 
 @dataclass(frozen=True)
 class Maps:
-    """The maps of a block, as far as programs depend on them.
+    """The maps of a block, as far as programs depend on them."""
 
-    Attributes:
-        side: Height and width.
-        channels: C.
-        hidden: Channels of the MLP's hidden layer.
-        kernel_size: Side of the modulation's kernel.
-        dtype: Of the maps.
-    """
-
-    side: int
+    side: int  # height and width
     channels: int
-    hidden: int
-    kernel_size: int
+    hidden: int  # channels of the MLP's hidden layer
+    kernel_size: int  # side of the modulation's kernel
     dtype: torch.dtype
 
 
@@ -73,6 +60,6 @@ def takes(dtype: torch.dtype, *, channels: int, kernel_size: int) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name in WHERE:
-        return getattr(importlib.import_module(f"conv2former.ops.triton.{WHERE[name]}"), name)
+    if (file := FILES.get(name.removesuffix("_backward"))) is not None:
+        return getattr(importlib.import_module(f"conv2former.ops.triton.{file}"), name)
     raise AttributeError(name)

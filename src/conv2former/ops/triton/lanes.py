@@ -35,7 +35,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def use(channels: int, group: int, lanes: int) -> float:
-    """The share of lanes at work, less for short runs of addresses, which waste parts of 32-byte sectors."""
+    """The fraction of lanes at work, less for short runs of addresses, which waste parts of 32-byte sectors."""
     busy = lanes // group * group / lanes
     covered = channels / (ceil_div(channels, group) * group)
     return busy * covered * group / (group + 8)
@@ -43,12 +43,7 @@ def use(channels: int, group: int, lanes: int) -> float:
 
 @functools.cache
 def channel_group(channels: int, lanes: int) -> int:
-    """The number of channels CG of a group, at most 96, that makes the most use of the lanes.
-
-    Args:
-        channels: Channels C of the tensor.
-        lanes: Lanes that channels and positions share.
-    """
+    """The number of channels CG of a group, at most 96, that makes the most use of the lanes."""
     step = math.gcd(channels, 8)  # keeps vectors of up to eight channels whole
     sizes = range(step, min(channels, MAX_CHANNEL_GROUP, lanes) + 1, step)
     return max(sizes, key=lambda group: use(channels, group, lanes))
@@ -121,15 +116,11 @@ def shape_class(rows: int, width: int) -> int:
     return wide * 64 + max(rows, 1).bit_length()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launches
-
+# What a kernel is compiled with: its constants, num_warps, num_stages, maxnreg.
 Config = dict[str, Any]
-"""What a kernel is compiled with: its constants, num_warps, num_stages, maxnreg."""
 
 
 def compiling(warps: int, registers: int) -> Config:
-    """How a kernel is compiled."""
     return dict(num_warps=warps) if INTERPRETED else dict(num_warps=warps, num_stages=1, maxnreg=registers)
 
 
@@ -149,7 +140,6 @@ def instead_of_launching(launcher: Callable[..., Any]) -> Iterator[None]:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Starts a kernel."""
     if _instead:
         _instead[-1](kernel, programs, args, constants)
     else:
@@ -166,12 +156,9 @@ class Choice:
         self._chosen: dict[Hashable, Config] = {}
 
     def run(self, kind: Hashable, candidates: Callable[[], list[Config]], start: Callable[[Config], Any]) -> None:
-        """Starts the kernel in the configuration for this kind of call.
+        """Launches by ``start`` in the configuration for this kind of call.
 
-        Args:
-            kind: What the choice depends on.
-            candidates: Makes the configurations, the most promising first; a single one is not timed.
-            start: Launches in a configuration.
+        ``candidates`` makes the configurations, the most promising first; a single one is not timed.
         """
         config = self._chosen.get(kind)
         if config is None:
@@ -185,7 +172,6 @@ class Choice:
 
 
 def fastest(configs: list[Config], start: Callable[[Config], Any]) -> Config:
-    """The configuration that takes the least time."""
     measure = triton.runtime.driver.active.get_benchmarker()
     times = [measure(functools.partial(start, config), return_mode="median", **TIMING) for config in configs]
     return configs[times.index(min(times))]

@@ -130,15 +130,10 @@ LANES = (256, 512)  # of the convolution, two or four a thread
 def fitting(
     choices: Iterable[tuple[int, int, int]], *, kernel: int, width: int, itemsize: int, registers: int
 ) -> list[tuple[int, int, int]]:
-    """The choices that fit, those with the fewest instructions for this kernel size and width first.
+    """The choices (tile, lanes, warps) that fit, those with the fewest instructions for this kernel and width first.
 
-    Args:
-        choices: (tile, lanes, warps).
-        kernel: k.
-        width: W.
-        itemsize: Bytes of an element.
-        registers: How many a thread may use for accumulators and weights, or gradients; benchmarks/triton_build.py
-            shows whether the rest is enough for all else.
+    ``registers`` is how many a thread may use for accumulators and weights, or gradients; benchmarks/triton_build.py
+    shows whether the rest is enough for all else.
     """
 
     def fits(choice: tuple[int, int, int]) -> bool:
@@ -308,17 +303,9 @@ _convolution = Choice()
 
 
 def convolve(source: Tensor, taps: Tensor, bias: Tensor | None, other: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Runs ``convolution_kernel``: forward with a bias, backward without.
+    """Runs ``convolution_kernel``: forward with a bias (C,) and other = v, backward without and other = u.
 
-    Args:
-        source: Padded.
-        taps: (k * k, C).
-        bias: (C,).
-        other: (B, H, W, C), v or u.
-        keep: Whether a is wanted too.
-
-    Returns:
-        The output, and a or an empty tensor.
+    The source is padded, taps are (k * k, C). The results are the output and, with ``keep``, a, else an empty tensor.
     """
     batch, height, width, channels = other.shape
     other, step = pixels(other)
@@ -341,17 +328,9 @@ def convolve(source: Tensor, taps: Tensor, bias: Tensor | None, other: Tensor, k
 
 
 def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Convolutional modulation, z = a * v with a = DWConv_kxk(GELU(u)) + bias.
+    """z = a * v with a = DWConv_kxk(GELU(u)) + bias, and a, which the backward pass takes, or an empty tensor (0,).
 
-    Args:
-        u: (B, H, W, C), before GELU.
-        v: (B, H, W, C), the values.
-        weight: (C, 1, k, k).
-        bias: (C,).
-        keep: Whether to return a, which the backward pass takes.
-
-    Returns:
-        z, and a or an empty tensor (0,); contiguous, with u's dtype.
+    The arguments are those of the operator; the results are contiguous, with u's dtype.
     """
     batch, height, width, channels = u.shape
     if u.numel() == 0:

@@ -167,19 +167,10 @@ def candidates(stage: str, width: int, exact: bool) -> list[Config]:
 def deal(
     batch: int, height: int, strips: int, positions: int, groups: int, at_once: int, *, persistent: bool
 ) -> tuple[int, int, int]:
-    """How the rows of the maps are dealt out to marches, for the least time by counting.
+    """How rows are dealt out to marches, for the least time by counting: chunks of a map, rows of a chunk, programs.
 
-    Args:
-        batch: Images.
-        height: H.
-        strips: Of a map.
-        positions: R, the marches of a block.
-        groups: Of channels.
-        at_once: Programs that the device holds at once.
-        persistent: Whether no more than those are started, each of which then takes several blocks.
-
-    Returns:
-        Chunks of a map's height, rows of a chunk, programs.
+    ``positions`` is R, the marches of a block, ``at_once`` how many programs the device holds at once. With
+    ``persistent`` no more than those are started, and each takes several blocks.
     """
     found = []
     for wanted in range(1, ceil_div(height, 4) + 1):
@@ -202,11 +193,7 @@ _march = Choice()
 def march(
     stage: str, source: Tensor, taps: Tensor, bias: Tensor | None, g: Tensor | None, u: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs one stage of ``three_rows_kernel``.
-
-    Returns:
-        Its output, contiguous with the source's dtype, and the sums (10, C) of the stage "inner".
-    """
+    """One stage of ``three_rows_kernel``: output of the source's dtype, sums (10, C) of the stage "inner"."""
     batch, height, width, channels = source.shape
     group = channel_group(channels, LANES)
     groups, positions = ceil_div(channels, group), LANES // group

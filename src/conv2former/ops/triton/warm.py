@@ -48,11 +48,7 @@ def compile_operation(job: tuple[Maps, str]) -> int:
 
 
 def warm(maps: Sequence[Maps], *, processes: int) -> int:
-    """Compiles the programs of these maps for the current GPU.
-
-    Returns:
-        How many there are.
-    """
+    """Compiles the programs of these maps for the current GPU; returns how many there are."""
     jobs = [(each, name) for each in dict.fromkeys(maps) for name in operations(each, batch=1, device="meta")]
     if processes == 1:
         return sum(map(compile_operation, jobs))
