@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conv2former.checkpoints.hub import saved_task
 from conv2former.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -67,6 +68,4 @@ def load(path: Path | str) -> Task:
     Raises:
         UserError: No such folder, a damaged file, weights that do not fit, an unknown task.
     """
-    from conv2former.checkpoints.hub import saved_task
-
     return task_class(saved_task(path)).load(Path(path))

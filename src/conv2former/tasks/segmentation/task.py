@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conv2former.config import ModelSection
+from conv2former.data.rle import encode_mask
 from conv2former.errors import UserError
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
 from conv2former.tasks.dense import DenseTask, padded_with_mean
@@ -124,8 +125,6 @@ class SegmentationTask(DenseTask):
         return [self._predicted(prepared) for prepared in batch]
 
     def _predicted(self, prepared: Prepared) -> Prediction:
-        from conv2former.data.rle import encode_mask
-
         mask = self.segment(prepared)
         indices, counts = np.unique(mask, return_counts=True)
         found, lines = [], []
