@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -38,7 +39,9 @@ def applied(recipe: Recipe) -> Iterator[None]:
     """
     wanted = recipe.engine.float32_matmul_precision
     try:
-        before = torch.get_float32_matmul_precision()
+        with warnings.catch_warnings():  # PyTorch 2.9 advises the newer settings, in every process
+            warnings.simplefilter("ignore", UserWarning)
+            before = torch.get_float32_matmul_precision()
     except RuntimeError:
         raise UserError(
             "this program has set a fp32_precision of torch.backends, which excludes engine.float32_matmul_precision: "
