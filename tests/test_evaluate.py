@@ -75,9 +75,7 @@ def test_what_is_refused(run: Path, data: Path, tmp_path: Path) -> None:
         evaluate(tmp_path / "nowhere", data=data)
     with pytest.raises(UserError, match="does not know"):
         evaluate(run, data=write_digits(tmp_path / "five", classes=5, train=1, val=1))
-    with pytest.raises(
-        UserError, match=r"unknown layout of images 'tars'; did you mean 'tar'\?; there are"
-    ):
+    with pytest.raises(UserError, match=r"unknown layout of images 'tars'; did you mean 'tar'\?; there are"):
         evaluate(run, data=data, source="tars")
     with pytest.raises(UserError, match="--device cpu"):
         pick_device("cuda:99")

@@ -30,10 +30,10 @@ class Section(BaseModel):
 class Claim(Section):
     """The header: what the experiment is in the paper and what came out here."""
 
-    source: str = Field(description="table and row of the paper, or 'not in the paper'")
-    command: str = Field(description="the command that runs it")
-    hardware: str = Field(description="hardware that the time is meant for")
-    time: str = Field(description="wall time expected there, or 'not run'")
+    source: str = Field(default="not in the paper", description="table and row of the paper, or 'not in the paper'")
+    command: str = Field(default="", description="the command that runs it")
+    hardware: str = Field(default="any", description="hardware that the time is meant for")
+    time: str = Field(default="not run", description="wall time expected there, or 'not run'")
     processes: PositiveInt = Field(default=1, description="processes (GPUs) of that hardware")
     images: PositiveInt | None = Field(default=None, description="training images of the data that the claim is about")
     classes: PositiveInt | None = Field(default=None, description="classes of that data")
@@ -221,7 +221,7 @@ class Recipe(Section):
 
     name: str
     task: str
-    claim: Claim
+    claim: Claim = Claim()
     model: ModelSection
     data: ImagesSection
     optim: OptimSection = OptimSection()

@@ -30,13 +30,19 @@ def options(
     ] = None,
 ) -> None:
     for name in import_ or []:
+        if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+            raise typer.BadParameter(
+                f"{name!r} is no module's name: write it as after `import`; repeat the option for more"
+            )
         sys.path.insert(0, os.getcwd())
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever somebody's module raises
             from conv2former.errors import UserError, one_line
 
-            raise UserError(f"--import {name}: {one_line(error)}") from error
+            absent = isinstance(error, ModuleNotFoundError) and error.name == name
+            where = f"; it must lie in {os.getcwd()} or be installed" if absent else ""
+            raise UserError(f"--import {name}: {type(error).__name__}: {one_line(error)}{where}") from error
 
 
 DataOption = Annotated[Path | None, Option(help="Folder of images.")]

@@ -37,7 +37,11 @@ def evaluation_loop(task: Task, batches: Iterable[Any], metric: Metric) -> Evalu
     metric.to(task.normalizer.mean.device)
     for batch in batches:
         task.count(batch, lambda: metric)
-    return metric.result()
+    evaluation = metric.result()
+    for name, there in ((task.monitor, evaluation.metrics), ("images", evaluation.details)):
+        if name not in there:
+            raise UserError(f"the evaluation of {task.name} lacks {name!r}; it has {', '.join(there)}")
+    return evaluation
 
 
 @torch.inference_mode()

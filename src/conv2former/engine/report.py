@@ -25,7 +25,7 @@ def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: tor
         UserError: The folder cannot be written, or no evaluation had a finite loss.
     """
     if not run.best.is_dir():
-        raise UserError(f"no evaluation of {run.path} had a finite loss: there are no best weights to report on")
+        raise UserError(f"no evaluation of {run.path} had finite numbers: there are no best weights to report on")
     task, recipe = load(run.best).to(device), run.recipe()
     data = recipe.data
     options: Any = dict(workers=data.workers, on_bad_image=data.on_bad_image, max_pixels=data.max_pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class TrainState:
     step: int = 0
     steps_per_epoch: int = 0
     evaluated: int = 0
-    best: float = -1.0
+    best: float = -math.inf
     loss_sum: float = 0.0
     loss_steps: int = 0
     logged_sum: float = 0.0

@@ -28,6 +28,7 @@ from conv2former.engine.torch_settings import applied, check_cuda_graphs, compil
 from conv2former.engine.trainer import Trainer
 from conv2former.engine.trial import try_out
 from conv2former.errors import UserError, one_line, say_once
+from conv2former.recipes.load import load_recipe
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Evaluation, Task
 
@@ -35,7 +36,7 @@ __all__ = ["Interrupted", "train"]
 
 
 def train(
-    recipe: Recipe | None,
+    recipe: Recipe | Path | str | None,
     *,
     data: Path | str | None,
     out: Path | str,
@@ -46,7 +47,7 @@ def train(
     """Trains, evaluates and reports one recipe.
 
     Args:
-        recipe: What to do; None with ``resume`` for the run's own recipe.
+        recipe: What to do, or the name or file of it; None with ``resume`` for the run's own recipe.
         data: Folder of images; None for recipes that bring their data, or with ``resume``.
         out: The run folder.
         resume: Continue the run in ``out``; 'auto' starts it where there is none yet.
@@ -61,6 +62,7 @@ def train(
         Interrupted: Stopped by a signal, state saved.
     """
     data, out = None if data is None else Path(data), Path(out)
+    recipe = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     run, facts = RunDir(out), {}
     own: Recipe | None = None
     resume = run.exists() if resume == "auto" else resume

@@ -44,6 +44,9 @@ def try_out(task: Task) -> None:
         UserError: The network cannot be trained on such images.
     """
     called: set[str] = set()
+    batch: Any = task.example_batch(2)
+    if missing := [name for name in ("images", "indices", "bad") if not hasattr(batch, name)]:
+        raise UserError(f"the batches of {task.name} lack {', '.join(missing)}")
     with refusals(task):
         if task.recipe.engine.grad_checkpointing:
             task.model.set_grad_checkpointing()
@@ -70,8 +73,6 @@ def step(task: Task, count: int) -> Tensor | None:
 def stand_in(task: Task, count: int) -> Tensor | None:
     """A sum over the maps of the trunk, for a network whose loss needs values; None if these need them, too."""
     images = example_images(task, count)
-    if images is None:
-        return None
 
     def total() -> Tensor:
         found: Any = task.trunk(task.prepared(images))
@@ -92,10 +93,10 @@ def _without_values(compute: Any) -> Tensor | None:
         raise
 
 
-def example_images(task: Task, count: int) -> Tensor | None:
-    """The images of ``task.example_batch``, None for a batch that has none under this name."""
-    images = getattr(task.example_batch(count), "images", None)
-    return images[0] if isinstance(images, (tuple, list)) else images
+def example_images(task: Task, count: int) -> Tensor:
+    """The images of ``task.example_batch``."""
+    batch: Any = task.example_batch(count)
+    return batch.images[0] if isinstance(batch.images, (tuple, list)) else batch.images
 
 
 @contextmanager
@@ -109,9 +110,7 @@ def refusals(task: Task) -> Iterator[None]:
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        images, where = example_images(task, 1), ""
-        if images is not None:
-            where = f" on images of {images.shape[-2]} x {images.shape[-1]} pixels"
-        raise UserError(f"{task.recipe.model.name} cannot be trained{where}: {one_line(error)}") from None
+        name, (height, width) = task.recipe.model.name, example_images(task, 1).shape[-2:]
+        raise UserError(f"{name} cannot be trained on images of {height} x {width} pixels: {one_line(error)}") from None
     finally:
         logger.setLevel(level)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "load", "register", "task_class", "task_names"]
 
+REQUIRED = ("name", "config_class", "monitor", "reported", "words")  # of a task's class
 GROUP = "conv2former.tasks"  # of entry points, NAME = "MODULE:CLASS"
 TASKS: dict[str, Any] = dict(
     classification="conv2former.tasks.classification.task:ClassificationTask",
@@ -25,9 +26,13 @@ TASKS: dict[str, Any] = dict(
 
 def register(task: type[Task]) -> type[Task]:
     """Adds a task under its name; a decorator for its class. ``conv2former --import MODULE`` imports your module."""
+    missing = [name for name in REQUIRED if not hasattr(task, name)] + sorted(getattr(task, "__abstractmethods__", ()))
+    if missing:
+        raise UserError(f"the task {task.__name__} of {task.__module__} lacks {', '.join(missing)}")
     known = TASKS.get(task.name, task)
-    if isinstance(known, str):
-        raise UserError(f"a task of the name {task.name!r} comes with the package: choose another name")
+    if isinstance(known, str) or known.__module__ != task.__module__:
+        other = known.partition(":")[0] if isinstance(known, str) else known.__module__
+        raise UserError(f"{other} has a task of the name {task.name!r} already: give that of {task.__module__} another")
     TASKS[task.name] = task
     return task
 

@@ -42,7 +42,8 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         dots: dict[str, Any] = dict(color=colour, marker=".", markersize=2)  # a lone value has no line to be seen by
         loss.plot(at_steps, _column(steps, "loss"), **dots, linewidth=1, alpha=0.5, label="training")
         validation: dict[str, Any] = dict(color="C1" if alone else colour, marker=".")
-        loss.plot(at_epochs, _column(epochs, "val_loss"), **validation, label="validation")
+        if any("val_loss" in row for row in epochs):
+            loss.plot(at_epochs, _column(epochs, "val_loss"), **validation, label="validation")
         (key, title), *others = _metrics(epochs)
         titles.add(title)
         (line,) = accuracy.plot(at_epochs, _column(epochs, key), color=colour, marker=".", label=title)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from conv2former.config import Claim, ImagesSection, ModelSection, Recipe, Section
+from conv2former.config import ImagesSection, ModelSection, Recipe, Section
 
 
 class DataSection(ImagesSection):
@@ -69,8 +69,7 @@ class ClassificationRecipe(Recipe):
     @classmethod
     def around(cls, architecture: str) -> Self:
         """For a classifier of which nothing but its architecture is known."""
-        claim = Claim(source="not in the paper", command="", hardware="", time="not run")
-        return cls(name=architecture, claim=claim, model=ModelSection(name=architecture))
+        return cls(name=architecture, model=ModelSection(name=architecture))
 
     @model_validator(mode="after")
     def _mixing_needs_pairs(self) -> ClassificationRecipe:
