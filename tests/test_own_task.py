@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,11 @@ import yaml
 from PIL import Image
 
 from command import run_command
+from conv2former.engine.state import TrainState
+from conv2former.errors import UserError
 from conv2former.recipes import load_recipe
+from conv2former.tasks import register, task_names
+from conv2former.tasks.dense import DenseTask
 from runs import assert_same_run, stopped_run
 from scenes import scene
 
@@ -24,7 +29,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPE: dict[str, Any] = dict(
     name="depth",
     task="depth",
-    claim=dict(source="not in the paper", command="see docs", hardware="any", time="seconds"),
     model=dict(name="conv2former_test", args=dict(ls_init_value=0.1)),
     data=dict(crop_size=64, short_side=64, workers=0),
     decoder=dict(channels=16, aux_weight=0),
@@ -84,6 +88,7 @@ def test_a_run_has_its_report_and_card(trained: Path) -> None:
     assert [row["val_delta1"] for row in rows if row["kind"] == "epoch"]
     card = (trained / "best" / "README.md").read_text()
     assert "pipeline_tag: depth-estimation" in card and "to say how far away each pixel" in card
+    assert "conv2former --import depth_task predict FOLDER" in card and "Its classes" not in card
     files = [trained / "recipe.yaml", trained / "run.json", trained / "best" / "config.json"]
     assert not any("depth_task" in path.read_text() for path in files if path.name != "run.json")
 
@@ -155,3 +160,19 @@ def test_an_entry_point_registers_it(rooms: Path, tmp_path: Path) -> None:
     options = ["--recipe", rooms / "depth.yaml", "--dry-run", "--out", tmp_path / "plan.png"]
     done = start("train", *options, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "Dry run of depth" in done.stdout, done.stderr
+
+
+def test_what_a_task_lacks_is_said_when_it_is_registered() -> None:
+    class Half(DenseTask):
+        name = "half"
+
+    with pytest.raises(UserError, match=r"the task Half of test_own_task lacks config_class, monitor, .*training_step"):
+        register(Half)
+    assert "half" not in task_names()
+
+
+def test_a_metric_may_be_negative_or_undefined_at_first() -> None:
+    state = TrainState()
+    values = [math.nan, None, None, -0.3, None, -0.5, -0.1, math.nan]
+    assert [state.improves(value) for value in values] == [False, True, True, True, False, False, True, False]
+    assert state.best == -0.1

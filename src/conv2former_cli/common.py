@@ -31,16 +31,16 @@ def options(
 ) -> None:
     for name in import_ or []:
         if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
-            raise typer.BadParameter(
-                f"{name!r} is no module's name: write it as after `import`; repeat the option for more"
-            )
+            raise typer.BadParameter(f"{name!r} is no module's name: write it as after `import`, without .py")
         sys.path.insert(0, os.getcwd())
+        from conv2former.errors import UserError, one_line
+
         try:
             importlib.import_module(name)
+        except UserError:
+            raise
         except Exception as error:  # whatever somebody's module raises
-            from conv2former.errors import UserError, one_line
-
-            absent = isinstance(error, ModuleNotFoundError) and error.name == name
+            absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
             where = f"; it must lie in {os.getcwd()} or be installed" if absent else ""
             raise UserError(f"--import {name}: {type(error).__name__}: {one_line(error)}{where}") from error
 

@@ -107,7 +107,7 @@ def _front_matter(
 
 def _intended(config: dict[str, Any], task: type[Task]) -> str:
     classes = [str(label) for label in config.get("label_names") or []]
-    known = f" There are {len(classes)}: {some(classes, MAX_CLASSES)}." if len(classes) > 1 else ""
+    known = f" Its classes: {some(classes, MAX_CLASSES)}." if classes and task.assumed_classes > 1 else ""
     return (
         f"## Intended use\n\nA {config['architecture']}, trained with the package conv2former {task.words.purpose}."
         f"{known} For images like those that it was trained on; not for decisions about people, and not where a "
@@ -135,9 +135,11 @@ def _use(task: type[Task], exported: Sequence[dict[str, Any]]) -> str:
             "transform = timm.data.create_transform(**config, is_training=False)"
         )
         return f"## How to use\n\n```python\n{code}\n```"
-    ours = task.__module__.startswith("conv2former.")
-    command = f"conv2former {'' if ours else '--import MODULE '}predict FOLDER photo.jpg --out annotated"
-    return f"## How to use\n\n```sh\n{command}\n```" + ("" if ours else f"\n\n`MODULE` registers the task {task.name}.")
+    module, option, note = task.__module__, "", ""
+    if not module.startswith("conv2former."):
+        module = "MODULE" if module == "__main__" else module
+        option, note = f"--import {module} ", f"\n\nThe task {task.name} comes from the Python module `{module}`."
+    return f"## How to use\n\n```sh\nconv2former {option}predict FOLDER photo.jpg --out annotated\n```{note}"
 
 
 def _training(recipe: Any, facts: dict[str, Any]) -> str:

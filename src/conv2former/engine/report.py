@@ -22,7 +22,7 @@ def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: tor
     """Evaluates ``best/`` on the validation set and draws.
 
     Raises:
-        UserError: The folder cannot be written, or no evaluation had a finite loss.
+        UserError: The folder cannot be written, or no evaluation had finite numbers.
     """
     if not run.best.is_dir():
         raise UserError(f"no evaluation of {run.path} had finite numbers: there are no best weights to report on")

@@ -18,7 +18,7 @@ class TrainState:
         step: Optimizer steps done, skipped ones included.
         steps_per_epoch: Of the run that got here.
         evaluated: The step of the last evaluation.
-        best: Best validation result so far (the task's monitored metric), percent.
+        best: Highest value of the monitored metric so far.
         loss_sum: Sum of the losses since the last evaluation.
         loss_steps: Their number.
         logged_sum: Sum of the losses since the last logged one.
@@ -46,6 +46,15 @@ class TrainState:
         self.loss_steps += steps
         self.logged_sum += total
         self.logged_steps += steps
+
+    def improves(self, value: float | None) -> bool:
+        """Whether a value of the monitored metric is the best so far; None, not defined, is below all numbers."""
+        first = self.best == -math.inf
+        value = -math.inf if value is None else value
+        if not (value > self.best or (first and value == -math.inf)):
+            return False
+        self.best = value
+        return True
 
     def rescale(self, steps_per_epoch: int) -> None:
         """The same place in the data, where an epoch has another number of steps now."""

@@ -63,8 +63,7 @@ def train(
     """
     data, out = None if data is None else Path(data), Path(out)
     recipe = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
-    run, facts = RunDir(out), {}
-    own: Recipe | None = None
+    run, facts, own = RunDir(out), {}, None
     resume = run.exists() if resume == "auto" else resume
     if resume:
         facts = RunDir.open(out).facts()

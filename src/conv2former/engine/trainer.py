@@ -314,10 +314,7 @@ class Trainer:
             memory_gb=round(self._peak_memory(), 3),
             seconds=round(state.seconds, 1),
         )
-        monitored = evaluation.metrics[self.task.monitor] or 0.0
-        better = monitored > state.best and evaluation.sound
-        if better:
-            state.best = monitored
+        better = evaluation.sound and state.improves(evaluation.metrics[self.task.monitor])
         self._export((self.run.last, self.run.best) if better else (self.run.last,), row)
         loss = evaluation.metrics.get("loss")
         self.progress.say(

@@ -44,9 +44,6 @@ def try_out(task: Task) -> None:
         UserError: The network cannot be trained on such images.
     """
     called: set[str] = set()
-    batch: Any = task.example_batch(2)
-    if missing := [name for name in ("images", "indices", "bad") if not hasattr(batch, name)]:
-        raise UserError(f"the batches of {task.name} lack {', '.join(missing)}")
     with refusals(task):
         if task.recipe.engine.grad_checkpointing:
             task.model.set_grad_checkpointing()
@@ -102,6 +99,9 @@ def example_images(task: Task, count: int) -> Tensor:
 @contextmanager
 def refusals(task: Task) -> Iterator[None]:
     """Turns what a network says of a size or of a setting into the user's line."""
+    batch: Any = task.example_batch(2)
+    if missing := [name for name in ("images", "indices", "bad") if not hasattr(batch, name)]:
+        raise UserError(f"the batches of {task.name} lack {', '.join(missing)}")
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # which would print a traceback beside it
     level = logger.level
     logger.setLevel(logging.CRITICAL)

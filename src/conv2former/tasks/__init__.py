@@ -26,15 +26,19 @@ TASKS: dict[str, Any] = dict(
 
 def register(task: type[Task]) -> type[Task]:
     """Adds a task under its name; a decorator for its class. ``conv2former --import MODULE`` imports your module."""
-    missing = [name for name in REQUIRED if not hasattr(task, name)] + sorted(getattr(task, "__abstractmethods__", ()))
-    if missing:
-        raise UserError(f"the task {task.__name__} of {task.__module__} lacks {', '.join(missing)}")
+    _check(task)
     known = TASKS.get(task.name, task)
     if isinstance(known, str) or known.__module__ != task.__module__:
         other = known.partition(":")[0] if isinstance(known, str) else known.__module__
         raise UserError(f"{other} has a task of the name {task.name!r} already: give that of {task.__module__} another")
     TASKS[task.name] = task
     return task
+
+
+def _check(task: Any) -> None:
+    missing = [name for name in REQUIRED if not hasattr(task, name)] + sorted(getattr(task, "__abstractmethods__", ()))
+    if missing:
+        raise UserError(f"the task {task.__name__} of {task.__module__} lacks {', '.join(missing)}")
 
 
 def task_names() -> list[str]:
@@ -60,6 +64,7 @@ def task_class(name: str) -> type[Task]:
             found = next(iter(points)).load()
         except Exception as error:  # whatever somebody's module raises
             raise UserError(f"the task {name!r} cannot be imported: {one_line(error)}") from error
+        _check(found)
     elif isinstance(found, str):
         module, _, attribute = found.partition(":")
         found = getattr(import_module(module), attribute)

@@ -167,7 +167,7 @@ class Task(nn.Module, ABC):
         words: For model cards and the demo.
         options: Attributes that ``evaluate`` and ``predict`` may set.
         one_at_a_time: Whether evaluation and prediction take images one by one, because their sizes differ.
-        assumed_classes: Classes of a dry run that knows no data.
+        assumed_classes: Classes of a dry run that knows no data; 1 where there is nothing to tell apart.
         model: The network.
         recipe: What it is trained with.
         classes: Names of the K classes; one name where there is nothing to tell apart.

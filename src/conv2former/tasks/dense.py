@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from conv2former import config
 from conv2former.checkpoints import folder as folders
 from conv2former.config import ModelSection
-from conv2former.data.loading import KeyedDataset
 from conv2former.errors import say_once
 from conv2former.tasks.base import Exportable, Task
 
@@ -24,14 +23,8 @@ DIVISOR = 32  # of the sides that the networks take
 
 
 class DenseTask(Task):
-    """A task whose network has a ``Backbone`` under the name ``backbone``.
+    """A task whose network is an ``OnBackbone``."""
 
-    Attributes:
-        train_class: Augmented images: called with a source, the recipe's ``data`` and ``augment``, and options of
-            ``KeyedDataset``.
-    """
-
-    train_class: ClassVar[Any]
     options = frozenset({"settings"})
 
     @classmethod
@@ -77,11 +70,6 @@ class DenseTask(Task):
         image = super().inputs(pixels)
         height, width = pixels.shape[:2]
         return F.pad(image, (0, -width % DIVISOR, 0, -height % DIVISOR))
-
-    def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> KeyedDataset:
-        data = self.recipe.data
-        options: Any = dict(seed=self.recipe.engine.seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
-        return self.train_class(source, data, self.recipe.augment, **options)
 
     def exported(self, network: nn.Module, outputs: list[str], size: tuple[int, int], **options: str) -> Exportable:
         """An export whose images are brought to a size, whatever their sides; ``options`` are ``part`` and ``note``."""

@@ -59,7 +59,6 @@ class DetectionTask(DenseTask):
     options = DenseTask.options | {"threshold"}
     assumed_classes = 80
     threshold: float = SHOWN
-    train_class = TrainObjects
 
     @classmethod
     def network(cls, recipe: DetectionRecipe, section: ModelSection, classes: Sequence[str]) -> Detector:
@@ -76,6 +75,11 @@ class DetectionTask(DenseTask):
 
     def eval_source(self, root: Path | None) -> CocoSource:
         return open_eval_coco(self.recipe.data, root, self.classes)
+
+    def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainObjects:
+        data, seed = self.recipe.data, self.recipe.engine.seed
+        options: Any = dict(seed=seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
+        return TrainObjects(source, data, self.recipe.augment, **options)
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalObjects:
         return EvalObjects(source, self.recipe.data, on_bad_image=on_bad_image, max_pixels=max_pixels)

@@ -54,7 +54,6 @@ class SegmentationTask(DenseTask):
     options = DenseTask.options | {"multi_scale"}
     assumed_classes = 150
     multi_scale: bool = False
-    train_class = TrainPairs
 
     @classmethod
     def network(cls, recipe: SegmentationRecipe, section: ModelSection, classes: Sequence[str]) -> UperNet:
@@ -68,6 +67,11 @@ class SegmentationTask(DenseTask):
     def eval_source(self, root: Path | None) -> PairSource:
         """The validation set, or the one set that is there."""
         return open_eval_pairs(self.recipe.data, root, self.classes)
+
+    def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainPairs:
+        data, seed = self.recipe.data, self.recipe.engine.seed
+        options: Any = dict(seed=seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
+        return TrainPairs(source, data, self.recipe.augment, **options)
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalPairs:
         scales = SCALES if self.multi_scale else (1.0,)
