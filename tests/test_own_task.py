@@ -9,18 +9,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from command import run_command
+from conv2former.data.loading import Normalizer
+from conv2former.engine.evaluate import evaluation_loop
 from conv2former.engine.state import TrainState
 from conv2former.errors import UserError
 from conv2former.recipes import load_recipe
 from conv2former.tasks import register, task_names
+from conv2former.tasks.base import Evaluation
 from conv2former.tasks.dense import DenseTask
 from runs import assert_same_run, stopped_run
 from scenes import scene
@@ -166,8 +171,10 @@ def test_what_a_task_lacks_is_said_when_it_is_registered() -> None:
     class Half(DenseTask):
         name = "half"
 
-    with pytest.raises(UserError, match=r"the task Half of test_own_task lacks config_class, monitor, .*training_step"):
+    with pytest.raises(UserError, match=r"the task test_own_task:\S+Half lacks config_class, monitor, .*training_step"):
         register(Half)
+    with pytest.raises(UserError, match="is no task: a class on"):
+        register(TrainState)  # type: ignore[type-var]
     assert "half" not in task_names()
 
 
@@ -176,3 +183,24 @@ def test_a_metric_may_be_negative_or_undefined_at_first() -> None:
     values = [math.nan, None, None, -0.3, None, -0.5, -0.1, math.nan]
     assert [state.improves(value) for value in values] == [False, True, True, True, False, False, True, False]
     assert state.best == -0.1
+
+
+def test_a_metric_gives_an_evaluation_of_numbers() -> None:
+    task: Any = SimpleNamespace(name="depth", monitor="delta1", normalizer=Normalizer((0.5,) * 3, (0.5,) * 3))
+
+    def evaluated(result: Any) -> Evaluation:
+        return evaluation_loop(task, [], SimpleNamespace(to=lambda device: None, result=lambda: result))
+
+    with pytest.raises(UserError, match="the evaluation of depth is a dict"):
+        evaluated(dict(delta1=1.0))
+    with pytest.raises(UserError, match="the evaluation of depth lacks 'delta1'; it has abs_rel"):
+        evaluated(Evaluation(dict(abs_rel=1.0), "", dict(images=1)))
+    with pytest.raises(UserError, match="delta1 is a Tensor, a number or None is needed"):
+        evaluated(Evaluation(dict(delta1=torch.ones(())), "", dict(images=1)))  # type: ignore[dict-item]
+    assert evaluated(Evaluation(dict(delta1=None), "", dict(images=1))).metrics == dict(delta1=None)
+
+
+def test_a_module_that_exits_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_command(monkeypatch, "--import", "leaves", "recipes") == 1

@@ -39,7 +39,7 @@ def options(
             importlib.import_module(name)
         except UserError:
             raise
-        except Exception as error:  # whatever somebody's module raises
+        except (Exception, SystemExit) as error:  # whatever somebody's module raises
             absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
             where = f"; it must lie in {os.getcwd()} or be installed" if absent else ""
             raise UserError(f"--import {name}: {type(error).__name__}: {one_line(error)}{where}") from error

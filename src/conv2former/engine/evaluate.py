@@ -37,10 +37,20 @@ def evaluation_loop(task: Task, batches: Iterable[Any], metric: Metric) -> Evalu
     metric.to(task.normalizer.mean.device)
     for batch in batches:
         task.count(batch, lambda: metric)
-    evaluation = metric.result()
+    return _checked(task, metric.result())
+
+
+def _checked(task: Task, evaluation: Any) -> Evaluation:
+    if not isinstance(evaluation, Evaluation):
+        found = type(evaluation).__name__
+        raise UserError(f"the evaluation of {task.name} is a {found}: result() of its metric must return an Evaluation")
     for name, there in ((task.monitor, evaluation.metrics), ("images", evaluation.details)):
         if name not in there:
             raise UserError(f"the evaluation of {task.name} lacks {name!r}; it has {', '.join(there)}")
+    for name, value in evaluation.metrics.items():
+        if not isinstance(value, int | float | None):
+            found = type(value).__name__
+            raise UserError(f"the evaluation of {task.name}: {name} is a {found}, a number or None is needed")
     return evaluation
 
 

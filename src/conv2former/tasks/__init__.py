@@ -28,17 +28,25 @@ def register(task: type[Task]) -> type[Task]:
     """Adds a task under its name; a decorator for its class. ``conv2former --import MODULE`` imports your module."""
     _check(task)
     known = TASKS.get(task.name, task)
-    if isinstance(known, str) or known.__module__ != task.__module__:
-        other = known.partition(":")[0] if isinstance(known, str) else known.__module__
-        raise UserError(f"{other} has a task of the name {task.name!r} already: give that of {task.__module__} another")
+    other, own = known if isinstance(known, str) else _place(known), _place(task)
+    if other != own:  # the same class again comes from a reload or a notebook
+        raise UserError(f"there is a task of the name {task.name!r} already, {other}: give {own} another")
     TASKS[task.name] = task
     return task
 
 
+def _place(task: type[Task]) -> str:
+    return f"{task.__module__}:{task.__qualname__}"
+
+
 def _check(task: Any) -> None:
-    missing = [name for name in REQUIRED if not hasattr(task, name)] + sorted(getattr(task, "__abstractmethods__", ()))
+    from conv2former.tasks.base import Task  # with PyTorch, which lists of names do without
+
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"{task!r} is no task: a class on conv2former.tasks.base.Task is needed")
+    missing = [name for name in REQUIRED if getattr(task, name, None) is None] + sorted(task.__abstractmethods__)
     if missing:
-        raise UserError(f"the task {task.__name__} of {task.__module__} lacks {', '.join(missing)}")
+        raise UserError(f"the task {_place(task)} lacks {', '.join(missing)}")
 
 
 def task_names() -> list[str]:
@@ -62,9 +70,11 @@ def task_class(name: str) -> type[Task]:
             )
         try:
             found = next(iter(points)).load()
-        except Exception as error:  # whatever somebody's module raises
+        except (Exception, SystemExit) as error:  # whatever somebody's module raises
             raise UserError(f"the task {name!r} cannot be imported: {one_line(error)}") from error
         _check(found)
+        if found.name != name:
+            raise UserError(f"the entry point {name!r} gives the task {found.name!r}: they need the same name")
     elif isinstance(found, str):
         module, _, attribute = found.partition(":")
         found = getattr(import_module(module), attribute)
