@@ -205,9 +205,7 @@ class DepthTask(DenseTask):
         return DepthSource(root, names)
 
     def train_dataset(self, source: DepthSource, *, on_bad_image: Literal["error", "replace"]) -> DepthDataset:
-        data, seed = self.recipe.data, self.recipe.engine.seed
-        options: Any = dict(seed=seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
-        return DepthDataset(source, data, self.recipe.augment, **options)
+        return DepthDataset(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
 
     def eval_dataset(
         self, source: DepthSource, *, on_bad_image: Literal["error", "mask"], max_pixels: int

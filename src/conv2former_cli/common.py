@@ -29,10 +29,11 @@ def options(
         Option("--import", metavar="MODULE", help="Import this module of yours first: it may register a task."),
     ] = None,
 ) -> None:
+    if import_:
+        sys.path.insert(0, os.getcwd())
     for name in import_ or []:
         if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
             raise typer.BadParameter(f"{name!r} is no module's name: write it as after `import`, without .py")
-        sys.path.insert(0, os.getcwd())
         from conv2former.errors import UserError, one_line
 
         try:

@@ -70,7 +70,7 @@ def save_pretrained(
 
     # save_for_hf takes the weights and the configuration from the model: a shallow copy gets what shall be written
     export: Any = copy.copy(model)
-    # the preprocessing goes with the weights of now: without the source, tag and labels of those that were loaded
+    # the preprocessing is saved with the weights; where earlier weights came from, their tag and labels are not
     dropped = {"state_dict", "tag"}
     if export.pretrained_cfg.get("num_classes") != model.num_classes:
         dropped |= {"label_names", "label_descriptions", "label_offset"}

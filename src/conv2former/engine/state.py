@@ -49,12 +49,10 @@ class TrainState:
 
     def improves(self, value: float | None) -> bool:
         """Whether a value of the monitored metric is the best so far; None, not defined, is below all numbers."""
-        first = self.best == -math.inf
         value = -math.inf if value is None else value
-        if not (value > self.best or (first and value == -math.inf)):
-            return False
-        self.best = value
-        return True
+        better = value > self.best or value == self.best == -math.inf
+        self.best = value if better else self.best
+        return better
 
     def rescale(self, steps_per_epoch: int) -> None:
         """The same place in the data, where an epoch has another number of steps now."""

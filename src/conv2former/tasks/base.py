@@ -261,6 +261,11 @@ class Task(nn.Module, ABC):
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> KeyedDataset:
         """Augmented images."""
 
+    def train_options(self, on_bad_image: Literal["error", "replace"]) -> dict[str, Any]:
+        """The recipe's options of a ``KeyedDataset`` to train on."""
+        recipe = self.recipe
+        return dict(seed=recipe.engine.seed, on_bad_image=on_bad_image, max_pixels=recipe.data.max_pixels)
+
     @abstractmethod
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> KeyedDataset:
         """Images as ``preprocess`` gives them."""

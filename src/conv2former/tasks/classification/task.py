@@ -123,21 +123,15 @@ class ClassificationTask(Task):
 
     @classmethod
     def open_splits(cls, recipe: ClassificationRecipe, root: Path | None) -> Splits:
-        """Class folders, archives, datasets: see ``splits``."""
+        """Class folders, archives, datasets: see ``layouts``."""
         return open_splits(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> ImageSource:
         return open_eval_source(root, self.classes, kind=self.source)
 
     def train_dataset(self, source: ImageSource, *, on_bad_image: Literal["error", "replace"]) -> ImageDataset:
-        recipe = self.recipe
-        return ImageDataset(
-            source,
-            train_transform(recipe.data, recipe.augment),
-            seed=recipe.engine.seed,
-            on_bad_image=on_bad_image,
-            max_pixels=recipe.data.max_pixels,
-        )
+        transform = train_transform(self.recipe.data, self.recipe.augment)
+        return ImageDataset(source, transform, **self.train_options(on_bad_image))
 
     def eval_dataset(
         self, source: ImageSource, *, on_bad_image: Literal["error", "mask"], max_pixels: int

@@ -77,9 +77,7 @@ class DetectionTask(DenseTask):
         return open_eval_coco(self.recipe.data, root, self.classes)
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainObjects:
-        data, seed = self.recipe.data, self.recipe.engine.seed
-        options: Any = dict(seed=seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
-        return TrainObjects(source, data, self.recipe.augment, **options)
+        return TrainObjects(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalObjects:
         return EvalObjects(source, self.recipe.data, on_bad_image=on_bad_image, max_pixels=max_pixels)

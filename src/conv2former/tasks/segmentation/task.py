@@ -69,9 +69,7 @@ class SegmentationTask(DenseTask):
         return open_eval_pairs(self.recipe.data, root, self.classes)
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainPairs:
-        data, seed = self.recipe.data, self.recipe.engine.seed
-        options: Any = dict(seed=seed, on_bad_image=on_bad_image, max_pixels=data.max_pixels)
-        return TrainPairs(source, data, self.recipe.augment, **options)
+        return TrainPairs(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalPairs:
         scales = SCALES if self.multi_scale else (1.0,)

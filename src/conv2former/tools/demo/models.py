@@ -48,7 +48,7 @@ class Model:
         self.task.to(pick_device(device))
         self.note = "random weights: it has learned nothing" if random else ""
         self.warm = False  # it has seen no image; the first takes longer
-        # by its name on the page: where it lies is nobody's business there
+        # called by its name on the page, which must not show paths of the server
         self.explained = Explained(name, self.task)
         self.blocks: list[Block] = []
         self.no_maps = ""
