@@ -22,7 +22,7 @@ from conv2former.tasks.segmentation import inference as segmentation
 from conv2former.tasks.segmentation.config import SegmentationAugmentSection, SegmentationDataSection
 from conv2former.tasks.segmentation.data import EvalPairs, TrainPairs, crop_box
 from conv2former.tasks.segmentation.folders import open_eval_pairs, open_pairs
-from conv2former.tasks.segmentation.inference import class_probabilities, slide, whole
+from conv2former.tasks.segmentation.inference import probability_bands, slide, whole
 from conv2former.tasks.segmentation.losses import pixel_loss
 from conv2former.tasks.segmentation.masks import read_labels, to_classes
 from conv2former.tasks.segmentation.metrics import SegmentationMetric
@@ -304,6 +304,11 @@ def test_windows_cover_the_image(model: Any) -> None:
     torch.testing.assert_close(found[..., :32], left[..., :32])
     torch.testing.assert_close(found[..., 64:], right[..., 32:])
     torch.testing.assert_close(found[..., 32:64], (left[..., 32:] + right[..., :32]) / 2)
+
+
+def class_probabilities(*arguments: Any, **options: Any) -> torch.Tensor:
+    """All bands as one, (1, K, H, W)."""
+    return torch.cat([part for _, part in probability_bands(*arguments, **options)], dim=2)
 
 
 @torch.no_grad()

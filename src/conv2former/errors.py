@@ -24,6 +24,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def nearest_or_all(word: str, known: Sequence[str]) -> str:
+    """``nearest``, or ``; there are: `` and all of them where none is close."""
+    return nearest(word, known) or f"; there are: {', '.join(known)}"
+
+
 def some(items: Sequence[str], limit: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

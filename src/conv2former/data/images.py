@@ -178,6 +178,14 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return [file for path in paths for file in (_walk(path) if os.path.isdir(path) else [Path(path)])]
 
 
+def given_images(paths: Sequence[str | Path]) -> list[Path]:
+    """``find_images``; raises UserError where there is none."""
+    files = find_images(paths)
+    if not files:
+        raise UserError(f"no images in {', '.join(map(str, paths))}")
+    return files
+
+
 class _Refused(Exception):
     """An image that cannot be read; its text is the reason."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from timm.utils.misc import natural_key
+
 from conv2former.errors import UserError
 
 
@@ -46,3 +48,8 @@ def given_folder(root: Path | None, what: str) -> Path:
     if not root.is_dir():
         raise UserError(f"no such folder: {root}" if not root.exists() else f"not a folder: {root}")
     return root
+
+
+def in_order(name: str) -> tuple[Any, str]:
+    """The key to sort names by: ``img2`` before ``img10``. Classes, splits and hashes of data depend on it."""
+    return natural_key(name), name

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from conv2former.config import LoggerSection, Recipe
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError, nearest_or_all, one_line
 
 
 class RunLog:
@@ -81,7 +81,7 @@ def check_loggers(sections: list[LoggerSection]) -> None:
     names = [name for name in lightning_loggers.__all__ if name != "Logger"]
     for section in sections:
         if section.name not in names:
-            hint = nearest(section.name, names) or f"; there are: {', '.join(names)}"
+            hint = nearest_or_all(section.name, names)
             raise UserError(f"engine.loggers: unknown logger {section.name!r}{hint}")
 
 

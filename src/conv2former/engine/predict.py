@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from conv2former.data.images import BadImage, decode, find_images
+from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import pick_device
 from conv2former.engine.evaluate import set_options
 from conv2former.errors import UserError
@@ -112,9 +112,7 @@ def predictions(
     Raises:
         UserError: There is no image in the inputs.
     """
-    files = find_images(inputs)
-    if not files:
-        raise UserError(f"no images in {', '.join(map(str, inputs))}")
+    files = given_images(inputs)
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = DataLoader(_Files(files, task.preprocess), batch_size=size, num_workers=workers, collate_fn=list)
     remaining = iter(files)

@@ -334,7 +334,7 @@ class Trainer:
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
         """Writes the weights that were evaluated, those of the average where there is one."""
-        weights = full_state_dict(self.model if self.average is None else self.average.module, sharded=self.sharded)
+        weights = full_state_dict(self.task.evaluated, sharded=self.sharded)
         if not self.fabric.is_global_zero:
             return
         note = {key: row[key] for key in ("step", "epoch", f"val_{self.task.monitor}")}

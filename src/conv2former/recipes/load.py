@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from conv2former.config import Recipe, validated
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError, nearest_or_all, one_line
 from conv2former.tasks import task_class
 
 
@@ -112,7 +112,7 @@ def _read(name: str) -> str:
     file = resources.files("conv2former.recipes").joinpath(f"{name}.yaml")
     if not file.is_file():
         names = recipe_names()
-        hint = nearest(name, names) or f"; there are: {', '.join(names)}"
+        hint = nearest_or_all(name, names)
         raise UserError(f"unknown recipe {name!r}{hint} (a file of your own must end in .yaml)")
     return file.read_text(encoding="utf-8")
 

@@ -39,8 +39,7 @@ class Backbone(nn.Module):
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         self.model: Any = _create(section)
-        # some models keep a list of dictionaries, some an object around one
-        info = [dict(entry) for entry in getattr(self.model.feature_info, "info", self.model.feature_info)]
+        info = feature_info(self.model)
         strides = [entry["reduction"] for entry in info]
         if not set(STRIDES) <= set(strides):
             found = ", ".join(str(stride) for stride in sorted(set(strides)))
@@ -58,6 +57,11 @@ class Backbone(nn.Module):
         return self.model.forward_intermediates(
             images, indices=self.indices, intermediates_only=True, output_fmt="NCHW"
         )
+
+
+def feature_info(model: Any) -> list[dict[str, Any]]:
+    """timm's description of each intermediate map of a model: some keep a list, some an object around one."""
+    return [dict(entry) for entry in getattr(model.feature_info, "info", model.feature_info)]
 
 
 def _create(section: ModelSection) -> Any:

@@ -67,9 +67,7 @@ class DenseTask(Task):
 
     def inputs(self, pixels: np.ndarray) -> Tensor:
         """A view (h, w, 3) as a batch of one, padded at the right and below with zeros, the mean colour."""
-        image = super().inputs(pixels)
-        height, width = pixels.shape[:2]
-        return F.pad(image, (0, -width % DIVISOR, 0, -height % DIVISOR))
+        return padded(super().inputs(pixels))
 
     def exported(self, network: nn.Module, outputs: list[str], size: tuple[int, int], **options: str) -> Exportable:
         """An export whose images are brought to a size, whatever their sides; ``options`` are ``part`` and ``note``."""
@@ -95,6 +93,12 @@ def padded_with_mean(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor
         image[:, height:] = 0
         image[:, :, width:] = 0
     return images
+
+
+def padded(images: Tensor) -> Tensor:
+    """Normalised images (B, 3, h, w), padded with zeros at the right and below to multiples of ``DIVISOR``."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % DIVISOR, 0, -height % DIVISOR))
 
 
 def to_multiple(side: int) -> int:

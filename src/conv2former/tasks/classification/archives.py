@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import extract_tarinfos
-from timm.utils.misc import natural_key
 
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, BadImage, decode
+from conv2former.data.sources import in_order
 from conv2former.errors import UserError, one_line
 
 MAX_OPEN = 128
@@ -114,7 +114,7 @@ class TarSource(ArchiveSource):
         found = [
             (labels[n] + name, n, name, at, size) for n, file in enumerate(files) for name, at, size in _scan(file)
         ]
-        found.sort(key=lambda image: (natural_key(image[0]), image[0]))
+        found.sort(key=lambda image: in_order(image[0]))
         twice = next((image for image, other in pairwise(found) if image[0] == other[0]), None)
         if twice:
             raise UserError(f"{files[twice[1]]} holds {twice[2]} twice: make the tar file anew")
@@ -123,7 +123,7 @@ class TarSource(ArchiveSource):
         if loose:
             raise UserError(f"{loose[2]} in {root} lies in no class folder: make the tar file anew without it")
         names = [image[0].rsplit("/", 2)[-2] for image in found]
-        self.classes = sorted(set(names), key=lambda name: (natural_key(name), name))
+        self.classes = sorted(set(names), key=in_order)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.targets = [numbers[name] for name in names]
 
@@ -154,7 +154,7 @@ class ShardSource(ArchiveSource):
         super().__init__(root, shards, [f"{shard.name}/" for shard in shards], self._samples(shards, values))
         known = _class_names(root)
         self.numbered = known is None and all(isinstance(value, int) for value in values)
-        names = sorted({str(value) for value in values}, key=lambda name: (natural_key(name), name))
+        names = sorted({str(value) for value in values}, key=in_order)
         self.classes = names if known is None else known
         numbers: dict[int | str, int] = {name: number for number, name in enumerate(self.classes)}
         if known is None:
@@ -185,7 +185,7 @@ def tar_files(folder: Path) -> list[Path]:
         names = [name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith(".")]
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-    return [folder / name for name in sorted(names, key=lambda name: (natural_key(name), name))]
+    return [folder / name for name in sorted(names, key=in_order)]
 
 
 def is_shard(path: Path) -> bool:

@@ -13,6 +13,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, decode
+from conv2former.data.sources import in_order
 from conv2former.errors import UserError, one_line, some
 
 
@@ -55,8 +56,8 @@ class FolderSource:
         loose = [path for path, name in samples if not name]
         if loose:
             raise UserError(f"{loose[0]} lies in no class folder: move or remove the images directly in {root}")
-        samples.sort(key=lambda sample: (natural_key(sample[0]), sample[0]))
-        self.classes = sorted({name for _, name in samples}, key=lambda name: (natural_key(name), name))
+        samples.sort(key=lambda sample: in_order(sample[0]))
+        self.classes = sorted({name for _, name in samples}, key=in_order)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.targets = [numbers[name] for _, name in samples]
         self.reader.samples = list(zip((path for path, _ in samples), self.targets, strict=True))

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timm.utils.misc import natural_key
 
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import given_folder
+from conv2former.data.sources import given_folder, in_order
 from conv2former.errors import UserError, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import LABEL_EXTENSIONS, read_labels, to_classes
@@ -181,7 +180,7 @@ def _files(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
                 if stem in found:
                     raise UserError(f"{found[stem]} and {path} differ by their extension alone: remove one")
                 found[stem] = path
-    return dict(sorted(found.items(), key=lambda item: (natural_key(item[0]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: in_order(item[0])))
 
 
 def _classes(root: Path, data: SegmentationDataSection) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from conv2former.tasks.dense import padded
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.upernet import resize
 
@@ -47,11 +47,6 @@ def probability_bands(
     yield slice(0, size[0]), total / len(views)
 
 
-def class_probabilities(model: Any, images: Sequence[Tensor], data: SegmentationDataSection, **options: Any) -> Tensor:
-    """``probability_bands`` put together, (1, K, H, W)."""
-    return torch.cat([part for _, part in probability_bands(model, images, data, **options)], dim=2)
-
-
 def _logits(model: Any, image: Tensor, mirrored: bool, data: SegmentationDataSection) -> Tensor:
     """Logits of a view (1, K, h, w) at its own size, the right way round."""
     view = image.flip(3) if mirrored else image
@@ -83,8 +78,8 @@ def _rows(x: Tensor, rows: slice, height: int) -> Tensor:
 def whole(model: Any, image: Tensor) -> Tensor:
     """Logits of images (B, 3, h, w) at their size, in float32; sides that are not a multiple of 32 are padded."""
     height, width = image.shape[-2:]
-    padded = F.pad(image, (0, -width % 32, 0, -height % 32))
-    return resize(model(padded).float(), padded)[..., :height, :width]
+    image = padded(image)
+    return resize(model(image).float(), image)[..., :height, :width]
 
 
 def slide(model: Any, image: Tensor, *, side: int, stride: int) -> Tensor:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from conv2former.errors import UserError, one_line
 from conv2former.models.isotropic import Conv2FormerIsotropic
+from conv2former.tasks.backbone import feature_info
 from conv2former.tools.explain.opening import Explained, open_explained
 from conv2former.tools.explain.sheets import NotShown, each_image, over, sheet
-from conv2former.tools.explain.subjects import feature_info, stage_indices
+from conv2former.tools.explain.subjects import stage_indices
 from conv2former.viz.drawing import label_overlay
 
 # our name -> the library's class: Selvaraju et al. 2017, Chattopadhay et al. 2018, Fu et al. 2020, Draelos and Carin

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conv2former.data.images import decode, find_images
+from conv2former.data.images import decode, given_images
 from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError, one_line
 from conv2former.tools.explain.subjects import Subject
@@ -115,9 +115,7 @@ def choose_images(data: Path, count: int) -> list[Path]:
     """``count`` image files, evenly spaced over those in a folder; raises UserError where there are fewer."""
     if not data.exists():
         raise UserError(f"--data {data}: no such folder")
-    files = find_images([data])
-    if not files:
-        raise UserError(f"no images in {data}")
+    files = given_images([data])
     if len(files) < count:
         raise UserError(
             f"{data} holds {len(files)} images, {count} are to be averaged over: give more, or say --images "

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conv2former.data.images import BadImage, decode, find_images
+from conv2former.data.images import BadImage, decode, given_images
 from conv2former.errors import UserError, one_line
 from conv2former.files import free_name
 
@@ -79,9 +79,7 @@ def each_image(
     Raises:
         UserError: There is no image in the inputs, or the sheets cannot be written.
     """
-    files = find_images(inputs)
-    if not files:
-        raise UserError(f"no images in {', '.join(map(str, inputs))}")
+    files = given_images(inputs)
     taken: set[str] = set()
     failed = 0
     for file in files:

@@ -16,7 +16,7 @@ from conv2former.checkpoints.hub import saved_config
 from conv2former.errors import UserError
 from conv2former.models.meta import build_on_meta
 from conv2former.tasks import load
-from conv2former.tasks.backbone import STRIDES
+from conv2former.tasks.backbone import STRIDES, feature_info
 from conv2former.tools.benchmark.options import model_args
 from conv2former.tools.naming import built, built_untrained, read_name
 
@@ -83,11 +83,6 @@ def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
         return model.forward_intermediates(images, indices=indices, intermediates_only=True, output_fmt="NCHW")
 
     return Subject(name, weights, maps, strides, **stats, device=device, notes=notes)
-
-
-def feature_info(model: Any) -> list[dict[str, Any]]:
-    """timm's description of each intermediate map of a model."""
-    return [dict(entry) for entry in getattr(model.feature_info, "info", model.feature_info)]
 
 
 def stage_indices(name: str, model: Any) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from conv2former import ops
 from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError, nearest_or_all, one_line
 from conv2former.tools.export.check import Comparison, compare, images_in, top1, validated_on
 from conv2former.tools.export.formats import FORMATS, Format, trace
 from conv2former.tools.export.subjects import Runtime, Subject, open_subject
@@ -105,7 +105,7 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     """
     unknown = [name for name in options.formats if name not in FORMATS]
     if unknown:
-        hint = nearest(unknown[0], list(FORMATS)) or f"; there are: {', '.join(FORMATS)}"
+        hint = nearest_or_all(unknown[0], list(FORMATS))
         raise UserError(f"unknown --format {unknown[0]!r}{hint}")
     formats = [FORMATS[name] for name in dict.fromkeys(options.formats)]
     for format in formats:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conv2former.data.images import decode, find_images
+from conv2former.data.images import decode, given_images
 from conv2former.engine.evaluate import validation_set
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
@@ -39,9 +39,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 def images_in(paths: Sequence[Path], count: int, subject: Subject) -> list[np.ndarray]:
     """Some of the images in files and folders as the network takes them; raises UserError where there are none."""
-    files = find_images(paths)
-    if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths))}")
+    files = given_images(paths)
     return [subject.prepare(decode(files[index])) for index in _spread(len(files), count)]
 
 

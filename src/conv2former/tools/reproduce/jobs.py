@@ -19,7 +19,7 @@ from safetensors import safe_open
 from conv2former.config import Recipe
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError, nearest_or_all, one_line
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.scales import Scale, at_scale
@@ -124,7 +124,7 @@ def table_jobs(request: Request, table: PaperTable, images: Images) -> list[Job]
     names = [row.name for row in table.rows if row.recipe]
     for name in request.only:
         if name not in names:
-            hint = nearest(name, names) or f"; there are: {', '.join(names)}"
+            hint = nearest_or_all(name, names)
             raise UserError(f"no row {name!r} can be trained{hint}")
     rows = [row for row in table.rows if row.recipe and (not request.only or row.name in request.only)]
     jobs = [_job(request, row, seed, images) for seed in range(request.seeds) for row in rows]

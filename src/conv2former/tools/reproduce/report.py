@@ -76,6 +76,8 @@ def cells(found: Sequence[Line]) -> list[list[str]]:
 def changes(request: Request, table: PaperTable) -> list[str]:
     """The settings that make a difference to any row; how many processes read images does not."""
     settings = list(request.settings)
+    if not settings:
+        return []
 
     def digest(row: PaperRow, settings: list[str]) -> str | None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conv2former.errors import UserError, nearest
+from conv2former.errors import UserError, nearest_or_all
 from conv2former.recipes.load import load_recipe
 
 
@@ -210,5 +210,5 @@ TABLES = {
 def paper_table(name: str) -> PaperTable:
     """A table of ``TABLES``; raises UserError where there is none of that name."""
     if name not in TABLES:
-        raise UserError(f"unknown table {name!r}{nearest(name, list(TABLES)) or '; there are: ' + ', '.join(TABLES)}")
+        raise UserError(f"unknown table {name!r}{nearest_or_all(name, list(TABLES))}")
     return TABLES[name]()
