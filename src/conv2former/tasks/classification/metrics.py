@@ -143,5 +143,7 @@ def _table(counts: dict[str, Any]) -> list[list[str]]:
     ]
     known = [scores for scores in counts["per_class"].values() if scores["images"]]
     means = [_mean([scores[key] or 0.0 for scores in known]) for key in keys]  # a class never predicted counts as 0
-    rows.append(["macro average (of the recalls: balanced accuracy)", *(percent(mean) for mean in means), str(counts["images"])])
+    rows.append(
+        ["macro average (of the recalls: balanced accuracy)", *(percent(mean) for mean in means), str(counts["images"])]
+    )
     return [["class", "precision", "recall", "F1", "images"], *rows]
