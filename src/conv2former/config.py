@@ -230,6 +230,9 @@ class EngineSection(Section):
         return self
 
 
+Choices = dict[str, tuple[Any, str]]  # section.key -> value and the reason for it
+
+
 @dataclass(frozen=True)
 class Start:
     """What automatic settings are decided by.
@@ -238,6 +241,8 @@ class Start:
         images: Training images, those held out for validation among them.
         weights: Whether there are any to start from.
         gpu: Whether the training runs on one.
+        epochs: If somebody has set them.
+        steps: Whether the length is set in steps.
         mean: Of the images that the weights were trained on; None where they do not say.
         std: Likewise.
     """
@@ -245,11 +250,24 @@ class Start:
     images: int = 1000
     weights: bool = True
     gpu: bool = False
+    epochs: int | None = None
+    steps: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
-
-Choices = dict[str, tuple[Any, str]]  # section.key -> value and the reason for it
+    def schedule(self, epochs: int, evaluations: int) -> Choices:
+        """The length, a tenth of it for warm-up, and the number of evaluations."""
+        if self.steps:  # epochs are then not used, and must not be named
+            named = {
+                key: ScheduleSection.model_fields[key].default for key in ("epochs", "warmup_epochs", "eval_every")
+            }
+            return {f"schedule.{key}": (value, "schedule.steps is set") for key, value in named.items()}
+        length = self.epochs or epochs
+        return {
+            "schedule.epochs": (length, f"{self.images:,} training images"),
+            "schedule.warmup_epochs": (round(length / 10, 1), "a tenth of the epochs"),
+            "schedule.eval_every": (max(length // evaluations, 1), f"about {min(evaluations, length)} evaluations"),
+        }
 
 
 class Recipe(Section):
@@ -360,7 +378,8 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     Raises:
         UserError: Unknown key or wrong type; the message names the nearest right one.
     """
-    known = config_class.choices(Start())
+    epochs, steps = _value(raw, "schedule.epochs"), _value(raw, "schedule.steps")
+    known = config_class.choices(Start(epochs=epochs if isinstance(epochs, int) else None, steps=steps is not None))
     auto = [key for key in known if _value(raw, key) == "auto"]
     if auto:
         values = {key: value for key, (value, _) in known.items()}  # until they are decided

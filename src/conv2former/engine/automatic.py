@@ -62,8 +62,10 @@ def checked_weights(recipe: Recipe) -> Weights | None:
 def choices(recipe: Recipe, weights: Weights | None, images: int) -> Choices:
     """What is chosen for each setting that may be 'auto', for that number of training images."""
     known: dict[str, Any] = weights.normalisation if weights else {}
-    start = Start(images=images, weights=weights is not None, gpu=on_nvidia_gpu(recipe), **known)
-    return recipe.choices(start)
+    schedule, machine = recipe.schedule, on_nvidia_gpu(recipe)
+    epochs = None if "schedule.epochs" in recipe.auto else schedule.epochs
+    length: dict[str, Any] = dict(epochs=epochs, steps=schedule.steps is not None)
+    return recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, **length, **known))
 
 
 def _say(found: Choices) -> None:
