@@ -241,6 +241,7 @@ class Start:
         images: Training images, those held out for validation among them.
         weights: Whether there are any to start from.
         gpu: Whether the training runs on one.
+        sharded: Whether FSDP shards the weights, of which there can be no moving average then.
         epochs: If somebody has set them.
         steps: Whether the length is set in steps.
         mean: Of the images that the weights were trained on; None where they do not say.
@@ -250,6 +251,7 @@ class Start:
     images: int = 1000
     weights: bool = True
     gpu: bool = False
+    sharded: bool = False
     epochs: int | None = None
     steps: bool = False
     mean: tuple[float, float, float] | None = None

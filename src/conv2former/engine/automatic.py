@@ -61,11 +61,18 @@ def checked_weights(recipe: Recipe) -> Weights | None:
 
 def choices(recipe: Recipe, weights: Weights | None, images: int) -> Choices:
     """What is chosen for each setting that may be 'auto', for that number of training images."""
-    known: dict[str, Any] = weights.normalisation if weights else {}
+    known: dict[str, Any] = dict(weights.normalisation if weights else {})
     schedule, machine = recipe.schedule, on_nvidia_gpu(recipe)
     epochs = None if "schedule.epochs" in recipe.auto else schedule.epochs
-    length: dict[str, Any] = dict(epochs=epochs, steps=schedule.steps is not None)
-    return recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, **length, **known))
+    known |= dict(epochs=epochs, steps=schedule.steps is not None, sharded=recipe.engine.strategy == "fsdp")
+    found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, **known))
+    if weights is not None and weights.task == recipe.task:  # its head has the shape that it was trained with
+        for key in found:
+            section, _, name = key.partition(".")
+            own = weights.recipe.get(section)
+            if section not in Recipe.model_fields and section != "augment" and isinstance(own, dict) and name in own:
+                found[key] = (own[name], "of the weights")
+    return found
 
 
 def _say(found: Choices) -> None:

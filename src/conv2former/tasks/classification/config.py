@@ -67,25 +67,23 @@ class ClassificationRecipe(Recipe):
         if not weights:
             epochs *= 4
         held = 0.02 if many else 0.1 if n >= 1_000 else 0.2
-        policy = "rand-m9-mstd0.5-inc1" if many else None if few and weights else "rand-m7-mstd0.5-inc1"
-        return (
-            super().choices(start)
-            | start.schedule(epochs, evaluations=epochs)
-            | {
-                "data.val_fraction": (held, f"{images}: {round(held * n):,} are enough to tell models apart"),
-                "model.fit_head": (weights, begin),
-                "model.freeze_batchnorm": (weights and few, f"{begin}, {images}"),
-                "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
-                "optim.batch_size": (size, f"{images} make {n // size} steps an epoch"),
-                "optim.base_lr": (5e-4 if weights else 1e-3, begin),
-                "optim.layer_decay": (0.9 if weights else None, begin),
-                "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),
-                "augment.scale": ((0.5, 1.0) if few else (0.35, 1.0), images),
-                "augment.auto_augment": (policy, images),
-                "augment.random_erasing": (0.0 if few else 0.1, images),
-                "augment.label_smoothing": (0.1, "small sets are soon known by heart"),
-            }
-        )
+        ema = (None, "there is none with FSDP") if start.sharded else (0.98 if few else 0.999, images)
+        found: Choices = {
+            "data.val_fraction": (held, f"{images}: {round(held * n):,} are enough to tell models apart"),
+            "model.fit_head": (weights, begin),
+            "model.freeze_batchnorm": (weights and few, f"{begin}, {images}"),
+            "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
+            "optim.batch_size": (size, f"{images} make {n // size} steps an epoch"),
+            "optim.base_lr": (5e-4 if weights else 1e-3, begin),
+            "optim.layer_decay": (0.9 if weights else None, begin),
+            "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),
+            "optim.ema_decay": ema,
+            "augment.scale": ((0.35, 1.0), "milder than ImageNet's"),
+            "augment.auto_augment": ("rand-m9-mstd0.5-inc1" if many else "rand-m5-mstd0.5-inc1", images),
+            "augment.random_erasing": (0.0 if few else 0.1, images),
+            "augment.label_smoothing": (0.1, "small sets are soon known by heart"),
+        }
+        return super().choices(start) | start.schedule(epochs, evaluations=epochs) | found
 
     @property
     def pairs(self) -> bool:

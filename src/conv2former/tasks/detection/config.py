@@ -81,23 +81,20 @@ class DetectionRecipe(Recipe):
         short, long = (800, 1333) if start.gpu else (320, 512)
         begin = "pretrained backbone" if weights else "random weights"
         sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] if start.gpu else [256, 288, 320]
-        return (
-            super().choices(start)
-            | start.schedule(epochs, evaluations=6)
-            | {
-                "data.short_side": (short, machine),
-                "data.long_side": (long, machine),
-                "augment.short_sides": (sizes, machine),
-                "augment.long_side": (long, machine),
-                "augment.crop_short_sides": ([400, 500, 600] if start.gpu else [288, 352], machine),
-                "augment.crop_sizes": ((384, 600) if start.gpu else (224, 352), machine),
-                "detector.channels": (256 if start.gpu else 96, machine),
-                "detector.box_head_channels": (1024 if start.gpu else 256, machine),
-                "detector.train_proposals": (1000 if start.gpu else 300, machine),
-                "detector.rois": (512 if start.gpu else 128, machine),
-                "model.freeze_batchnorm": (weights, f"{begin}, small batches"),
-                "optim.base_lr": (2e-4 if weights else 4e-4, begin),
-                "optim.layer_decay": (0.9 if weights else None, begin),
-                "optim.head_lr": (5.0 if weights else 1.0, begin),
-            }
-        )
+        found: Choices = {
+            "data.short_side": (short, machine),
+            "data.long_side": (long, machine),
+            "augment.short_sides": (sizes, machine),
+            "augment.long_side": (long, machine),
+            "augment.crop_short_sides": ([400, 500, 600] if start.gpu else [288, 352], machine),
+            "augment.crop_sizes": ((384, 600) if start.gpu else (224, 352), machine),
+            "detector.channels": (256 if start.gpu else 96, machine),
+            "detector.box_head_channels": (1024 if start.gpu else 256, machine),
+            "detector.train_proposals": (1000 if start.gpu else 300, machine),
+            "detector.rois": (512 if start.gpu else 128, machine),
+            "model.freeze_batchnorm": (weights, f"{begin}, small batches"),
+            "optim.base_lr": (2e-4 if weights else 4e-4, begin),
+            "optim.layer_decay": (0.9 if weights else None, begin),
+            "optim.head_lr": (5.0 if weights else 1.0, begin),
+        }
+        return super().choices(start) | start.schedule(epochs, evaluations=6) | found
