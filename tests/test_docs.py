@@ -60,7 +60,7 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     write_digits(tmp_path / "photos", train=12)
     small = ["model.name=conv2former_test", "model.args={}", "data.input_size=32", "schedule.epochs=2"]
-    train(tiny_recipe(*small), data=tmp_path / "photos", out=tmp_path / "runs" / "pretrained")
+    train(tiny_recipe(*small), data=tmp_path / "photos", out=tmp_path / "runs" / "quickstart")
     original = recipe_schema.load_recipe
 
     def short(name: str, *, overrides: list[str]) -> recipe_schema.Recipe:
@@ -75,7 +75,7 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         exec(compile(block, "README.md", "exec"), names)
     assert [tuple(m.shape[1:]) for m in names["pyramid"]] == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
     assert names["logits"].shape == (1, 10) and names["model"].num_classes == 4
-    assert names["recipe"].model.weights == "runs/pretrained"
+    assert names["recipe"].model.weights == "runs/quickstart"
 
 
 def test_settings_in_the_text_exist() -> None:
