@@ -39,7 +39,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_first() -> bool:
+    """Whether this is the first process of a run, even before the processes are connected."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+
+
 def say_once(line: str) -> None:
-    """Prints a line to stderr, on the first process alone, even before the processes are connected."""
-    if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
+    """Prints a line to stderr, on the first process alone."""
+    if is_first():
         print(line, file=sys.stderr, flush=True)

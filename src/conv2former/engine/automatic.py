@@ -9,7 +9,8 @@ from conv2former.checkpoints.weights import Weights, check_start, open_weights
 from conv2former.config import Choices, Recipe, Start
 from conv2former.data.sources import Splits
 from conv2former.engine.launch import on_nvidia_gpu
-from conv2former.errors import UserError, say_once
+from conv2former.engine.progress import Ticker
+from conv2former.errors import UserError, is_first, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
@@ -23,7 +24,11 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
         UserError: Weights are missing or expect other images than the recipe gives, or anything about the images.
     """
     weights = checked_weights(recipe)
-    open_splits = task_class(recipe.task).open_splits
+
+    def open_splits(recipe: Recipe, data: Path | None) -> Splits:
+        with Ticker(lambda: f"looking for images in {data}", enabled=is_first()):
+            return task_class(recipe.task).open_splits(recipe, data)
+
     splits = open_splits(recipe, data)
     images = len(splits.train)
     if HELD_OUT in recipe.auto:
