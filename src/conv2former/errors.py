@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -39,7 +40,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def say_once(line: str) -> None:
     """Prints a line to stderr, on the first process alone, even before the processes are connected."""
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it
+            print(line, file=sys.stderr, flush=True)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from conv2former_cli.common import BadImages, CheckpointArgument, DataOption, DeviceOption, JsonOption, app, result_line
+
+
+class Split(StrEnum):
+    """Parts of a set of images."""
+
+    train = "train"
+    val = "val"
+    test = "test"
 
 
 @app.command()
@@ -21,6 +30,9 @@ def evaluate(
     device: DeviceOption = "auto",
     source: Annotated[
         str | None, Option(help="Layout of a classifier's --data: class folders (the default), tar files, ...")
+    ] = None,
+    split: Annotated[
+        Split | None, Option(help="Part of --data, or of what the run was trained on: train, val or test.")
     ] = None,
     on_bad_image: Annotated[BadImages, Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
     multi_scale: Annotated[bool, Option("--multi-scale", help="Segmentation: six scales, also mirrored.")] = False,
@@ -44,6 +56,7 @@ def evaluate(
         workers=workers,
         device=device,
         source=source,
+        split=split.value if split else None,
         on_bad_image=on_bad_image.value,
         multi_scale=multi_scale,
         settings=tuple(set_ or []),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from timm.utils.misc import natural_key
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, printable, some
+
+MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
+MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
+HASHED_BYTES = 1 << 20
 
 
 class Source(Protocol):
@@ -39,6 +46,61 @@ class Splits(Protocol):
     def digest(self) -> str:
         """A hash of the images and what is known of them, by which a resumed run knows its data."""
         ...
+
+
+def remarks(splits: Splits) -> list[str]:
+    """What is to be said of images before they are trained on."""
+    own: list[str] = getattr(splits, "remarks", list)()
+    return own + [line for line in [repeated(splits.train, splits.val)] if line]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """All numbers below ``count``, or ``most`` that are spread evenly."""
+    return [index * count // most for index in range(most)] if count > most else list(range(count))
+
+
+def repeated(train: Any, val: Any) -> str | None:
+    """The line about validation images that are training images, too, byte for byte; of large sets a part is looked at.
+
+    Args:
+        train: A source; nothing is looked at unless it has ``file(index)``, the path of an image.
+        val: Likewise.
+    """
+    if not (hasattr(train, "file") and hasattr(val, "file")):
+        return None
+    by_size: dict[int, list[str]] = {}
+    for index in spread(len(train), MOST_LOOKED_AT):
+        if (size := _size(train.file(index))) and len(by_size.get(size, "")) < MOST_ALIKE:
+            by_size.setdefault(size, []).append(train.file(index))
+    content = functools.cache(_content)
+    looked, twins = spread(len(val), MOST_LOOKED_AT // 10), []
+    for index in looked:
+        file = val.file(index)
+        alike = by_size.get(_size(file), [])
+        if alike and (twin := next((other for other in alike if content(other) == content(file)), None)):
+            twins.append(f"{os.path.basename(file)} is {os.path.basename(twin)}")
+    if not twins:
+        return None
+    part = "" if len(looked) == len(val) else f" {len(looked):,} of"
+    what = f"{len(twins):,} of{part} the {len(val):,} validation images are training images, too"
+    return printable(f"{what} ({some(twins, 2)}): what is measured on them says nothing about new images")
+
+
+def _size(file: str | Path | None) -> int:
+    """In bytes; 0 where there is no file."""
+    try:
+        return os.stat(file).st_size if file else 0
+    except OSError:
+        return 0
+
+
+def _content(file: str | Path) -> bytes:
+    """A hash of a file, of a large one of its beginning; of one that cannot be read its name."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.sha256(stream.read(HASHED_BYTES)).digest()
+    except OSError:
+        return os.fsencode(file)
 
 
 def given_folder(root: Path | None, what: str) -> Path:

@@ -40,6 +40,7 @@ class ClassificationTask(Task):
     Attributes:
         top_k: Classes that a prediction names, at most.
         source: How labelled images lie, a ``data.source``.
+        split: Which part of them is evaluated: 'train', 'val', 'test'; None for what is validated on, or all.
 
     Args:
         model: A timm classifier.
@@ -59,11 +60,12 @@ class ClassificationTask(Task):
         unknown="every image gets a class",
         heading="Top classes",
     )
-    options = frozenset({"batch_size", "source", "top_k"})
+    options = frozenset({"batch_size", "source", "split", "top_k"})
     one_at_a_time = False
     assumed_classes = 1000
     top_k: int = 5
     source: str = "folder"
+    split: str | None = None
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class ClassificationTask(Task):
         return open_splits(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> ImageSource:
-        return open_eval_source(root, self.classes, kind=self.source)
+        return open_eval_source(root, self.classes, kind=self.source, split=self.split)
 
     def train_dataset(self, source: ImageSource, *, on_bad_image: Literal["error", "replace"]) -> ImageDataset:
         transform = train_transform(self.recipe.data, self.recipe.augment)
