@@ -71,6 +71,16 @@ class ImagesSection(Section):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
 
 
+class AnnotatedSection(ImagesSection):
+    """Images with something that belongs to their pixels."""
+
+    exif: Literal["turn", "ignore"] = Field(
+        default="turn",
+        description="'turn' shows images as their EXIF orientation says, and masks as theirs does; 'ignore' leaves "
+        "both as they are stored, for annotations made so",
+    )
+
+
 class OptimSection(Section):
     """The optimizer. Norms, biases and layer scales are not decayed (timm's rule for vectors)."""
 
@@ -253,8 +263,12 @@ class Recipe(Section):
         false, so that ``reproduce`` finds the rows and runs of a recipe on every machine.
         """
         settings = self.settings()
-        engine = {key: value for key, value in settings["engine"].items() if LATER.get(key) != value}
-        settings["engine"] = engine | (dict(compile=False) if engine["compile"] == "auto" else {})
+        for section, values in LATER.items():
+            if section in settings:
+                given = settings[section]
+                settings[section] = {k: v for k, v in given.items() if k not in values or values[k] != v}
+        if settings["engine"]["compile"] == "auto":
+            settings["engine"]["compile"] = False
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def decided(self, compiles: bool | Literal["auto"]) -> Self:
@@ -274,8 +288,11 @@ FREE: dict[str, Any] = dict(
     engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "loggers"},
 )
 
-# settings of the engine that came later, with what was done before: a recipe with these values keeps its hash
-LATER: dict[str, Any] = dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False)
+# settings that came later, by section, with what was done before: a recipe with these values keeps its hash
+LATER: dict[str, dict[str, Any]] = dict(
+    engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),
+    data=dict(exif="turn", mask_values=None),
+)
 
 
 def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> Any:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from timm.utils.misc import natural_key
 
+from conv2former.data.images import turned
 from conv2former.errors import UserError, printable, some
 
 MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
 MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
+MOST_HEADERS = 500  # images whose EXIF is looked at
+EXIF_OPTION = "--set data.exif=ignore"
 HASHED_BYTES = 1 << 20
 
 
@@ -101,6 +105,26 @@ def _content(file: str | Path) -> bytes:
             return hashlib.sha256(stream.read(HASHED_BYTES)).digest()
     except OSError:
         return os.fsencode(file)
+
+
+def exif_remark(files: Sequence[Path], what: str) -> list[str]:
+    """The line about images that EXIF turns, if there are any; of many a part is looked at.
+
+    Args:
+        files: The images.
+        what: What belongs to their pixels, in words.
+    """
+    looked = [files[index] for index in spread(len(files), MOST_HEADERS)]
+    count = sum(turned(file) for file in looked)
+    what = f"{what} are taken to be those of the turned image; if they follow the pixels as stored, add {EXIF_OPTION}"
+    return [f"{count} of {len(looked)} images are turned by their EXIF orientation: {what}"] if count else []
+
+
+def stored_pixels(file: Path, wanted: tuple[int, int], size: tuple[int, int]) -> str:
+    """What to add to the message about an image of another size than is said of it, where EXIF may be the reason."""
+    if wanted != size[::-1] or not turned(file):
+        return ""
+    return f"; its EXIF orientation turns it: for what follows the pixels as stored add {EXIF_OPTION}"
 
 
 def given_folder(root: Path | None, what: str) -> Path:

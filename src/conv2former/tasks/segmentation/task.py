@@ -66,7 +66,7 @@ class SegmentationTask(DenseTask):
 
     def eval_source(self, root: Path | None) -> PairSource:
         """The validation set, or the one set that is there."""
-        return open_eval_pairs(self.recipe.data, root, self.classes)
+        return open_eval_pairs(self.recipe.data, root, self.classes, self.split)
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainPairs:
         return TrainPairs(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
