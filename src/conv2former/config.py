@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import yaml
@@ -19,6 +20,8 @@ from pydantic import (
 )
 
 from conv2former.errors import UserError, nearest
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Section(BaseModel):
@@ -48,7 +51,15 @@ class ModelSection(Section):
     name: str = Field(description="any name that timm knows")
     args: dict[str, Any] = Field(default={}, description="keyword arguments of timm.create_model")
     weights: str | None = Field(
-        default=None, description="run, folder or file to start from; its classifier may differ"
+        default=None,
+        description="to start from: a run, folder or file, hf-hub:OWNER/NAME, or timm for what timm publishes of the "
+        "model; the classifier may differ",
+    )
+    needs_weights: bool = Field(default=False, description="refuse to start from random weights")
+    fit_head: bool | Literal["only"] = Field(
+        default=False,
+        description="fit a new classifier to the features of the weights before training (a linear probe); 'only' "
+        "stops there",
     )
     drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth of the last block")
     drop_rate: float = Field(default=0.0, ge=0, lt=1, description="dropout before the classifier")
@@ -67,8 +78,8 @@ class ImagesSection(Section):
     )
     max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
     max_pixels: PositiveInt = Field(default=1 << 27, description="larger images count as images that cannot be read")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
 
 
 class AnnotatedSection(ImagesSection):
@@ -99,6 +110,9 @@ class OptimSection(Section):
     eps: float | None = Field(default=None, gt=0, description="None for the optimizer's own")
     clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="learning-rate decay from block to block")
+    head_lr: PositiveFloat = Field(
+        default=1.0, description="factor of the learning rate of the classifier, or of all that stands on the backbone"
+    )
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="moving average of the weights, which is then evaluated and saved"
     )
@@ -226,8 +240,34 @@ class EngineSection(Section):
         return self
 
 
+@dataclass(frozen=True)
+class Start:
+    """What automatic settings are decided by.
+
+    Attributes:
+        images: Training images, those held out for validation among them.
+        weights: Whether there are any to start from.
+        gpu: Whether the training runs on one.
+        mean: Of the images that the weights were trained on; None where they do not say.
+        std: Likewise.
+    """
+
+    images: int = 1000
+    weights: bool = True
+    gpu: bool = False
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+Choices = dict[str, tuple[Any, str]]  # section.key -> value and the reason for it
+
+
 class Recipe(Section):
-    """One experiment, as far as the engine knows it; each task adds its own sections."""
+    """One experiment, as far as the engine knows it; each task adds its own sections.
+
+    Attributes:
+        auto: Settings ``section.key`` that are decided when the run is started; in YAML their value is ``auto``.
+    """
 
     name: str
     task: str
@@ -237,6 +277,14 @@ class Recipe(Section):
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
+    auto: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @classmethod
+    def choices(cls, start: Start) -> Choices:
+        """The settings that may be 'auto': what is chosen, and why."""
+        if start.mean is None or start.std is None:
+            return {"data.mean": (IMAGENET_MEAN, "ImageNet's"), "data.std": (IMAGENET_STD, "ImageNet's")}
+        return {"data.mean": (start.mean, "of the weights"), "data.std": (start.std, "of the weights")}
 
     @property
     def pairs(self) -> bool:
@@ -248,9 +296,30 @@ class Recipe(Section):
         """Whether it needs no ``--data``."""
         return False
 
+    def value(self, key: str) -> Any:
+        """Of a setting ``section.key``."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+    def raw(self) -> dict[str, Any]:
+        """The recipe as it is written in YAML."""
+        raw = self.model_dump(mode="json")
+        for key in self.auto:
+            section, name = key.split(".")
+            raw[section][name] = "auto"
+        return raw
+
     def to_yaml(self) -> str:
-        """The resolved recipe, every default spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        """The recipe with every default spelled out."""
+        return yaml.safe_dump(self.raw(), sort_keys=False, allow_unicode=True, width=120)
+
+    def settled(self, values: dict[str, Any]) -> Self:
+        """The recipe with ``values`` (section.key -> value) in place of 'auto'; other settings stay; UserError."""
+        raw = self.raw()
+        for key in [key for key in self.auto if key in values]:
+            section, name = key.split(".")
+            raw[section][name] = values[key]
+        return validated(type(self), raw, self.name)
 
     def settings(self) -> dict[str, Any]:
         """All that changes the result: everything but ``FREE`` settings."""
@@ -263,10 +332,10 @@ class Recipe(Section):
         false, so that ``reproduce`` finds the rows and runs of a recipe on every machine.
         """
         settings = self.settings()
-        for section, values in LATER.items():
+        for section, later in LATER.items():
             if section in settings:
-                given = settings[section]
-                settings[section] = {k: v for k, v in given.items() if k not in values or values[k] != v}
+                given = settings[section].items()
+                settings[section] = {k: value for k, value in given if later.get(k, ...) != value}
         if settings["engine"]["compile"] == "auto":
             settings["engine"]["compile"] = False
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -284,14 +353,18 @@ class Recipe(Section):
 FREE: dict[str, Any] = dict(
     name=True,
     claim=True,
+    model={"needs_weights"},
     data={"workers", "on_bad_image", "max_bad_images", "max_pixels"},
     engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "loggers"},
 )
 
-# settings that came later, by section, with what was done before: a recipe with these values keeps its hash
+# settings that came later, with what was done before: a recipe with these values keeps its hash
 LATER: dict[str, dict[str, Any]] = dict(
-    engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),
+    model=dict(fit_head=False),
     data=dict(exif="turn", mask_values=None),
+    detector=dict(masks=True),
+    optim=dict(head_lr=1.0),
+    engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),
 )
 
 
@@ -301,10 +374,24 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     Raises:
         UserError: Unknown key or wrong type; the message names the nearest right one.
     """
+    known = config_class.choices(Start())
+    auto = [key for key in known if _value(raw, key) == "auto"]
+    if auto:
+        values = {key: value for key, (value, _) in known.items()}  # until they are decided
+        raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
+        for key in auto:
+            section, name = key.split(".")
+            raw[section][name] = values[key]
     try:
         return config_class.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"recipe {origin}: {'; '.join(_explain(e, config_class) for e in error.errors())}") from None
+
+
+def _value(raw: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    part = raw.get(section)
+    return part.get(name) if isinstance(part, dict) else None
 
 
 def _explain(error: Any, recipe: type[Recipe]) -> str:

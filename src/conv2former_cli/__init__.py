@@ -6,6 +6,7 @@ and timm, which takes seconds: ``conv2former --help`` must not wait for that.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import sys
@@ -22,13 +23,35 @@ from conv2former_cli.common import app
 __all__ = ["app", "main"]
 
 
+ADVICE = {
+    errno.ENOSPC: "the disk is full: make room, or write to another one",
+    errno.EDQUOT: "your quota of disk space is used up: make room, or write to another disk",
+    errno.EMFILE: "too many open files: raise the limit with `ulimit -n 65536`, or lower the number of workers",
+    errno.EROFS: "the file system is read-only: write to another one",
+}
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the system refuses, in one line with what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOENT and not error.filename:
+        return "the working folder is gone: go to another one"
+    return where + (ADVICE.get(error.errno or 0) or error.strerror or " ".join(str(error).split()))
+
+
 def main() -> None:
     """Entry point: a user's mistake ends in one line and status 1, ours in a traceback."""
     try:
-        app()
-    except BrokenPipeError:
-        # whoever reads our output has gone (`| head`); keep the interpreter from complaining at exit
+        os.getcwd()  # a folder that is gone ends MKL, and this process with it
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where an error can be met, and not while the interpreter ends
+    except OSError as error:
+        # keep the interpreter from complaining at exit about what could not be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # else whoever reads our output has gone (`| head`)
+            print(f"error: {_of_the_system(error)}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
         package = (error.name or "conv2former").partition(".")[0]

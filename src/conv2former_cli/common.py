@@ -16,10 +16,17 @@ app = typer.Typer(
     name="conv2former",
     help="Conv2Former: train, evaluate, predict, convert. Example: conv2former train --recipe quickstart --out runs/q",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"conv2former {version('conv2former')}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -28,6 +35,9 @@ def options(
         list[str] | None,
         Option("--import", metavar="MODULE", help="Import this module of yours first: it may register a task."),
     ] = None,
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
     if import_:
         sys.path.insert(0, os.getcwd())

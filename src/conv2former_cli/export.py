@@ -18,7 +18,9 @@ FORMATS = "onnx, openvino, openvino-bf16, openvino-int8, torch, aotinductor"
 def export(
     checkpoint: Annotated[str, Argument(help="Run folder, saved model, or timm model (NAME:key=value,...).")],
     out: Annotated[Path, Option(help="Folder for the files.")],
-    format_: Annotated[list[str] | None, Option("--format", help=f"{FORMATS}; repeatable (default: onnx).")] = None,
+    format_: Annotated[
+        list[str] | None, Option("--format", help=f"{FORMATS}; one or more, with commas (default: onnx).")
+    ] = None,
     pictures: Annotated[
         list[Path] | None, Option(help="Images or folders to compare on (default: the run's); repeatable.")
     ] = None,
@@ -43,7 +45,7 @@ def export(
     from conv2former.tools.export import export as run_export
 
     options = ExportOptions(
-        formats=format_ or ("onnx",),
+        formats=[name.strip() for names in format_ or ["onnx"] for name in names.split(",")],
         images=pictures or (),
         count=count,
         data=data,

@@ -23,7 +23,7 @@ def recipes(
 
     loaded = [load_recipe(name) for name in recipe_names()]
     if json_:
-        print(json.dumps([recipe.model_dump(mode="json") for recipe in loaded], indent=2))
+        print(json.dumps([recipe.raw() for recipe in loaded], indent=2))
         return
     cells = [
         [

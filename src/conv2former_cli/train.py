@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
-from typer.core import TyperCommand
 
 from conv2former_cli.common import BadImages, DataOption, app, result_line
+from conv2former_cli.habits import TrainCommand
 
 Resume = StrEnum("Resume", ["yes", "auto"])  # what to do with a run that is there
 
-
-class TrainCommand(TyperCommand):
-    """Takes ``--resume`` alone for ``--resume yes``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the value in where it was left out."""
-        pairs = zip(args, [*args[1:], ""], strict=True)
-        full = [f"{word}=yes" if word == "--resume" and value not in list(Resume) else word for word, value in pairs]
-        return super().parse_args(ctx, full)
+FIRST = (
+    "For your own images in one folder per class: conv2former train --recipe finetune --model "
+    "convnext_nano.in12k_ft_in1k --pretrained --data DIR --out RUN"
+)
 
 
 @app.command(cls=TrainCommand)
@@ -31,6 +27,18 @@ def train(
     data: DataOption = None,
     out: Annotated[Path | None, Option(help="Run folder to make.")] = None,
     model: Annotated[str | None, Option(help="Another timm model under the same recipe.")] = None,
+    weights: Annotated[
+        str | None, Option(help="Start from a run, a saved model's folder, or hf-hub:OWNER/NAME.")
+    ] = None,
+    pretrained: Annotated[
+        bool, Option("--pretrained", help="Start from the weights that timm publishes for the --model NAME.TAG.")
+    ] = False,
+    from_scratch: Annotated[
+        bool, Option("--from-scratch", help="Start from random weights, also where the recipe asks for others.")
+    ] = False,
+    probe_only: Annotated[
+        bool, Option("--probe-only", help="Fit the new classifier to the features of the weights, and stop there.")
+    ] = False,
     set_: Annotated[
         list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
     ] = None,
@@ -43,6 +51,7 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print what would be done; --out is then a plot (.png) or its folder.")
     ] = False,
+    verbose: Annotated[bool, Option("--verbose", help="With --dry-run: the recipe and all numbers.")] = False,
 ) -> None:
     """Train a recipe on a folder of images: class folders, COCO's layout or images with masks, as it says.
 
@@ -57,11 +66,20 @@ def train(
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     # another model does not take the arguments that the recipe's own model needs; --set may give it some
-    overrides = [*([f"model.name={model}", "model.args={}"] if model else []), *(set_ or [])]
+    overrides = [f"model.name={model}", "model.args={}"] if model else []
+    if (weights is not None) + pretrained + from_scratch > 1:
+        raise UserError("--weights, --pretrained and --from-scratch exclude each other")
+    overrides += [f"model.weights={json.dumps(weights)}"] if weights is not None else []
+    overrides += ["model.weights=timm"] * pretrained
+    overrides += ["model.weights=null", "model.needs_weights=false"] * from_scratch
+    overrides += ["model.fit_head=only"] * probe_only
+    overrides += set_ or []
     overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
     own = out / "recipe.yaml" if resume and out else None
     if overrides and recipe is None and own and own.exists():
         recipe = str(own)
+    if recipe is None and not resume and not dry_run:
+        raise UserError(f"no recipe is named: `conv2former recipes` lists them. {FIRST}")
     if overrides and recipe is None:
         raise UserError("--set and --model change a recipe: name it with --recipe")
     if force and not resume:
@@ -72,7 +90,7 @@ def train(
 
         if loaded is None or resume or overwrite:
             raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
-        print(describe(loaded, data=data, out=out))
+        print(describe(loaded, data=data, out=out, verbose=verbose))
         return
     if out is None:
         raise UserError("no run folder given: name one with --out DIR")

@@ -17,16 +17,12 @@ from conv2former.checkpoints.hub import (
     check_replaceable,
     differences,
     find_model,
-    load_pretrained,
     read_json,
-    saved_config,
-    saved_model_args,
-    saved_task,
     written_whole,
 )
 from conv2former.checkpoints.reading import StrPath, read_state_dict
-from conv2former.config import ModelSection, Recipe
-from conv2former.errors import UserError, some
+from conv2former.config import Recipe
+from conv2former.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -96,60 +92,3 @@ def load_dense(saved: SavedDense, model: nn.Module) -> nn.Module:
         raise UserError(f"{saved.weights} does not fit {CONFIG_FILE} beside it: {difference}")
     model.load_state_dict(state)
     return model.eval()
-
-
-def with_saved_args(section: ModelSection) -> ModelSection:
-    """The section with the arguments of the backbone that its weights hold, changed by its own.
-
-    Raises:
-        UserError: Weights of another backbone.
-    """
-    if not section.weights:
-        return section
-    config = saved_config(section.weights)
-    if config["architecture"].split(".")[0] != section.name.split(".")[0]:
-        raise UserError(
-            f"model.weights ({section.weights}) holds a {config['architecture']}, the recipe says {section.name}: give "
-            f"--model {config['architecture']} or other weights"
-        )
-    if config.get("task", "classification") == "classification":
-        args = saved_model_args(section.weights)
-    else:
-        model = read_dense(section.weights, str(config["task"])).recipe.get("model")
-        args = model.get("args", {}) if isinstance(model, dict) else {}
-        if not isinstance(model, dict) or not isinstance(args, dict):
-            raise UserError(f"the recipe in {CONFIG_FILE} of {section.weights} is damaged: save the model again")
-    return section.model_copy(update=dict(args=args | section.args))
-
-
-def start_from(path: StrPath, model: nn.Module, *, task: str) -> str:
-    """Loads weights of a classifier into the backbone, or those of a model of the same task into all of the network.
-
-    Layers whose shape depends on other classes stay as they were initialised. The backbone must be built with the
-    arguments of ``with_saved_args``. Returns a line that says what was loaded.
-
-    Raises:
-        UserError: Weights of another task, or that do not fit.
-    """
-    if saved_task(path) == "classification":
-        classifier = load_pretrained(path)
-        state = {f"backbone.model.{name}": tensor for name, tensor in classifier.state_dict().items()}
-    else:
-        state = read_state_dict(read_dense(path, task).weights)
-    own = model.state_dict()
-    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    missing = [name for name in own if name not in fitting]
-    wrong = [name for name in missing if name.startswith("backbone.")]
-    if wrong:
-        raise UserError(f"model.weights ({path}) does not fit the recipe's model.args: {some(wrong, 3)} differ")
-    model.load_state_dict(fitting, strict=False)
-    unused = [name for name in state if name not in fitting]
-    parts = [f"{len(fitting)} tensors of {path} loaded"]
-    parts += [f"{len(missing)} start new ({_groups(missing)})"] * bool(missing)
-    parts += [f"{len(unused)} of the weights not used ({_groups(unused)})"] * bool(unused)
-    return ", ".join(parts)
-
-
-def _groups(names: list[str]) -> str:
-    """The parts of a network that tensors belong to."""
-    return some(list(dict.fromkeys(name.removeprefix("backbone.model.").rsplit(".", 1)[0] for name in names)), 3)

@@ -6,19 +6,27 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from timm.models import filter_pretrained_cfg, save_for_hf
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
-from conv2former.errors import UserError, nearest, some
+from conv2former.errors import UserError, nearest, one_line, some
 from conv2former.files import flush
 from conv2former.models.meta import build_on_meta
 
@@ -26,6 +34,10 @@ CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
 RUN_FOLDERS = ("best", "last")
+
+
+class MissingWeights(UserError):
+    """A path at which there is nothing."""
 
 
 def save_pretrained(
@@ -161,7 +173,7 @@ def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
         UserError: No such path, not such a folder, a checkpoint that has to be converted, a damaged file, an
             architecture that timm does not know, weights that do not fit.
     """
-    folder, weights = find_model(Path(path))
+    folder, weights = find_model(path)
     cfg, architecture, saved_args = read_config(folder)
     state_dict = read_state_dict(weights)
     try:
@@ -181,17 +193,17 @@ def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
     return model.eval()
 
 
-def saved_model_args(path: StrPath) -> dict[str, Any]:
-    """The arguments of ``timm.create_model`` behind ``load_pretrained(path)``, the number of classes left out."""
-    args = read_config(find_model(Path(path))[0])[2]
-    return {key: value for key, value in args.items() if key != "num_classes"}
+def find_model(path: StrPath) -> tuple[Path, Path]:
+    """The folder with ``config.json`` that ``path`` means, and its weights file.
 
-
-def find_model(path: Path) -> tuple[Path, Path]:
-    """The folder with ``config.json`` that ``path`` means, also as timm's ``local-dir:PATH``, and its weights file."""
-    path = Path(str(path).removeprefix("local-dir:"))
+    ``path`` may also be ``local-dir:PATH`` or ``hf-hub:OWNER/NAME`` (``@REVISION`` behind it), which is downloaded to
+    the cache of the Hugging Face hub; raises UserError.
+    """
+    if match := re.fullmatch(r"hf[-_]hub:(?:/*)(.+)", os.fspath(path)):
+        return _downloaded(match[1])
+    path = Path(os.fspath(path).removeprefix("local-dir:"))
     if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}")
+        raise MissingWeights(f"{path} does not exist: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}")
     if not path.is_dir():
         if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
             return path.parent, path
@@ -211,6 +223,34 @@ def find_model(path: Path) -> tuple[Path, Path]:
     )
 
 
+def _downloaded(name: str) -> tuple[Path, Path]:
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1:
+        raise UserError(f"hf-hub:{name} names no repository: give hf-hub:OWNER/NAME")
+    try:
+        config = hf_hub_download(repo, CONFIG_FILE, revision=revision or None)
+        for file in WEIGHT_FILES:
+            with contextlib.suppress(EntryNotFoundError):
+                return Path(config).parent, Path(hf_hub_download(repo, file, revision=revision or None))
+    except LocalEntryNotFoundError as error:  # offline, and not in the cache; it is an EntryNotFoundError, too
+        raise download_failure(f"hf-hub:{name}", error) from error
+    except EntryNotFoundError as error:
+        raise UserError(f"hf-hub:{name} has no {CONFIG_FILE}: give a repository in timm's layout") from error
+    except Exception as error:  # of the hub's client or of the HTTP library beneath it, which changes with the client
+        raise download_failure(f"hf-hub:{name}", error) from error
+    raise UserError(f"hf-hub:{name} has no {WEIGHT_FILES[0]}: give a repository in timm's layout")
+
+
+def download_failure(what: str, error: Exception) -> UserError:
+    """The line for a download that did not work."""
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        return UserError(f"{what} is not on the hub, or is private: check the name, or log in with `hf auth login`")
+    return UserError(
+        f"{what} cannot be downloaded and is not in the cache ({one_line(error)[:160]}): check the network, "
+        f"HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
+    )
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """``pretrained_cfg``, architecture and ``model_args`` of a classifier's ``config.json``, as timm reads them."""
     task = read_json(folder).get("task", "classification")
@@ -222,7 +262,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
 
 def saved_normalisation(path: StrPath) -> dict[str, Any]:
     """``mean`` and ``std`` of the images that a saved model of any task was trained on."""
-    folder = find_model(Path(path))[0]
+    folder = find_model(path)[0]
     config = read_json(folder)
     classifier = config.get("task", "classification") == "classification"
     cfg = read_config(folder)[0] if classifier else config.get("pretrained_cfg", {})
@@ -236,7 +276,7 @@ def saved_task(path: StrPath) -> str:
 
 def saved_config(path: StrPath) -> dict[str, Any]:
     """The ``config.json`` of a saved model of any task; raises UserError."""
-    return read_json(find_model(Path(path))[0])
+    return read_json(find_model(path)[0])
 
 
 def read_json(folder: Path) -> dict[str, Any]:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from conv2former.checkpoints.hub import MissingWeights
 from conv2former.config import OptimSection, Recipe
 from conv2former.data.sampling import steps_per_epoch
+from conv2former.data.sources import Splits
 from conv2former.engine import trial
+from conv2former.engine.automatic import checked_weights, choices, settled
 from conv2former.engine.batch import BatchPlan, plan_batch
+from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.engine.progress import duration
 from conv2former.errors import UserError
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
@@ -28,6 +35,8 @@ from conv2former.viz import plots
 
 OTHER_WORLDS = (1, 8, 32)
 POINTS = 1000  # of the drawn curves
+ASSUMED_IMAGES = 1000  # where their number is unknown, for settings that follow from it
+TIMED_IMAGES = 4  # of a step on a CPU
 LEFT_OUT = (
     "An estimate; it leaves out what the backward pass holds for a moment, DDP's buckets (as much as the gradients),\n"
     "with gradient checkpointing the block that is recomputed, the libraries' workspaces, fragmentation and the CUDA "
@@ -50,15 +59,17 @@ class Images:
     origin: str
 
 
-def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
-    """Works out what training ``recipe`` would do, and draws its learning rate and weight decay.
+def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: bool = False) -> str:
+    """Works out what training ``recipe`` would do.
 
-    ``model.weights`` is not looked at: it may be the result of a run that has not happened yet.
+    The weights to start from are looked at; that they do not exist yet is a line, as they may come from a run that has
+    not happened.
 
     Args:
         recipe: What would be trained.
         data: Folder of images to count; None for the numbers of the recipe's claim.
-        out: Image to write (.png), or a folder; None for ``RECIPE.schedule.png`` here.
+        out: Image (.png) of learning rate and weight decay to write, or its folder; None for no image.
+        verbose: Whether to describe the recipe, the groups of parameters and the memory in full.
 
     Returns:
         The text to print.
@@ -66,29 +77,95 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None) -> str:
     Raises:
         UserError: Anything that would stop the training before its first step, as far as it can be seen here.
     """
-    images = _images(recipe, data)
+    recipe, images, start = _decided(recipe, data)
     batch = plan_batch(recipe, world=recipe.claim.processes)
     task = build_without_memory(recipe, classes=images.classes or task_class(recipe.task).assumed_classes)
-    optimizer = build_optimizer(task.model, recipe.optim, lr=scaled_lr(recipe.optim, batch))
+    lr = scaled_lr(recipe.optim, batch)
+    optimizer = build_optimizer(task.model, recipe.optim, lr=lr, head=task.in_head)
     per_epoch = None if images.count is None else _steps_per_epoch(images.count, batch)
-    # where the images are unknown the curve is drawn with enough steps to be smooth
-    schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
-    network = _network(task)
+    network, groups = _network(task), _groups(optimizer)
     memory = _memory(task, batch)
-    chart = _chart_path(recipe, out)
+    chart = None
+    if out is not None:
+        # where the images are unknown the curve is drawn with enough steps to be smooth
+        schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
+        _draw(recipe, optimizer, schedule, per_epoch, chart := _chart_path(recipe, out))
+    steps = _steps(recipe, images.count, batch, per_epoch)
+    head = f"Dry run of {recipe.name}: nothing is trained and no run folder is made."
+    drawn = f"{chart} shows the learning rate" if chart else "--out FILE.png draws the learning rate"
+    summary = [
+        head,
+        *network[:1],
+        f"starts from {start}",
+        *images.origin.splitlines(),
+        *_batch(recipe, batch),
+        *steps,
+        f"memory: {memory[-1].split(maxsplit=1)[1]} for each process, estimated",
+        f"time: {_time(recipe, images, batch, per_epoch)}",
+        drawn + ("" if verbose else "; --verbose shows the recipe and all numbers"),
+    ]
+    if not verbose:
+        return "\n".join(summary)
     parts = [
         ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
         ["data", images.origin],
         ["batch", *_batch(recipe, batch), *_worlds(recipe, images.count)],
-        ["steps", *_steps(recipe, images.count, batch, per_epoch)],
-        ["parameter groups", *_groups(optimizer)],
+        ["steps", *steps],
+        ["parameter groups", *groups],
         ["network", *network],
         ["memory per process", *memory, LEFT_OUT],
-        ["chart", str(chart)],
     ]
-    _draw(recipe, optimizer, schedule, per_epoch, chart)
-    head = f"Dry run of {recipe.name}: nothing is trained and no run folder is made."
-    return "\n\n".join([head, *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
+    return "\n\n".join(["\n".join(summary), *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
+
+
+def _decided(recipe: Recipe, data: Path | None) -> tuple[Recipe, Images, str]:
+    """The recipe with nothing left open, its images, and what it starts from."""
+    recipe = recipe.decided(on_nvidia_gpu(recipe))
+    named = recipe.model.weights
+    try:
+        weights = checked_weights(recipe)
+        start = f"{named} ({weights.architecture})" if weights else "random weights"
+        args = weights.args if weights else {}
+    except MissingWeights as error:
+        start, args = f"{named}, which is not there yet: {error}", {}
+        recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(weights=None))))
+        weights = None
+    if data is not None or recipe.brings_data:
+        recipe, splits = settled(recipe, data)
+        images = _counted(splits, data)
+    else:
+        images = _claimed(recipe)
+        found = choices(recipe, weights, images.count or ASSUMED_IMAGES)
+        if images.count is None and set(recipe.auto) - {"data.mean", "data.std"}:
+            images = replace(images, origin=f"{images.origin}; settings as for {ASSUMED_IMAGES:,} images")
+        recipe = recipe.settled({key: value for key, (value, _) in found.items()})
+    section = recipe.model.model_copy(update=dict(args=args | recipe.model.args))
+    return recipe.model_copy(update=dict(model=section)), images, start
+
+
+def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | None) -> str:
+    """How long the steps would take on this machine: a step is timed, where the recipe is meant for such a machine."""
+    claim, gpu = recipe.claim, on_nvidia_gpu(recipe)
+    if per_epoch is None:
+        return "unknown without --data"
+    if batch.world > 1 or ("GPU" in claim.hardware and not gpu):
+        return f"not measured here; the recipe is meant for {claim.hardware}: {claim.time}"
+    device = torch.device("cuda" if gpu else "cpu")
+    names = [str(index) for index in range(images.classes or task_class(recipe.task).assumed_classes)]
+    task = task_class(recipe.task).build(recipe, names).to(device).train()
+    count = batch.per_process if gpu else min(batch.per_process, TIMED_IMAGES)
+    example = move_data_to_device(task.example_batch(count), device)
+    half = recipe.engine.precision != "32"
+    took = []
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = task.training_step(example)
+        loss.backward()
+        loss.item()
+        took.append(time.perf_counter() - began)
+    total = took[-1] / count * batch.total * recipe.schedule.total(per_epoch)
+    return f"about {duration(total)} of training here ({count} images took {took[-1]:.2g} s), evaluation not counted"
 
 
 def build_without_memory(recipe: Recipe, *, classes: int) -> Task:
@@ -197,16 +274,15 @@ def state_bytes(optim: OptimSection) -> dict[int, float] | None:
     return found
 
 
-def _images(recipe: Recipe, data: Path | None) -> Images:
-    kind = task_class(recipe.task)
-    if data is not None or recipe.brings_data:
-        splits = kind.open_splits(recipe, data)
-        train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
-        where = data or "the recipe's own images"
-        return Images(
-            train, classes, f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}"
-        )
-    claim, fraction = recipe.claim, getattr(recipe.data, "val_fraction", 0.0)
+def _counted(splits: Splits, data: Path | None) -> Images:
+    train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
+    where = data or "the recipe's own images"
+    return Images(train, classes, f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}")
+
+
+def _claimed(recipe: Recipe) -> Images:
+    kind, claim = task_class(recipe.task), recipe.claim
+    fraction = getattr(recipe.data, "val_fraction", 0.0)
     if claim.images is None:
         known = f"{claim.classes:,} classes" if claim.classes else f"{kind.assumed_classes:,} classes are assumed"
         return Images(None, claim.classes, f"number of images unknown ({known}): --data DIR tells it")
@@ -294,8 +370,6 @@ def _network(task: Task) -> list[str]:
         macs, (height, width) = counter.get_total_flops() / 2e9, part.size
         of = f" in {part.part}" if part.part else ""
         lines.append(f"{macs:.3f} G multiply-adds{of} for an image of {height} x {width} pixels")
-    if section.weights:
-        lines.append(f"model.weights ({section.weights}) was not looked at; arguments that it brings are not counted")
     return lines
 
 
@@ -328,10 +402,8 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _chart_path(recipe: Recipe, out: Path | None) -> Path:
+def _chart_path(recipe: Recipe, out: Path) -> Path:
     """Where the image goes; never into a new folder, which a training would then find in its way."""
-    if out is None:
-        return Path(f"{recipe.name}.schedule.png")
     if out.suffix.lower() == ".png":
         return out
     return out / "schedule.png" if out.is_dir() else out.with_name(f"{out.name}.schedule.png")

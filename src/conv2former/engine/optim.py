@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ def scaled_lr(optim: OptimSection, batch: BatchPlan) -> float:
     return optim.base_lr * batch.total / optim.base_batch
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection, *, lr: float, fused: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    optim: OptimSection,
+    *,
+    lr: float,
+    head: Callable[[str], bool] = lambda name: False,
+    fused: bool = False,
+) -> torch.optim.Optimizer:
     """timm's optimizer with timm's parameter groups: vectors are not decayed, layer-wise decay if asked for.
 
     Args:
         model: Its parameters are on their device.
         optim: Of the recipe.
         lr: The learning rate.
+        head: Says of a parameter's name whether it belongs to the head, which has ``optim.head_lr``.
         fused: Whether PyTorch's own AdamW, Adam and SGD take their step by one kernel for many weights. Optimizers of
             timm have no such kernel.
 
@@ -43,9 +52,22 @@ def build_optimizer(model: nn.Module, optim: OptimSection, *, lr: float, fused: 
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"optim.name {optim.name!r}: {one_line(error)}") from None
+    if optim.head_lr != 1:
+        _set_apart(optimizer, {id(p) for name, p in model.named_parameters() if head(name)}, optim.head_lr)
     if has_kernel:
         optimizer.register_load_state_dict_pre_hook(_keep_fused)
     return optimizer
+
+
+def _set_apart(optimizer: torch.optim.Optimizer, head: set[int], factor: float) -> None:
+    """Gives the parameters of the head groups of their own, with ``factor`` times the learning rate."""
+    for group in [*optimizer.param_groups]:
+        own = [parameter for parameter in group["params"] if id(parameter) in head]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            scale = group.get("lr_scale", 1.0) * factor
+            optimizer.param_groups.append({**group, "params": own, "lr_scale": scale})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def _is_pytorchs(name: str) -> bool:

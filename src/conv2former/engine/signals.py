@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,9 +21,10 @@ class Interrupted(Exception):
         code: The exit status: 130 after Ctrl-C, ``RESUME_ME`` after a scheduler's SIGTERM or SIGUSR1.
     """
 
-    def __init__(self, run: Path, step: int, signum: int) -> None:
+    def __init__(self, run: Path, step: int | None, signum: int) -> None:
         command = f"conv2former train --out {shlex.quote(str(run))} --resume"
-        super().__init__(f"stopped at step {step}, state saved; continue with: {command}")
+        saved = f"stopped at step {step}, state saved; continue with: {command}"
+        super().__init__(saved if step is not None else "stopped before the first step: there is nothing to resume")
         self.code = 128 + signum if signum == signal.SIGINT else RESUME_ME
 
 
@@ -38,7 +40,9 @@ class StopRequest:
         self.asked_at = 0.0
 
     def __enter__(self) -> StopRequest:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        # signals are the main thread's: a training in another one is stopped by whoever started it
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
         self.previous = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 

@@ -78,9 +78,10 @@ def start_lines(asked: Recipe, recipe: Recipe, device: torch.device) -> list[str
     """
     engine = recipe.engine
     lines = []
-    if asked != recipe and engine.compile:
+    asked_auto = asked.engine.compile == "auto"
+    if asked_auto and engine.compile:
         lines.append("engine.compile=auto is on: torch.compile compiles the network for the NVIDIA GPU")
-    elif asked != recipe:
+    elif asked_auto:
         lines.append("engine.compile=auto is off: the run is not on an NVIDIA GPU, so nothing is compiled")
     exact = engine.precision == "32" and engine.float32_matmul_precision == "highest"
     if exact and is_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere brought TF32

@@ -9,15 +9,16 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from conv2former.checkpoints import saved_normalisation
 from conv2former.config import Recipe
 from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.sources import remarks
+from conv2former.engine.automatic import settled
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.distributed import Processes
+from conv2former.engine.head import fit_head
 from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
 from conv2former.engine.machine import machine_facts
@@ -75,11 +76,11 @@ def train(
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
     check_loggers(recipe.engine.loggers)
-    splits = task_class(recipe.task).open_splits(recipe, data)
     if not resume:
         _refuse_overlap(out, recipe, data)
-    seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
-    task = _build(recipe, splits.train.classes, run, facts)
+    begun = bool(facts and CheckpointManager(run.checkpoints).newest_first())
+    recipe, splits = (recipe, task_class(recipe.task).open_splits(recipe, data)) if begun else settled(recipe, data)
+    task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -99,6 +100,8 @@ def train(
                 changes = check_same(run, facts, found, force=force) if resume else []
                 if own and own.digest() != recipe.digest():
                     changes.append(difference(own, recipe))
+                if recipe.model.fit_head and not begun:
+                    fit_head(task, splits.train, out, fabric=fabric, processes=processes, stop=stop)
                 trainer = Trainer(task, splits, fabric, processes, stop)
                 if resume:
                     if fabric.is_global_zero:
@@ -173,30 +176,17 @@ def _recorded(data: Path | None) -> str | None:
     return str(data.resolve() if data.exists() else data)  # what is not a path here is a name on a hub
 
 
-def _build(recipe: Recipe, classes: list[str], run: RunDir, facts: dict[str, Any]) -> Task:
-    """The task with its first weights; a run that has a checkpoint no longer needs those of ``model.weights``."""
+def _build(recipe: Recipe, classes: list[str], *, model_args: dict[str, Any] | None) -> Task:
+    """The task with its first weights; given ``model_args``, those of a checkpoint take their place afterwards."""
+    seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
     section = recipe.model
-    if facts and CheckpointManager(run.checkpoints).newest_first():
-        section = section.model_copy(update=dict(weights=None, args=facts["model_args"]))
-    elif section.weights:
-        _check_normalisation(recipe)
+    if model_args is not None:
+        section = section.model_copy(update=dict(weights=None, args=model_args))
     task = task_class(recipe.task).build(recipe, classes, section=section)
     try_out(task)
     if section.freeze_batchnorm:
         freeze(task.backbone)
     return task
-
-
-def _check_normalisation(recipe: Recipe) -> None:
-    """Refuses weights that were trained on images normalised in another way."""
-    weights = recipe.model.weights
-    for key, expected in saved_normalisation(str(weights)).items():
-        given = tuple(getattr(recipe.data, key))
-        if expected != given:
-            raise UserError(
-                f"model.weights ({weights}) expects images of {key} {expected}, the recipe gives {given}: "
-                f"add --set data.{key}={list(expected)}"
-            )
 
 
 def _check_batch(task: Task, images: int, fabric: L.Fabric) -> None:
@@ -219,5 +209,5 @@ def _check_batch(task: Task, images: int, fabric: L.Fabric) -> None:
 def _refuse_overlap(out: Path, recipe: Recipe, data: Path | None) -> None:
     """Refuses a run folder that holds what the run reads: --overwrite would delete it."""
     for what, path in (("--data", data), ("model.weights", recipe.model.weights)):
-        if path and Path(path).resolve().is_relative_to(out.resolve()):
+        if path and Path(str(path).removeprefix("local-dir:")).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{what} ({path}) lies in the run folder {out}: choose another --out")

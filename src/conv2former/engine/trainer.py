@@ -9,6 +9,7 @@ devices, processes, precision and checkpoint files are Fabric's.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -62,8 +63,9 @@ class Trainer:
         self.batch = plan_batch(recipe, world=fabric.world_size)
         self.lr = scaled_lr(recipe.optim, self.batch)
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
-        self.steps = recipe.schedule.total(self.steps_per_epoch)
-        self.state = TrainState(steps_per_epoch=self.steps_per_epoch)
+        self.steps = 0 if recipe.model.fit_head == "only" else recipe.schedule.total(self.steps_per_epoch)
+        # a head that was fitted is evaluated before the first step: nothing that comes may end below it
+        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=-1 if recipe.model.fit_head else 0)
         # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
         # double precision, so that the sum is the same wherever a stop cuts it in two
         self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
@@ -88,7 +90,7 @@ class Trainer:
             self.wrapped.mark_forward_method(step)
         fused = fused_optimizer(recipe, fabric.device)
         # behind the set-up, which may shard the weights
-        optimizer = build_optimizer(self.model, recipe.optim, lr=self.lr, fused=fused)
+        optimizer = build_optimizer(self.model, recipe.optim, lr=self.lr, head=task.in_head, fused=fused)
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.statistics = BatchNormBackup(self.model)
@@ -170,7 +172,7 @@ class Trainer:
         state, every = self.state, self.recipe.schedule.interval(self.steps_per_epoch)
         batches = self._batches(state.step)
         while True:
-            due = state.step and (state.step % every == 0 or state.step == self.steps)
+            due = state.step % every == 0 or state.step == self.steps
             if due and state.evaluated != state.step:
                 self._evaluate()
                 self._save()
@@ -318,7 +320,8 @@ class Trainer:
         self._export((self.run.last, self.run.best) if better else (self.run.last,), row)
         loss = evaluation.metrics.get("loss")
         self.progress.say(
-            f"epoch {row['epoch']:g}: training loss {train_loss or math.nan:.4f}, "
+            (f"epoch {row['epoch']:g}: " if state.step else "before the first step: ")
+            + (f"training loss {train_loss:.4f}, " if train_loss is not None else "")
             + (f"validation loss {loss:.4f}, " if loss is not None else "")
             + evaluation.line
             + (", the best so far" if better else "")
@@ -327,7 +330,8 @@ class Trainer:
     def _agreed_batches(self) -> Iterator[Any]:
         """The validation batches of this process; before each all processes agree that they go on."""
         batches = iter(self.val_loader)
-        for _ in range(len(self.val_loader)):
+        for number in range(len(self.val_loader)):
+            self.progress.evaluating(number, len(self.val_loader))
             micro_batches, error = self._fetch(batches, 1)
             self._agree(micro_batches, error)
             yield micro_batches[0]
@@ -404,16 +408,22 @@ class Trainer:
         return backend_for(self.fabric.device)
 
     def _summary(self) -> str:
-        recipe, fabric = self.recipe, self.fabric
+        """What is about to be done, in words."""
+        recipe, model, optim = self.recipe, self.recipe.model, self.recipe.optim
         parameters = sum(p.numel() for p in self.model.parameters())
-        operations = self.operations
-        return (
-            f"{recipe.name}: {recipe.model.name}, {parameters / 1e6:.2f}M parameters, "
-            f"{len(self.splits.train)} training and {len(self.splits.val)} validation images, "
-            f"{len(self.splits.train.classes)} classes\n"
-            f"batch {self.batch}, learning rate {self.lr:.3g}, "
-            f"{self.steps} steps ({self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}), "
-            f"{recipe.engine.precision} on {fabric.device}"
-            + (f", operations by {operations}" if operations else "")
-            + (f", from step {self.state.step}" if self.state.step else "")
+        start = f"from {model.weights}" if model.weights else "from random weights"
+        source, per_epoch = self.splits.train, self.steps_per_epoch
+        plan = f"{self.steps:,} steps: {self.steps / per_epoch:g} epochs of {per_epoch}"
+        operations = f", operations by {self.operations}" if self.operations else ""
+        again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(self.run.path))} --resume` goes on"
+        return "\n".join(
+            [
+                f"{recipe.name}: {recipe.task} with {model.name}, {parameters / 1e6:.2f}M parameters, {start}",
+                f"{len(source):,} training, {len(self.splits.val):,} validation images, {len(source.classes)} classes",
+                f"precision {recipe.engine.precision} on {self.fabric.device}{operations}",
+                f"batch {self.batch}, learning rate {optim.base_lr:g} x {self.batch.total:,} / {optim.base_batch:,} = "
+                f"{self.lr:.3g}",
+                plan + (f", from step {self.state.step:,}" if self.state.step else ""),
+                f"writes to {self.run.path}; {again}",
+            ]
         )

@@ -45,6 +45,10 @@ def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Reci
         UserError: No such recipe, not YAML, unknown key or wrong type; the message names the nearest right one.
     """
     raw = _raw(str(name), ())
+    data = raw.setdefault("data", {})
+    if isinstance(data, dict):  # the images are normalised as for the weights, unless somebody says otherwise
+        for key in ("mean", "std"):
+            data.setdefault(key, "auto")
     for assignment in overrides or []:
         _assign(raw, assignment)
     return parse_recipe(raw, str(name))
@@ -56,7 +60,7 @@ def with_settings(recipe: Recipe, settings: list[str], *, section: str | None = 
     Raises:
         UserError: Another section, unknown key or wrong type.
     """
-    raw = recipe.model_dump(mode="json")
+    raw = recipe.raw()
     for setting in settings:
         if section and not setting.startswith(f"{section}."):
             raise UserError(f"--set {setting!r}: only {section}.key=value can be changed here")

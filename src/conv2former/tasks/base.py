@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from conv2former.config import ModelSection, Recipe
 from conv2former.data.loading import KeyedDataset, Normalizer
 from conv2former.data.sources import Source, Splits
+from conv2former.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,20 @@ class Task(nn.Module, ABC):
         """A view (h, w, 3) of uint8 as a batch of one, on the device of the model."""
         images = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
         return self.prepared(images.to(self.normalizer.mean.device))
+
+    # --- the head --------------------------------------------------------------------------------------------------
+
+    def in_head(self, name: str) -> bool:
+        """Whether a parameter of the network, by its name, belongs to what is new beside pretrained weights."""
+        return False
+
+    def head_features(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """What goes into the head for a batch of ``eval_dataset``, (N, D), and what should come out, (N,)."""
+        raise UserError(f"the head of {self.name} cannot be fitted before training: set model.fit_head=false")
+
+    def fit_head(self, features: Tensor, targets: Tensor) -> str:
+        """Fits the head to all of them; returns a line that says how well it does."""
+        raise NotImplementedError
 
     # --- learning and counting -------------------------------------------------------------------------------------
 

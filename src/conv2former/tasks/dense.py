@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from conv2former import config
 from conv2former.checkpoints import folder as folders
+from conv2former.checkpoints.weights import copy_weights, open_weights
 from conv2former.config import ModelSection
-from conv2former.errors import say_once
+from conv2former.errors import UserError, say_once
 from conv2former.tasks.base import Exportable, Task
 
 DIVISOR = 32  # of the sides that the networks take
@@ -40,10 +41,17 @@ class DenseTask(Task):
     @classmethod
     def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
         """The task; it says what of ``model.weights`` was loaded."""
-        section = folders.with_saved_args(section or recipe.model)
+        section = section or recipe.model
+        if weights := open_weights(section):
+            if weights.task not in ("classification", cls.name):
+                raise UserError(
+                    f"{weights.origin} holds a {weights.task} model: {cls.name} starts from one, or a classifier"
+                )
+            section = section.model_copy(update=dict(args=weights.args | section.args))
         model = cls.network(recipe, section, classes)
-        if section.weights:
-            say_once(folders.start_from(section.weights, model, task=cls.name))
+        if weights:
+            prefix = "backbone.model." if weights.task == "classification" else ""
+            say_once(copy_weights(weights, model, prefix=prefix, needed="backbone."))
         return cls(model, recipe, classes, model_args=section.args)
 
     @classmethod
@@ -69,6 +77,10 @@ class DenseTask(Task):
     def trunk(self) -> nn.Module:
         """The part that gives the four maps."""
         return self.model.backbone
+
+    def in_head(self, name: str) -> bool:
+        """All that stands on the backbone."""
+        return not name.startswith("backbone.")
 
     def inputs(self, pixels: np.ndarray) -> Tensor:
         """A view (h, w, 3) as a batch of one, padded at the right and below with zeros, the mean colour."""

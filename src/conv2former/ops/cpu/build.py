@@ -77,8 +77,9 @@ def _compile(command: list[str], path: Path) -> None:
 
 def _folder() -> Path:
     """The user's cache; a folder of this process alone where that cannot be written, or others can write to it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conv2former"
     try:
+        # without a home (RuntimeError) there is no cache
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conv2former"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = cache.stat()
         if facts.st_uid != os.getuid() or facts.st_mode & 0o022:  # somebody else may have put the code there

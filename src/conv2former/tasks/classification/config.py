@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from conv2former.config import ImagesSection, ModelSection, Recipe, Section
+from conv2former.config import Choices, ImagesSection, ModelSection, Recipe, Section, Start
 
 
 class DataSection(ImagesSection):
@@ -55,6 +55,29 @@ class ClassificationRecipe(Recipe):
     task: Literal["classification"] = "classification"
     data: DataSection = DataSection()
     augment: AugmentSection = AugmentSection()
+
+    @classmethod
+    def choices(cls, start: Start) -> Choices:
+        """By the number of training images (docs/log.md has the runs behind the numbers)."""
+        n = start.images
+        few, many = n < 1_000, n >= 50_000
+        size = 16 if n < 200 else 32 if n < 2_000 else 64
+        known = super().choices(start)
+        found: Choices = {
+            "data.val_fraction": ((0.2, "few images") if few else (0.02, "many images") if many else (0.1, "")),
+            "optim.batch_size": (size, f"{n:,} training images make {n // size} steps an epoch"),
+            "optim.base_lr": (2e-4, ""),
+            "optim.layer_decay": (0.8, ""),
+            "optim.head_lr": (1.0, ""),
+            "schedule.epochs": (20, ""),
+            "schedule.warmup_epochs": (2, ""),
+            "model.fit_head": (start.weights, ""),
+            "augment.scale": ((0.5, 1.0), ""),
+            "augment.auto_augment": (None, ""),
+            "augment.random_erasing": (0.0, ""),
+            "augment.label_smoothing": (0.1, ""),
+        }
+        return known | found
 
     @property
     def pairs(self) -> bool:

@@ -6,38 +6,32 @@ from typing import Any
 
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
 
-from conv2former import checkpoints
+from conv2former.checkpoints.weights import Weights, copy_weights, open_weights
 from conv2former.config import ModelSection
-from conv2former.errors import UserError, nearest, one_line, some
+from conv2former.errors import UserError, nearest, one_line
 from conv2former.tasks.backbone import RESERVED
 
+NO_NAME = "\0"  # with which no parameter's name begins
 
-def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any]]:
+
+def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any], str | None]:
     """The recipe's network, from scratch or from ``section.weights``.
 
     The classifier of the weights is kept where its classes have the names of ``classes``, or no names and their number.
 
     Returns:
-        The network, and the arguments that rebuild it with ``timm.create_model``: those of the weights, changed by
-        ``section.args``.
+        The network, the arguments that rebuild it with ``timm.create_model`` (those of the weights, changed by
+        ``section.args``), and a line that says what of the weights was loaded; None without weights.
 
     Raises:
         UserError: Unknown model or argument, weights that do not fit.
     """
     if not timm.is_model(section.name):
         raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
-    source: Any = None
-    args = dict(section.args)
-    if section.weights:
-        source = checkpoints.load_pretrained(section.weights)
-        architecture = source.pretrained_cfg["architecture"]
-        if architecture != section.name.split(".")[0]:
-            raise UserError(
-                f"model.weights ({section.weights}) holds a {architecture}, the recipe says {section.name}: "
-                f"give --model {architecture} or other weights"
-            )
-        args = checkpoints.saved_model_args(section.weights) | args
+    weights = open_weights(section)
+    args = (weights.args if weights else {}) | section.args
     rates = (("drop_path_rate", section.drop_path_rate), ("drop_rate", section.drop_rate))
     reserved = sorted(RESERVED & args.keys())
     if reserved:
@@ -47,23 +41,29 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
         network = timm.create_model(section.name, num_classes=len(classes), **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
-    if source is not None:
-        _copy_weights(source, network, classes, origin=str(section.weights))
-    return network, args
+    loaded = None
+    if weights:
+        new = _new_classifier(weights, network, classes)
+        loaded = copy_weights(weights, network, new=new)
+        for name, parameter in network.named_parameters():
+            if name.startswith(tuple(new) or NO_NAME):  # so small that the first loss is that of guessing
+                nn.init.normal_(parameter, std=0.01) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+    return network, args, loaded
 
 
-def _copy_weights(source: Any, target: Any, classes: list[str], *, origin: str) -> None:
-    state, wanted = source.state_dict(), target.state_dict()
-    if list(source.pretrained_cfg.get("label_names") or classes) != classes or source.num_classes != len(classes):
-        classifier = target.pretrained_cfg["classifier"]
-        for name in [classifier] if isinstance(classifier, str) else classifier:
-            # the new classifier stays as it was initialised
-            state |= {key: value for key, value in wanted.items() if key.startswith(f"{name}.")}
-    wrong = [key for key in wanted | state if key not in state or key not in wanted]
-    wrong += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if wrong:
-        raise UserError(f"model.weights ({origin}) does not fit the recipe's model.args: {some(wrong, 3)} differ")
-    target.load_state_dict(state)
+def classifier_names(network: Any) -> tuple[str, ...]:
+    """How the names of the classifier's parameters begin."""
+    names = network.pretrained_cfg["classifier"]
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _new_classifier(weights: Weights, network: Any, classes: list[str]) -> dict[str, str]:
+    """The classifier, with the reason, if it is for other classes than the weights'."""
+    there = weights.cfg.get("num_classes", 0)
+    if there == len(classes) and list(weights.cfg.get("label_names") or classes) == classes:
+        return {}
+    reason = f"{there} classes there, {len(classes)} here" if there != len(classes) else "its classes are others"
+    return dict.fromkeys(classifier_names(network), reason)
 
 
 def class_names(model: Any) -> list[str]:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from conv2former import checkpoints
 from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
-from conv2former.errors import UserError
+from conv2former.errors import UserError, say_once
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
+from conv2former.tasks.classification import probe
 from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
-from conv2former.tasks.classification.data import Batch, ImageDataset, eval_transform, train_transform
+from conv2former.tasks.classification.data import NO_TARGET, Batch, ImageDataset, eval_transform, train_transform
 from conv2former.tasks.classification.layouts import Splits, open_eval_source, open_splits
 from conv2former.tasks.classification.metrics import ClassificationMetric
-from conv2former.tasks.classification.network import build_model, class_names
+from conv2former.tasks.classification.network import build_model, class_names, classifier_names
 from conv2former.tasks.classification.sources import ImageSource
 from conv2former.viz import plots
 from conv2former.viz.drawing import with_bars
@@ -87,7 +88,9 @@ class ClassificationTask(Task):
 
     @classmethod
     def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
-        model, args = build_model(section or recipe.model, classes=list(classes))
+        model, args, loaded = build_model(section or recipe.model, classes=list(classes))
+        if loaded:
+            say_once(loaded)
         return cls(model, recipe, classes, model_args=args)
 
     @classmethod
@@ -158,6 +161,33 @@ class ClassificationTask(Task):
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         return self.criterion(self.model(images), targets)
+
+    def in_head(self, name: str) -> bool:
+        """The classifier."""
+        return name.startswith(classifier_names(self.built))
+
+    def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the classifier sees of the images that count, and their classes."""
+        if not isinstance(self.built.get_classifier(), nn.Linear):
+            raise UserError(
+                f"the classifier of {self.recipe.model.name} is no linear layer and cannot be fitted first: add "
+                "--set model.fit_head=false"
+            )
+        counted = batch.targets != NO_TARGET
+        maps = self.model.forward_features(self.prepared(batch.images[counted]))
+        return self.model.forward_head(maps, pre_logits=True), batch.targets[counted]
+
+    def fit_head(self, features: Tensor, targets: Tensor) -> str:
+        """Logistic regression, its regularisation chosen by cross-validation."""
+        fitted = probe.fit(features, targets, len(self.classes))
+        classifier = self.built.get_classifier()
+        with torch.no_grad():
+            classifier.weight.copy_(fitted.weight)
+            classifier.bias.copy_(fitted.bias)
+        return (
+            f"the new classifier was fitted to the features of {len(targets):,} training images: "
+            f"{fitted.accuracy:.1%} by cross-validation"
+        )
 
     def metric(self, source: Any, *, distributed: bool = False) -> ClassificationMetric:
         return ClassificationMetric(self.classes, distributed=distributed)

@@ -1,0 +1,71 @@
+"""Settings that a recipe leaves open ('auto'): they follow from the images, the weights and the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conv2former.checkpoints.weights import Weights, check_start, open_weights
+from conv2former.config import Choices, Recipe, Start
+from conv2former.data.sources import Splits
+from conv2former.engine.launch import on_nvidia_gpu
+from conv2former.errors import UserError, say_once
+from conv2former.tasks import task_class
+
+HELD_OUT = "data.val_fraction"
+NORMALISATION = ("mean", "std")
+
+
+def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
+    """The recipe with its open settings decided, and its images; says what was decided, and why.
+
+    Raises:
+        UserError: Weights are missing or expect other images than the recipe gives, or anything about the images.
+    """
+    weights = checked_weights(recipe)
+    open_splits = task_class(recipe.task).open_splits
+    splits = open_splits(recipe, data)
+    images = len(splits.train)
+    if HELD_OUT in recipe.auto:
+        fraction = choices(recipe, weights, images + len(splits.val))[HELD_OUT]
+        held = recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(val_fraction=fraction[0]))))
+        again = open_splits(held, data)
+        if len(again.train) == images:  # there is a validation set, and nothing is held out
+            recipe = recipe.settled({HELD_OUT: 0.0})
+        else:
+            recipe, splits = recipe.settled({HELD_OUT: fraction[0]}), again
+            _say({HELD_OUT: fraction})
+    found = choices(recipe, weights, len(splits.train))
+    _say({key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
+    return recipe.settled({key: value for key, (value, _) in found.items()}), splits
+
+
+def checked_weights(recipe: Recipe) -> Weights | None:
+    """What the recipe starts from.
+
+    Raises:
+        UserError: Weights are needed and none are given, they are not there, or they expect other images.
+    """
+    if warning := check_start(recipe.model):
+        say_once(warning)
+    weights = open_weights(recipe.model)
+    for key, expected in (weights.normalisation if weights else {}).items():
+        given = tuple(getattr(recipe.data, key))
+        if f"data.{key}" not in recipe.auto and expected != given:
+            raise UserError(
+                f"model.weights ({recipe.model.weights}) expects images of {key} {expected}, the recipe gives {given}: "
+                f"add --set data.{key}=auto"
+            )
+    return weights
+
+
+def choices(recipe: Recipe, weights: Weights | None, images: int) -> Choices:
+    """What is chosen for each setting that may be 'auto', for that number of training images."""
+    known: dict[str, Any] = weights.normalisation if weights else {}
+    start = Start(images=images, weights=weights is not None, gpu=on_nvidia_gpu(recipe), **known)
+    return recipe.choices(start)
+
+
+def _say(found: Choices) -> None:
+    for key, (value, reason) in found.items():
+        say_once(f"  {key}={value}  ({reason})")
