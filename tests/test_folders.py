@@ -63,16 +63,14 @@ def test_the_first_level_names_the_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train_name", "val_name"), [("train", "valid"), ("Train", "Val"), ("TRAIN", "Validation"), ("train", "VALID")]
 )
-def test_splits_in_upper_and_lower_case(
-    tmp_path: Path, train_name: str, val_name: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_splits_in_upper_and_lower_case(tmp_path: Path, train_name: str, val_name: str) -> None:
     root = images(tmp_path, train_name, val_name, "Test", "extra")
     splits = open_splits(HELD, root, seed=0)
     assert (len(splits.train), len(splits.val)) == (8, 8)
     assert {Path(splits.val.file(i)).parts[-3] for i in range(8)} == {val_name}  # type: ignore[attr-defined]
-    assert remarks(splits) == ["2 classes: cat (4), dog (4); 8 training and 8 validation images"]
-    said = capsys.readouterr().err
-    assert "not read: Test/, extra/; evaluate a trained model on it with --split test" in said
+    unread, classes = remarks(splits)
+    assert unread.endswith("not read: Test/, extra/; evaluate a trained model on it with --split test")
+    assert classes == "2 classes: cat (4), dog (4); 8 training and 8 validation images"
     test = open_eval_source(root, ["cat", "dog"], split="test")
     assert Path(test.file(0)).parts[-3] == "Test"  # type: ignore[attr-defined]
 
@@ -105,10 +103,9 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     (root / "dog" / "deep").mkdir()
     write(root, "dog/deep/9.png")
     (root / "dog" / "again").symlink_to("deep")
-    said: list[str] = []
-    source = FolderSource(root, say=said.append)
+    source = FolderSource(root)
     assert source.classes == ["cat", "dog"] and source.targets == [0] * 4 + [1] * 5
-    (folders, files) = said
+    (folders, files) = source.notes
     for word in ("runs/a (a run)", "dog/reports (a report)", "__MACOSX (made by a system)", "@eaDir", ".thumbnails"):
         assert word in folders.replace("and 3 more", "") or "more" in folders, word
     assert listed(root, (".png",)).left_out.keys() >= {"cat/self", "cat/up", "dog/again", "cat/@eaDir", "runs/a"}

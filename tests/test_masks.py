@@ -68,20 +68,19 @@ def test_masks_of_0_and_255_are_no_training_on_nothing(tmp_path: Path) -> None:
     assert with_settings(recipe, ["data.exif=turn", "data.mask_values=null"]).digest() == recipe.digest()
 
 
-def test_values_that_contradict_the_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_values_that_contradict_the_classes_are_said(tmp_path: Path) -> None:
     root = write(tmp_path / "a", grey(0, 1, 255), classes="a\nb\nc\n")
-    open_pairs(PAIRS, root, seed=0)
-    assert f"class 'c' has no pixel in 4 masks of {root / 'masks'}\n" in capsys.readouterr().err
+    assert f"class 'c' has no pixel in 4 masks of {root / 'masks'}" in remarks(open_pairs(PAIRS, root, seed=0))
     root = write(tmp_path / "b", grey(0, 128, 200), classes="a\nb\nc\n")
     split = open_pairs(PAIRS, root, seed=0)
-    said = capsys.readouterr().err
-    assert "hold 0, 128, 200, the 3 classes are 0 to 2" in said and "2 of 3 classes have no pixel" in said
+    values, missing = split.train.notes
+    assert "hold 0, 128, 200, the 3 classes are 0 to 2" in values and "2 of 3 classes have no pixel" in missing
     with pytest.raises(UserError, match="labels up to 200"):
         split.train.load(0)
-    table = pasted(said.splitlines()[0])
+    table = pasted(values)
     assert table.mask_values == {"0": "a", "128": "b", "200": "c"}
     assert set(np.unique(open_pairs(table, root, seed=0).train.load(0)[1])) == {0, 1, 2}
-    assert capsys.readouterr().err == ""
+    assert not open_pairs(table, root, seed=0).train.notes
     partial = PAIRS.model_copy(update=dict(mask_values={"0": "a", "128": "b"}))
     assert "it holds 200, which data.mask_values does not name" in refused(partial, root)
     assert "'z', which is none of the classes" in refused(PAIRS.model_copy(update=dict(mask_values={"0": "z"})), root)
@@ -117,10 +116,10 @@ def test_tables_that_are_none(keys: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["{}_mask.png", "mask_{}.png", "{}.tiff", "{}-labels.bmp"])
-def test_masks_of_other_names(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+def test_masks_of_other_names(tmp_path: Path, name: str) -> None:
     split = open_pairs(PAIRS, write(tmp_path, grey(0, 1, 0), name=name), seed=0)
     assert all(name.format(pair.image.stem) == pair.labels.name for pair in split.train.pairs)
-    assert ("the masks are called" in capsys.readouterr().err) == (name != "{}.tiff")
+    assert ("the masks are called" in str(split.train.notes)) == (name != "{}.tiff")
 
 
 def test_masks_of_jpeg_need_a_table_and_take_the_nearest_value(tmp_path: Path) -> None:
@@ -135,15 +134,15 @@ def test_masks_of_jpeg_need_a_table_and_take_the_nearest_value(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "Validation"])
-def test_the_parts_of_pairs(tmp_path: Path, val: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_parts_of_pairs(tmp_path: Path, val: str) -> None:
     data = PAIRS.model_copy(update=dict(val_fraction=0.0))
     for part in ("train", val, "test", "more"):
         write(tmp_path / "a", grey(0, 1), parts=part)
     split = open_pairs(data, tmp_path / "a", seed=0)
     assert split.val.name(0) == f"{val}/images/0.jpg" and len(split.train) == len(split.val) == 4
-    assert "not read: more/, test/; evaluate" in capsys.readouterr().err
+    assert "not read: more/, test/; evaluate" in remarks(split)[0]
     assert open_eval_pairs(data, tmp_path / "a", split.val.classes, "test").name(0).startswith("test/")
-    assert remarks(split)[0].split(";")[0] == "2 classes: background, object"
+    assert remarks(split)[1].split(";")[0] == "2 classes: background, object"
     for kind in ("images", "masks"):
         for part in ("train", val):
             (tmp_path / "b" / kind).mkdir(parents=True, exist_ok=True)

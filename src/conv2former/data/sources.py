@@ -52,10 +52,15 @@ class Splits(Protocol):
         ...
 
 
+def notes(*sources: Any) -> list[str]:
+    """What sources have to say of their files, as far as they say anything (``notes``), each line once."""
+    return list(dict.fromkeys(line for source in sources for line in getattr(source, "notes", ())))
+
+
 def remarks(splits: Splits) -> list[str]:
-    """What is to be said of images before they are trained on."""
-    own: list[str] = getattr(splits, "remarks", list)()
-    return own + [line for line in [repeated(splits.train, splits.val)] if line]
+    """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
+    twice = repeated(splits.train, splits.val)
+    return notes(splits.train, splits.val, splits) + ([twice] if twice else [])
 
 
 def spread(count: int, most: int) -> list[int]:

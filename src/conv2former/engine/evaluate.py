@@ -13,11 +13,11 @@ from lightning.fabric.utilities import move_data_to_device
 
 from conv2former.data.loading import checked, eval_loader
 from conv2former.data.sampling import EvalSampler
-from conv2former.data.sources import Source, Splits
+from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import pick_device
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, one_line, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
 from conv2former.tasks import TASKS, load, task_class, task_names
@@ -149,6 +149,8 @@ def evaluate(
         max_pixels = run.recipe().data.max_pixels
     else:
         images = task.eval_source(data)
+    for line in notes(images):
+        say_once(line)
     task.to(pick_device(device))
     evaluation = evaluate_task(
         task, images, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_pixels=max_pixels

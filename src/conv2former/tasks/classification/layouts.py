@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from conv2former.data.folders import SPLITS, find_splits, one_form, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import given_folder
-from conv2former.errors import UserError, nearest, printable, say_once, some
+from conv2former.errors import UserError, nearest, printable, some
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
 from conv2former.tasks.classification.sources import (
@@ -35,13 +35,15 @@ class Splits:
 
     train: ImageSource
     val: ImageSource
+    unread: str | None = None
 
-    def remarks(self) -> list[str]:
-        """The classes with their numbers of training images."""
+    @property
+    def notes(self) -> list[str]:
+        """What lies beside them and is not read, the classes with their numbers of training images."""
         counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
         each = [f"{printable(name)} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
         total = f"{len(self.train):,} training and {len(self.val):,} validation images"
-        return [f"{len(each):,} classes: {some(each, NAMED)}; {total}"]
+        return [*filter(None, [self.unread]), f"{len(each):,} classes: {some(each, NAMED)}; {total}"]
 
     def digest(self) -> str:
         """A hash of the names and classes of all images, by which a resumed run knows its data."""
@@ -75,10 +77,7 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
             raise UserError(f"the recipe brings its own images and would ignore {root}: leave --data out")
         return _split(DigitsSource(), data.val_fraction, seed)
     layout = _layout(data.source, root)
-    splits = _opened(layout, root, data.val_fraction, seed)
-    if layout.unread:
-        say_once(layout.unread)
-    return splits
+    return replace(_opened(layout, root, data.val_fraction, seed), unread=layout.unread)
 
 
 def _opened(layout: _Layout, root: Path | None, fraction: float, seed: int) -> Splits:

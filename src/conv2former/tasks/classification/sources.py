@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,8 @@ from timm.utils.misc import natural_key
 
 from conv2former.data.folders import listed, one_form, passed_over
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, decode
-from conv2former.data.sources import in_order
-from conv2former.errors import UserError, one_line, printable, say_once
+from conv2former.data.sources import in_order, notes
+from conv2former.errors import UserError, one_line, printable
 
 
 class ImageSource(Protocol):
@@ -41,12 +41,14 @@ class FolderSource:
     that of their names, so that the order is the same on every machine. Two folders whose names differ in their Unicode
     form alone are one class.
 
+    Attributes:
+        notes: Lines about what is left out.
+
     Args:
         root: The folder.
-        say: Takes the lines about what is left out.
     """
 
-    def __init__(self, root: Path, *, say: Callable[[str], None] = say_once) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
         found = listed(root, IMAGE_EXTENSIONS)
         if not found.files:
@@ -59,8 +61,7 @@ class FolderSource:
             )
         self.names = sorted(found.files, key=in_order)
         self.classes, self.targets = numbered([name.split(os.sep, 1)[0] for name in self.names])
-        for line in found.lines(root):
-            say(line)
+        self.notes = found.lines(root)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -193,7 +194,7 @@ class SubsetSource:
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
         self.source, self.indices = source, np.asarray(indices, np.int64)
-        self.classes = source.classes
+        self.classes, self.notes = source.classes, notes(source)
         self.targets = [source.targets[i] for i in self.indices]
 
     def __len__(self) -> int:

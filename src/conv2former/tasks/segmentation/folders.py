@@ -17,7 +17,7 @@ from conv2former.data.folders import find_splits, listed, one_form, subfolders, 
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import exif_remark, given_folder, in_order, spread, stored_pixels
-from conv2former.errors import UserError, printable, say_once, some
+from conv2former.errors import UserError, printable, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import (
     LABEL_EXTENSIONS,
@@ -63,6 +63,9 @@ class PairSource:
         reduce_zero: Label 0 is no class, label 1 the first one.
         table: What the values of masks mean, where the recipe says it.
         turn: Whether the EXIF orientation of images and masks is applied.
+
+    Attributes:
+        notes: Lines about files and values.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class PairSource:
     ) -> None:
         self.pairs, self.classes, self.reduce_zero = list(pairs), classes, reduce_zero
         self.values, self.turn = MaskValues(table, classes) if table else None, turn
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -147,7 +151,8 @@ class PairSplits:
     train: PairSource
     val: PairSource
 
-    def remarks(self) -> list[str]:
+    @property
+    def notes(self) -> list[str]:
         """The classes, and images that EXIF turns."""
         names = f"{len(self.train.classes)} classes: {printable(some(self.train.classes, NAMED))}"
         lines = [f"{names}; {len(self.train):,} training and {len(self.val):,} validation images"]
@@ -173,11 +178,10 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     if found is None:
         raise UserError(f"no {_expected(data.source)} in {root}: that is what data.source={data.source} reads")
     train = _open(root, found, classes, data)
-    _say_unread(root, places)
-    _say(train.look(found[1]))
+    train.notes += [*_unread(root, places), *train.look(found[1])]
     if "val" in places:
         val = _open(root, places["val"], classes, data)
-        _say(val.look(places["val"][1]))
+        val.notes += val.look(places["val"][1])
         return PairSplits(train, val)
     if not data.val_fraction:
         raise UserError(
@@ -255,33 +259,28 @@ def _two(folder: Path) -> tuple[Path, Path] | None:
     return folder / (images or [IMAGES[0]])[0], folder / (masks or [MASKS[0]])[0]
 
 
-def _say_unread(root: Path, places: dict[str, tuple[Path, Path]]) -> None:
-    used = {path.relative_to(root).parts for split in places if split != "test" for path in places[split]}
-    tops = {parts[0] for parts in used}
-    rest = [unread(root, tops)]
-    if any(len(parts) > 1 and parts[0] in {path.parent.name for path in places.get("test", ())} for parts in used):
-        rest.append(f"{root}: its test images are not read; evaluate a trained model on them with --split test")
-    _say([line for line in rest if line])
-
-
-def _say(lines: Sequence[str]) -> None:
-    for line in lines:
-        say_once(line)
+def _unread(root: Path, places: dict[str, tuple[Path, Path]]) -> list[str]:
+    used = {path.relative_to(root).parts[0] for split in places if split != "test" for path in places[split]}
+    lines = [unread(root, used)]
+    if "test" in places and places["test"][0].relative_to(root).parts[0] in used:
+        lines.append(f"{root}: its test images are not read; evaluate a trained model on them with --split test")
+    return [line for line in lines if line]
 
 
 def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: SegmentationDataSection) -> PairSource:
     images, labels = place
-    image_files = _files(images, IMAGE_EXTENSIONS)
+    notes: list[str] = []
+    image_files = _files(images, IMAGE_EXTENSIONS, notes)
     if not image_files:
         raise UserError(f"no images in {images}: expected files ending in {' '.join(IMAGE_EXTENSIONS)}")
-    mask_files = _files(labels, LABEL_EXTENSIONS, say=False)
-    if not mask_files and (mask_files := _files(labels, LOSSY_EXTENSIONS)) and not data.mask_values:
+    mask_files = _files(labels, LABEL_EXTENSIONS, [])
+    if not mask_files and (mask_files := _files(labels, LOSSY_EXTENSIONS, [])) and not data.mask_values:
         raise UserError(
             f"the masks in {labels} are {next(iter(mask_files.values())).suffix} files, whose values are not exact: "
             "say which value is which class (the nearest one counts), with "
             + remedy([0, 255] if len(classes) == 2 else [*range(len(classes))], classes)
         )
-    masks = _matched([*image_files], mask_files, labels)
+    masks = _matched([*image_files], mask_files, labels, notes)
     alone = [str(path.relative_to(root)) for stem, path in image_files.items() if stem not in masks]
     if alone:
         there = some([path.name for path in mask_files.values()], 3) or "no masks"
@@ -291,11 +290,16 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
         )
     pairs = [Pair(str(path.relative_to(root)), path, masks[stem]) for stem, path in image_files.items()]
     turn = data.exif == "turn"
-    return PairSource(pairs, classes, reduce_zero=data.reduce_zero_label, table=data.mask_values, turn=turn)
+    source = PairSource(pairs, classes, reduce_zero=data.reduce_zero_label, table=data.mask_values, turn=turn)
+    source.notes = notes
+    return source
 
 
-def _matched(images: Sequence[str], masks: dict[str, Path], where: Path) -> dict[str, Path]:
-    """The mask of each image: of its name, or of its name with the same words before and behind it (``NAME_mask``)."""
+def _matched(images: Sequence[str], masks: dict[str, Path], where: Path, notes: list[str]) -> dict[str, Path]:
+    """The mask of each image: of its name, or of its name with the same words before and behind it (``NAME_mask``).
+
+    What is said of it is appended to ``notes``.
+    """
     if all(name in masks for name in images):
         return masks
     around: Counter[tuple[str, str]] = Counter()
@@ -309,13 +313,16 @@ def _matched(images: Sequence[str], masks: dict[str, Path], where: Path) -> dict
         parts = {image: os.path.split(image) for image in images}
         named = {image: os.path.join(folder, before + base + behind) for image, (folder, base) in parts.items()}
         if all(name in masks for name in named.values()):
-            say_once(f"{where}: the masks are called {before}NAME{behind}")
+            notes.append(f"{where}: the masks are called {before}NAME{behind}")
             return {image: masks[name] for image, name in named.items()}
     return masks
 
 
-def _files(folder: Path, extensions: tuple[str, ...], *, say: bool = True) -> dict[str, Path]:
-    """The files of a folder and those below it, by their path without extension, in natural order."""
+def _files(folder: Path, extensions: tuple[str, ...], notes: list[str]) -> dict[str, Path]:
+    """The files of a folder and those below it, by their path without extension, in natural order.
+
+    What is said of the others is appended to ``notes``.
+    """
     listing = listed(folder, extensions)
     found: dict[str, Path] = {}
     for name in sorted(listing.files, key=lambda name: in_order(os.path.splitext(name)[0])):
@@ -323,7 +330,7 @@ def _files(folder: Path, extensions: tuple[str, ...], *, say: bool = True) -> di
         if stem in found:
             raise UserError(f"{found[stem]} and {path} differ by their extension alone: remove one")
         found[stem] = path
-    _say(listing.lines(folder) if say else [])
+    notes += listing.lines(folder)
     return found
 
 
