@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -248,6 +248,7 @@ class Start:
         images: Training images, those held out for validation among them.
         weights: Whether there are any to start from.
         gpu: Whether the training runs on one.
+        masks: Whether one of the objects has a mask.
         mean: Of the images that the weights were trained on; None where they do not say.
         std: Likewise.
     """
@@ -255,6 +256,7 @@ class Start:
     images: int = 1000
     weights: bool = True
     gpu: bool = False
+    masks: bool = True
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
@@ -278,6 +280,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
     auto: tuple[str, ...] = Field(default=(), exclude=True)
+    left_open: ClassVar[tuple[str, ...]] = ()  # settings that are 'auto' unless the recipe says them
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
@@ -375,12 +378,14 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
         UserError: Unknown key or wrong type; the message names the nearest right one.
     """
     known = config_class.choices(Start())
-    auto = [key for key in known if _value(raw, key) == "auto"]
+    left_open = config_class.left_open if isinstance(raw, dict) else ()
+    auto = [key for key in known if _value(raw, key) == "auto" or (key in left_open and _value(raw, key) is None)]
     if auto:
         values = {key: value for key, (value, _) in known.items()}  # until they are decided
         raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
         for key in auto:
             section, name = key.split(".")
+            raw[section] = raw.get(section, {})
             raw[section][name] = values[key]
     try:
         return config_class.model_validate(raw)

@@ -35,7 +35,7 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
         else:
             recipe, splits = recipe.settled({HELD_OUT: fraction[0]}), again
             _say({HELD_OUT: fraction})
-    found = choices(recipe, weights, len(splits.train))
+    found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     _say({key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
     return recipe.settled({key: value for key, (value, _) in found.items()}), splits
 
@@ -59,10 +59,10 @@ def checked_weights(recipe: Recipe) -> Weights | None:
     return weights
 
 
-def choices(recipe: Recipe, weights: Weights | None, images: int) -> Choices:
+def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool = True) -> Choices:
     """What is chosen for each setting that may be 'auto', for that number of training images."""
     known: dict[str, Any] = weights.normalisation if weights else {}
-    start = Start(images=images, weights=weights is not None, gpu=on_nvidia_gpu(recipe), **known)
+    start = Start(images=images, weights=weights is not None, gpu=on_nvidia_gpu(recipe), masks=masks, **known)
     return recipe.choices(start)
 
 

@@ -74,7 +74,7 @@ class DetectionTask(DenseTask):
         return open_coco(recipe.data, root)
 
     def eval_source(self, root: Path | None) -> CocoSource:
-        return open_eval_coco(self.recipe.data, root, self.classes)
+        return open_eval_coco(self.recipe.data, root, self.classes, self.split)
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainObjects:
         return TrainObjects(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
@@ -104,7 +104,7 @@ class DetectionTask(DenseTask):
         return torch.stack([*losses.values()]).sum()
 
     def metric(self, source: CocoSource, *, distributed: bool = False) -> CocoMetric:
-        return CocoMetric(source, distributed=distributed)
+        return CocoMetric(source, distributed=distributed, masks=self.recipe.detector.masks)
 
     def eval_step(self, batch: DetectionBatch, metric: CocoMetric) -> None:
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
@@ -137,7 +137,9 @@ class DetectionTask(DenseTask):
         for row in rows:
             label, (left, top, across, down) = self.classes[row["label"]], row["bbox"]
             box = [left, top, left + across, top + down]
-            objects.append(dict(label=label, index=row["label"], score=row["score"], box=box, mask=row["segmentation"]))
+            objects.append(
+                dict(label=label, index=row["label"], score=row["score"], box=box, mask=row.get("segmentation"))
+            )
             lines.append(Line(label, row["score"], colour(row["label"])))
         return Prediction(dict(objects=objects), partial(draw_rows, rows=rows, classes=self.classes), lines)
 
@@ -173,7 +175,7 @@ def draw_rows(image: Image.Image, rows: list[dict[str, Any]], classes: list[str]
     rows = sorted(rows, key=lambda row: row["score"])
     boxes = [(x, y, x + width, y + height) for x, y, width, height in (row["bbox"] for row in rows)]
     captions = [f"{classes[row['label']]} {row['score']:.0%}" for row in rows]
-    masks = (decode_mask(row["segmentation"]) for row in rows)
+    masks = (decode_mask(row["segmentation"]) if "segmentation" in row else None for row in rows)
     return draw_objects(image, boxes, captions, [row["label"] for row in rows], masks)
 
 
