@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
@@ -50,3 +50,18 @@ def say_once(line: str) -> None:
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
         with contextlib.suppress(BrokenPipeError):  # nobody reads it
             print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def or_left_out(what: str) -> Iterator[None]:
+    """Says in a line that something cannot be drawn or written: the numbers are there, and a training is at its end.
+
+    What the disk refuses is raised.
+    """
+    try:
+        yield
+    except (OSError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # PIL, matplotlib and a task of somebody's raise nearly anything
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        say_once(f"left out: {what}: {kind}{one_line(error)[:200]}")

@@ -17,7 +17,7 @@ from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import pick_device
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line, say_once
+from conv2former.errors import UserError, one_line, or_left_out, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
 from conv2former.tasks import TASKS, load, task_class, task_names
@@ -184,7 +184,8 @@ def write_report(task: Task, evaluation: Evaluation, source: Source, folder: Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
-        task.draw(evaluation, source, folder)
+        with or_left_out("images of the report"):
+            task.draw(evaluation, source, folder)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None
 

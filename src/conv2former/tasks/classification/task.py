@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conv2former import checkpoints
 from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
-from conv2former.errors import UserError, say_once
+from conv2former.errors import UserError, or_left_out, say_once
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
 from conv2former.tasks.classification import probe
 from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
@@ -214,8 +214,10 @@ class ClassificationTask(Task):
         """``confusion_matrix.png`` and ``predictions.png``."""
         if len(self.classes) <= MAX_MATRIX_CLASSES:
             matrix = evaluation.records.matrix(len(self.classes))
-            plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
-        _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
+            with or_left_out("confusion_matrix.png"):
+                plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
+        with or_left_out("predictions.png"):
+            _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
 
     def scores(self) -> nn.Module:
         """The network itself: its logits."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conv2former.config import ModelSection
 from conv2former.data.rle import encode_mask
-from conv2former.errors import UserError
+from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
 from conv2former.tasks.dense import DenseTask, padded_with_mean
 from conv2former.tasks.segmentation.config import SegmentationRecipe
@@ -138,8 +138,12 @@ class SegmentationTask(DenseTask):
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
         """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""
-        plots.confusion_matrix(np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png")
-        _sheet(self, source).save(folder / "predictions.png")
+        with or_left_out("confusion_matrix.png"):
+            plots.confusion_matrix(
+                np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png"
+            )
+        with or_left_out("predictions.png"):
+            _sheet(self, source).save(folder / "predictions.png")
 
     def scores(self) -> nn.Module:
         """For each class the sum of its logits over the pixels that are found to be of it."""
