@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from conv2former.config import IMAGENET_MEAN, IMAGENET_STD
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.tasks.classification.sources import DigitsSource
 
@@ -24,7 +25,8 @@ TINY = [
 
 def tiny_recipe(*overrides: str) -> Recipe:
     """The quick start's recipe on folders, cut down to seconds."""
-    return load_recipe("quickstart", overrides=[*TINY, *overrides])
+    recipe = load_recipe("quickstart", overrides=[*TINY, *overrides])
+    return recipe.settled({"data.mean": IMAGENET_MEAN, "data.std": IMAGENET_STD})
 
 
 def write_digits(root: Path, *, classes: int = 4, train: int = 16, val: int = 4) -> Path:

@@ -81,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         owner, name, _, _, *rest = self.path.partition("?")[0].strip("/").split("/") + [""] * 4
         file = self.server.root / owner / name / "/".join(part for part in rest if part)
+        if not (self.server.root / owner / name).is_dir():
+            return self._answer(404, dict(error="Repository not found"), X_Error_Code="RepoNotFound")
         if not file.is_file():
             return self._answer(404, dict(error="Entry not found"), X_Error_Code="EntryNotFound")
         content = file.read_bytes()

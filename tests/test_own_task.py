@@ -82,7 +82,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "depth"
     done = start("--import", "depth_task", "train", "--recipe", rooms / "depth.yaml", "--data", rooms, "--out", out)
-    assert "delta-1" in done.stdout and "depth: conv2former_test" in done.stderr, done.stderr
+    assert "delta-1" in done.stdout and "depth: depth with conv2former_test" in done.stderr, done.stderr
     return out
 
 

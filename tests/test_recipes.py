@@ -12,6 +12,7 @@ import torch
 import yaml
 from timm.layers import DropPath
 
+from conv2former.config import Start
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.dry_run import build_without_memory
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
@@ -228,12 +229,27 @@ def test_the_papers_peers_train_under_its_recipe(peer: str) -> None:
     assert builds(recipe, 1000).num_classes == 1000
 
 
-def test_fine_tuning_takes_500_images() -> None:
-    recipe = load_recipe("finetune")
-    images = round(500 * (1 - recipe.data.val_fraction))
-    steps = images // plan_batch(recipe, world=1).total
-    assert steps == 7 and steps * recipe.schedule.epochs == 210
-    assert recipe.data.on_bad_image == "error"
+@pytest.mark.parametrize("images", [40, 500, 5_000, 500_000])
+@pytest.mark.parametrize("name", ["finetune", "finetune_detection", "finetune_segmentation"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_fine_tuning_takes_any_number_of_images(name: str, images: int, weights: bool) -> None:
+    """What is left open is decided: a batch that the images fill, enough steps to learn, and a reason for each."""
+    recipe = load_recipe(name)
+    found = recipe.choices(Start(images=images, weights=weights))
+    assert set(recipe.auto) <= found.keys() and all(reason for _, reason in found.values())
+    decided = recipe.settled({key: value for key, (value, _) in found.items()})
+    assert not decided.auto
+    steps = images // plan_batch(decided, world=1).total
+    assert steps >= 1 and 60 <= decided.schedule.total(steps) <= 1_000_000
+    assert decided.model.freeze_batchnorm <= weights and bool(decided.model.fit_head) <= weights
+
+
+def test_what_is_set_stays_and_auto_can_be_asked_for() -> None:
+    recipe = load_recipe("finetune", overrides=["schedule.epochs=3", "optim.base_lr=auto", "data.mean=[0,0,0]"])
+    assert not {"schedule.epochs", "data.mean"} & set(recipe.auto) and {"optim.base_lr", "data.std"} < set(recipe.auto)
+    assert "epochs: 3" in recipe.to_yaml() and "base_lr: auto" in recipe.to_yaml()
+    with pytest.raises(UserError, match=r"'optim.weight_decay': .*got 'auto'"):
+        load_recipe("finetune", overrides=["optim.weight_decay=auto"])
 
 
 @pytest.mark.parametrize("name", recipe_names())

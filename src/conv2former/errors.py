@@ -48,8 +48,10 @@ def printable(text: str) -> str:
 def say_once(line: str) -> None:
     """Prints a line to stderr, on the first process alone, even before the processes are connected."""
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it
+        try:
             print(line, file=sys.stderr, flush=True)
+        except BrokenPipeError:  # nobody reads any more, which is no reason to end a training
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextlib.contextmanager

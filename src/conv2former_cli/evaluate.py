@@ -9,7 +9,18 @@ from typing import Annotated
 
 from typer import Option
 
-from conv2former_cli.common import BadImages, CheckpointArgument, DataOption, DeviceOption, JsonOption, app, result_line
+from conv2former_cli.common import (
+    BadImages,
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    app,
+    print_table,
+    result_line,
+)
+
+MOST_ROWS = 60  # of a table; what is between is left out
 
 
 class Split(StrEnum):
@@ -61,4 +72,11 @@ def evaluate(
         multi_scale=multi_scale,
         settings=tuple(set_ or []),
     )
+    if not json_ and evaluation.table:
+        columns, *rows = evaluation.table
+        if len(rows) > MOST_ROWS:
+            left_out = len(rows) - MOST_ROWS
+            gap = [f"({left_out} more classes: see --json)", *[""] * (len(columns) - 1)]
+            rows = [*rows[: MOST_ROWS - 1], gap, rows[-1]]
+        print_table(columns, rows, right=range(1, len(columns)))
     print(json.dumps(evaluation.details) if json_ else result_line(evaluation, "metrics and plots", folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,8 @@ def predict(
     """
     from conv2former.engine.predict import run_predict
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: JSON is UTF-8
     sys.exit(
         run_predict(
             checkpoint,

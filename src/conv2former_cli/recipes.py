@@ -9,6 +9,15 @@ from typer import Option
 
 from conv2former_cli.common import JsonOption, app, percent, print_table
 
+# the headings of the list, with how the names of their recipes begin
+GROUPS = {
+    "Your own images, from pretrained weights": ("finetune",),
+    "To try out in minutes": ("quickstart", "smoke_", "cifar", "camvid"),
+    "The paper: ImageNet-1k": ("imagenet1k",),
+    "The paper: ImageNet-22k": ("imagenet22k",),
+    "The paper: detection and segmentation": ("",),
+}
+
 
 @app.command()
 def recipes(
@@ -25,19 +34,19 @@ def recipes(
     if json_:
         print(json.dumps([recipe.raw() for recipe in loaded], indent=2))
         return
-    cells = [
-        [
-            recipe.name,
-            recipe.model.name,
-            recipe.claim.source,
-            percent(recipe.claim.paper),
-            recipe.claim.measured if isinstance(recipe.claim.measured, str) else percent(recipe.claim.measured),
-        ]
-        for recipe in loaded
-    ]
     columns = ["recipe", "model", "source", "paper", "measured"]
+    groups: dict[str, list[list[str]]] = {title: [] for title in GROUPS}
+    for recipe in loaded:
+        measured = recipe.claim.measured
+        cells = [recipe.name, recipe.model.name, recipe.claim.source, percent(recipe.claim.paper)]
+        title = next(title for title, beginnings in GROUPS.items() if recipe.name.startswith(beginnings))
+        groups[title].append([*cells, measured if isinstance(measured, str) else percent(measured)])
     if markdown:
-        for row in (columns, ["---"] * len(columns), *cells):
+        for row in (columns, ["---"] * len(columns), *sorted(cells for rows in groups.values() for cells in rows)):
             print(f"| {' | '.join(row)} |")
-    else:
-        print_table(columns, cells, right=(3, 4))
+        return
+    for title, rows in groups.items():
+        print(title)
+        print_table(columns, rows, right=(3, 4))
+        print()
+    print("Your own: a file that begins with `base: RECIPE` and changes what you like; give its path as --recipe.")

@@ -102,6 +102,38 @@ MEAN_STD = {
 }
 
 
+# the modulation's convolution in the first block, which every checkpoint of the network has: ours and theirs
+ANCHORS = ("stages.0.blocks.0.mod.dwconv.weight", "stages.0.0.attn.att.2.weight")
+COUNTERS = (".total_ops", ".total_params")  # what profilers (thop) leave among the weights
+HEAD = "head."
+
+
+def network_part(state_dict: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of the network alone, without the prefix that a program around it gave them (``model.``, ``net.``).
+
+    Returns:
+        The weights, and the names of those that belong to something else.
+
+    Raises:
+        UserError: There is no Conv2Former, or there are several.
+    """
+    prefixes = [
+        name.removesuffix(anchor) for anchor in ANCHORS for name in state_dict if f".{name}".endswith(f".{anchor}")
+    ]
+    if not prefixes:
+        raise UserError(
+            f"{path} is not a Conv2Former checkpoint: no name in it ends in {ANCHORS[0]} (ours) or {ANCHORS[1]} "
+            f"(theirs), there are {some(list(state_dict), 3)}"
+        )
+    if len(prefixes) > 1:
+        named = some([prefix or "no prefix" for prefix in prefixes])
+        raise UserError(f"{path} holds {len(prefixes)} networks ({named}): save one model alone")
+    prefix = prefixes[0]
+    own = {name: tensor for name, tensor in state_dict.items() if not f".{name}".endswith(COUNTERS)}
+    part = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+    return part, [name for name in own if not name.startswith(prefix)]
+
+
 @dataclass(frozen=True)
 class ConvertReport:
     """What ``convert`` did."""
@@ -115,8 +147,12 @@ class ConvertReport:
     ema: bool  # whether the weights are a moving average
     source: str  # name of the file converted
     sha256: str  # its hash
+    notes: tuple[str, ...] = ()  # what the user should know besides
 
     def __str__(self) -> str:
+        return "\n".join([self._line(), *self.notes])
+
+    def _line(self) -> str:
         return (
             f"{self.folder}: {self.model}, kernel {self.kernel_size}, {self.num_classes} classes, "
             f"{self.parameters:,} parameters, {'averaged weights' if self.ema else 'weights'} of {self.source} "
@@ -159,19 +195,24 @@ def convert(
     check_replaceable(dst, overwrite=overwrite)
 
     weights, averaged = extract_weights(read_checkpoint(src), src, ema=ema)
+    weights, others = network_part(weights, src)
+    notes = [f"{len(others)} tensors beside the network are left out ({some(others, 3)})"] * bool(others)
     state_dict = convert_authors_state_dict(weights)
-    kernel = state_dict.get("stages.0.blocks.0.mod.dwconv.weight")
-    if kernel is None or kernel.ndim != 4:
-        raise UserError(
-            f"{src} is not a Conv2Former checkpoint: it has no depthwise convolution (theirs: stages.0.0.attn.att.2, "
-            f"ours: stages.0.blocks.0.mod.dwconv) but {some(list(weights), 3)}"
-        )
-    kernel_size = kernel.shape[-1]
+    kernel = state_dict[ANCHORS[0]]
+    kernel_size = kernel.shape[-1] if kernel.ndim == 4 else 0
     if kernel_size % 2 == 0:
-        raise UserError(f"{src} has modulation kernels of side {kernel_size}: Conv2Former's are odd")
+        raise UserError(
+            f"{src} has modulation kernels of shape {tuple(kernel.shape)}: Conv2Former's are (C, 1, K, K), K odd"
+        )
     classifier = state_dict.get("head.fc.bias")
     num_classes = 0 if classifier is None else classifier.numel()
     model_args: dict[str, Any] = dict(kernel_size=kernel_size, num_classes=num_classes)
+    if not any(name.startswith(HEAD) for name in state_dict):
+        fresh = timm.create_model(model, **model_args).state_dict()
+        state_dict |= {name: tensor for name, tensor in fresh.items() if name.startswith(HEAD)}
+        notes.append(
+            "it has no head: what is in front of a classifier starts new; fine-tune it, or take it as a backbone"
+        )
     if difference := differences(expected_shapes(model, **model_args), state_dict):
         # the sizes differ in width or depth, so that one fits at most
         fits = next((n for n in family() if not differences(expected_shapes(n, **model_args), state_dict)), None)
@@ -193,7 +234,8 @@ def convert(
         extra=dict(conv2former=provenance),
     )
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return ConvertReport(folder=dst, model=architecture, parameters=parameters, **model_args, **provenance)
+    found: dict[str, Any] = dict(folder=dst, model=architecture, parameters=parameters, notes=tuple(notes))
+    return ConvertReport(**found, **model_args, **provenance)
 
 
 def family() -> list[str]:

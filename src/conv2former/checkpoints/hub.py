@@ -123,6 +123,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         try:
             yield new
+            usual = (new / CONFIG_FILE).stat().st_mode
+            for path in new.iterdir():  # safetensors makes files that nobody else may read
+                path.chmod(usual)
             for path in (*new.iterdir(), new):  # a power cut must not leave torn weights in the place of whole ones
                 flush(path)
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")

@@ -68,4 +68,5 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
 
 def _say(found: Choices) -> None:
     for key, (value, reason) in found.items():
-        say_once(f"  {key}={value}  ({reason})")
+        if reason:
+            say_once(f"  {key}={value}  ({reason})")

@@ -76,7 +76,7 @@ def run_predict(
     for file, found in predictions(task, inputs, batch_size=batch_size, workers=workers):
         total += 1
         failed += isinstance(found, BadImage)
-        print(json.dumps(_row(file, found)), flush=True)  # ASCII: file names may hold bytes that no terminal has
+        print(_json(_row(file, found)), flush=True)
         if out and isinstance(found, Prediction):
             _write(found.draw(decode(file)), out, free_name(file.stem, DRAWN, taken))
     if failed:
@@ -127,6 +127,12 @@ def _row(file: Path, found: Prediction | BadImage) -> dict[str, Any]:
     if isinstance(found, BadImage):
         return dict(file=str(file), ok=False, error=found.reason)
     return dict(file=str(file), ok=True) | found.fields
+
+
+def _json(row: dict[str, Any]) -> str:
+    """A line of JSON in UTF-8; escaped where a file's name holds bytes that are none."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isascii() or text.encode(errors="ignore").decode() == text else json.dumps(row)
 
 
 def _write(image: Image.Image, folder: Path, name: str) -> None:

@@ -76,10 +76,10 @@ def train(
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
     check_loggers(recipe.engine.loggers)
-    if not resume:
-        _refuse_overlap(out, recipe, data)
     begun = bool(facts and CheckpointManager(run.checkpoints).newest_first())
     recipe, splits = (recipe, task_class(recipe.task).open_splits(recipe, data)) if begun else settled(recipe, data)
+    if not resume:
+        _refuse_overlap(out, recipe, data)
     task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
     fabric = make_fabric(recipe)

@@ -32,6 +32,7 @@ class Evaluation:
         details: All that ``evaluation.json`` holds; ``images`` counts those that were evaluated.
         records: What the images of the report are drawn from.
         sound: Whether all that was computed was finite; weights of another evaluation are never the best.
+        table: For people: the columns' names, then a row for each class, averages last.
     """
 
     metrics: dict[str, float | None]
@@ -39,6 +40,12 @@ class Evaluation:
     details: dict[str, Any]
     records: Any = None
     sound: bool = True
+    table: list[list[str]] = field(default_factory=list)
+
+
+def percent(value: float | None) -> str:
+    """A cell of a table; empty where a number is not defined."""
+    return "" if value is None else f"{value:.1f}"
 
 
 class Metric(Protocol):

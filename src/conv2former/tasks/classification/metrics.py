@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from conv2former.tasks.base import Evaluation
+from conv2former.tasks.base import Evaluation, percent
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class ClassificationMetric(Metric):
     full_state_update = False
     seen: Tensor
     correct: Tensor
+    predicted: Tensor
     correct_top5: Tensor
     loss_sum: Tensor
 
@@ -63,6 +64,7 @@ class ClassificationMetric(Metric):
         per_class = torch.zeros(len(classes), dtype=torch.long)
         self.add_state("seen", per_class.clone(), dist_reduce_fx="sum")
         self.add_state("correct", per_class.clone(), dist_reduce_fx="sum")
+        self.add_state("predicted", per_class.clone(), dist_reduce_fx="sum")
         self.add_state("correct_top5", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("loss_sum", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
 
@@ -74,6 +76,7 @@ class ClassificationMetric(Metric):
         hits = top == targets[:, None]
         self.seen += torch.bincount(targets, minlength=len(self.seen))
         self.correct += torch.bincount(targets[hits[:, 0]], minlength=len(self.correct))
+        self.predicted += torch.bincount(top[:, 0], minlength=len(self.predicted))
         self.correct_top5 += hits.any(dim=1).sum()
         self.loss_sum += F.cross_entropy(logits, targets, reduction="sum").double()
         if indices is not None and not self.distributed:
@@ -83,10 +86,17 @@ class ClassificationMetric(Metric):
             self.rows.append((indices[counted], targets, predicted, confidence, true_probability))
 
     def compute(self) -> dict[str, Any]:
-        """Accuracies in percent, the mean loss and the counts behind them."""
+        """Accuracies in percent, the mean loss and the counts behind them.
+
+        A class without images has no recall, one that was never predicted no precision (None). Balanced accuracy is the
+        mean of the recalls, macro F1 that of the F1 scores of the classes that have images.
+        """
         seen = int(self.seen.sum())
         correct, correct_top5 = int(self.correct.sum()), int(self.correct_top5)
         percent = 100 / max(seen, 1)
+        counts = zip(self.classes, *(x.tolist() for x in (self.correct, self.seen, self.predicted)), strict=True)
+        per_class = {name: _scores(*of_class) for name, *of_class in counts}
+        known = [scores for scores in per_class.values() if scores["images"]]
         return dict(
             images=seen,
             correct=correct,
@@ -94,10 +104,9 @@ class ClassificationMetric(Metric):
             top1=correct * percent,
             top5=correct_top5 * percent,
             loss=float(self.loss_sum) / max(seen, 1),
-            per_class={
-                name: dict(correct=right, images=count, top1=100 * right / count if count else None)
-                for name, right, count in zip(self.classes, self.correct.tolist(), self.seen.tolist(), strict=True)
-            },
+            balanced_accuracy=_mean([scores["top1"] for scores in known]),
+            macro_f1=_mean([scores["f1"] for scores in known]),
+            per_class=per_class,
         )
 
     def result(self) -> Evaluation:
@@ -107,4 +116,34 @@ class ClassificationMetric(Metric):
         metrics = {key: counts[key] for key in ("loss", "top1", "top5")}
         columns = zip(*self.rows, strict=True)
         records = Records(*(torch.cat(column).cpu().numpy() for column in columns)) if self.rows else None
-        return Evaluation(metrics, line, counts, records, sound=math.isfinite(counts["loss"]))
+        sound = math.isfinite(counts["loss"])
+        return Evaluation(metrics, line, counts, records, sound=sound, table=_table(counts))
+
+
+def _scores(correct: int, images: int, predicted: int) -> dict[str, Any]:
+    """Of a class: counts, and recall (``top1``), precision and F1 in percent."""
+    return dict(
+        correct=correct,
+        images=images,
+        top1=100 * correct / images if images else None,
+        precision=100 * correct / predicted if predicted else None,
+        f1=200 * correct / (images + predicted) if images + predicted else None,
+    )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _table(counts: dict[str, Any]) -> list[list[str]]:
+    keys = ("precision", "top1", "f1")
+    rows = [
+        [name, *(percent(scores[key]) for key in keys), str(scores["images"])]
+        for name, scores in counts["per_class"].items()
+    ]
+    known = [scores for scores in counts["per_class"].values() if scores["images"]]
+    means = [_mean([scores[key] or 0.0 for scores in known]) for key in keys]  # a class never predicted counts as 0
+    rows.append(
+        ["macro average (of the recalls: balanced accuracy)", *(percent(mean) for mean in means), str(counts["images"])]
+    )
+    return [["class", "precision", "recall", "F1", "images"], *rows]

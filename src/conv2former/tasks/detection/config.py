@@ -80,6 +80,30 @@ class DetectionRecipe(Recipe):
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
-        """Whether there are masks follows from the images."""
-        why = "objects have masks" if start.masks else "no object has a mask: trained and evaluated for boxes"
-        return super().choices(start) | {"detector.masks": (start.masks, why)}
+        """By the number of training images and the machine (docs/log.md has the runs behind the numbers)."""
+        n, weights = start.images, start.weights
+        epochs = 60 if n < 200 else 24 if n < 20_000 else 12
+        machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
+        short, long = (800, 1333) if start.gpu else (320, 512)
+        begin = "pretrained backbone" if weights else "random weights"
+        sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] if start.gpu else [256, 288, 320]
+        why = "" if start.masks else "no object has a mask: trained and evaluated for boxes"
+        return super().choices(start) | {
+            "detector.masks": (start.masks, why),
+            "data.short_side": (short, machine),
+            "data.long_side": (long, machine),
+            "augment.short_sides": (sizes, machine),
+            "augment.long_side": (long, machine),
+            "augment.crop_short_sides": ([400, 500, 600] if start.gpu else [288, 352], machine),
+            "augment.crop_sizes": ((384, 600) if start.gpu else (224, 352), machine),
+            "detector.channels": (256 if start.gpu else 96, machine),
+            "detector.box_head_channels": (1024 if start.gpu else 256, machine),
+            "detector.train_proposals": (1000 if start.gpu else 300, machine),
+            "detector.rois": (512 if start.gpu else 128, machine),
+            "model.freeze_batchnorm": (weights, f"{begin}, small batches"),
+            "optim.base_lr": (2e-4 if weights else 4e-4, begin),
+            "optim.layer_decay": (0.9 if weights else None, begin),
+            "optim.head_lr": (5.0 if weights else 1.0, begin),
+            "schedule.epochs": (epochs, f"{n:,} training images"),
+            "schedule.eval_every": (max(epochs // 6, 1), "six evaluations"),
+        }

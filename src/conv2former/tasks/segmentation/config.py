@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from conv2former.config import AnnotatedSection, Recipe, Section
+from conv2former.config import AnnotatedSection, Choices, Recipe, Section, Start
 from conv2former.tasks.segmentation.values import canonical
 
 
@@ -103,3 +103,24 @@ class SegmentationRecipe(Recipe):
     data: SegmentationDataSection = SegmentationDataSection()
     augment: SegmentationAugmentSection = SegmentationAugmentSection()
     segmenter: SegmenterSection = SegmenterSection()
+
+    @classmethod
+    def choices(cls, start: Start) -> Choices:
+        """By the number of training images and the machine (docs/log.md has the runs behind the numbers)."""
+        n, weights = start.images, start.weights
+        epochs = 80 if n < 200 else 40 if n < 2_000 else 20
+        machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
+        begin = "pretrained backbone" if weights else "random weights"
+        return super().choices(start) | {
+            "data.short_side": (512 if start.gpu else 320, machine),
+            "data.long_side": (2048 if start.gpu else 1280, machine),
+            "data.crop_size": (512 if start.gpu else 256, machine),
+            "segmenter.channels": (512 if start.gpu else 128, machine),
+            "segmenter.aux_channels": (256 if start.gpu else 64, machine),
+            "model.freeze_batchnorm": (weights, f"{begin}, small batches"),
+            "optim.base_lr": (2e-4 if weights else 4e-4, begin),
+            "optim.layer_decay": (0.9 if weights else None, begin),
+            "optim.head_lr": (5.0 if weights else 1.0, begin),
+            "schedule.epochs": (epochs, f"{n:,} training images"),
+            "schedule.eval_every": (max(epochs // 8, 1), "eight evaluations"),
+        }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from conv2former.tasks.base import Evaluation
+from conv2former.tasks.base import Evaluation, percent
 from conv2former.tasks.segmentation.masks import IGNORED
 
 
@@ -82,7 +82,18 @@ class SegmentationMetric(Metric):
         line = f"{'multi-scale ' if self.multi_scale else ''}mIoU {miou:.2f}%, mean accuracy {mean:.2f}%, "
         line += f"pixel accuracy {pixel:.2f}% ({counts['images']} images)"
         metrics = {name: counts[name] for name in names}
-        return Evaluation(metrics, line, counts, sound=math.isfinite(counts["loss"]))
+        return Evaluation(metrics, line, counts, sound=math.isfinite(counts["loss"]), table=_table(counts))
+
+
+def _table(counts: dict[str, Any]) -> list[list[str]]:
+    matrix = counts["matrix"]
+    total = max(counts["pixels"], 1)
+    rows = [
+        [name, percent(one["iou"]), percent(one["accuracy"]), percent(100 * sum(matrix[index]) / total)]
+        for index, (name, one) in enumerate(counts["per_class"].items())
+    ]
+    rows.append(["mean", percent(counts["miou"]), percent(counts["mean_accuracy"]), "100.0"])
+    return [["class", "IoU", "accuracy", "% of the pixels"], *rows]
 
 
 def _percent(value: Tensor) -> float | None:

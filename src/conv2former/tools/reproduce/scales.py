@@ -27,7 +27,8 @@ SMALL = dict(
         [
             *("data.short_side=320", "data.long_side=512", "augment.short_sides=[256,320]", "augment.long_side=512"),
             *("optim.base_lr=2e-4", "optim.layer_decay=null", "schedule.epochs=12", "schedule.eval_every=12"),
-            "model.freeze_batchnorm=false",
+            *("model.freeze_batchnorm=false", "model.needs_weights=false", "optim.head_lr=1"),
+            *("augment.crop_short_sides=[400,500,600]", "augment.crop_sizes=[384,600]"),
         ],
     ),
 )
@@ -48,7 +49,7 @@ def at_scale(name: str, model: str | None, scale: Scale, settings: Sequence[str]
     if shrunk is None:
         return None
     args, own_changes = shrunk
-    raw = load_recipe(base, overrides=[*changes, *own_changes]).model_dump(mode="json")
+    raw = load_recipe(base, overrides=[*changes, *own_changes]).raw()
     raw["name"] = f"{name}{'-' + model if model else ''}_small"
     raw["model"] |= dict(name=full.model.name, args=args | full.model.args)
     command = f"conv2former train --recipe {raw['name']}.yaml --data DIR --out RUN"
