@@ -45,13 +45,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def say(line: str) -> None:
+    """Prints a line to stderr. That nobody reads any more is no reason to end a training."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def say_once(line: str) -> None:
     """Prints a line to stderr, on the first process alone, even before the processes are connected."""
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
-        try:
-            print(line, file=sys.stderr, flush=True)
-        except BrokenPipeError:  # nobody reads any more, which is no reason to end a training
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        say(line)
 
 
 @contextlib.contextmanager
