@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conv2former.data.folders import find_splits, listed
-from conv2former.data.images import find_images, given_images
+from conv2former.data.images import HEIC, BadImage, decode, find_images, given_images
 from conv2former.data.sources import remarks
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.train import train
@@ -96,7 +96,7 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     write(root, "runs/a/learning_curves.png", "runs/a/samples/0.png", "dog/reports/predictions.png")
     for name in ("runs/a/recipe.yaml", "runs/a/run.json", "dog/reports/evaluation.json"):
         (root / name).write_text("{}")
-    for name in ("IMG_1.HEIC", "IMG_2.heic", "noextension", "x.PSD", ".DS_Store", "Thumbs.db"):
+    for name in ("IMG_1.DNG", "IMG_2.dng", "noextension", "x.PSD", ".DS_Store", "Thumbs.db"):
         (root / "cat" / name).write_bytes(b"x")
     (root / "cat" / "self").symlink_to(".")
     (root / "cat" / "up").symlink_to("../..")
@@ -109,19 +109,19 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     for word in ("runs/a (a run)", "dog/reports (a report)", "__MACOSX (made by a system)", "@eaDir", ".thumbnails"):
         assert word in folders.replace("and 3 more", "") or "more" in folders, word
     assert listed(root, (".png",)).left_out.keys() >= {"cat/self", "cat/up", "dog/again", "cat/@eaDir", "runs/a"}
-    assert "2 files ending in .heic" in files and "1 file without an ending" in files and "Thumbs" not in files
+    assert "2 files ending in .dng" in files and "1 file without an ending" in files and "Thumbs" not in files
     others: Counter[str] = Counter()
-    assert len(find_images([root], others=others)) == 9 and others[".heic"] == 2 and others[""] == 1
+    assert len(find_images([root], others=others)) == 9 and others[".dng"] == 2 and others[""] == 1
 
 
 def test_the_names_of_files_that_predict_passes_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path, "0.png")
-    (tmp_path / "1.heic").write_bytes(b"x")
+    (tmp_path / "1.dng").write_bytes(b"x")
     (tmp_path / "2").write_bytes(b"x")
     assert given_images([tmp_path]) == [tmp_path / "0.png"]
-    assert "not read: 1 file without an ending, 1 file ending in .heic" in capsys.readouterr().err
+    assert "not read: 1 file without an ending, 1 file ending in .dng" in capsys.readouterr().err
     (tmp_path / "0.png").unlink()
-    with pytest.raises(UserError, match=r"no images in .*: 1 file without an ending, 1 file ending in \.heic"):
+    with pytest.raises(UserError, match=r"no images in .*: 1 file without an ending, 1 file ending in \.dng"):
         given_images([tmp_path])
 
 
@@ -164,3 +164,20 @@ def test_runs_inside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         evaluate("runs/b", split="test", workers=0)
     images(tmp_path / "other", "train", "Test")
     assert evaluate("runs/b", data="other", split="test", workers=0)[0].details["images"] == 8
+
+
+def test_heic_is_read_where_the_extra_is_installed(tmp_path: Path) -> None:
+    """Turned by its EXIF orientation, once; without the extra its name says how to get it."""
+    image = Image.new("RGB", (60, 40), (200, 30, 30))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    file = tmp_path / "a.heic"
+    if not HEIC:
+        file.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+        with pytest.raises(BadImage, match=r"pip install 'conv2former\[heic\]'"):
+            decode(file)
+        return
+    import pillow_heif
+
+    pillow_heif.from_pillow(image).save(file, exif=exif.tobytes(), quality=95)
+    assert decode(file).size == (40, 60) and find_images([tmp_path]) == [file]
