@@ -78,7 +78,7 @@ def test_a_classifier_needs_no_packages_of_other_tasks(tmp_path: Path) -> None:
     )
     assert refused.returncode == 1
     assert refused.stderr == (
-        "error: COCO's masks and metrics need faster-coco-eval: pip install 'conv2former[coco]'\n"
+        "error: COCO's masks and metrics need faster-coco-eval: pip install faster-coco-eval\n"
     )
 
 

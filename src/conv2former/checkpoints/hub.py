@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -212,7 +213,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
             return path.parent, path
         raise UserError(
             f"{path} is a bare file without a {CONFIG_FILE} that says which model it is: turn a checkpoint into a "
-            f"folder first, `conv2former convert {path} DST --model NAME`, and give DST"
+            f"folder first, `conv2former convert {shlex.quote(str(path))} DST --model NAME`, and give DST"
         )
     for folder in (path, *(path / name for name in RUN_FOLDERS)):
         if (folder / CONFIG_FILE).is_file():

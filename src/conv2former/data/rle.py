@@ -16,7 +16,7 @@ def library() -> Any:
     try:
         from faster_coco_eval.core import mask
     except ImportError:
-        raise UserError("COCO's masks and metrics need faster-coco-eval: pip install 'conv2former[coco]'") from None
+        raise UserError("COCO's masks and metrics need faster-coco-eval: pip install faster-coco-eval") from None
     return mask
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,9 +125,13 @@ def predictions(
 
 
 def _row(file: Path, found: Prediction | BadImage) -> dict[str, Any]:
+    try:  # names are UTF-8 nearly everywhere, whatever the locale of this process
+        name = os.fsencode(file).decode("utf-8")
+    except UnicodeDecodeError:
+        name = str(file)
     if isinstance(found, BadImage):
-        return dict(file=str(file), ok=False, error=found.reason)
-    return dict(file=str(file), ok=True) | found.fields
+        return dict(file=name, ok=False, error=found.reason)
+    return dict(file=name, ok=True) | found.fields
 
 
 def _json(row: dict[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import constants
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
@@ -15,27 +17,58 @@ from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError, nearest
 from conv2former.models.meta import build_on_meta
 from conv2former.ops import backend
+from conv2former.ops.cpu import build
 from conv2former.ops.triton import Maps
 
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
 PROCESSES = 8  # that compile, at most
 
 
 def report() -> list[str]:
-    """What is installed and what computes the operations, one fact a line."""
+    """What is installed, what computes and where files are kept, one fact a line; what is slow, and why, last."""
     facts = machine_facts()
     machine, gpu = facts["machine"], torch.cuda.is_available()
+    compiler = build.compiler()
+    reasons = {device: _reason(device) for device in ("cpu", "cuda")[: 1 + gpu]}
     lines = [
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-        f"{machine['system']}, {machine['cpus']} processors, GPUs: {', '.join(machine['gpus']) or 'none'}",
+        f"{machine['system']}, {machine['cpus']} processors, {torch.get_num_threads()} threads, "
+        f"GPUs: {', '.join(machine['gpus']) or 'none'}",
+        f"processor: {torch.backends.cpu.get_cpu_capability()}; of {', '.join(FEATURES)} it has: "
+        f"{', '.join(_features()) or 'none'}",
+        f"C++ compiler: {compiler or 'none'}",
+        *(f"operations on {device}: {_operations(device, why)}" for device, why in reasons.items()),
+        f"compiled kernels are kept in {build.cache()}",
+        f"downloaded weights are kept in {constants.HF_HUB_CACHE}"
+        + (", and nothing is downloaded (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""),
     ]
-    lines += [f"operations on {device}: {_operations(device)}" for device in ("cpu", "cuda")[: 1 + gpu]]
     if gpu:
-        cache = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
-        lines.append(f"compiled GPU kernels are kept in {cache}")
-    return lines
+        lines.append(f"compiled GPU kernels are kept in {os.environ.get('TRITON_CACHE_DIR') or '~/.triton/cache'}")
+    slow = [f"operations on {device} are plain PyTorch: {why}" for device, why in reasons.items() if why]
+    if not gpu:
+        slow.append("there is no GPU: training of large networks takes weeks")
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & _features() and not gpu:
+        slow.append("this processor does not compute in bfloat16: engine.precision=bf16 saves nothing")
+    if torch.get_num_threads() < (os.cpu_count() or 1) // 2:
+        slow.append(f"PyTorch uses {torch.get_num_threads()} of {os.cpu_count()} processors: see OMP_NUM_THREADS")
+    return lines + [f"slow: {why}" for why in slow]
 
 
-def _operations(device: str) -> str:
+def _features() -> set[str]:
+    """Those of ``FEATURES`` that Linux names."""
+    try:
+        words = re.search(r"^(?:flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return set()
+    return set(FEATURES) & set(words[1].split() if words else ())
+
+
+def _reason(device: str) -> str | None:
+    """Why the fused operations cannot be used on a device; None where they can."""
+    return backend.module(backend.BY_DEVICE[device]).unusable(torch.device(device))
+
+
+def _operations(device: str, why: str | None) -> str:
     """What computes the operations, and the reason if it is not the fused code."""
     try:
         chosen = ops.backend_for(device)
@@ -43,7 +76,6 @@ def _operations(device: str) -> str:
         return f"none, because {error}"
     if backend.current() != "auto":
         return f"{chosen}, because {backend.VARIABLE} says so"
-    why = backend.module(backend.BY_DEVICE[device]).unusable(torch.device(device))
     return f"{chosen}, because {why}" if why else chosen
 
 

@@ -30,30 +30,36 @@ def load() -> Any:  # ctypes.CDLL or str
     """The library, compiled if this source has not been compiled for this processor before; or why there is none."""
     if not hasattr(os, "getuid"):
         return "the C++ kernels are made for Linux and macOS"
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None or not shutil.which(compiler):
-        return f"there is no C++ compiler ({compiler or ', '.join(COMPILERS)})"
+    program = compiler()
+    if program is None:
+        return f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})"
     flags = [*FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"]
     try:
         # what the compiler predefines names its version and what the processor can do
-        macros = _run([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        macros = _run([program, *flags, "-dM", "-E", "-x", "c++", os.devnull])
         texts = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
         name = hashlib.sha256(b"\0".join([*texts, macros, " ".join(flags).encode()])).hexdigest()[:24]
-        path = _folder() / f"kernels-{name}.so"
+        path = cache() / f"kernels-{name}.so"
         if not path.exists():
             with FileLock(path.with_suffix(".lock"), timeout=3 * PATIENCE):  # of several processes one compiles
                 if not path.exists():
-                    _compile([compiler, *flags], path)
+                    _compile([program, *flags], path)
         library = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return f"{compiler} failed: {next((line for line in lines if 'error' in line), 'no message')}"
+        return f"{program} failed: {next((line for line in lines if 'error' in line), 'no message')}"
     except subprocess.TimeoutExpired:
-        return f"{compiler} took more than {PATIENCE:.0f} seconds"
+        return f"{program} took more than {PATIENCE:.0f} seconds"
     except (OSError, NotImplementedError) as error:  # the latter where files cannot be locked
         return f"the compiled kernels cannot be loaded: {error}"
     library.conv2former_groups.restype = ctypes.c_long
     return library
+
+
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    program = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    return program if program and shutil.which(program) else None
 
 
 def _run(command: list[str]) -> bytes:
@@ -75,17 +81,17 @@ def _compile(command: list[str], path: Path) -> None:
         made.replace(path)
 
 
-def _folder() -> Path:
+def cache() -> Path:
     """The user's cache; a folder of this process alone where that cannot be written, or others can write to it."""
     try:
         # without a home (RuntimeError) there is no cache
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conv2former"
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = cache.stat()
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conv2former"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
         if facts.st_uid != os.getuid() or facts.st_mode & 0o022:  # somebody else may have put the code there
             return _own_folder()
-        with tempfile.TemporaryFile(dir=cache):
-            return cache
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except (OSError, RuntimeError):
         return _own_folder()
 

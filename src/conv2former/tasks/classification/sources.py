@@ -161,7 +161,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError("Hugging Face datasets need another package: pip install 'conv2former[hf]'") from None
+        raise UserError("Hugging Face datasets need another package: pip install datasets") from None
     return datasets
 
 

@@ -109,7 +109,7 @@ def _check_modes(modes: Sequence[str], options: BenchmarkOptions, device: torch.
         if mode in EXPORTED and device.type != "cpu":
             raise UserError(f"{mode} is measured on the CPU alone: leave it out, or use --device cpu")
         if missing := [package for package in MODES[mode] if importlib.util.find_spec(package) is None]:
-            raise UserError(f"--mode {mode} needs {', '.join(missing)}: pip install 'conv2former[export]'")
+            raise UserError(f"--mode {mode} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if "bfloat16" in options.dtypes and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float32")
 

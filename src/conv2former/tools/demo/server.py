@@ -44,7 +44,7 @@ def run_demo(
         import gradio  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"the demo needs Gradio ({one_line(error)}): pip install 'conv2former[demo]'") from None
+        raise UserError(f"the demo needs Gradio ({one_line(error)}): pip install gradio") from None
     from conv2former.tools.demo.gate import Gate
     from conv2former.tools.demo.models import Models
     from conv2former.tools.demo.page import MOST_IMAGES, Answers, build_page, mounted

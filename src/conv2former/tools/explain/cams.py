@@ -76,7 +76,7 @@ def library() -> Any:
         return importlib.import_module("pytorch_grad_cam")
     except ImportError as error:
         raise UserError(
-            f"class activation maps need the package grad-cam ({one_line(error)}): pip install 'conv2former[explain]'"
+            f"class activation maps need the package grad-cam ({one_line(error)}): pip install grad-cam"
         ) from None
 
 

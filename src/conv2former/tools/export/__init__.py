@@ -110,7 +110,7 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     formats = [FORMATS[name] for name in dict.fromkeys(options.formats)]
     for format in formats:
         if missing := [name for name in format.needs if importlib.util.find_spec(name) is None]:
-            raise UserError(f"--format {format.name} needs {', '.join(missing)}: pip install 'conv2former[export]'")
+            raise UserError(f"--format {format.name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     with ops.use_backend("reference"):  # our own operators are known to no other runtime
         named = read_name(source)
         subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
