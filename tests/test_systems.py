@@ -77,9 +77,7 @@ def test_a_classifier_needs_no_packages_of_other_tasks(tmp_path: Path) -> None:
         "train", "--recipe=smoke_detection", "--data", write_coco(tmp_path / "coco"), "--out", tmp_path / "no"
     )
     assert refused.returncode == 1
-    assert refused.stderr == (
-        "error: COCO's masks and metrics need faster-coco-eval: pip install faster-coco-eval\n"
-    )
+    assert refused.stderr == ("error: COCO's masks and metrics need faster-coco-eval: pip install faster-coco-eval\n")
 
 
 def test_training_says_in_one_line_that_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,18 +229,18 @@ def _expected(source: str) -> str:
 
 def _places(source: str, root: Path) -> dict[str, tuple[Path, Path]]:
     """The folders of images and masks of each set that is there."""
-    found = {} if source == "ade20k" else {split: _two(root / name) for split, name in _parts(root).items()}
+    parts = {} if source == "ade20k" else {split: _two(root / name) for split, name in _parts(root).items()}
+    found = {split: place for split, place in parts.items() if place}
     whole = _two(root)
     if whole and "train" not in found:
         inside = {split: (whole[0] / name, whole[1] / name) for split, name in _parts(whole[0]).items()}
         found |= inside if {"train", "val"} & set(inside) else {}
         found |= dict(alone=whole) if not inside and source != "ade20k" else {}
-    places = {split: place for split, place in found.items() if place is not None}
-    for images, labels in places.values():
+    for images, labels in found.values():
         if images.is_dir() != labels.is_dir():
             there, missing = (images, labels) if images.is_dir() else (labels, images)
             raise UserError(f"{there} has no {missing} beside it: each folder of images needs one of masks")
-    return places
+    return found
 
 
 def _parts(folder: Path) -> dict[str, str]:
