@@ -69,7 +69,7 @@ def test_splits_in_upper_and_lower_case(tmp_path: Path, train_name: str, val_nam
     assert (len(splits.train), len(splits.val)) == (8, 8)
     assert {Path(splits.val.file(i)).parts[-3] for i in range(8)} == {val_name}  # type: ignore[attr-defined]
     unread, classes = remarks(splits)
-    assert unread.endswith("not read: Test/, extra/; evaluate a trained model on it with --split test")
+    assert unread.endswith("not read: Test, extra; evaluate a trained model on the test part with --split test")
     assert classes == "2 classes: cat (4), dog (4); 8 training and 8 validation images"
     test = open_eval_source(root, ["cat", "dog"], split="test")
     assert Path(test.file(0)).parts[-3] == "Test"  # type: ignore[attr-defined]
@@ -105,7 +105,8 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     (root / "dog" / "again").symlink_to("deep")
     source = FolderSource(root)
     assert source.classes == ["cat", "dog"] and source.targets == [0] * 4 + [1] * 5
-    (folders, files) = source.notes
+    (folders, empty, files) = source.notes
+    assert empty.endswith(": no images in runs/")
     for word in ("runs/a (a run)", "dog/reports (a report)", "__MACOSX (made by a system)", "@eaDir", ".thumbnails"):
         assert word in folders.replace("and 3 more", "") or "more" in folders, word
     assert listed(root, (".png",)).left_out.keys() >= {"cat/self", "cat/up", "dog/again", "cat/@eaDir", "runs/a"}
@@ -130,7 +131,7 @@ def test_the_same_images_in_both_parts_are_noticed(tmp_path: Path) -> None:
     assert len(remarks(open_splits(DATA, root, seed=0))) == 1
     shutil.copy(root / "train" / "cat" / "0.png", root / "val" / "cat" / "other.png")
     line = remarks(open_splits(DATA, root, seed=0))[1]
-    assert line.startswith("1 of the 9 validation images are training images, too (other.png is 0.png)")
+    assert line.startswith("1 of the 9 validation images are training images, too (cat/other.png is cat/0.png)")
 
 
 def test_names_match_in_any_unicode_form(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_heic_is_read_where_the_extra_is_installed(tmp_path: Path) -> None:
     file = tmp_path / "a.heic"
     if not HEIC:
         file.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-        with pytest.raises(BadImage, match=r"pip install 'conv2former\[heic\]'"):
+        with pytest.raises(BadImage, match=r"pip install pillow-heif"):
             decode(file)
         return
     import pillow_heif

@@ -140,7 +140,7 @@ def test_the_parts_of_pairs(tmp_path: Path, val: str) -> None:
         write(tmp_path / "a", grey(0, 1), parts=part)
     split = open_pairs(data, tmp_path / "a", seed=0)
     assert split.val.name(0) == f"{val}/images/0.jpg" and len(split.train) == len(split.val) == 4
-    assert "not read: more/, test/; evaluate" in remarks(split)[0]
+    assert "not read: more, test; evaluate" in remarks(split)[0]
     assert open_eval_pairs(data, tmp_path / "a", split.val.classes, "test").name(0).startswith("test/")
     assert remarks(split)[1].split(";")[0] == "2 classes: background, object"
     for kind in ("images", "masks"):

@@ -264,7 +264,7 @@ def test_other_layouts_are_found(tmp_path: Path) -> None:
     (tmp_path / "annotations").rmdir()
     (tmp_path / "test").mkdir()
     splits = open_coco(DATA, tmp_path)
-    assert splits.val.images == tmp_path / "Valid" and "not read: test/" in remarks(splits)[0]
+    assert splits.val.images == tmp_path / "Valid" and "not read: test;" in remarks(splits)[0]
     (tmp_path / "labels").mkdir()
     for old, new in (("train", "train"), ("Valid", "validation")):
         (tmp_path / "annotations").mkdir(exist_ok=True)

@@ -48,16 +48,13 @@ def subfolders(root: Path) -> list[str]:
         return sorted(entry.name for entry in entries if is_folder(entry) and not is_junk(entry.name))
 
 
-def unread(root: Path, used: Iterable[str]) -> str | None:
-    """The line that names the folders beside those that are read, if there are any."""
-    used = set(used)
-    rest = [name for name in subfolders(root) if name not in used]
+def unread(root: Path, names: Iterable[str], used: Iterable[str]) -> str | None:
+    """The line that names what lies beside the parts that are read, if there is anything."""
+    rest = [name for name in names if name not in {*used}]
     if not rest:
         return None
-    test = find_splits(rest).get("test")
-    parts = [f"{printable(str(root))}: not read: {some([f'{name}/' for name in rest])}"]
-    parts += ["evaluate a trained model on it with --split test"] * bool(test)
-    return "; ".join(parts)
+    way = "; evaluate a trained model on the test part with --split test" * ("test" in find_splits(rest))
+    return printable(f"{root}: not read: {some(rest)}") + way
 
 
 @dataclass
@@ -68,11 +65,13 @@ class Listing:
         files: Those that are read, by their paths below it.
         others: Numbers of the others by their endings.
         left_out: Folders that are not entered, with the reason.
+        entered: Folders directly below it.
     """
 
     files: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
+    entered: list[str] = field(default_factory=list)
 
     def lines(self, root: Path | str) -> list[str]:
         """What is said of the rest."""
@@ -80,6 +79,9 @@ class Listing:
         if self.left_out:
             names = [f"{name} ({why})" for name, why in sorted(self.left_out.items())]
             lines.append(f"{printable(str(root))}: folders left out: {printable(some(names))}")
+        used = {name.partition(os.sep)[0] for name in self.files}
+        if empty := sorted(f"{name}/" for name in self.entered if name not in used):
+            lines.append(f"{printable(str(root))}: no images in {printable(some(empty))}")
         if self.others:
             lines.append(f"{printable(str(root))}: not read: {passed_over(self.others)}")
         return lines
@@ -91,7 +93,7 @@ def passed_over(others: Counter[str]) -> str:
         f"{count:,} file{'s' * (count > 1)} {f'ending in {ending}' if ending else 'without an ending'}"
         for ending, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))
     ]
-    heic = " (pip install 'conv2former[heic]' reads HEIC)" if {".heic", ".heif"} & set(others) else ""
+    heic = " (pip install pillow-heif reads HEIC)" if {".heic", ".heif"} & set(others) else ""
     return printable(some(parts)) + heic
 
 
@@ -135,6 +137,8 @@ def listed(root: Path, extensions: tuple[str, ...]) -> Listing:
         if below and (what := result(names)):
             found.left_out[below.rstrip("/")] = what
             continue
+        if below.count(os.sep) == 1:
+            found.entered.append(below.rstrip(os.sep))
         for entry in entries:
             path = below + entry.name
             if is_folder(entry):

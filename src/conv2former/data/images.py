@@ -275,7 +275,7 @@ def _plugin(file_format: str) -> type[ImageFile]:
 
         _PLUGINS[file_format] = HeifImageFile
     if file_format not in _PLUGINS:
-        way = "install its reader with pip install 'conv2former[heic]', or " * (file_format in ("HEIC", "AVIF"))
+        way = "install its reader with pip install pillow-heif, or " * (file_format in ("HEIC", "AVIF"))
         raise _Refused(f"{file_format} is not read here; {way}convert it to PNG or JPEG first")
     return _PLUGINS[file_format]
 

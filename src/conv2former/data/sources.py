@@ -77,21 +77,22 @@ def repeated(train: Any, val: Any) -> str | None:
     """
     if not (hasattr(train, "file") and hasattr(val, "file")):
         return None
-    by_size: dict[int, list[str]] = {}
+    by_size: dict[int, list[int]] = {}
     for index in spread(len(train), MOST_LOOKED_AT):
-        if (size := _size(train.file(index))) and len(by_size.get(size, "")) < MOST_ALIKE:
-            by_size.setdefault(size, []).append(train.file(index))
+        if (size := _size(train.file(index))) and len(by_size.get(size, ())) < MOST_ALIKE:
+            by_size.setdefault(size, []).append(index)
     content = functools.cache(_content)
     looked, twins = spread(len(val), MOST_LOOKED_AT // 10), []
     for index in looked:
         file = val.file(index)
         alike = by_size.get(_size(file), [])
-        if alike and (twin := next((other for other in alike if content(other) == content(file)), None)):
-            twins.append(f"{os.path.basename(file)} is {os.path.basename(twin)}")
+        twin = next((other for other in alike if content(train.file(other)) == content(file)), None)
+        if twin is not None:
+            twins.append(f"{val.name(index)} is {train.name(twin)}")
     if not twins:
         return None
-    part = "" if len(looked) == len(val) else f" {len(looked):,} of"
-    what = f"{len(twins):,} of{part} the {len(val):,} validation images are training images, too"
+    part = "" if len(looked) == len(val) else " that were looked at"
+    what = f"{len(twins):,} of the {len(looked):,} validation images{part} are training images, too"
     return printable(f"{what} ({some(twins, 2)}): what is measured on them says nothing about new images")
 
 

@@ -170,7 +170,7 @@ def _folder_layout(root: Path) -> _Layout:
     for folder in (root, *places.values()):
         _refuse_archives(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
-    rest = unread(root, {places[split].name for split in ("train", "val") if split in places}) if places else None
+    rest = unread(root, names, [places[split].name for split in places if split != "test"]) if places else None
     parts: dict[str, Opener] = {split: partial(FolderSource, place) for split, place in places.items()}
     return _Layout(parts, partial(FolderSource, root), words, rest)
 
@@ -209,7 +209,9 @@ def _wds_layout(root: Path) -> _Layout:
         found[split] = [shard for shard in shards if form.match(shard.name)]
     words = ("train-*.tar shards", "val-*.tar shards", "shards train-*.tar and val-*.tar, or shards of other names")
     parts: dict[str, Opener] = {split: partial(ShardSource, root, own) for split, own in found.items() if own}
-    return _Layout(parts, partial(ShardSource, root, shards), words)
+    used = [shard.name for split in ("train", "val") for shard in found[split]]
+    rest = unread(root, [shard.name for shard in shards], used) if used else None
+    return _Layout(parts, partial(ShardSource, root, shards), words, rest)
 
 
 def _hfds_layout(root: Path) -> _Layout:
@@ -224,8 +226,7 @@ def _hfds_layout(root: Path) -> _Layout:
 
 def _rest(root: Path, names: Sequence[str], found: dict[str, str]) -> str | None:
     """The line that names the parts that are not read."""
-    rest = [name for name in names if name not in (found.get("train"), found.get("val"))]
-    return f"{printable(str(root))}: not read: {printable(some(rest))}" if found and rest else None
+    return unread(root, names, [name for split, name in found.items() if split != "test"]) if found else None
 
 
 def _respell(source: ImageSource, classes: Sequence[str]) -> None:

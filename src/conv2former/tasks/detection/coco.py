@@ -276,7 +276,10 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
     tops = {path.relative_to(root).parts[0] for place in places for path in place if path.is_relative_to(root)}
     each = [f"{printable(name)} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
     total = f"{len(train):,} training and {len(val):,} validation images"
-    lines = [unread(root, tops), f"{len(each)} classes with objects to train on: {some(each, NAMED)}; {total}"]
+    lines = [
+        unread(root, subfolders(root), tops),
+        f"{len(each)} classes with objects to train on: {some(each, NAMED)}; {total}",
+    ]
     return CocoSplits(train, val, tuple(line for line in lines if line))
 
 

@@ -261,7 +261,7 @@ def _two(folder: Path) -> tuple[Path, Path] | None:
 
 def _unread(root: Path, places: dict[str, tuple[Path, Path]]) -> list[str]:
     used = {path.relative_to(root).parts[0] for split in places if split != "test" for path in places[split]}
-    lines = [unread(root, used)]
+    lines = [unread(root, subfolders(root), used)]
     if "test" in places and places["test"][0].relative_to(root).parts[0] in used:
         lines.append(f"{root}: its test images are not read; evaluate a trained model on them with --split test")
     return [line for line in lines if line]
