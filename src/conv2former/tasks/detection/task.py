@@ -51,7 +51,7 @@ class DetectionTask(DenseTask):
     )
     words = Words(
         tags=("object-detection",),
-        purpose="to find objects of its classes on an image, with a box for each, and a mask if it was trained with masks",
+        purpose="to find objects of its classes on an image, each with a box, and a mask if it was trained with masks",
         unknown="it may be taken for something else, or be passed over",
         heading="Objects",
         nothing="Nothing found with a score of 30% or more.",
