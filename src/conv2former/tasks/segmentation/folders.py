@@ -342,7 +342,7 @@ def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
         if data.classes is None:
             raise UserError(
                 f"nothing says which classes there are: add {root / CLASS_FILES[0]}, one name a line, or "
-                "--set data.classes=NUMBER"
+                "--set data.classes=NUMBER, or say what the values of the masks mean in data.mask_values"
             )
         names = [str(number) for number in range(data.classes)]
     if data.classes not in (None, len(names)):
