@@ -53,9 +53,9 @@ def test_a_recipes_hash_is_what_it_was(name: str) -> None:
 
 def test_a_run_of_the_earlier_finetune_keeps_its_hash() -> None:
     """What was written in that recipe, and is decided by the images today."""
-    model = ["model.needs_weights=false", "model.fit_head=false", "data.val_fraction=0.1"]
+    model = ["model.needs_weights=false", "model.fit_head=false", "model.drop_path_rate=0.1", "data.val_fraction=0.1"]
     augment = ["scale=[0.35,1.0]", "auto_augment=rand-m7-mstd0.5-inc1", "random_erasing=0.1", "label_smoothing=0.1"]
-    optim = ["base_lr=2e-4", "batch_size=64", "layer_decay=0.8", "head_lr=1"]
+    optim = ["base_lr=2e-4", "batch_size=64", "layer_decay=0.8", "head_lr=1", "ema_decay=null"]
     schedule = ["schedule.epochs=30", "schedule.warmup_epochs=3", "model.freeze_batchnorm=false"]
     settings = [*model, *(f"augment.{value}" for value in augment), *(f"optim.{value}" for value in optim), *schedule]
     recipe = load_recipe("finetune", overrides=settings)

@@ -240,6 +240,9 @@ class EngineSection(Section):
         return self
 
 
+Choices = dict[str, tuple[Any, str]]  # section.key -> value and the reason for it
+
+
 @dataclass(frozen=True)
 class Start:
     """What automatic settings are decided by.
@@ -248,6 +251,9 @@ class Start:
         images: Training images, those held out for validation among them.
         weights: Whether there are any to start from.
         gpu: Whether the training runs on one.
+        sharded: Whether FSDP shards the weights, of which there can be no moving average then.
+        epochs: If somebody has set them.
+        steps: Whether the length is set in steps.
         masks: Whether one of the objects has a mask.
         mean: Of the images that the weights were trained on; None where they do not say.
         std: Likewise.
@@ -256,12 +262,26 @@ class Start:
     images: int = 1000
     weights: bool = True
     gpu: bool = False
+    sharded: bool = False
+    epochs: int | None = None
+    steps: bool = False
     masks: bool = True
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
-
-Choices = dict[str, tuple[Any, str]]  # section.key -> value and the reason for it
+    def schedule(self, epochs: int, evaluations: int) -> Choices:
+        """The length, a tenth of it for warm-up, and the number of evaluations."""
+        if self.steps:  # epochs are then not used, and must not be named
+            named = {
+                key: ScheduleSection.model_fields[key].default for key in ("epochs", "warmup_epochs", "eval_every")
+            }
+            return {f"schedule.{key}": (value, "schedule.steps is set") for key, value in named.items()}
+        length = self.epochs or epochs
+        return {
+            "schedule.epochs": (length, f"{self.images:,} training images"),
+            "schedule.warmup_epochs": (round(length / 10, 1), "a tenth of the epochs"),
+            "schedule.eval_every": (max(length // evaluations, 1), f"about {min(evaluations, length)} evaluations"),
+        }
 
 
 class Recipe(Section):
@@ -377,7 +397,8 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     Raises:
         UserError: Unknown key or wrong type; the message names the nearest right one.
     """
-    known = config_class.choices(Start())
+    epochs, steps = _value(raw, "schedule.epochs"), _value(raw, "schedule.steps")
+    known = config_class.choices(Start(epochs=epochs if isinstance(epochs, int) else None, steps=steps is not None))
     left_open = config_class.left_open if isinstance(raw, dict) else ()
     auto = [key for key in known if _value(raw, key) == "auto" or (key in left_open and _value(raw, key) is None)]
     if auto:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ class Weights:
         architecture: timm's name of it, or of its backbone.
         args: Of ``timm.create_model`` that rebuild it, without the number of classes.
         cfg: timm's ``pretrained_cfg``; at least ``mean`` and ``std``.
+        recipe: What a detector or segmentation model was trained with, not checked.
         model: A timm name if timm publishes them, else None.
     """
 
@@ -42,6 +43,7 @@ class Weights:
     architecture: str
     args: dict[str, Any]
     cfg: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
 
     @property
@@ -91,11 +93,12 @@ def _saved(path: str) -> Weights:
         labels = config.get("label_names")
         cfg = cfg | (dict(label_names=labels) if labels else {})
         return Weights(path, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
-    recipe = read_dense(path, task).recipe.get("model")
-    own = recipe.get("args", {}) if isinstance(recipe, dict) else None
+    recipe = read_dense(path, task).recipe
+    section = recipe.get("model")
+    own = section.get("args", {}) if isinstance(section, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"the recipe in the config.json of {path} is damaged: save the model again")
-    return Weights(path, task, config["architecture"], own, config.get("pretrained_cfg", {}))
+    return Weights(path, task, config["architecture"], own, config.get("pretrained_cfg", {}), recipe)
 
 
 def _published(name: str) -> Weights:

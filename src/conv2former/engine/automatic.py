@@ -13,6 +13,7 @@ from conv2former.errors import UserError, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
+BY_THE_IMAGES = "detector.masks"  # whatever the weights have
 NORMALISATION = ("mean", "std")
 
 
@@ -61,9 +62,18 @@ def checked_weights(recipe: Recipe) -> Weights | None:
 
 def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool = True) -> Choices:
     """What is chosen for each setting that may be 'auto', for that number of training images."""
-    known: dict[str, Any] = weights.normalisation if weights else {}
-    start = Start(images=images, weights=weights is not None, gpu=on_nvidia_gpu(recipe), masks=masks, **known)
-    return recipe.choices(start)
+    known: dict[str, Any] = dict(weights.normalisation if weights else {})
+    schedule, machine = recipe.schedule, on_nvidia_gpu(recipe)
+    epochs = None if "schedule.epochs" in recipe.auto else schedule.epochs
+    known |= dict(epochs=epochs, steps=schedule.steps is not None, sharded=recipe.engine.strategy == "fsdp")
+    found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, masks=masks, **known))
+    if weights is not None and weights.task == recipe.task:  # its head has the shape that it was trained with
+        for key in set(found) - {BY_THE_IMAGES}:
+            section, _, name = key.partition(".")
+            own = weights.recipe.get(section)
+            if section not in Recipe.model_fields and section != "augment" and isinstance(own, dict) and name in own:
+                found[key] = (own[name], "of the weights")
+    return found
 
 
 def _say(found: Choices) -> None:

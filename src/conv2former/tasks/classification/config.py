@@ -59,25 +59,31 @@ class ClassificationRecipe(Recipe):
     @classmethod
     def choices(cls, start: Start) -> Choices:
         """By the number of training images (docs/log.md has the runs behind the numbers)."""
-        n = start.images
-        few, many = n < 1_000, n >= 50_000
-        size = 16 if n < 200 else 32 if n < 2_000 else 64
-        known = super().choices(start)
+        n, weights = start.images, start.weights
+        images, begin = f"{n:,} training images", "from pretrained weights" if weights else "from random weights"
+        few, many = n < 2_000, n >= 50_000
+        size = 16 if n < 200 else 32 if few else 64
+        epochs = 60 if n < 200 else 30 if few else 10 if many else 20
+        if not weights:
+            epochs *= 4
+        held = 0.02 if many else 0.1 if n >= 1_000 else 0.2
+        ema = (None, "there is none with FSDP") if start.sharded else (0.98 if few else 0.999, images)
         found: Choices = {
-            "data.val_fraction": ((0.2, "few images") if few else (0.02, "many images") if many else (0.1, "")),
-            "optim.batch_size": (size, f"{n:,} training images make {n // size} steps an epoch"),
-            "optim.base_lr": (2e-4, ""),
-            "optim.layer_decay": (0.8, ""),
-            "optim.head_lr": (1.0, ""),
-            "schedule.epochs": (20, ""),
-            "schedule.warmup_epochs": (2, ""),
-            "model.fit_head": (start.weights, ""),
-            "augment.scale": ((0.5, 1.0), ""),
-            "augment.auto_augment": (None, ""),
-            "augment.random_erasing": (0.0, ""),
-            "augment.label_smoothing": (0.1, ""),
+            "data.val_fraction": (held, f"{images}: {round(held * n):,} are enough to tell models apart"),
+            "model.fit_head": (weights, begin),
+            "model.freeze_batchnorm": (weights and few, f"{begin}, {images}"),
+            "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
+            "optim.batch_size": (size, f"{images} make {n // size} steps an epoch"),
+            "optim.base_lr": (5e-4 if weights else 1e-3, begin),
+            "optim.layer_decay": (0.9 if weights else None, begin),
+            "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),
+            "optim.ema_decay": ema,
+            "augment.scale": ((0.35, 1.0), "milder than ImageNet's"),
+            "augment.auto_augment": ("rand-m9-mstd0.5-inc1" if many else "rand-m5-mstd0.5-inc1", images),
+            "augment.random_erasing": (0.0 if few else 0.1, images),
+            "augment.label_smoothing": (0.1, "small sets are soon known by heart"),
         }
-        return known | found
+        return super().choices(start) | start.schedule(epochs, evaluations=epochs) | found
 
     @property
     def pairs(self) -> bool:

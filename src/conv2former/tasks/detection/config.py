@@ -88,7 +88,7 @@ class DetectionRecipe(Recipe):
         begin = "pretrained backbone" if weights else "random weights"
         sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] if start.gpu else [256, 288, 320]
         why = "" if start.masks else "no object has a mask: trained and evaluated for boxes"
-        return super().choices(start) | {
+        found: Choices = {
             "detector.masks": (start.masks, why),
             "data.short_side": (short, machine),
             "data.long_side": (long, machine),
@@ -104,6 +104,5 @@ class DetectionRecipe(Recipe):
             "optim.base_lr": (2e-4 if weights else 4e-4, begin),
             "optim.layer_decay": (0.9 if weights else None, begin),
             "optim.head_lr": (5.0 if weights else 1.0, begin),
-            "schedule.epochs": (epochs, f"{n:,} training images"),
-            "schedule.eval_every": (max(epochs // 6, 1), "six evaluations"),
         }
+        return super().choices(start) | start.schedule(epochs, evaluations=6) | found

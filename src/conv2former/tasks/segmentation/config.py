@@ -111,7 +111,7 @@ class SegmentationRecipe(Recipe):
         epochs = 80 if n < 200 else 40 if n < 2_000 else 20
         machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
         begin = "pretrained backbone" if weights else "random weights"
-        return super().choices(start) | {
+        found: Choices = {
             "data.short_side": (512 if start.gpu else 320, machine),
             "data.long_side": (2048 if start.gpu else 1280, machine),
             "data.crop_size": (512 if start.gpu else 256, machine),
@@ -121,6 +121,5 @@ class SegmentationRecipe(Recipe):
             "optim.base_lr": (2e-4 if weights else 4e-4, begin),
             "optim.layer_decay": (0.9 if weights else None, begin),
             "optim.head_lr": (5.0 if weights else 1.0, begin),
-            "schedule.epochs": (epochs, f"{n:,} training images"),
-            "schedule.eval_every": (max(epochs // 8, 1), "eight evaluations"),
         }
+        return super().choices(start) | start.schedule(epochs, evaluations=8) | found
