@@ -20,11 +20,12 @@ from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
 from conv2former.data.sampling import SampleKey, seed_cpu
 from conv2former.errors import UserError
-from conv2former.tasks.detection.coco import CocoSource, mask_trouble, open_coco, open_eval_coco
+from conv2former.tasks.detection.coco import CocoSource, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
 from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers, coco_rows
 from conv2former.tasks.detection.model.detector import Detections, paste_masks
+from conv2former.tasks.detection.objects import usable_mask
 from scenes import BLUE, RED, coco_entries, scene, write_coco
 
 DATA = DetectionDataSection(short_side=96, long_side=128)
@@ -83,19 +84,22 @@ def two_of_one_name(content: dict[str, Any]) -> None:
     [
         (
             no_key,
-            "1 values in 'images' are missing or of the wrong kind; the first: width of entry 1 must be",
+            "1 values in 'images' are missing or of the wrong kind; the first: width of entry 1 must be a whole",
         ),
         (lambda content: content.pop("annotations"), "has no list 'annotations': give COCO annotations"),
         (no_file, "1 of the 4 images that .* names are not in .*train2017: gone.png"),
         (no_category, "annotation 1 is of category 9, which it does not list"),
         (other_categories, "different categories (only in instances_train2017.json: star): make them match"),
-        (two_of_one_name, "category name block occurs more than once"),
+        (
+            two_of_one_name,
+            "category name block occurs more than once (id 7 with 3 objects, id 3 with 6 objects): rename",
+        ),
         (lambda content: content["annotations"].clear(), "no image with an object that counts"),
-        (lambda content: content["images"][2].update(file_name=5), "file_name of entry 2 must be a text, it is 5"),
-        (lambda content: content["images"][0].update(width="128"), "width of entry 0 must be a whole number"),
+        (lambda content: content["images"][2].update(file_name=[]), "file_name of entry 2 must be a text, it is "),
+        (lambda content: content["images"][0].update(width="wide"), "width of entry 0 must be a whole number"),
         (lambda content: content["images"][0].update(height=0), "height of entry 0 must be a whole number, it is 0"),
-        (lambda content: content["annotations"][3].update(image_id=[1]), "image_id of entry 3 must be a whole number"),
-        (lambda content: content["categories"][0].update(id="7"), "id of entry 0 must be a whole number, it is 7"),
+        (lambda content: content["annotations"][3].update(image_id=[1]), "image_id of entry 3 must be an id"),
+        (lambda content: content["categories"][0].update(id=True), "id of entry 0 must be an id, it is True"),
     ],
 )
 def test_damaged_annotations_are_one_line(tmp_path: Path, edit: Callable[[Any], Any], message: str) -> None:
@@ -133,13 +137,15 @@ def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path
 
     root = change(write_coco(tmp_path / "coco"), spoil)
     source = CocoSource(root / "train2017", root / "annotations" / "instances_train2017.json", say=said.append)
-    assert sum(len(source.objects_of(index)) for index in range(4)) == 9 - 6
-    assert len(said) == 5 and "1 of 9 objects whose box has no area are left out (ids 0)" in said[0]
+    assert sum(len(source.objects_of(index)) for index in range(4)) == 9 - 4
+    assert len(source.ground_truth(range(4))["annotations"]) == 9 - 2, "what has a box is never left out of the truth"
+    assert len(said) == 6 and "1 of 9 objects whose box has no area are not trained on (ids 0)" in said[0]
     for words in (
-        "2 of 9 objects whose box is not [x, y",
-        "outside of the image",
-        "without a mask",
-        "has not the image's size",
+        "2 of 9 objects whose box is not [x, y, width, height] are left out",
+        "lies outside of the image are not trained on",
+        "without a mask (segmentation) count for their boxes alone",
+        "has not the image's size count for their boxes alone",
+        "of 9 objects are crowds (iscrowd): not trained on",
     ):
         assert sum(words in line for line in said) == 1, words
 
@@ -160,15 +166,15 @@ def test_a_picture_of_another_size_is_a_bad_image(tmp_path: Path) -> None:
 
 
 def test_damaged_masks_are_named() -> None:
-    assert mask_trouble([[1, 2, 3, 4, 5, 6]], (8, 8)) is None
-    assert mask_trouble(encode_mask(np.ones((8, 9))), (9, 8)) is None
+    assert usable_mask([[1, 2, 3, 4, 5, 6]], (8, 8)) == ([[1, 2, 3, 4, 5, 6]], None)
+    assert usable_mask(encode_mask(np.ones((8, 9))), (9, 8))[1] is None
     for mask, words in (
         ([[1, 2, 3, 4]], "less than three points"),
         ([[1, 2, 3, 4, 5, 6, 7]], "less than three points"),
         ([[1, 2, 3, 4, 5, float("nan")]], "far outside"),
         ([[1, 2, 3, 4, 5, 1e10]], "far outside"),
         (["x"], "no list of polygons"),
-        ("abc", "size"),
+        ("abc", "neither polygons nor run lengths"),
         ([5], "less than three points"),
         ([], "without a mask"),
         (None, "without a mask"),
@@ -176,7 +182,8 @@ def test_damaged_masks_are_named() -> None:
         (dict(size=[30000, 30000], counts="00"), "size"),
         (encode_mask(np.ones((8, 9))), "size"),
     ):
-        assert words in str(mask_trouble(mask, (8, 8))), mask
+        found, trouble = usable_mask(mask, (8, 8))
+        assert found is None and words in str(trouble), mask
 
 
 def test_masks_survive_their_codes() -> None:

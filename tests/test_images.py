@@ -699,5 +699,6 @@ def test_every_extension_is_of_a_format_that_is_read(tmp_path):
     for extension in images.IMAGE_EXTENSIONS:
         (tmp_path / f"a{extension}").touch()
     assert len(find_images([tmp_path])) == len(images.IMAGE_EXTENSIONS)
-    known = {ext for ext, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")} | {".avif"}
+    known = {ext for ext, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+    known |= {".avif", ".heic", ".heif", ".hif"}
     assert set(images.IMAGE_EXTENSIONS) <= known

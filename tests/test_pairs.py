@@ -108,7 +108,7 @@ def test_bad_label_maps_are_bad_images(pairs: Path, tmp_path: Path) -> None:
     beyond = np.zeros((96, 128), np.uint8)
     beyond[:2, :3] = 7
     assert "6 pixels hold labels up to 7, the last of the 3 classes is 2" in reason(Image.fromarray(beyond))
-    assert "this is a RGB image" in reason(Image.new("RGB", (128, 96)))
+    assert "this is a RGB image" in reason(Image.new("RGB", (128, 96), (9, 0, 0)))
     assert "cannot" in reason(b"not a image") and "cannot" in reason(b"")
     for bits in (2, 4):  # which PNG optimisers make of small numbers
         write_grey_png(tmp_path / "grey.png", beyond % 3, bits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -80,6 +80,16 @@ class ImagesSection(Section):
     max_pixels: PositiveInt = Field(default=1 << 27, description="larger images count as images that cannot be read")
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+
+
+class AnnotatedSection(ImagesSection):
+    """Images with something that belongs to their pixels."""
+
+    exif: Literal["turn", "ignore"] = Field(
+        default="turn",
+        description="'turn' shows images as their EXIF orientation says, and masks as theirs does; 'ignore' leaves "
+        "both as they are stored, for annotations made so",
+    )
 
 
 class OptimSection(Section):
@@ -244,6 +254,7 @@ class Start:
         sharded: Whether FSDP shards the weights, of which there can be no moving average then.
         epochs: If somebody has set them.
         steps: Whether the length is set in steps.
+        masks: Whether one of the objects has a mask.
         mean: Of the images that the weights were trained on; None where they do not say.
         std: Likewise.
     """
@@ -254,6 +265,7 @@ class Start:
     sharded: bool = False
     epochs: int | None = None
     steps: bool = False
+    masks: bool = True
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
@@ -288,6 +300,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
     auto: tuple[str, ...] = Field(default=(), exclude=True)
+    left_open: ClassVar[tuple[str, ...]] = ()  # settings that are 'auto' unless the recipe says them
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
@@ -343,7 +356,9 @@ class Recipe(Section):
         """
         settings = self.settings()
         for section, later in LATER.items():
-            settings[section] = {k: value for k, value in settings[section].items() if later.get(k, ...) != value}
+            if section in settings:
+                given = settings[section].items()
+                settings[section] = {k: value for k, value in given if later.get(k, ...) != value}
         if settings["engine"]["compile"] == "auto":
             settings["engine"]["compile"] = False
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -369,6 +384,8 @@ FREE: dict[str, Any] = dict(
 # settings that came later, with what was done before: a recipe with these values keeps its hash
 LATER: dict[str, dict[str, Any]] = dict(
     model=dict(fit_head=False),
+    data=dict(exif="turn", mask_values=None),
+    detector=dict(masks=True),
     optim=dict(head_lr=1.0),
     engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),
 )
@@ -382,12 +399,14 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     """
     epochs, steps = _value(raw, "schedule.epochs"), _value(raw, "schedule.steps")
     known = config_class.choices(Start(epochs=epochs if isinstance(epochs, int) else None, steps=steps is not None))
-    auto = [key for key in known if _value(raw, key) == "auto"]
+    left_open = config_class.left_open if isinstance(raw, dict) else ()
+    auto = [key for key in known if _value(raw, key) == "auto" or (key in left_open and _value(raw, key) is None)]
     if auto:
         values = {key: value for key, (value, _) in known.items()}  # until they are decided
         raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
         for key in auto:
             section, name = key.split(".")
+            raw[section] = raw.get(section, {})
             raw[section][name] = values[key]
     try:
         return config_class.model_validate(raw)

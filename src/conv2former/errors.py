@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
@@ -39,6 +40,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr. That nobody reads any more is no reason to end a training."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def is_first() -> bool:
     """Whether this is the first process of a run, even before the processes are connected."""
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
@@ -47,4 +61,19 @@ def is_first() -> bool:
 def say_once(line: str) -> None:
     """Prints a line to stderr, on the first process alone."""
     if is_first():
-        print(line, file=sys.stderr, flush=True)
+        say(line)
+
+
+@contextlib.contextmanager
+def or_left_out(what: str) -> Iterator[None]:
+    """Says in a line that something cannot be drawn or written: the numbers are there, and a training is at its end.
+
+    What the disk refuses is raised.
+    """
+    try:
+        yield
+    except (OSError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # PIL, matplotlib and a task of somebody's raise nearly anything
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        say_once(f"left out: {what}: {kind}{one_line(error)[:200]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,14 @@ from conv2former_cli.common import (
 MOST_ROWS = 60  # of a table; what is between is left out
 
 
+class Split(StrEnum):
+    """Parts of a set of images."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
 @app.command()
 def evaluate(
     checkpoint: CheckpointArgument,
@@ -32,6 +41,9 @@ def evaluate(
     device: DeviceOption = "auto",
     source: Annotated[
         str | None, Option(help="Layout of a classifier's --data: class folders (the default), tar files, ...")
+    ] = None,
+    split: Annotated[
+        Split | None, Option(help="Part of --data, or of what the run was trained on: train, val or test.")
     ] = None,
     on_bad_image: Annotated[BadImages, Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
     multi_scale: Annotated[bool, Option("--multi-scale", help="Segmentation: six scales, also mirrored.")] = False,
@@ -55,6 +67,7 @@ def evaluate(
         workers=workers,
         device=device,
         source=source,
+        split=split.value if split else None,
         on_bad_image=on_bad_image.value,
         multi_scale=multi_scale,
         settings=tuple(set_ or []),

@@ -22,12 +22,14 @@ line to stderr, which says nothing that the `BadImage` does not.
 """
 
 import errno
+import importlib.util
 import io
 import os
 import re
 import stat
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -45,7 +47,8 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from conv2former.errors import UserError
+from conv2former.data import folders
+from conv2former.errors import UserError, printable, say_once
 
 IGNORED = 255  # in a mask: of no class
 # The most pixels, width times height, that `decode` takes unless told otherwise: half a gigabyte as Pillow holds RGB.
@@ -56,17 +59,19 @@ MAX_PIXELS = 1 << 27
 # file before anything is known of it, and a sparse file of a terabyte costs its author nothing.
 MAX_FILE_BYTES = 1 << 30
 # which files of a folder are images; `find_images` takes them in any case
-IMAGE_EXTENSIONS = (
+IMAGE_EXTENSIONS: tuple[str, ...] = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".avif"),
 )
+HEIC = importlib.util.find_spec("pillow_heif") is not None  # the extra is installed; it is imported for the first file
+IMAGE_EXTENSIONS += (".heic", ".heif", ".hif") * HEIC
 
 
 class BadImage(UserError):
     """A file that cannot be turned into an image."""
 
     def __init__(self, file: str, reason: str) -> None:
-        super().__init__(f"cannot read {_one_line(file)}: {_one_line(reason)}")
+        super().__init__(f"cannot read {printable(file)}: {printable(reason)}")
         self.file = file  # as the user knows it: a path, or the name given to `decode`
         self.reason = reason  # one line
 
@@ -137,7 +142,11 @@ _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 
 
 def decode(
-    source: str | Path | bytes | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: str | Path | bytes | BinaryIO,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    turn: bool = True,
 ) -> Image.Image:
     """Reads an image as 8-bit RGB; the module's text says what that means.
 
@@ -147,6 +156,7 @@ def decode(
         name: What to call the image in a `BadImage`; the path unless given.
         max_pixels: Larger images are refused before any of their pixels are decoded. For some formats Pillow has its
             own limit, 178,956,970 pixels.
+        turn: Whether the EXIF orientation is applied.
 
     Returns:
         An image of mode RGB without metadata, independent of the file.
@@ -160,29 +170,35 @@ def decode(
         raise TypeError(f"decode needs a path, bytes or a binary file, not {type(source).__name__}")
     try:
         with _binary(source) as stream:
-            return _decode(stream, max_pixels)
+            return _decode(stream, max_pixels, turn)
     except _Refused as error:
         raise BadImage(_name(source) if name is None else name, str(error)) from error.__cause__
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
+def find_images(paths: Sequence[str | Path], *, others: Counter[str] | None = None) -> list[Path]:
     """Lists the image files that the given paths stand for.
 
     A file is taken as it is, whatever its extension. A folder is searched through all its depths for the extensions in
-    `IMAGE_EXTENSIONS`, in natural order (`img2` before `img10`); hidden files and folders in it are skipped, links are
-    followed, and no folder is entered twice. What does not exist, and a folder that may not be listed, is returned as
-    it is: the caller, who reports each file's `BadImage` anyway, then reports this one with its reason.
+    `IMAGE_EXTENSIONS`, in natural order (`img2` before `img10`); hidden files and folders in it are skipped, as
+    are thumbnails, run folders and what `predict` has drawn; links are followed, no folder is entered twice. What does
+    not exist, and a folder that may not be listed, is returned as it is: the caller, who reports each file's `BadImage`
+    anyway, then reports this one with its reason. The files that are passed over are counted in `others`.
     """
     if isinstance(paths, _PATH):
         paths = [paths]  # a string is a sequence of strings, too
-    return [file for path in paths for file in (_walk(path) if os.path.isdir(path) else [Path(path)])]
+    others = Counter() if others is None else others
+    return [file for path in paths for file in (_walk(path, others) if os.path.isdir(path) else [Path(path)])]
 
 
 def given_images(paths: Sequence[str | Path]) -> list[Path]:
-    """``find_images``; raises UserError where there is none."""
-    files = find_images(paths)
+    """``find_images``, with a line about the files that are passed over; raises UserError where there is none."""
+    others: Counter[str] = Counter()
+    files = find_images(paths, others=others)
+    where, rest = ", ".join(map(str, paths)), folders.passed_over(others)
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths))}")
+        raise UserError(f"no images in {where}" + (f": {rest}" if rest else ""))
+    if rest:
+        say_once(f"{printable(where)}: not read: {rest}")
     return files
 
 
@@ -217,12 +233,11 @@ def _binary(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[Bin
         raise _refusal(error) from error
 
 
-def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
+def _decode(stream: BinaryIO, max_pixels: int, turn: bool) -> Image.Image:
     file_format = None
     try:
         file_format = _sniff(stream.read(_HEAD))
-        if file_format not in _PLUGINS:
-            raise _Refused(f"{file_format} is not read here; convert it to PNG or JPEG first")
+        plugin = _plugin(file_format)
         if file_format != "TIFF" and stream.seek(0, io.SEEK_END) > MAX_FILE_BYTES:
             raise _Refused(f"it is larger than {MAX_FILE_BYTES:,} bytes")
         # Not through Image.open: that warns of large images, and silencing a warning is a change to the whole
@@ -230,7 +245,7 @@ def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
         # first frame exceeds its screen, and a TIFF too large for Pillow's own limit, though not for ours.
         stream.seek(0)
         with _no_size_warning() if file_format == "GIF" else nullcontext():
-            image = _PLUGINS[file_format](stream, "")
+            image = plugin(stream, "")
         width, height = image.size
         if width * height > max_pixels:
             raise _Refused(f"its {width} x {height} pixels are more than the limit of {max_pixels:,}")
@@ -239,8 +254,8 @@ def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
         with _no_size_warning() if large else nullcontext():
             image.load()
         rgb = _rgb(image)
-        if (turn := _TRANSPOSE.get(_orientation(image))) is not None:
-            rgb = rgb.transpose(turn)
+        if turn and (way := _TRANSPOSE.get(_orientation(image))) is not None:
+            rgb = rgb.transpose(way)
         elif rgb is image:
             rgb = rgb.copy()  # into a plain Image, which holds on to nothing of the file
         rgb.info = {}  # the EXIF in there would have the next reader turn the image once more
@@ -251,6 +266,29 @@ def _decode(stream: BinaryIO, max_pixels: int) -> Image.Image:
         # Pillow's plugins raise nearly anything on a damaged file: OSError, SyntaxError, ValueError, struct.error,
         # zlib.error, AssertionError, OverflowError, MemoryError. A bug of ours would look the same: tests look for it.
         raise _refusal(error, file_format) from error
+
+
+def _plugin(file_format: str) -> type[ImageFile]:
+    """Pillow's class for a format; raises ``_Refused`` where it is not read."""
+    if file_format == "HEIC" and HEIC and file_format not in _PLUGINS:
+        from pillow_heif.as_plugin import HeifImageFile
+
+        _PLUGINS[file_format] = HeifImageFile
+    if file_format not in _PLUGINS:
+        way = "install its reader with pip install pillow-heif, or " * (file_format in ("HEIC", "AVIF"))
+        raise _Refused(f"{file_format} is not read here; {way}convert it to PNG or JPEG first")
+    return _PLUGINS[file_format]
+
+
+def turned(file: Path) -> bool:
+    """Whether the EXIF of an image file turns or mirrors it; not of one that cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            image = _plugin(_sniff(stream.read(_HEAD)))
+            stream.seek(0)
+            return _orientation(image(stream, "")) in _TRANSPOSE
+    except Exception:  # Pillow raises nearly anything; whoever decodes it says so
+        return False
 
 
 def _refusal(error: Exception, file_format: str | None = None) -> _Refused:
@@ -367,9 +405,9 @@ def _orientation(image: ImageFile) -> int:
     return 1
 
 
-def _walk(folder: str | Path) -> list[Path]:
+def _walk(folder: str | Path, others: Counter[str]) -> list[Path]:
     found: list[Path] = []
-    entered = set()
+    entered = folders.above(folder)
     waiting = [(str(folder), True)]  # the next one last
     while waiting:
         path, is_folder = waiting.pop()
@@ -377,28 +415,25 @@ def _walk(folder: str | Path) -> list[Path]:
             found.append(Path(path))
             continue
         try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in entered:
+            if (key := folders.identity(path)) in entered:
                 continue
-            entered.add((status.st_dev, status.st_ino))
+            entered.add(key)
             with os.scandir(path) as entries:
-                inside = [(entry.name, entry.path, _is_folder(entry)) for entry in entries]
+                inside = [(entry.name, entry.path, folders.is_folder(entry)) for entry in entries]
         except OSError:
             found.append(Path(path))
             continue
+        if path != str(folder) and folders.result({name for name, _, _ in inside}):
+            continue
         inside.sort(key=lambda item: _natural(item[0]), reverse=True)
         for name, path, is_folder in inside:
-            image = is_folder or os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-            if image and not name.startswith("."):
-                waiting.append((path, is_folder))
+            if is_folder:
+                waiting += [(path, True)] * (not folders.is_junk(name))
+            elif folders.ends_in(name, IMAGE_EXTENSIONS):
+                waiting.append((path, False))
+            else:
+                folders.count_other(name, others)
     return found
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -414,8 +449,3 @@ def _name(source: str | Path | bytes | BinaryIO) -> str:
         return "<bytes>"
     name = getattr(source, "name", None)  # a number for a file opened by its descriptor
     return name if isinstance(name, str) else "<stream>"
-
-
-def _one_line(text: str) -> str:
-    """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from timm.utils.misc import natural_key
 
-from conv2former.errors import UserError
+from conv2former.data.images import turned
+from conv2former.errors import UserError, printable, some
+
+MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
+MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
+MOST_HEADERS = 500  # images whose EXIF is looked at
+EXIF_OPTION = "--set data.exif=ignore"
+HASHED_BYTES = 1 << 20
 
 
 class Source(Protocol):
@@ -39,6 +50,87 @@ class Splits(Protocol):
     def digest(self) -> str:
         """A hash of the images and what is known of them, by which a resumed run knows its data."""
         ...
+
+
+def notes(*sources: Any) -> list[str]:
+    """What sources have to say of their files, as far as they say anything (``notes``), each line once."""
+    return list(dict.fromkeys(line for source in sources for line in getattr(source, "notes", ())))
+
+
+def remarks(splits: Splits) -> list[str]:
+    """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
+    twice = repeated(splits.train, splits.val)
+    return notes(splits.train, splits.val, splits) + ([twice] if twice else [])
+
+
+def spread(count: int, most: int) -> list[int]:
+    """All numbers below ``count``, or ``most`` that are spread evenly."""
+    return [index * count // most for index in range(most)] if count > most else list(range(count))
+
+
+def repeated(train: Any, val: Any) -> str | None:
+    """The line about validation images that are training images, too, byte for byte; of large sets a part is looked at.
+
+    Args:
+        train: A source; nothing is looked at unless it has ``file(index)``, the path of an image.
+        val: Likewise.
+    """
+    if not (hasattr(train, "file") and hasattr(val, "file")):
+        return None
+    by_size: dict[int, list[int]] = {}
+    for index in spread(len(train), MOST_LOOKED_AT):
+        if (size := _size(train.file(index))) and len(by_size.get(size, ())) < MOST_ALIKE:
+            by_size.setdefault(size, []).append(index)
+    content = functools.cache(_content)
+    looked, twins = spread(len(val), MOST_LOOKED_AT // 10), []
+    for index in looked:
+        file = val.file(index)
+        alike = by_size.get(_size(file), [])
+        twin = next((other for other in alike if content(train.file(other)) == content(file)), None)
+        if twin is not None:
+            twins.append(f"{val.name(index)} is {train.name(twin)}")
+    if not twins:
+        return None
+    part = "" if len(looked) == len(val) else " that were looked at"
+    what = f"{len(twins):,} of the {len(looked):,} validation images{part} are training images, too"
+    return printable(f"{what} ({some(twins, 2)}): what is measured on them says nothing about new images")
+
+
+def _size(file: str | Path | None) -> int:
+    """In bytes; 0 where there is no file."""
+    try:
+        return os.stat(file).st_size if file else 0
+    except OSError:
+        return 0
+
+
+def _content(file: str | Path) -> bytes:
+    """A hash of a file, of a large one of its beginning; of one that cannot be read its name."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.sha256(stream.read(HASHED_BYTES)).digest()
+    except OSError:
+        return os.fsencode(file)
+
+
+def exif_remark(files: Sequence[Path], what: str) -> list[str]:
+    """The line about images that EXIF turns, if there are any; of many a part is looked at.
+
+    Args:
+        files: The images.
+        what: What belongs to their pixels, in words.
+    """
+    looked = [files[index] for index in spread(len(files), MOST_HEADERS)]
+    count = sum(turned(file) for file in looked)
+    what = f"{what} are taken to be those of the turned image; if they follow the pixels as stored, add {EXIF_OPTION}"
+    return [f"{count} of {len(looked)} images are turned by their EXIF orientation: {what}"] if count else []
+
+
+def stored_pixels(file: Path, wanted: tuple[int, int], size: tuple[int, int]) -> str:
+    """What to add to the message about an image of another size than is said of it, where EXIF may be the reason."""
+    if wanted != size[::-1] or not turned(file):
+        return ""
+    return f"; its EXIF orientation turns it: for what follows the pixels as stored add {EXIF_OPTION}"
 
 
 def given_folder(root: Path | None, what: str) -> Path:

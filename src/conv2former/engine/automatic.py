@@ -14,6 +14,7 @@ from conv2former.errors import UserError, is_first, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
+BY_THE_IMAGES = "detector.masks"  # whatever the weights have
 NORMALISATION = ("mean", "std")
 
 
@@ -40,7 +41,7 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
         else:
             recipe, splits = recipe.settled({HELD_OUT: fraction[0]}), again
             _say({HELD_OUT: fraction})
-    found = choices(recipe, weights, len(splits.train))
+    found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     _say({key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
     return recipe.settled({key: value for key, (value, _) in found.items()}), splits
 
@@ -64,15 +65,15 @@ def checked_weights(recipe: Recipe) -> Weights | None:
     return weights
 
 
-def choices(recipe: Recipe, weights: Weights | None, images: int) -> Choices:
+def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool = True) -> Choices:
     """What is chosen for each setting that may be 'auto', for that number of training images."""
     known: dict[str, Any] = dict(weights.normalisation if weights else {})
     schedule, machine = recipe.schedule, on_nvidia_gpu(recipe)
     epochs = None if "schedule.epochs" in recipe.auto else schedule.epochs
     known |= dict(epochs=epochs, steps=schedule.steps is not None, sharded=recipe.engine.strategy == "fsdp")
-    found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, **known))
+    found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, masks=masks, **known))
     if weights is not None and weights.task == recipe.task:  # its head has the shape that it was trained with
-        for key in found:
+        for key in set(found) - {BY_THE_IMAGES}:
             section, _, name = key.partition(".")
             own = weights.recipe.get(section)
             if section not in Recipe.model_fields and section != "augment" and isinstance(own, dict) and name in own:
@@ -82,4 +83,5 @@ def choices(recipe: Recipe, weights: Weights | None, images: int) -> Choices:
 
 def _say(found: Choices) -> None:
     for key, (value, reason) in found.items():
-        say_once(f"  {key}={value}  ({reason})")
+        if reason:
+            say_once(f"  {key}={value}  ({reason})")

@@ -13,11 +13,11 @@ from lightning.fabric.utilities import move_data_to_device
 
 from conv2former.data.loading import checked, eval_loader
 from conv2former.data.sampling import EvalSampler
-from conv2former.data.sources import Source, Splits
+from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import pick_device
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, one_line, or_left_out, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
 from conv2former.tasks import TASKS, load, task_class, task_names
@@ -109,6 +109,7 @@ def evaluate(
     workers: int = 2,
     device: str = "auto",
     source: str | None = None,
+    split: Literal["train", "val", "test"] | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
     multi_scale: bool = False,
     settings: Sequence[str] = (),
@@ -124,6 +125,7 @@ def evaluate(
         workers: Processes that read images.
         device: 'auto', 'cpu', 'cuda', ...
         source: How a classifier's ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds'.
+        split: Which part of the images: 'train', 'val' or 'test'; without ``data`` of what the run was trained on.
         on_bad_image: 'error', or 'skip' to leave out what cannot be read.
         multi_scale: Whether a segmentation model sees every image at six scales and mirrored.
         settings: Changes ``data.key=value`` to the recipe of a detector or segmentation model.
@@ -136,22 +138,24 @@ def evaluate(
     """
     checkpoint, data, out = Path(checkpoint), None if data is None else Path(data), None if out is None else Path(out)
     task = load(checkpoint)
-    set_options(task, batch_size=batch_size, source=source, multi_scale=multi_scale or None)
+    set_options(task, batch_size=batch_size, source=source, split=split, multi_scale=multi_scale or None)
     if settings and (data is None or "settings" not in task.options):
         raise UserError("--set says how the --data of a detector or segmentation model lies: leave it out")
     if settings:
         task.recipe = with_settings(task.recipe, [*settings], section="data")
     run, max_pixels = RunDir(checkpoint), None
     if data is None and run.exists():
-        images: Any = validation_set(run).val
+        images: Any = _own_images(run, task, split)
         max_pixels = run.recipe().data.max_pixels
     else:
         images = task.eval_source(data)
+    for line in notes(images):
+        say_once(line)
     task.to(pick_device(device))
     evaluation = evaluate_task(
         task, images, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_pixels=max_pixels
     )
-    folder = out or _report_folder(run, data, multi_scale=multi_scale)
+    folder = out or _report_folder(run, data, split, multi_scale=multi_scale)
     if folder:
         facts = dict(checkpoint=str(checkpoint), data=str(data) if data else None)
         write_report(task, evaluation, images, folder, **facts)
@@ -180,17 +184,32 @@ def write_report(task: Task, evaluation: Evaluation, source: Source, folder: Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
-        task.draw(evaluation, source, folder)
+        with or_left_out("images of the report"):
+            task.draw(evaluation, source, folder)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None
 
 
-def _report_folder(run: RunDir, data: Path | None, *, multi_scale: bool) -> Path | None:
+def _report_folder(run: RunDir, data: Path | None, split: str | None, *, multi_scale: bool) -> Path | None:
     if not run.exists():
         return None
+    own = data is None and split == "val"  # what is evaluated without any option
+    words = [data.resolve().name if data else "", "" if own else split or "", "multi_scale" if multi_scale else ""]
+    name = "_".join(word for word in words if word)
+    return run.path / "evaluations" / name if name else run.path
+
+
+def _own_images(run: RunDir, task: Task, split: str | None) -> Any:
+    """A part of what a run was trained on; raises UserError where there is no such part."""
+    if split != "test":
+        splits = validation_set(run)
+        return splits.train if split == "train" else splits.val
+    data = recorded_data(run.facts())
     if data is None:
-        return run.path / "evaluations" / "multi_scale" if multi_scale else run.path
-    return run.path / "evaluations" / (data.resolve().name + ("_multi_scale" if multi_scale else ""))
+        raise UserError(f"the images of {run.path} come with the recipe and have no test part: name some with --data")
+    if "source" in task.options:
+        set_options(task, source=run.recipe().data.source)  # type: ignore[attr-defined]
+    return task.eval_source(data)
 
 
 def validation_set(run: RunDir) -> Splits:

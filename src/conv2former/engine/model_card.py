@@ -43,7 +43,8 @@ def write_card(folder: Path, checkpoint: Path, run: RunDir | None, *, exported: 
     try:
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return
-        replace_text(path, card(read_json(find_model(checkpoint)[0]), run, exported=exported))
+        text = card(read_json(find_model(checkpoint)[0]), run, exported=exported)
+        replace_text(path, text.encode("utf-8", "backslashreplace").decode())  # names of classes may hold any bytes
     except OSError as error:
         raise UserError(f"cannot write {path}: {one_line(error)}") from None
 

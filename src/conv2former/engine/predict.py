@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import pick_device
 from conv2former.engine.evaluate import set_options
@@ -20,7 +21,6 @@ from conv2former.files import free_name
 from conv2former.tasks import load
 from conv2former.tasks.base import Prediction, Task
 
-ANNOTATED = ".predicted.png"
 BATCH = 16  # images of a forward pass, of a task that takes several
 
 
@@ -79,7 +79,7 @@ def run_predict(
         failed += isinstance(found, BadImage)
         print(_json(_row(file, found)), flush=True)
         if out and isinstance(found, Prediction):
-            _write(found.draw(decode(file)), out, free_name(file.stem, ANNOTATED, taken))
+            _write(found.draw(decode(file)), out, free_name(file.stem, DRAWN, taken))
     if failed:
         print(f"{failed} of {total} files could not be read", file=sys.stderr)
     return 1 if failed else 0

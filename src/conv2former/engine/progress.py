@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from conv2former.errors import say
 
 LINE_INTERVAL = 15.0  # seconds between lines where there is no terminal
 FIRST_LINE = 3.0  # seconds of training behind the first one, which says how long it will take
@@ -63,7 +64,7 @@ class Ticker:
         """Prints a line now."""
         self.last = time.monotonic()
         if self.enabled:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
 
 class TrainingProgress:

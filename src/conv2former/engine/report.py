@@ -10,7 +10,7 @@ import torch
 from conv2former.engine.evaluate import evaluate_task, write_report
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError
+from conv2former.errors import UserError, or_left_out
 from conv2former.tasks import load
 from conv2former.tasks.base import Evaluation
 from conv2former.viz import plots
@@ -32,9 +32,12 @@ def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: tor
     evaluation = evaluate_task(task, source, batch_size=batch_size, **options)
     write_report(task, evaluation, source, run.path)
     if recipe.brings_data:
-        _write_samples(run, source)
-    plots.learning_curves(run.rows(), run.path / "learning_curves.png")
-    write_card(run.best, run.best, run)
+        with or_left_out("samples"):
+            _write_samples(run, source)
+    with or_left_out("learning curves"):
+        plots.learning_curves(run.rows(), run.path / "learning_curves.png")
+    with or_left_out("the model card"):
+        write_card(run.best, run.best, run)
     return evaluation
 
 

@@ -12,6 +12,7 @@ import torch
 from conv2former.config import Recipe
 from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
+from conv2former.data.sources import remarks
 from conv2former.engine.automatic import settled
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
@@ -111,7 +112,7 @@ def train(
                     facts_now = dict(changes=changes, operations=trainer.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **facts_now)
                 fabric.barrier()
-                for line in start_lines(asked, recipe, fabric.device):
+                for line in (*remarks(splits), *start_lines(asked, recipe, fabric.device)):
                     say_once(line)
                 _fit(trainer, run, resumed=resume)
         except (UserError, Interrupted) as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -37,7 +36,7 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.state import Fetched, TrainState, full_state_dict, parameter_norm
 from conv2former.engine.torch_settings import cudnn_benchmark, fused_optimizer
-from conv2former.errors import UserError
+from conv2former.errors import UserError, say
 from conv2former.ops import backend_for
 from conv2former.tasks.base import Task
 
@@ -365,7 +364,7 @@ class Trainer:
 
     def _say_once(self, message: str) -> None:
         if self.fabric.is_global_zero:
-            print(message, file=sys.stderr, flush=True)
+            say(message)
 
     def _contents(self) -> dict[str, Any]:
         scaler = self.fabric.strategy.precision.state_dict()  # of float16's loss, empty otherwise

@@ -24,9 +24,14 @@ DIVISOR = 32  # of the sides that the networks take
 
 
 class DenseTask(Task):
-    """A task whose network is an ``OnBackbone``."""
+    """A task whose network is an ``OnBackbone``.
 
-    options = frozenset({"settings"})
+    Attributes:
+        split: Which part of the images is evaluated: 'train', 'val', 'test'; None for what is validated on, or all.
+    """
+
+    options = frozenset({"settings", "split"})
+    split: str | None = None
 
     @classmethod
     @abstractmethod

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from conv2former.data.images import IGNORED
+from conv2former.errors import printable
 
 STRENGTH = 0.55  # of an overlay's colour
 LINE = 22  # height of a line of the legend, pixels
@@ -33,7 +34,7 @@ def label_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image.Image:
     """Names of some classes in their colours, as many a line as fit."""
     font = ImageFont.load_default(14)
-    names = [(int(index), classes[int(index)]) for index in shown if int(index) < len(classes)]
+    names = [(int(index), printable(classes[int(index)])) for index in shown if int(index) < len(classes)]
     positions: list[tuple[int, int]] = []
     left, row = 6, 0
     for _, name in names:
@@ -65,6 +66,20 @@ def side_by_side(images: Sequence[Image.Image], *, vertical: bool = False, gap: 
     return sheet
 
 
+def own_colours(labels: Sequence[int]) -> list[int]:
+    """Numbers for ``colour``: of their classes, or of the objects where all are of one class."""
+    return list(range(len(labels))) if len({*labels}) == 1 else list(labels)
+
+
+def outline(inside: np.ndarray, width: int) -> np.ndarray:
+    """The pixels of a mask (H, W) of bool that lie at most ``width`` from its edge."""
+    inner = np.pad(inside, width)
+    for axis in (0, 1):  # shrunk by a square, one axis after the other
+        shifted = [np.roll(inner, shift, axis) for shift in range(-width, width + 1)]
+        inner = np.logical_and.reduce(shifted)
+    return inside & ~inner[width:-width, width:-width]
+
+
 def objects(
     image: Image.Image,
     boxes: Sequence[Sequence[float]],
@@ -72,16 +87,20 @@ def objects(
     colours: Sequence[int],
     masks: Iterable[np.ndarray | None],
 ) -> Image.Image:
-    """The image with masks (H, W), boxes (x0, y0, x1, y1 in its pixels) and captions in colours of ``colour``."""
-    pixels = np.array(image)
+    """The image with masks (H, W), boxes (x0, y0, x1, y1 in its pixels) and captions in colours of ``colour``.
+
+    A mask's outline is drawn in the full colour, by which neighbours are told apart.
+    """
+    pixels, side = np.array(image), max(image.size)
     for mask, index in zip(masks, colours, strict=True):
         if mask is not None:
             inside = mask.astype(bool)
             pixels[inside] = (pixels[inside] * (1 - STRENGTH) + np.array(colour(index)) * STRENGTH).astype(np.uint8)
+            pixels[outline(inside, max(1, side // 400))] = colour(index)
     sheet = Image.fromarray(pixels)
-    canvas, side = ImageDraw.Draw(sheet), max(image.size)
+    canvas = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(max(12, side // 50))
-    for box, caption, index in zip(boxes, captions, colours, strict=True):
+    for box, caption, index in zip(boxes, map(printable, captions), colours, strict=True):
         left, top, right, bottom = (float(value) for value in box)
         corners = left, top, max(right, left), max(bottom, top)
         canvas.rectangle(corners, outline=colour(index), width=max(2, side // 400))
@@ -106,5 +125,5 @@ def with_bars(image: Image.Image, bars: Sequence[tuple[str, float]]) -> Image.Im
     for i, (name, probability) in enumerate(bars):
         above = image.height + 6 + line * i
         canvas.rectangle((0, above, max(round(width * probability), 1), above + line - 6), fill="#bcd7f0")
-        canvas.text((8, above), f"{name}  {probability:.1%}", fill="black", font=font)
+        canvas.text((8, above), f"{printable(name)}  {probability:.1%}", fill="black", font=font)
     return sheet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conv2former.errors import UserError
+from conv2former.errors import UserError, printable
 
+warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # of names in other alphabets: boxes will do
 X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 GOOD, BAD = "#1b7f4b", "#b3261e"
@@ -53,7 +55,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         lr.plot(at_steps, _column(steps, "lr"), **dots)
         speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
         waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
-        legend[f"{name}: {_best(epochs)}".replace("$", r"\$")] = line  # a dollar would begin a formula
+        legend[drawable(f"{name}: {_best(epochs)}")] = line
     if alone:
         loss.legend()
         accuracy.legend()
@@ -72,6 +74,11 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         axes.grid(alpha=0.3)
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=1 if len(runs) < 7 else 2)
     figure.savefig(path, dpi=110)
+
+
+def drawable(text: str) -> str:
+    """A text as matplotlib takes it: a dollar would begin a formula, and bytes that are no text end in an error."""
+    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
 def _positions(name: str, rows: list[dict[str, Any]], x: str) -> Callable[[list[dict[str, Any]]], np.ndarray]:
@@ -121,8 +128,9 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title=f"{int(np.trace(matrix))} of {int(matrix.sum())} correct")
     if labelled:
-        axes.set_xticks(range(count), classes, rotation=90)
-        axes.set_yticks(range(count), classes)
+        names = [drawable(name) for name in classes]
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), names)
     if count <= 25:
         for i, j in zip(*np.nonzero(matrix), strict=True):
             colour = "white" if fractions[i, j] > 0.5 else "black"
@@ -146,7 +154,7 @@ def prediction_sheet(
             axes.set_axis_off()
         for axes, (image, caption, correct) in zip(grid, items, strict=False):
             axes.imshow(image, interpolation="nearest" if max(image.size) <= 64 else "antialiased")
-            axes.set_title(caption, fontsize=8, color=GOOD if correct else BAD)
+            axes.set_title(drawable(caption), fontsize=8, color=GOOD if correct else BAD)
     figure.savefig(path, dpi=110)
 
 

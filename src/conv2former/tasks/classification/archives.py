@@ -15,9 +15,11 @@ from typing import Any
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import extract_tarinfos
 
+from conv2former.data.folders import find_splits, is_junk
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, BadImage, decode
 from conv2former.data.sources import in_order
 from conv2former.errors import UserError, one_line
+from conv2former.tasks.classification.sources import numbered
 
 MAX_OPEN = 128
 """Tar files that a process keeps open; ImageNet-22k as one tar per class would take 21,841."""
@@ -122,10 +124,7 @@ class TarSource(ArchiveSource):
         loose = next((image for image in found if "/" not in image[0]), None)
         if loose:
             raise UserError(f"{loose[2]} in {root} lies in no class folder: make the tar file anew without it")
-        names = [image[0].rsplit("/", 2)[-2] for image in found]
-        self.classes = sorted(set(names), key=in_order)
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.targets = [numbers[name] for name in names]
+        self.classes, self.targets = numbered(_class_folders(found, alone=root.is_file()))
 
 
 class ShardSource(ArchiveSource):
@@ -173,6 +172,23 @@ class ShardSource(ArchiveSource):
             for name, offset, size, value in _samples(shard):
                 values.append(value)
                 yield number, name, offset, size
+
+
+def _class_folders(found: Sequence[tuple[str, int, str, int, int]], *, alone: bool) -> list[str]:
+    """The class of each image (label and name, file, name in it, ...): the first folder in its tar file, or the file.
+
+    A tar file whose images do not all lie in folders names their class itself. A folder around all class folders
+    (``train/``, or any in a single tar file) is none.
+    """
+    paths = [_parts(name) for _, _, name, _, _ in found]
+    loose = {image[1] for image, parts in zip(found, paths, strict=True) if len(parts) < 2}
+    around = {parts[0] for parts in paths}
+    packed = len(around) == 1 and min(map(len, paths)) > 2 and (alone or find_splits(around))
+    names = []
+    for image, parts in zip(found, paths, strict=True):
+        label = _parts(image[0])[0] if image[1] in loose else parts[int(bool(packed))]
+        names.append(label)
+    return names
 
 
 def tar_files(folder: Path) -> list[Path]:
@@ -228,7 +244,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _hidden(parts: Sequence[str]) -> bool:
-    return any(part.startswith(".") for part in parts)
+    return any(part.startswith(".") or is_junk(part) for part in parts)
 
 
 def _scan(path: Path) -> Iterator[tuple[str, int, int]]:

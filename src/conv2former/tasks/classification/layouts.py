@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from conv2former.data.folders import SPLITS, find_splits, one_form, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import given_folder
-from conv2former.errors import UserError, nearest, some
+from conv2former.errors import UserError, nearest, printable, some
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
 from conv2former.tasks.classification.sources import (
@@ -26,6 +26,8 @@ from conv2former.tasks.classification.sources import (
     hfds_splits,
 )
 
+NAMED = 20  # classes that are named before the first step
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -33,6 +35,15 @@ class Splits:
 
     train: ImageSource
     val: ImageSource
+    unread: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What lies beside them and is not read, the classes with their numbers of training images."""
+        counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
+        each = [f"{printable(name)} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
+        total = f"{len(self.train):,} training and {len(self.val):,} validation images"
+        return [*filter(None, [self.unread]), f"{len(each):,} classes: {some(each, NAMED)}; {total}"]
 
     def digest(self) -> str:
         """A hash of the names and classes of all images, by which a resumed run knows its data."""
@@ -51,11 +62,12 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
     ``root`` holds a training and a validation set in the layout of ``data.source``, or, with ``data.val_fraction``, one
     set of which a stratified fraction is held out; the split depends on the seed and the files.
 
-    - folder: ``train/`` and ``val/`` (or ``validation/``) with class folders, or class folders alone.
+    - folder: ``train/`` and ``val/`` with class folders, or class folders alone.
     - tar: ``train.tar`` and ``val.tar``, or ``train/`` and ``val/`` with tar files, or tar files alone.
     - wds: shards ``train-*.tar`` and ``val-*.tar``, or of any name alone.
-    - hfds: the splits 'train' and 'validation', 'val' or 'test', or one of any name alone; ``root`` may be a name on
-      the hub.
+    - hfds: the splits 'train' and 'validation', or one of any name alone; ``root`` may be a name on the hub.
+
+    'val' is also called 'valid' or 'validation', each in upper and lower case; 'test' is never validated on.
 
     Raises:
         UserError: Missing or damaged data, no images, no validation set, fewer than two classes, classes that differ.
@@ -65,39 +77,52 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
             raise UserError(f"the recipe brings its own images and would ignore {root}: leave --data out")
         return _split(DigitsSource(), data.val_fraction, seed)
     layout = _layout(data.source, root)
-    if layout.train is None:
-        if layout.val or not data.val_fraction:
+    return replace(_opened(layout, root, data.val_fraction, seed), unread=layout.unread)
+
+
+def _opened(layout: _Layout, root: Path | None, fraction: float, seed: int) -> Splits:
+    words, parts = layout.words, layout.parts
+    if "train" not in parts:
+        if parts or not fraction:
+            raise UserError(f"no {words[0]} in {root}: give {words[2]} alone with --set data.val_fraction=0.1")
+        return _split(layout.alone(), fraction, seed)
+    if "val" not in parts:
+        if not fraction:
             raise UserError(
-                f"no {layout.words[0]} in {root}: give {layout.words[2]} alone with --set data.val_fraction=0.1"
+                f"no {words[1]} in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1"
+                + "; the test images are not validated on" * ("test" in parts)
             )
-        return _split(layout.alone(), data.val_fraction, seed)
-    if layout.val is None:
-        if not data.val_fraction:
-            raise UserError(
-                f"no {layout.words[1]} in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1"
-            )
-        return _split(layout.train(), data.val_fraction, seed)
-    splits = Splits(layout.train(), layout.val())
+        return _split(parts["train"](), fraction, seed)
+    splits = Splits(parts["train"](), parts["val"]())
+    _respell(splits.val, splits.train.classes)
     _check_same_classes(splits)
     _put_in_order(splits.val, splits.train.classes)
     _check_class_count(splits.train)
     return splits
 
 
-def open_eval_source(root: Path | None, classes: list[str], *, kind: str = "folder") -> ImageSource:
+def open_eval_source(
+    root: Path | None, classes: list[str], *, kind: str = "folder", split: str | None = None
+) -> ImageSource:
     """The images to evaluate a model with these classes on, targets in the order of ``classes``.
 
-    ``root`` holds a validation set as ``open_splits`` describes it, or one set alone. ``kind`` is a ``data.source``;
-    'digits' stands for folders here, since images are named.
+    ``root`` holds a validation set as ``open_splits`` describes it, or one set alone; ``split`` is 'train', 'val' or
+    'test' for that part of it. ``kind`` is a ``data.source``; 'digits' stands for folders here, since images are named.
 
     Raises:
         UserError: Missing or damaged data, no images, training images alone, a class that the model does not know.
     """
     layout = _layout("folder" if kind == "digits" else kind, root)
-    if layout.train and layout.val is None:
+    part = layout.parts.get(split or "val")
+    if split and part is None:
+        raise UserError(f"{root} has no {split} images: give the folder of the images itself, without --split")
+    if part is None and layout.parts:
         train, val = (words.removesuffix(" folder") for words in layout.words[:2])
-        raise UserError(f"{root} has {train} and no {val}: give the folder of the images to evaluate on itself")
-    source = (layout.val or layout.alone)()
+        there = train if "train" in layout.parts else "test images"
+        ways = "give the folder of the images to evaluate on itself" + ", or --split test" * ("test" in layout.parts)
+        raise UserError(f"{root} has {there} and no {val}: {ways}")
+    source = (part or layout.alone)()
+    _respell(source, classes)
     counts = np.bincount(source.targets, minlength=len(source.classes))
     known = set(classes)
     unknown = [name for name, count in zip(source.classes, counts, strict=True) if count and name not in known]
@@ -118,16 +143,16 @@ class _Layout:
     """The sets found below a root, each opened by calling it.
 
     Attributes:
-        train: The training set, if there is one.
-        val: The validation set, if there is one.
+        parts: The training, the validation and the test set, those that there are.
         alone: What lies in the root itself.
         words: What the training and the validation set are called in messages, and what to give.
+        unread: The line about what lies beside them and is not read.
     """
 
-    train: Opener | None
-    val: Opener | None
+    parts: dict[str, Opener]
     alone: Opener
     words: tuple[str, str, str]
+    unread: str | None = None
 
 
 def _layout(kind: str, root: Path | None) -> _Layout:
@@ -140,13 +165,22 @@ def _layout(kind: str, root: Path | None) -> _Layout:
 
 
 def _folder_layout(root: Path) -> _Layout:
-    train = root / "train" if (root / "train").is_dir() else None
-    val = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    for folder in (root, train, val):
-        if folder:
-            _refuse_archives(folder)
+    names = subfolders(root)
+    places = {split: root / name for split, name in _splits(names).items()}
+    for folder in (root, *places.values()):
+        _refuse_archives(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
-    return _Layout(_opener(FolderSource, train), _opener(FolderSource, val), partial(FolderSource, root), words)
+    rest = unread(root, names, [places[split].name for split in places if split != "test"]) if places else None
+    parts: dict[str, Opener] = {split: partial(FolderSource, place) for split, place in places.items()}
+    return _Layout(parts, partial(FolderSource, root), words, rest)
+
+
+def _splits(names: Sequence[str]) -> dict[str, str]:
+    """``find_splits``; without a training part it takes 'val/' and 'validation/' for parts, and others among parts."""
+    found = find_splits(names)
+    if "train" in found or len(found) == len(names):
+        return found
+    return {split: name for split, name in found.items() if name in ("val", "validation")}
 
 
 def _refuse_archives(folder: Path) -> None:
@@ -158,42 +192,47 @@ def _refuse_archives(folder: Path) -> None:
 
 
 def _tar_layout(root: Path) -> _Layout:
-    def find(*names: str) -> Path | None:
-        files = (root / f"{name}.tar" for name in names)
-        folders = (root / name for name in names)
-        return next((path for path in (*files, *folders) if path.exists()), None)
-
-    train, val = find("train"), find("val", "validation")
+    files = {path.stem: path for path in tar_files(root)}
+    places = {name: root / name for name in subfolders(root)} | files
+    found = _splits([*places])
     words = ("train.tar", "val.tar", "train.tar and val.tar, or train/ and val/ with tar files, or one tar per class")
-    return _Layout(_opener(TarSource, train), _opener(TarSource, val), partial(TarSource, root), words)
+    parts: dict[str, Opener] = {split: partial(TarSource, places[name]) for split, name in found.items()}
+    return _Layout(parts, partial(TarSource, root), words, _rest(root, [*places], found))
 
 
 def _wds_layout(root: Path) -> _Layout:
     shards = tar_files(root)
 
-    def find(names: str) -> list[Path]:
-        return [shard for shard in shards if re.match(rf"(.*-)?({names})-.*\.tar", shard.name)]
-
+    found: dict[str, list[Path]] = {}
+    for split, names in SPLITS.items():
+        form = re.compile(rf"(.*[-_])?({'|'.join(names)})[-_].*\.tar", re.IGNORECASE)
+        found[split] = [shard for shard in shards if form.match(shard.name)]
     words = ("train-*.tar shards", "val-*.tar shards", "shards train-*.tar and val-*.tar, or shards of other names")
-    train, val = (_opener(ShardSource, root, find(names)) for names in ("train", "val|validation"))
-    return _Layout(train, val, partial(ShardSource, root, shards), words)
+    parts: dict[str, Opener] = {split: partial(ShardSource, root, own) for split, own in found.items() if own}
+    used = [shard.name for split in ("train", "val") for shard in found[split]]
+    rest = unread(root, [shard.name for shard in shards], used) if used else None
+    return _Layout(parts, partial(ShardSource, root, shards), words, rest)
 
 
 def _hfds_layout(root: Path) -> _Layout:
     splits = hfds_splits(root)
-    train = next((split for split in splits if split == "train"), None)
-    val = next((split for split in ("validation", "val", "test") if split in splits), None)
-    if not train and not val and len(splits) != 1:
+    found = find_splits(splits)
+    if not {"train", "val"} & set(found) and len(splits) != 1:
         raise UserError(f"{root} has the splits {some(splits)}: 'train' and 'validation' are needed")
     words = ("split 'train'", "split 'validation'", "a dataset with the splits 'train' and 'validation', or one split")
-    return _Layout(
-        _opener(HfdsSource, root, train), _opener(HfdsSource, root, val), partial(HfdsSource, root, splits[0]), words
-    )
+    parts: dict[str, Opener] = {split: partial(HfdsSource, root, name) for split, name in found.items()}
+    return _Layout(parts, partial(HfdsSource, root, splits[0]), words, _rest(root, splits, found))
 
 
-def _opener(source: Callable[..., ImageSource], *places: Any) -> Opener | None:
-    """Opens a set, if its place was found."""
-    return partial(source, *places) if places[-1] else None
+def _rest(root: Path, names: Sequence[str], found: dict[str, str]) -> str | None:
+    """The line that names the parts that are not read."""
+    return unread(root, names, [name for split, name in found.items() if split != "test"]) if found else None
+
+
+def _respell(source: ImageSource, classes: Sequence[str]) -> None:
+    """Writes the classes of a set as another one or a model does, where they differ in their Unicode form alone."""
+    spelled = {one_form(name): name for name in classes}
+    source.classes = [spelled.get(one_form(name), name) for name in source.classes]
 
 
 def _put_in_order(source: ImageSource, classes: list[str]) -> None:

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
+from conv2former.data.folders import listed, one_form, passed_over
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, decode
-from conv2former.data.sources import in_order
-from conv2former.errors import UserError, one_line, some
+from conv2former.data.sources import in_order, notes
+from conv2former.errors import UserError, one_line, printable
 
 
 class ImageSource(Protocol):
@@ -35,47 +35,57 @@ class ImageSource(Protocol):
 
 
 class FolderSource:
-    """One folder per class, read with timm's folder reader (nested folders: the innermost names the class).
+    """One folder per class, the first level below ``root``; folders in it belong to the class.
 
-    Hidden files and folders are passed over. Classes and images are in natural order, equal ones ('1' and '01') in that
-    of their names, so that the order is the same on every machine.
+    ``data.folders.listed`` says what is left out. Classes and images are in natural order, equal ones ('1' and '01') in
+    that of their names, so that the order is the same on every machine. Two folders whose names differ in their Unicode
+    form alone are one class.
+
+    Attributes:
+        notes: Lines about what is left out.
+
+    Args:
+        root: The folder.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        _check_readable(root)
-        none = f"no images in {root}: expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
-        try:
-            self.reader = ReaderImageFolder(str(root), input_key=";".join(IMAGE_EXTENSIONS))
-        except RuntimeError:
-            raise UserError(none) from None
-        names = {index: name for name, index in self.reader.class_to_idx.items()}
-        samples = [(path, names[index]) for path, index in self.reader.samples if not self._hidden(path)]
-        if not samples:
-            raise UserError(none)
-        loose = [path for path, name in samples if not name]
+        found = listed(root, IMAGE_EXTENSIONS)
+        if not found.files:
+            ways = f"expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
+            raise UserError(f"no images in {root}: {ways}{'; ' * bool(found.others)}{passed_over(found.others)}")
+        loose = next((name for name in sorted(found.files) if os.sep not in name), None)
         if loose:
-            raise UserError(f"{loose[0]} lies in no class folder: move or remove the images directly in {root}")
-        samples.sort(key=lambda sample: in_order(sample[0]))
-        self.classes = sorted({name for _, name in samples}, key=in_order)
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.targets = [numbers[name] for _, name in samples]
-        self.reader.samples = list(zip((path for path, _ in samples), self.targets, strict=True))
+            raise UserError(
+                f"{root / loose} lies in no class folder: move or remove the images directly in {printable(str(root))}"
+            )
+        self.names = sorted(found.files, key=in_order)
+        self.classes, self.targets = numbered([name.split(os.sep, 1)[0] for name in self.names])
+        self.notes = found.lines(root)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def _below(self, path: str) -> str:
-        return path[len(os.path.join(self.root, "")) :]  # os.path.relpath takes ten times as long
-
-    def _hidden(self, path: str) -> bool:
-        return any(part.startswith(".") for part in self._below(path).split(os.sep))
-
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-        return decode(self.reader.filename(index, absolute=True), max_pixels=max_pixels)
+        return decode(self.file(index), max_pixels=max_pixels)
+
+    def file(self, index: int) -> str:
+        """The path of an image."""
+        return os.path.join(self.root, self.names[index])
 
     def name(self, index: int) -> str:
-        return self._below(self.reader.samples[index][0])
+        return self.names[index]
+
+
+def numbered(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Classes in natural order, and the number of each image's, from the names of the images' classes."""
+    spelled: dict[str, str] = {}
+    for name in sorted(set(names), key=in_order):
+        spelled.setdefault(one_form(name), name)
+    classes = list(spelled.values())
+    numbers = {form: number for number, form in enumerate(spelled)}
+    known = {name: numbers[one_form(name)] for name in set(names)}
+    return classes, [known[name] for name in names]
 
 
 class HfdsSource:
@@ -159,21 +169,6 @@ def _unreadable(root: Path, error: Exception, advice: str) -> UserError:
     return UserError(f"cannot read {root} as a Hugging Face dataset ({one_line(error)}): {advice}")
 
 
-def _check_readable(root: Path) -> None:
-    """Refuses class folders that may not be listed, over which walking through them passes in silence."""
-    try:
-        with os.scandir(root) as entries:
-            closed = sorted(
-                entry.path
-                for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".") and not os.access(entry, os.R_OK | os.X_OK)
-            )
-    except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {error.strerror}") from None
-    if closed:
-        raise UserError(f"folders that may not be read: {some(closed)}: change their permissions")
-
-
 class DigitsSource:
     """1,797 scans of handwritten digits, 8 x 8 pixels, in ``digits.npz`` beside this file (and its licence)."""
 
@@ -199,7 +194,7 @@ class SubsetSource:
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
         self.source, self.indices = source, np.asarray(indices, np.int64)
-        self.classes = source.classes
+        self.classes, self.notes = source.classes, notes(source)
         self.targets = [source.targets[i] for i in self.indices]
 
     def __len__(self) -> int:
@@ -210,3 +205,8 @@ class SubsetSource:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def file(self, index: int) -> str | None:
+        """The path of an image, where the other source has files."""
+        own = getattr(self.source, "file", None)
+        return own(int(self.indices[index])) if own else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conv2former import checkpoints
 from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
-from conv2former.errors import UserError, say_once
+from conv2former.errors import UserError, or_left_out, say_once
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
 from conv2former.tasks.classification import probe
 from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
@@ -41,6 +41,7 @@ class ClassificationTask(Task):
     Attributes:
         top_k: Classes that a prediction names, at most.
         source: How labelled images lie, a ``data.source``.
+        split: Which part of them is evaluated: 'train', 'val', 'test'; None for what is validated on, or all.
 
     Args:
         model: A timm classifier.
@@ -60,11 +61,12 @@ class ClassificationTask(Task):
         unknown="every image gets a class",
         heading="Top classes",
     )
-    options = frozenset({"batch_size", "source", "top_k"})
+    options = frozenset({"batch_size", "source", "split", "top_k"})
     one_at_a_time = False
     assumed_classes = 1000
     top_k: int = 5
     source: str = "folder"
+    split: str | None = None
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class ClassificationTask(Task):
         return open_splits(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> ImageSource:
-        return open_eval_source(root, self.classes, kind=self.source)
+        return open_eval_source(root, self.classes, kind=self.source, split=self.split)
 
     def train_dataset(self, source: ImageSource, *, on_bad_image: Literal["error", "replace"]) -> ImageDataset:
         transform = train_transform(self.recipe.data, self.recipe.augment)
@@ -212,8 +214,10 @@ class ClassificationTask(Task):
         """``confusion_matrix.png`` and ``predictions.png``."""
         if len(self.classes) <= MAX_MATRIX_CLASSES:
             matrix = evaluation.records.matrix(len(self.classes))
-            plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
-        _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
+            with or_left_out("confusion_matrix.png"):
+                plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
+        with or_left_out("predictions.png"):
+            _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
 
     def scores(self) -> nn.Module:
         """The network itself: its logits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,108 +14,175 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from conv2former.data.images import MAX_PIXELS, BadImage, decode
-from conv2former.data.rle import decode_mask, library
-from conv2former.data.sources import given_folder
-from conv2former.errors import UserError, one_line, say_once, some
+from conv2former.data.folders import SPLITS, listed, one_form, subfolders, unread
+from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
+from conv2former.data.rle import library
+from conv2former.data.sources import exif_remark, given_folder, stored_pixels
+from conv2former.errors import UserError, one_line, printable, some
 from conv2former.tasks.detection.config import DetectionDataSection
+from conv2former.tasks.detection.objects import Ids, area_of, flag, id_order, is_id, number, usable
 
-KEPT = ("category_id", "bbox", "segmentation", "area")  # of an object
-FAR = 10  # sides of an image that a polygon's points may lie away from it
 # what the lists must hold
-FIELDS: dict[str, dict[str, type]] = dict(
-    images=dict(id=int, file_name=str, width=int, height=int),
-    categories=dict(id=int, name=str),
-    annotations=dict(image_id=int, category_id=int),
+FIELDS: dict[str, dict[str, str]] = dict(
+    images=dict(id="an id", file_name="a text", width="a whole number", height="a whole number"),
+    categories=dict(id="an id", name="a text"),
+    annotations=dict(image_id="an id", category_id="an id"),
 )
-KINDS = {int: "a whole number", str: "a text"}
+
+
+CROWDS = "are crowds (iscrowd): not trained on"
+NAMED = 20  # classes that are named before the first step
+VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
     """An image by the annotations."""
 
-    id: int
+    id: int | float | str
     file_name: str
     width: int
     height: int
 
 
 class CocoSource:
-    """A set of images with objects: box, category and mask each.
+    """A set of images with objects: box, category and perhaps a mask each.
 
     Objects are kept as one text, a fraction of what Python's dictionaries take, which the processes that read share.
-    Objects that cannot be used (no area, outside of their image, a damaged mask) are left out and counted in one line.
+    Those that cannot be trained on (no area, outside of their image) still count in evaluation.
 
     Args:
         images: Folder of the images.
         annotations: COCO's JSON.
-        say: Takes the line about what was left out.
+        turn: Whether the EXIF orientation of images is applied, so that boxes are those of the turned image.
+        say: Takes the ``notes``, too.
 
     Attributes:
         classes: Names of the categories, by their ids.
         category_ids: The ids, in the order of ``classes``.
         entries: The images.
-        counted: Objects of each that are no crowds.
+        counted: Objects of each that are trained on.
+        per_class: How many of these there are of each class.
+        has_masks: Whether one of them has a mask.
+        notes: Lines about what is left out.
 
     Raises:
         UserError: Not JSON, keys that are missing or of another type, images that are missing, no categories.
     """
 
-    def __init__(self, images: Path, annotations: Path, *, say: Callable[[str], None] = say_once) -> None:
+    def __init__(
+        self, images: Path, annotations: Path, *, turn: bool = True, say: Callable[[str], None] | None = None
+    ) -> None:
         library()
-        self.images, self.annotations = images, annotations
+        self.images, self.annotations, self.turn = images, annotations, turn
+        self.notes: list[str] = []
         content = _read(annotations)
-        categories = sorted(content["categories"], key=lambda entry: entry["id"])
+        categories = sorted(self._categories(content), key=lambda entry: id_order(entry["id"]))
         self.category_ids = [entry["id"] for entry in categories]
         self.classes = [entry["name"] for entry in categories]
-        _check_unique(annotations, "category id", self.category_ids)
-        _check_unique(annotations, "category name", self.classes)
-        listed = sorted(content["images"], key=lambda entry: entry["id"])
-        self.entries = [Entry(**{key: entry[key] for key in Entry._fields}) for entry in listed]
+        images_listed = sorted(content["images"], key=lambda entry: id_order(entry["id"]))
+        self.entries = [Entry(**{key: entry[key] for key in Entry._fields}) for entry in images_listed]
         _check_unique(annotations, "image id", [entry.id for entry in self.entries])
-        self._check_files()
-        objects = self._sorted_objects(content["annotations"], say)
+        self.stored_names = self._check_files()
+        self.spare: dict[Any, list[dict[str, Any]]] = {}
+        self.per_class = [0] * len(self.classes)
+        objects = self._sorted_objects(content["annotations"])
         self.counted = [sum(not entry["iscrowd"] for entry in own) for own in objects]
+        self.has_masks = any("segmentation" in entry and not entry["iscrowd"] for own in objects for entry in own)
         texts = [json.dumps(own, separators=(",", ":")).encode() for own in objects]
         self.text = b"".join(texts)
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         self.spans = np.stack([ends - [len(text) for text in texts], ends], axis=1) if texts else np.zeros((0, 2), int)
+        if turn:
+            self.notes += exif_remark([self.file(index) for index in range(len(self))], "boxes and masks")
+        if say:
+            for line in self.notes:
+                say(line)
 
-    def _check_files(self) -> None:
+    def _categories(self, content: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those listed, without an unused one that is merely the others' supercategory (Roboflow's first)."""
+        categories = content["categories"]
+        _check_unique(self.annotations, "category id", [entry["id"] for entry in categories])
+        ids = Ids(entry["id"] for entry in categories)
+        counts = Counter(ids.place(annotation["category_id"]) for annotation in content["annotations"])
+        kept = []
+        for place, entry in enumerate(categories):
+            above = any(other.get("supercategory") == entry["name"] for other in categories if other is not entry)
+            if above and not counts[place]:
+                self.notes.append(
+                    f"{self.annotations}: category {printable(entry['name'])} (id {entry['id']}) is left out: it has "
+                    "no objects, and others are below it"
+                )
+            else:
+                kept.append((entry, counts[place]))
+        names = Counter(entry["name"] for entry, _ in kept)
+        if twice := [name for name, count in names.items() if count > 1]:
+            alike = [(entry["id"], count or "no") for entry, count in kept if entry["name"] == twice[0]]
+            own = [f"id {identity} with {count} objects" for identity, count in alike]
+            raise UserError(
+                f"{self.annotations}: category name {printable(twice[0])} occurs more than once ({', '.join(own)}): "
+                "rename one, or remove one without objects"
+            )
+        return [entry for entry, _ in kept]
+
+    def _check_files(self) -> dict[str, str]:
+        """Names of files as the disk has them, where the annotations write them in another way."""
         if not self.images.is_dir():
             raise UserError(f"no such folder: {self.images}")
         missing = [entry.file_name for entry in self.entries if not (self.images / entry.file_name).is_file()]
+        found: dict[str, str] = {}
+        if missing:
+            there = {one_form(name): name for name in listed(self.images, IMAGE_EXTENSIONS).files}
+            forms = {name: one_form(name.replace("\\", "/")) for name in missing}
+            found = {name: there[form] for name, form in forms.items() if form in there}
+            missing = [name for name in missing if name not in found]
         if missing:
             raise UserError(
                 f"{len(missing)} of the {len(self.entries)} images that {self.annotations} names are not in "
                 f"{self.images}: {some(missing, 3)}"
             )
+        return found
 
-    def _sorted_objects(self, annotations: list[Any], say: Callable[[str], None]) -> list[list[dict[str, Any]]]:
-        """The objects of each image, in the order of ``entries``."""
-        place = {entry.id: index for index, entry in enumerate(self.entries)}
-        known = set(self.category_ids)
+    def file(self, index: int) -> Path:
+        """The path of an image."""
+        name = self.entries[index].file_name
+        return self.images / self.stored_names.get(name, name)
+
+    def _sorted_objects(self, annotations: list[Any]) -> list[list[dict[str, Any]]]:
+        """The objects of each image, in the order of ``entries``; ``spare`` gets those that are evaluated alone."""
+        images, categories = Ids(entry.id for entry in self.entries), Ids(self.category_ids)
         found: list[list[dict[str, Any]]] = [[] for _ in self.entries]
-        wrong: dict[str, list[str]] = {}
-        for number, annotation in enumerate(annotations):
-            name = str(annotation.get("id", f"number {number}"))
-            if annotation["image_id"] not in place:
-                wrong.setdefault("of images that it does not list", []).append(name)
+        said: dict[str, list[str]] = {}
+        for position, annotation in enumerate(annotations):
+            name = str(annotation.get("id", f"number {position}"))
+            index, category = images.place(annotation["image_id"]), categories.place(annotation["category_id"])
+            if index is None:
+                said.setdefault("of images that it does not list are left out", []).append(name)
                 continue
-            if annotation["category_id"] not in known:
+            if category is None:
                 raise UserError(
                     f"{self.annotations}: annotation {name} is of category {annotation['category_id']}, which it does "
                     "not list"
                 )
-            index = place[annotation["image_id"]]
-            if trouble := _trouble(annotation, self.entries[index]):
-                wrong.setdefault(trouble, []).append(name)
+            entry = self.entries[index]
+            own, mask_trouble, trouble = usable(annotation, (entry.width, entry.height))
+            crowd = flag(annotation.get("iscrowd"))
+            own = dict(category_id=self.category_ids[category]) | own | dict(iscrowd=int(crowd))
+            if trouble:
+                rest = "are not trained on" if "bbox" in own else "are left out"
+                said.setdefault(f"{trouble} {rest}", []).append(name)
+                if "bbox" in own:
+                    self.spare.setdefault(entry.id, []).append(own)
                 continue
-            own = {key: annotation[key] for key in KEPT if annotation.get(key) is not None}
-            found[index].append(own | dict(iscrowd=int(bool(annotation.get("iscrowd")))))
-        for what, names in wrong.items():
-            which = f"{len(names)} of {len(annotations)} objects {what} are left out"
-            say(f"{self.annotations}: {which} (ids {some(names, 3)})")
+            self.per_class[category] += not crowd
+            if crowd:
+                said.setdefault(CROWDS, []).append(name)
+            elif mask_trouble:
+                part = "lose that part of it" if "segmentation" in own else "count for their boxes alone"
+                said.setdefault(f"{mask_trouble} {part}", []).append(name)
+            found[index].append(own)
+        for what, names in said.items():
+            ids = "" if what == CROWDS else f" (ids {some(names, 3)})"
+            self.notes.append(f"{self.annotations}: {len(names):,} of {len(annotations):,} objects {what}{ids}")
         return found
 
     def __len__(self) -> int:
@@ -131,12 +198,12 @@ class CocoSource:
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, list[dict[str, Any]]]:
         """The image in RGB and its objects; raises BadImage."""
-        entry = self.entries[index]
-        file = self.images / entry.file_name
-        image = decode(file, max_pixels=max_pixels)
+        entry, file = self.entries[index], self.file(index)
+        image = decode(file, max_pixels=max_pixels, turn=self.turn)
         if image.size != (entry.width, entry.height):
             sizes = f"{image.width} x {image.height} pixels, by the annotations {entry.width} x {entry.height}"
-            raise BadImage(str(file), f"it has {sizes}")
+            way = stored_pixels(file, (entry.width, entry.height), image.size) if self.turn else ""
+            raise BadImage(str(file), f"it has {sizes}{way}")
         return image, self.objects_of(index)
 
     def part(self, indices: Sequence[int]) -> CocoSource:
@@ -149,12 +216,13 @@ class CocoSource:
         return chosen
 
     def ground_truth(self, indices: Sequence[int]) -> dict[str, Any]:
-        """COCO's dictionary of some of the images, with areas where the file gives none."""
+        """COCO's dictionary of some of the images, all objects with an area, none left out that has a box."""
         annotations: list[dict[str, Any]] = []
         for index in indices:
-            for entry in self.objects_of(index):
-                own = dict(id=len(annotations) + 1, image_id=self.entries[index].id)
-                annotations.append(dict(area=entry["bbox"][2] * entry["bbox"][3]) | entry | own)
+            image = self.entries[index]
+            for entry in self.objects_of(index) + self.spare.get(image.id, []):
+                own = dict(id=len(annotations) + 1, image_id=image.id)
+                annotations.append(dict(area=area_of(entry, (image.width, image.height))) | entry | own)
         categories = [dict(id=i, name=n) for i, n in zip(self.category_ids, self.classes, strict=True)]
         images = [dict(id=e.id, width=e.width, height=e.height) for e in (self.entries[index] for index in indices)]
         return dict(images=images, annotations=annotations, categories=categories)
@@ -166,6 +234,12 @@ class CocoSplits:
 
     train: CocoSource
     val: CocoSource
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether an object to train on has a mask."""
+        return self.train.has_masks
 
     def digest(self) -> str:
         """A hash of all images and objects."""
@@ -184,26 +258,69 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
         UserError: Anything wrong with the files, categories that differ, nothing to train on.
     """
     root = given_folder(root, "images and annotations")
-    train = CocoSource(root / data.train_images, root / data.train_annotations)
-    val = CocoSource(root / data.val_images, root / data.val_annotations)
+    places = [_places(root, data, split) for split in ("train", "val")]
+    train, val = (CocoSource(*place, turn=data.exif == "turn") for place in places)
     _check_same(train, val)
+    val.category_ids = [val.category_ids[val.classes.index(name)] for name in train.classes]
+    val.classes = train.classes
     if not data.keep_empty:
         train = train.part([index for index, count in enumerate(train.counted) if count])
     if not len(train):
-        raise UserError(f"{train.annotations} has no image with an object that counts: there is nothing to train on")
+        why = "; ".join(line.removeprefix(f"{train.annotations}: ") for line in train.notes)
+        raise UserError(
+            f"{train.annotations} has no image with an object that counts: there is nothing to train on"
+            + (f" ({why})" if why else "")
+        )
     if not len(val):
         raise UserError(f"{val.annotations} lists no images: there is nothing to validate on")
-    return CocoSplits(train, val)
+    tops = {path.relative_to(root).parts[0] for place in places for path in place if path.is_relative_to(root)}
+    each = [f"{printable(name)} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
+    total = f"{len(train):,} training and {len(val):,} validation images"
+    lines = [
+        unread(root, subfolders(root), tops),
+        f"{len(each)} classes with objects to train on: {some(each, NAMED)}; {total}",
+    ]
+    return CocoSplits(train, val, tuple(line for line in lines if line))
 
 
-def open_eval_coco(data: DetectionDataSection, root: Path | None, classes: Sequence[str]) -> CocoSource:
-    """The validation set in ``root`` for a model with these classes, whatever their ids there.
+def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, Path]:
+    """The folder of images and the annotations of a part of the set.
+
+    Where the recipe leaves COCO's own names and there are no such files, a folder or a JSON file that is called after
+    the part (Roboflow's ``valid/_annotations.coco.json``, ``annotations/val.json``).
+    """
+    own = "train" if split == "train" else "val"
+    keys = [f"{own}_images", f"{own}_annotations"]
+    given, usual = ([getattr(of, key) for key in keys] for of in (data, DetectionDataSection()))
+    if split == "test":
+        given, usual = ([re.sub(VALIDATION, "test", name) for name in names] for names in (given, usual))
+    if given != usual or (root / given[1]).is_file():
+        return root / given[0], root / given[1]
+    folders = [place / name for place in (root / "images", root) if place.is_dir() for name in subfolders(place)]
+    folders = [folder for folder in folders if _is_called(folder.name, split)]
+    for folder in folders:
+        if len(files := sorted(folder.glob("*.json"))) == 1:
+            return folder, files[0]
+    places = [root / "annotations", root]
+    files = [file for place in places for file in sorted(place.glob("*.json")) if _is_called(file.stem, split)]
+    images = [*folders, *(folder for folder in [root / "images"] if folder.is_dir()), root]
+    return (images[0], files[0]) if files else (root / given[0], root / given[1])
+
+
+def _is_called(name: str, split: str) -> bool:
+    return bool({*re.findall("[a-z]+", name.casefold())} & {*SPLITS[split]})
+
+
+def open_eval_coco(
+    data: DetectionDataSection, root: Path | None, classes: Sequence[str], split: str | None = None
+) -> CocoSource:
+    """The validation set in ``root``, or another part of it, for a model with these classes, whatever their ids there.
 
     Raises:
         UserError: Anything wrong with the files, or categories that the model does not know.
     """
     root = given_folder(root, "images and annotations")
-    source = CocoSource(root / data.val_images, root / data.val_annotations)
+    source = CocoSource(*_places(root, data, split or "val"), turn=data.exif == "turn")
     unknown = [name for name in source.classes if name not in classes]
     if unknown:
         raise UserError(
@@ -212,7 +329,7 @@ def open_eval_coco(data: DetectionDataSection, root: Path | None, classes: Seque
         )
     # the model's classes, with ids that do not occur for those that the file lacks
     ids = dict(zip(source.classes, source.category_ids, strict=True))
-    spare = max(source.category_ids, default=0)
+    spare = max((number for number in source.category_ids if isinstance(number, int)), default=0)
     source.category_ids = [ids.get(name, spare + number) for number, name in enumerate(classes, 1)]
     source.classes = list(classes)
     return source
@@ -232,80 +349,43 @@ def _read(path: Path) -> dict[str, Any]:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path} has no list {key!r}: give COCO annotations (instances_*.json)")
-        wrong = [
-            (number, name)
-            for number, entry in enumerate(entries)
-            for name, kind in fields.items()
-            if type(entry.get(name)) is not kind or (name in ("width", "height") and entry[name] < 1)
-        ]
-        if wrong:
-            number, name = wrong[0]
-            kind = KINDS[fields[name]]
-            raise UserError(
-                f"{path}: {len(wrong)} values in {key!r} are missing or of the wrong kind; the first: {name} of entry "
-                f"{number} must be {kind}, it is {str(entries[number].get(name))[:40]}"
-            )
+        for position, entry in enumerate(entries):
+            for name, kind in fields.items():
+                if (value := _value(entry.get(name), kind)) is not None:
+                    entry[name] = value
+                else:
+                    wrong = sum(_value(other.get(n), k) is None for other in entries for n, k in fields.items())
+                    raise UserError(
+                        f"{path}: {wrong} values in {key!r} are missing or of the wrong kind; the first: {name} of "
+                        f"entry {position} must be {kind}, it is {str(entry.get(name))[:40]}"
+                    )
     if not content["categories"]:
         raise UserError(f"{path} lists no categories: there is nothing to detect")
     return content
 
 
+def _value(value: Any, kind: str) -> Any:
+    """A value as it is to be, a text as the number that it says where one is needed; None if it is not of its kind."""
+    if kind == "an id":
+        return int(value) if isinstance(value, float) and value.is_integer() else value if is_id(value) else None
+    if kind == "a text":
+        return str(value) if type(value) in (str, int) else None
+    side = number(value)
+    return int(side) if side is not None and side >= 1 and side == int(side) else None
+
+
 def _check_unique(path: Path, what: str, values: list[Any]) -> None:
-    twice = [str(value) for value, count in Counter(values).items() if count > 1]
+    twice = [value for value, count in Counter(map(str, values)).items() if count > 1]
     if twice:
         raise UserError(f"{path}: {what} {some(twice, 3)} occurs more than once")
 
 
 def _check_same(train: CocoSource, val: CocoSource) -> None:
-    if train.classes == val.classes:
+    if {*train.classes} == {*val.classes}:
         return
     parts = [
         f"only in {source.annotations.name}: {some([name for name in source.classes if name not in other.classes])}"
         for source, other in ((train, val), (val, train))
         if set(source.classes) - set(other.classes)
     ]
-    detail = "; ".join(parts) or "their ids give them another order"
-    raise UserError(f"training and validation have different categories ({detail}): make them match")
-
-
-def _trouble(annotation: dict[str, Any], image: Entry) -> str | None:
-    """Why an object cannot be used, if so."""
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        return "whose box is not [x, y, width, height]"
-    left, top, width, height = box
-    if width <= 0 or height <= 0:
-        return "whose box has no area"
-    if left >= image.width or top >= image.height or left + width <= 0 or top + height <= 0:
-        return "whose box lies outside of the image"
-    if not _is_number(annotation.get("area", 0)):
-        return "whose area is no number"
-    return mask_trouble(annotation.get("segmentation"), (image.width, image.height))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def mask_trouble(segmentation: Any, size: tuple[int, int]) -> str | None:
-    """Why polygons or run lengths are no mask of an image (width, height), if so."""
-    if not segmentation:
-        return "without a mask (segmentation)"
-    if isinstance(segmentation, list):
-        try:
-            polygons = [np.array(polygon, float) for polygon in segmentation]
-        except (TypeError, ValueError):
-            return "whose mask is no list of polygons"
-        for polygon in polygons:
-            if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
-                return "whose mask has a polygon of less than three points"
-            if not (np.abs(polygon) <= FAR * max(size)).all():  # not a number either
-                return "whose mask has points far outside of the image"
-        return None
-    if not isinstance(segmentation, dict) or segmentation.get("size") != [size[1], size[0]]:
-        return "whose mask has not the image's size"
-    try:
-        decode_mask(segmentation)
-    except Exception:  # faster-coco-eval raises nearly anything
-        return "whose mask cannot be decoded"
-    return None
+    raise UserError(f"training and validation have different categories ({'; '.join(parts)}): make them match")

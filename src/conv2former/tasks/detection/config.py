@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from conv2former.config import Choices, ImagesSection, Recipe, Section, Start
+from conv2former.config import AnnotatedSection, Choices, Recipe, Section, Start
 
 
-class DetectionDataSection(ImagesSection):
+class DetectionDataSection(AnnotatedSection):
     """Images with COCO annotations. Paths are below the folder given with ``--data``."""
 
     train_images: str = "train2017"
@@ -48,6 +48,11 @@ class DetectorSection(Section):
     """What stands on the backbone; the defaults are those of Mask R-CNN in the paper's toolbox."""
 
     kind: Literal["mask_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
+    masks: bool = Field(
+        default=True,
+        description="whether objects get masks; without them it is a Faster R-CNN or its cascade ('auto', and where "
+        "nothing is said: whether the training images have any)",
+    )
     channels: PositiveInt = Field(default=256, description="width of the pyramid, the RPN and the heads' convolutions")
     box_head: Literal["2fc", "4conv1fc"] = Field(
         default="2fc", description="two linear layers, or four convolutions with batch norm and one linear layer"
@@ -71,6 +76,7 @@ class DetectionRecipe(Recipe):
     data: DetectionDataSection = DetectionDataSection()
     augment: DetectionAugmentSection = DetectionAugmentSection()
     detector: DetectorSection = DetectorSection()
+    left_open: ClassVar[tuple[str, ...]] = ("detector.masks",)
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
@@ -81,7 +87,9 @@ class DetectionRecipe(Recipe):
         short, long = (800, 1333) if start.gpu else (320, 512)
         begin = "pretrained backbone" if weights else "random weights"
         sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] if start.gpu else [256, 288, 320]
+        why = "" if start.masks else "no object has a mask: trained and evaluated for boxes"
         found: Choices = {
+            "detector.masks": (start.masks, why),
             "data.short_side": (short, machine),
             "data.long_side": (long, machine),
             "augment.short_sides": (sizes, machine),

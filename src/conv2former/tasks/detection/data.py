@@ -107,23 +107,29 @@ def draw_view(size: tuple[int, int], augment: DetectionAugmentSection) -> View:
     return View(box, final, random.random() < augment.hflip)
 
 
-def view_objects(objects: Sequence[dict[str, Any]], view: View, labels: dict[int, int]) -> Target:
+def view_objects(objects: Sequence[dict[str, Any]], view: View, labels: dict[Any, int]) -> Target:
     """The objects that a view shows, without crowds and those of which less than a pixel is left.
 
     Args:
         objects: COCO's annotations.
         view: Of their image.
         labels: Class of each category id.
+
+    Returns:
+        With blank masks for objects without one, or none at all where no object has one.
     """
     single = [entry for entry in objects if not entry.get("iscrowd")]
     boxes = view.boxes(np.array([entry["bbox"] for entry in single], float).reshape(-1, 4))
     left = np.flatnonzero(((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1))
-    masks = [object_mask(single[i]["segmentation"], view) for i in left]
     width, height = view.size
+    given = [single[i].get("segmentation") for i in left]
+    blank = np.zeros((height, width), np.uint8)
+    masks = [object_mask(mask, view) if mask else blank for mask in given] if any(given) else []
     return Target(
         torch.from_numpy(boxes[left]).float(),
         torch.tensor([labels[single[i]["category_id"]] for i in left], dtype=torch.long),
         torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)),
+        None if all(given) else torch.tensor([bool(mask) for mask in given]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,12 @@ class CocoMetric:
     Args:
         source: The images, with their objects.
         distributed: Whether all processes look, each at a part of the images.
+        masks: Whether the detector makes masks; they are evaluated where objects have some.
     """
 
-    def __init__(self, source: CocoSource, *, distributed: bool = False) -> None:
+    def __init__(self, source: CocoSource, *, distributed: bool = False, masks: bool = True) -> None:
         self.source, self.distributed = source, distributed
+        self.kinds = {"box": "bbox", "mask": "segm"} if masks and source.has_masks else {"box": "bbox"}
         self.seen: list[int] = []
         self.rows: list[dict[str, Any]] = []
 
@@ -52,9 +54,9 @@ class CocoMetric:
     def result(self) -> Evaluation:
         """AP of boxes and masks, computed by the first process."""
         found = self._over_all()
-        metrics = {f"{kind}_{name}": found[kind][name] for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")}
+        metrics = {f"{kind}_{name}": found[kind][name] for kind in self.kinds for name in ("ap", "ap50", "ap75")}
         parts = []
-        for kind in ("box", "mask"):
+        for kind in self.kinds:
             ap, ap50, ap75 = (math.nan if found[kind][name] is None else found[kind][name] for name in NUMBERS[:3])
             parts.append(f"{kind} AP {ap:.2f} (50: {ap50:.2f}, 75: {ap75:.2f})")
         line = f"{', '.join(parts)}, {found['detections']} detections on {found['images']} images"
@@ -79,18 +81,21 @@ class CocoMetric:
     def compute(self) -> dict[str, Any]:
         """``images``, ``objects``, ``detections``, and ``box`` and ``mask`` with COCO's twelve numbers in percent.
 
-        A number is None where no object is of that size; all are 0 where nothing was detected.
+        All objects count for boxes, those that have a mask for masks. A number is None where no object is of that size;
+        all are 0 where nothing was detected.
         """
         truth = self.source.ground_truth(sorted(self.seen))
         counted = sum(not entry["iscrowd"] for entry in truth["annotations"])
         found: dict[str, Any] = dict(images=len(self.seen), objects=counted, detections=len(self.rows))
-        for name, kind in (("box", "bbox"), ("mask", "segm")):
+        for name, kind in self.kinds.items():
             found[name] = coco_numbers(truth, self.rows, kind)
         return found
 
 
 def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> list[dict[str, Any]]:
     """Detections as ``label``, ``score``, ``bbox`` (x, y, width, height) and ``segmentation`` in the original's pixels.
+
+    Those of a detector without masks have no ``segmentation``.
 
     Args:
         found: In pixels of the network's input.
@@ -99,12 +104,15 @@ def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, 
     """
     height, width = original
     boxes = (found.boxes * found.boxes.new_tensor([width / size[1], height / size[0]] * 2)).cpu()
-    masks = _encoded(found.masks.cpu(), boxes, original)
-    columns = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), masks, strict=True)
-    return [
-        dict(label=label, score=score, bbox=[left, top, right - left, bottom - top], segmentation=mask)
-        for (left, top, right, bottom), score, label, mask in columns
+    columns = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    rows: list[dict[str, Any]] = [
+        dict(label=label, score=score, bbox=[left, top, right - left, bottom - top])
+        for (left, top, right, bottom), score, label in columns
     ]
+    if not found.masks.shape[1]:
+        return rows
+    masks = _encoded(found.masks.cpu(), boxes, original)
+    return [row | dict(segmentation=mask) for row, mask in zip(rows, masks, strict=True)]
 
 
 def _encoded(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
@@ -128,20 +136,37 @@ def coco_numbers(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: st
     """COCO's twelve numbers in percent, by faster-coco-eval, which agrees with pycocotools.
 
     Args:
-        truth: COCO's dictionary; its images alone count.
+        truth: COCO's dictionary; its images alone count. Ids may be anything.
         rows: COCO's results.
-        kind: 'bbox' or 'segm'.
+        kind: 'bbox' or 'segm'; for the latter objects without a mask do not count.
     """
-    if not rows or not truth["annotations"]:
-        return dict.fromkeys(NUMBERS, 0.0 if truth["annotations"] else None)
+    objects = [entry for entry in truth["annotations"] if kind == "bbox" or entry.get("segmentation")]
+    if not rows or not objects:
+        return dict.fromkeys(NUMBERS, 0.0 if objects else None)
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truths = COCO(truth, use_deepcopy=True)  # it changes what it is given
+    # numbers of our own: the library holds ids as floating point, in which large ones fall together
+    images, categories = (
+        {entry["id"]: number for number, entry in enumerate(truth[key], 1)} for key in ("images", "categories")
+    )
+
+    def numbered(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        ids = dict(image_id=images, category_id=categories)
+        return [
+            entry | {key: own[entry[key]] for key, own in ids.items()} | dict(id=number)
+            for number, entry in enumerate(entries, 1)
+            if entry["image_id"] in images
+        ]
+
+    listed = [dict(entry, id=images[entry["id"]]) for entry in truth["images"]]
+    names = [dict(entry, id=categories[entry["id"]]) for entry in truth["categories"]]
+    # it changes what it is given
+    truths = COCO(dict(images=listed, annotations=numbered(objects), categories=names), use_deepcopy=True)
     # of a result with both, COCO takes the box
     keys = ("image_id", "category_id", "score", dict(bbox="bbox", segm="segmentation")[kind])
-    found = truths.loadRes(copy.deepcopy([{key: row[key] for key in keys} for row in rows]))
+    found = truths.loadRes(copy.deepcopy([{key: row[key] for key in keys} for row in numbered(rows)]))
     evaluation = COCOeval_faster(truths, found, kind)
-    evaluation.params.imgIds = [image["id"] for image in truth["images"]]
+    evaluation.params.imgIds = [image["id"] for image in listed]
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

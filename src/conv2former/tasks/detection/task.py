@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from conv2former.config import ModelSection
 from conv2former.data.rle import decode_mask
-from conv2former.errors import UserError
+from conv2former.errors import UserError, or_left_out
 from conv2former.files import replace_text
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
 from conv2former.tasks.dense import DIVISOR, DenseTask, padded_with_mean, to_multiple
 from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionRecipe
-from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainObjects, eval_view
+from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainObjects, View, eval_view, object_mask
 from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
 from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
-from conv2former.viz.drawing import colour, side_by_side
+from conv2former.viz.drawing import colour, own_colours, side_by_side
 from conv2former.viz.drawing import objects as draw_objects
 
 SHOWN = 0.3  # least score of what is drawn
@@ -51,7 +51,7 @@ class DetectionTask(DenseTask):
     )
     words = Words(
         tags=("object-detection",),
-        purpose="to find objects of its classes on an image, with a box and a mask for each",
+        purpose="to find objects of its classes on an image, each with a box, and a mask if it was trained with masks",
         unknown="it may be taken for something else, or be passed over",
         heading="Objects",
         nothing="Nothing found with a score of 30% or more.",
@@ -74,7 +74,7 @@ class DetectionTask(DenseTask):
         return open_coco(recipe.data, root)
 
     def eval_source(self, root: Path | None) -> CocoSource:
-        return open_eval_coco(self.recipe.data, root, self.classes)
+        return open_eval_coco(self.recipe.data, root, self.classes, self.split)
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainObjects:
         return TrainObjects(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
@@ -104,7 +104,7 @@ class DetectionTask(DenseTask):
         return torch.stack([*losses.values()]).sum()
 
     def metric(self, source: CocoSource, *, distributed: bool = False) -> CocoMetric:
-        return CocoMetric(source, distributed=distributed)
+        return CocoMetric(source, distributed=distributed, masks=self.recipe.detector.masks)
 
     def eval_step(self, batch: DetectionBatch, metric: CocoMetric) -> None:
         images = padded_with_mean(self.prepared(batch.images), batch.sizes)
@@ -134,17 +134,20 @@ class DetectionTask(DenseTask):
         rows = coco_rows(found, size=(height, width), original=prepared.size)
         rows = [row for row in rows if row["score"] >= self.threshold]
         objects, lines = [], []
-        for row in rows:
+        for row, tint in zip(rows, own_colours([row["label"] for row in rows]), strict=True):
             label, (left, top, across, down) = self.classes[row["label"]], row["bbox"]
             box = [left, top, left + across, top + down]
-            objects.append(dict(label=label, index=row["label"], score=row["score"], box=box, mask=row["segmentation"]))
-            lines.append(Line(label, row["score"], colour(row["label"])))
+            objects.append(
+                dict(label=label, index=row["label"], score=row["score"], box=box, mask=row.get("segmentation"))
+            )
+            lines.append(Line(label, row["score"], colour(tint)))
         return Prediction(dict(objects=objects), partial(draw_rows, rows=rows, classes=self.classes), lines)
 
     def draw(self, evaluation: Evaluation, source: CocoSource, folder: Path) -> None:
         """``detections.json`` (COCO's results) and ``predictions.png``: ground truth beside detections."""
         replace_text(folder / "detections.json", json.dumps(evaluation.records) + "\n")
-        _sheet(evaluation.records, source, self.recipe.data.max_pixels).save(folder / "predictions.png")
+        with or_left_out("predictions.png"):
+            _sheet(evaluation.records, source, self.recipe.data.max_pixels).save(folder / "predictions.png")
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
         """Backbone and pyramid."""
@@ -170,11 +173,13 @@ class Maps(nn.Module):
 
 def draw_rows(image: Image.Image, rows: list[dict[str, Any]], classes: list[str]) -> Image.Image:
     """The image with ``coco_rows``, the least certain first, so that the others lie on top."""
-    rows = sorted(rows, key=lambda row: row["score"])
+    tints = own_colours([row["label"] for row in rows])
+    order = sorted(range(len(rows)), key=lambda index: rows[index]["score"])
+    rows, tints = [rows[index] for index in order], [tints[index] for index in order]
     boxes = [(x, y, x + width, y + height) for x, y, width, height in (row["bbox"] for row in rows)]
     captions = [f"{classes[row['label']]} {row['score']:.0%}" for row in rows]
-    masks = (decode_mask(row["segmentation"]) for row in rows)
-    return draw_objects(image, boxes, captions, [row["label"] for row in rows], masks)
+    masks = (decode_mask(row["segmentation"]) if "segmentation" in row else None for row in rows)
+    return draw_objects(image, boxes, captions, tints, masks)
 
 
 def _sheet(results: list[dict[str, Any]], source: CocoSource, max_pixels: int) -> Image.Image:
@@ -188,7 +193,9 @@ def _sheet(results: list[dict[str, Any]], source: CocoSource, max_pixels: int) -
         single = [entry for entry in objects if not entry.get("iscrowd")]
         boxes = [(x, y, x + width, y + height) for x, y, width, height in (entry["bbox"] for entry in single)]
         own = [labels[entry["category_id"]] for entry in single]
-        truth = draw_objects(image, boxes, [source.classes[label] for label in own], own, [None] * len(own))
+        whole = View((0, 0, *image.size), image.size)
+        masks = [object_mask(entry["segmentation"], whole) if "segmentation" in entry else None for entry in single]
+        truth = draw_objects(image, boxes, [source.classes[label] for label in own], own_colours(own), masks)
         number = source.entries[int(index)].id
         found = [
             row | dict(label=labels[row["category_id"]])

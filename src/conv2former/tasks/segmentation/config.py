@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from conv2former.config import Choices, ImagesSection, Recipe, Section, Start
+from conv2former.config import AnnotatedSection, Choices, Recipe, Section, Start
+from conv2former.tasks.segmentation.values import canonical
 
 
-class SegmentationDataSection(ImagesSection):
+class SegmentationDataSection(AnnotatedSection):
     """Images with a map of labels each."""
 
     source: Literal["ade20k", "pairs"] = Field(
@@ -26,6 +27,11 @@ class SegmentationDataSection(ImagesSection):
     reduce_zero_label: bool = Field(
         default=False, description="label 0 is no class and is ignored, label 1 is the first class (ADE20K)"
     )
+    mask_values: dict[str, str | int | None] | None = Field(
+        default=None,
+        description="class of each value in the masks, by name or number: {0: background, 255: crack}, or of each "
+        "colour: {0 0 0: road, 255 0 0: car}; 'ignore' for no class",
+    )
     short_side: PositiveInt = Field(default=512, description="of an image before the random scale, and in evaluation")
     long_side: PositiveInt = Field(default=2048, description="most that the long side may then have, pixels")
     crop_size: int = Field(default=512, ge=32, description="side of the square that is trained on, pixels")
@@ -35,6 +41,17 @@ class SegmentationDataSection(ImagesSection):
     stride: PositiveInt | None = Field(
         default=None, description="from window to window, pixels; two thirds of crop_size unless given"
     )
+
+    @field_validator("mask_values", mode="before")
+    @classmethod
+    def _keys_are_values(cls, value: Any) -> Any:
+        return canonical(value)
+
+    @model_validator(mode="after")
+    def _one_meaning_of_zero(self) -> SegmentationDataSection:
+        if self.mask_values and self.reduce_zero_label:
+            raise ValueError("data.mask_values says what 0 means: set data.reduce_zero_label=false")
+        return self
 
     @model_validator(mode="after")
     def _windows_overlap(self) -> SegmentationDataSection:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
+from conv2former.data.folders import find_splits, listed, one_form, subfolders, unread
+from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import given_folder, in_order
-from conv2former.errors import UserError, some
+from conv2former.data.sources import exif_remark, given_folder, in_order, spread, stored_pixels
+from conv2former.errors import UserError, printable, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
-from conv2former.tasks.segmentation.masks import LABEL_EXTENSIONS, read_labels, to_classes
+from conv2former.tasks.segmentation.masks import (
+    LABEL_EXTENSIONS,
+    LOSSY_EXTENSIONS,
+    ColourMask,
+    read_labels,
+    to_classes,
+)
+from conv2former.tasks.segmentation.values import (
+    MaskValues,
+    Table,
+    check_values,
+    colour_trouble,
+    missing_classes,
+    remedy,
+    table_classes,
+)
 
+LOOKED_AT = 64  # masks whose values are counted before the first step
+NAMED = 20  # classes that are named there
+TRIED = 20  # images whose names are looked for in those of masks
+IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
+MASKS = ("masks", "mask", "annotations", "labels", "label")
 MAX_CLASSES = 255  # one number of a byte stands for none
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # one name a line; ADE20K's table
 
@@ -38,10 +61,25 @@ class PairSource:
         pairs: Where they are.
         classes: K names.
         reduce_zero: Label 0 is no class, label 1 the first one.
+        table: What the values of masks mean, where the recipe says it.
+        turn: Whether the EXIF orientation of images and masks is applied.
+
+    Attributes:
+        notes: Lines about files and values.
     """
 
-    def __init__(self, pairs: Sequence[Pair], classes: list[str], *, reduce_zero: bool) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        classes: list[str],
+        *,
+        reduce_zero: bool,
+        table: Table | None = None,
+        turn: bool = True,
+    ) -> None:
         self.pairs, self.classes, self.reduce_zero = list(pairs), classes, reduce_zero
+        self.values, self.turn = MaskValues(table, classes) if table else None, turn
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -49,22 +87,61 @@ class PairSource:
     def name(self, index: int) -> str:
         return self.pairs[index].name
 
+    def file(self, index: int) -> Path:
+        """The path of an image."""
+        return self.pairs[index].image
+
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, np.ndarray]:
         """The image in RGB and its classes (H, W) of uint8, 255 for none; raises BadImage."""
         pair = self.pairs[index]
-        image = decode(pair.image, max_pixels=max_pixels)
-        stored = read_labels(pair.labels, max_pixels=max_pixels)
+        image = decode(pair.image, max_pixels=max_pixels, turn=self.turn)
+        stored = self.stored(index, max_pixels)
         if stored.shape != (image.height, image.width):
             height, width = stored.shape
+            way = stored_pixels(pair.image, (width, height), image.size) if self.turn else ""
             raise BadImage(
-                str(pair.labels), f"it has {width} x {height} pixels, its image {image.width} x {image.height}"
+                str(pair.labels), f"it has {width} x {height} pixels, its image {image.width} x {image.height}{way}"
             )
-        count = len(self.classes)
-        return image, to_classes(stored, classes=count, reduce_zero=self.reduce_zero, path=pair.labels)
+        return image, self.classes_of(stored, pair.labels)
+
+    def stored(self, index: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """A mask's values or colours, (H, W); raises BadImage."""
+        colours = self.values is not None and self.values.colours
+        return read_labels(self.pairs[index].labels, max_pixels=max_pixels, colours=colours, turn=self.turn)
+
+    def classes_of(self, stored: np.ndarray, path: Path) -> np.ndarray:
+        """Stored values (H, W) as classes of uint8, 255 for none; raises BadImage."""
+        if self.values:
+            return self.values.classes_of(stored, path, nearest=path.suffix.lower() in LOSSY_EXTENSIONS)
+        return to_classes(stored, classes=len(self.classes), reduce_zero=self.reduce_zero, path=path)
 
     def part(self, indices: Sequence[int]) -> PairSource:
         """Some of the pairs."""
-        return PairSource([self.pairs[int(index)] for index in indices], self.classes, reduce_zero=self.reduce_zero)
+        chosen = copy.copy(self)
+        chosen.pairs = [self.pairs[int(index)] for index in indices]
+        return chosen
+
+    def look(self, where: Path) -> list[str]:
+        """What is to be said of the values in a sample of the masks; raises UserError if there is nothing to learn."""
+        pixels, masks = np.zeros(1 << 16, np.int64), 0
+        for index in spread(len(self), LOOKED_AT):
+            try:
+                stored = self.stored(index)
+                stored = self.classes_of(stored, self.pairs[index].labels) if self.values else stored
+            except ColourMask as error:
+                raise colour_trouble(where, error.colours, self.classes) from None
+            except BadImage as error:
+                if self.values and "data.mask_values" in error.reason:
+                    raise UserError(str(error)) from None
+                continue  # training meets it, and does what the recipe says
+            pixels += np.bincount(stored.ravel(), minlength=1 << 16)
+            masks += 1
+        if not masks:
+            return []
+        if self.values:
+            present = set(np.flatnonzero(pixels[:IGNORED]).tolist())
+            return missing_classes(f"{masks} masks of {where}", present, self.classes)
+        return check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
 
 
 @dataclass(frozen=True)
@@ -73,6 +150,14 @@ class PairSplits:
 
     train: PairSource
     val: PairSource
+
+    @property
+    def notes(self) -> list[str]:
+        """The classes, and images that EXIF turns."""
+        names = f"{len(self.train.classes)} classes: {printable(some(self.train.classes, NAMED))}"
+        lines = [f"{names}; {len(self.train):,} training and {len(self.val):,} validation images"]
+        files = [source.file(index) for source in (self.train, self.val) for index in range(len(source))]
+        return lines + (exif_remark(files, "masks") if self.train.turn else [])
 
     def digest(self) -> str:
         """A hash of the names of all images and classes."""
@@ -93,8 +178,11 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     if found is None:
         raise UserError(f"no {_expected(data.source)} in {root}: that is what data.source={data.source} reads")
     train = _open(root, found, classes, data)
+    train.notes += [*_unread(root, places), *train.look(found[1])]
     if "val" in places:
-        return PairSplits(train, _open(root, places["val"], classes, data))
+        val = _open(root, places["val"], classes, data)
+        val.notes += val.look(places["val"][1])
+        return PairSplits(train, val)
     if not data.val_fraction:
         raise UserError(
             f"no validation set in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1"
@@ -106,8 +194,12 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     return PairSplits(train.part(sorted(order[held:])), train.part(sorted(order[:held])))
 
 
-def open_eval_pairs(data: SegmentationDataSection, root: Path | None, classes: list[str]) -> PairSource:
+def open_eval_pairs(
+    data: SegmentationDataSection, root: Path | None, classes: list[str], split: str | None = None
+) -> PairSource:
     """The validation set in ``root``, or the one set that is there, for a model with these classes.
+
+    ``split`` is 'train', 'val' or 'test' for that part of it.
 
     Raises:
         UserError: Missing data, or training images alone.
@@ -120,9 +212,12 @@ def open_eval_pairs(data: SegmentationDataSection, root: Path | None, classes: l
         detail = f": here {differ[0]}" if differ else f": here {len(own)}, the model's {len(classes)}"
         raise UserError(f"the classes named in {root} are not the model's, in its order{detail}")
     places = _places(data.source, root)
-    found = places.get("val", places.get("alone"))
+    found = places.get(split) if split else places.get("val", places.get("alone"))
+    if found is None and split:
+        raise UserError(f"{root} has no {split} images: give the folder of the images itself, without --split")
     if found is None:
-        raise UserError(f"no validation set ({_expected(data.source)}) in {root}")
+        way = "; evaluate its test images with --split test" * ("test" in places)
+        raise UserError(f"no validation set ({_expected(data.source)}) in {root}{way}")
     return _open(root, found, classes, data)
 
 
@@ -134,62 +229,120 @@ def _expected(source: str) -> str:
 
 def _places(source: str, root: Path) -> dict[str, tuple[Path, Path]]:
     """The folders of images and masks of each set that is there."""
-    if source == "ade20k":
-        candidates = {
-            split: (root / "images" / name, root / "annotations" / name)
-            for split, name in (("train", "training"), ("val", "validation"))
-        }
-    else:
-        candidates = {
-            split: (root / name / "images", root / name / "masks")
-            for split, name in (("train", "train"), ("val", "val"), ("alone", ""))
-        }
-    found = {}
-    for split, (images, labels) in candidates.items():
+    parts = {} if source == "ade20k" else {split: _two(root / name) for split, name in _parts(root).items()}
+    found = {split: place for split, place in parts.items() if place}
+    whole = _two(root)
+    if whole and "train" not in found:
+        inside = {split: (whole[0] / name, whole[1] / name) for split, name in _parts(whole[0]).items()}
+        found |= inside if {"train", "val"} & set(inside) else {}
+        found |= dict(alone=whole) if not inside and source != "ade20k" else {}
+    for images, labels in found.values():
         if images.is_dir() != labels.is_dir():
             there, missing = (images, labels) if images.is_dir() else (labels, images)
             raise UserError(f"{there} has no {missing} beside it: each folder of images needs one of masks")
-        if images.is_dir():
-            found[split] = (images, labels)
     return found
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """The parts of a set that are folders in one, ``training`` among them."""
+    names = subfolders(folder) if folder.is_dir() else []
+    training = {split: name for name in names for split in ["train"] if name.casefold() == "training"}
+    return training | find_splits(names)
+
+
+def _two(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of images and of masks in a folder; either may be missing, and is then called as it should be."""
+    names = {name.casefold(): name for name in reversed(subfolders(folder))}
+    images, masks = ([names[word] for word in words if word in names] for words in (IMAGES, MASKS))
+    if not images and not masks:
+        return None
+    return folder / (images or [IMAGES[0]])[0], folder / (masks or [MASKS[0]])[0]
+
+
+def _unread(root: Path, places: dict[str, tuple[Path, Path]]) -> list[str]:
+    used = {path.relative_to(root).parts[0] for split in places if split != "test" for path in places[split]}
+    lines = [unread(root, subfolders(root), used)]
+    if "test" in places and places["test"][0].relative_to(root).parts[0] in used:
+        lines.append(f"{root}: its test images are not read; evaluate a trained model on them with --split test")
+    return [line for line in lines if line]
 
 
 def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: SegmentationDataSection) -> PairSource:
     images, labels = place
-    image_files, mask_files = _files(images, IMAGE_EXTENSIONS), _files(labels, LABEL_EXTENSIONS)
+    notes: list[str] = []
+    image_files = _files(images, IMAGE_EXTENSIONS, notes)
     if not image_files:
         raise UserError(f"no images in {images}: expected files ending in {' '.join(IMAGE_EXTENSIONS)}")
-    alone = [str(path.relative_to(root)) for stem, path in image_files.items() if stem not in mask_files]
-    if alone:
+    mask_files = _files(labels, LABEL_EXTENSIONS, [])
+    if not mask_files and (mask_files := _files(labels, LOSSY_EXTENSIONS, [])) and not data.mask_values:
         raise UserError(
-            f"{len(alone)} of {len(image_files)} images have no mask of their name in {labels}: {some(alone, 3)}"
+            f"the masks in {labels} are {next(iter(mask_files.values())).suffix} files, whose values are not exact: "
+            "say which value is which class (the nearest one counts), with "
+            + remedy([0, 255] if len(classes) == 2 else [*range(len(classes))], classes)
         )
-    pairs = [Pair(str(path.relative_to(root)), path, mask_files[stem]) for stem, path in image_files.items()]
-    return PairSource(pairs, classes, reduce_zero=data.reduce_zero_label)
+    masks = _matched([*image_files], mask_files, labels, notes)
+    alone = [str(path.relative_to(root)) for stem, path in image_files.items() if stem not in masks]
+    if alone:
+        there = some([path.name for path in mask_files.values()], 3) or "no masks"
+        raise UserError(
+            f"{len(alone)} of {len(image_files)} images have no mask of their name in {labels}: {some(alone, 3)} "
+            f"(there: {there})"
+        )
+    pairs = [Pair(str(path.relative_to(root)), path, masks[stem]) for stem, path in image_files.items()]
+    turn = data.exif == "turn"
+    source = PairSource(pairs, classes, reduce_zero=data.reduce_zero_label, table=data.mask_values, turn=turn)
+    source.notes = notes
+    return source
 
 
-def _files(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
-    """The files of a folder and those below it, by their path without extension, in natural order."""
+def _matched(images: Sequence[str], masks: dict[str, Path], where: Path, notes: list[str]) -> dict[str, Path]:
+    """The mask of each image: of its name, or of its name with the same words before and behind it (``NAME_mask``).
+
+    What is said of it is appended to ``notes``.
+    """
+    if all(name in masks for name in images):
+        return masks
+    around: Counter[tuple[str, str]] = Counter()
+    for image in images[:TRIED]:
+        folder, base = os.path.split(image)
+        for mask in masks:
+            own_folder, own = os.path.split(mask)
+            if own_folder == folder and base in own:
+                around[(own[: own.index(base)], own[own.index(base) + len(base) :])] += 1
+    for before, behind in (words for words, _ in around.most_common(TRIED)):
+        parts = {image: os.path.split(image) for image in images}
+        named = {image: os.path.join(folder, before + base + behind) for image, (folder, base) in parts.items()}
+        if all(name in masks for name in named.values()):
+            notes.append(f"{where}: the masks are called {before}NAME{behind}")
+            return {image: masks[name] for image, name in named.items()}
+    return masks
+
+
+def _files(folder: Path, extensions: tuple[str, ...], notes: list[str]) -> dict[str, Path]:
+    """The files of a folder and those below it, by their path without extension, in natural order.
+
+    What is said of the others is appended to ``notes``.
+    """
+    listing = listed(folder, extensions)
     found: dict[str, Path] = {}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in sorted(names):
-            if name.lower().endswith(extensions) and not name.startswith("."):
-                path = Path(place, name)
-                stem = str(path.relative_to(folder).with_suffix(""))
-                if stem in found:
-                    raise UserError(f"{found[stem]} and {path} differ by their extension alone: remove one")
-                found[stem] = path
-    return dict(sorted(found.items(), key=lambda item: in_order(item[0])))
+    for name in sorted(listing.files, key=lambda name: in_order(os.path.splitext(name)[0])):
+        stem, path = one_form(os.path.splitext(name)[0]), folder / name
+        if stem in found:
+            raise UserError(f"{found[stem]} and {path} differ by their extension alone: remove one")
+        found[stem] = path
+    notes += listing.lines(folder)
+    return found
 
 
 def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
     names = _named_classes(root)
+    if names is None and data.mask_values:
+        names = table_classes(data.mask_values)
     if names is None:
         if data.classes is None:
             raise UserError(
                 f"nothing says which classes there are: add {root / CLASS_FILES[0]}, one name a line, or "
-                "--set data.classes=NUMBER"
+                "--set data.classes=NUMBER, or say what the values of the masks mean in data.mask_values"
             )
         names = [str(number) for number in range(data.classes)]
     if data.classes not in (None, len(names)):

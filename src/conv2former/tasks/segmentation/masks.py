@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conv2former.data.images import IGNORED, MAX_PIXELS, BadImage
 from conv2former.errors import one_line
 
-LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
-FORMATS = ("PNG", "TIFF", "BMP")  # without loss
+LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif")
+LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")  # read where the recipe says what the values mean
+FORMATS = ("PNG", "TIFF", "BMP", "GIF", "JPEG", "WEBP")
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of a palette image the numbers count, not the colours
 SCALED: dict[Any, int] = {"L;2": 85, "L;4": 17}  # by what Pillow multiplies grey of 2 and 4 bits
 
 
-def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A mask (H, W) of uint16 as it is stored.
+class ColourMask(BadImage):
+    """A mask in colour where numbers are asked for.
+
+    Attributes:
+        colours: Pixels of each, by red, green and blue as 24 bits.
+    """
+
+    def __init__(self, file: str, reason: str, colours: Counter[int] | None = None) -> None:
+        super().__init__(file, reason)
+        self.colours: Counter[int] = colours or Counter()
+
+
+def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = False, turn: bool = False) -> np.ndarray:
+    """A mask (H, W) of uint16 as it is stored; colour images whose channels are equal count as grey.
+
+    Args:
+        path: The file.
+        max_pixels: Larger ones are refused.
+        colours: Gives red, green and blue as 24 bits of uint32, those of a palette too.
+        turn: Whether its own EXIF orientation is applied.
 
     Raises:
-        BadImage: It cannot be read, is a colour image, or is too large.
+        ColourMask: It is a colour image, and ``colours`` is off.
+        BadImage: It cannot be read, or is too large.
     """
     try:
         with warnings.catch_warnings():
@@ -33,10 +54,11 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                     raise BadImage(
                         str(path), f"its {width} x {height} pixels are more than the limit of {max_pixels:,}"
                     )
-                if image.mode not in MODES:
-                    raise BadImage(str(path), f"a mask holds one number a pixel, this is a {image.mode} image")
-                depth = image.tile[0][3] if image.format == "PNG" and image.tile else None
-                values = np.asarray(image) // SCALED.get(depth, 1)
+                mode, depth = image.mode, image.tile[0][3] if image.format == "PNG" and image.tile else None
+                shown = ImageOps.exif_transpose(image) if turn else image
+                if colours or mode not in MODES:
+                    return _colours(np.asarray(shown.convert("RGB")), path, mode, colours=colours)
+                values = np.asarray(shown) // SCALED.get(depth, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file
@@ -44,6 +66,21 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
         raise BadImage(str(path), f"it holds the label {int(values.min() if values.min() < 0 else values.max())}")
     return values.astype(np.uint16)
+
+
+def _colours(pixels: np.ndarray, path: Path, mode: str, *, colours: bool) -> np.ndarray:
+    """Red, green and blue (H, W, 3) as 24 bits (H, W), or grey as it is."""
+    if not colours and (pixels == pixels[..., :1]).all():
+        return pixels[..., 0].astype(np.uint16)
+    codes = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    if not colours:
+        values, counts = np.unique(codes, return_counts=True)
+        found = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        reason = (
+            f"a mask holds one number a pixel, this is a {mode} image: say what its colours mean in data.mask_values"
+        )
+        raise ColourMask(str(path), reason, found)
+    return codes
 
 
 def to_classes(labels: np.ndarray, *, classes: int, reduce_zero: bool, path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conv2former.config import ModelSection
 from conv2former.data.rle import encode_mask
-from conv2former.errors import UserError
+from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
 from conv2former.tasks.dense import DenseTask, padded_with_mean
 from conv2former.tasks.segmentation.config import SegmentationRecipe
@@ -66,7 +66,7 @@ class SegmentationTask(DenseTask):
 
     def eval_source(self, root: Path | None) -> PairSource:
         """The validation set, or the one set that is there."""
-        return open_eval_pairs(self.recipe.data, root, self.classes)
+        return open_eval_pairs(self.recipe.data, root, self.classes, self.split)
 
     def train_dataset(self, source: Any, *, on_bad_image: Literal["error", "replace"]) -> TrainPairs:
         return TrainPairs(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
@@ -138,8 +138,12 @@ class SegmentationTask(DenseTask):
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
         """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""
-        plots.confusion_matrix(np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png")
-        _sheet(self, source).save(folder / "predictions.png")
+        with or_left_out("confusion_matrix.png"):
+            plots.confusion_matrix(
+                np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png"
+            )
+        with or_left_out("predictions.png"):
+            _sheet(self, source).save(folder / "predictions.png")
 
     def scores(self) -> nn.Module:
         """For each class the sum of its logits over the pixels that are found to be of it."""

@@ -41,7 +41,8 @@ class Detections(NamedTuple):
         boxes: (N, 4), x0, y0, x1, y1 in pixels of the network's input.
         scores: (N,), probability of the class.
         labels: (N,) long, classes from 0.
-        masks: (N, 28, 28), probability that a position in the box belongs to the object; see ``paste_masks``.
+        masks: (N, 28, 28), probability that a position in the box belongs to the object; see ``paste_masks``. (N, 0, 0)
+            of a detector without mask heads.
     """
 
     boxes: Tensor
@@ -52,6 +53,8 @@ class Detections(NamedTuple):
 
 class Detector(OnBackbone):
     """Backbone, pyramid, region proposals and one stage (Mask R-CNN) or three (Cascade Mask R-CNN).
+
+    Without masks it is a Faster R-CNN, or a Cascade R-CNN.
 
     Boxes are drawn for the losses with the default random generator of the device.
 

@@ -24,12 +24,14 @@ class Target(NamedTuple):
     Attributes:
         boxes: (N, 4) float, x0, y0, x1, y1 in pixels of the network's input, of positive area, within the image.
         labels: (N,) long, classes from 0.
-        masks: (N, h, w) uint8, of the size of the image without the batch's padding.
+        masks: (N, h, w) uint8, of the size of the image without the batch's padding; none where no object has one.
+        masked: (N,) bool, which objects have a mask; None for all.
     """
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor
+    masked: Tensor | None = None
 
 
 class StageSettings(NamedTuple):
@@ -55,7 +57,7 @@ class Samples(NamedTuple):
 
 
 class CascadeStage(nn.Module):
-    """A box head and a mask head with their losses."""
+    """A box head and perhaps a mask head with their losses."""
 
     def __init__(self, section: DetectorSection, num_classes: int, settings: StageSettings) -> None:
         super().__init__()
@@ -66,14 +68,19 @@ class CascadeStage(nn.Module):
         self.box_head = box_head.BoxHead(
             section.channels, section.box_head_channels, num_classes, kind=section.box_head
         )
-        self.mask_head = mask_head.MaskHead(section.channels, num_classes)
+        self.mask_head = mask_head.MaskHead(section.channels, num_classes) if section.masks else None
 
     def boxes(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, num_classes + 1) and offsets (N, num_classes, 4) of boxes (N, 4) of images (N,)."""
         return self.box_head(box_head.pool(maps, boxes, images, box_head.POOL))
 
     def masks(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Logits (N, 28, 28) of the masks of boxes (N, 4) of images (N,) that show objects of classes (N,)."""
+        """Logits (N, 28, 28) of the masks of boxes (N, 4) of images (N,) that show objects of classes (N,).
+
+        Without a mask head (N, 0, 0).
+        """
+        if self.mask_head is None:
+            return boxes.new_zeros(len(boxes), 0, 0)
         logits = self.mask_head(box_head.pool(maps, boxes, images, mask_head.POOL))
         return logits[torch.arange(len(labels), device=labels.device), labels].float()
 
@@ -142,6 +149,8 @@ class CascadeStage(nn.Module):
     ) -> dict[str, Tensor]:
         """The weighted losses ``class``, ``box`` and ``mask``; 0, but with a gradient, where nothing was drawn.
 
+        Without a mask head there is no ``mask``; with one, objects without a mask do not enter it.
+
         Args:
             maps: Of the pyramid, float32.
             samples: Of this stage.
@@ -160,11 +169,30 @@ class CascadeStage(nn.Module):
             box_loss = box_loss * GIOU_WEIGHT
         else:
             box_loss = F.l1_loss(own, encode(boxes, samples.gt_boxes, self.settings.deviations), reduction="sum")
+        terms = {"class": class_loss, "box": box_loss / count}
+        if self.mask_head is not None:
+            terms["mask"] = self._mask_loss(maps, boxes, images, labels, samples.objects, targets, padded)
+        return {name: term * self.settings.weight for name, term in terms.items()}
+
+    def _mask_loss(
+        self,
+        maps: Sequence[Tensor],
+        boxes: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        objects: Tensor,
+        targets: Sequence[Target],
+        padded: tuple[int, int],
+    ) -> Tensor:
+        """Of boxes (P, 4) of images (P,) with objects (P,) of classes (P,); the mean over those that have a mask."""
+        if any(target.masked is not None for target in targets):
+            flags = [torch.ones_like(t.labels, dtype=torch.bool) if t.masked is None else t.masked for t in targets]
+            masked = torch.cat([own[objects[images == image]] for image, own in enumerate(flags)])
+            boxes, images, labels, objects = boxes[masked], images[masked], labels[masked], objects[masked]
         predicted = self.masks(maps, boxes, images, labels)
         mask_targets = [
-            mask_head.mask_targets(target.masks, boxes[mine], samples.objects[mine], padded)
+            mask_head.mask_targets(target.masks, boxes[mine], objects[mine], padded)
             for target, mine in ((target, images == image) for image, target in enumerate(targets))
         ]
         mask_loss = F.binary_cross_entropy_with_logits(predicted, torch.cat(mask_targets), reduction="sum")
-        terms = {"class": class_loss, "box": box_loss / count, "mask": mask_loss / max(predicted.numel(), 1)}
-        return {name: term * self.settings.weight for name, term in terms.items()}
+        return mask_loss / max(predicted.numel(), 1)

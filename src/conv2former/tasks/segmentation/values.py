@@ -1,0 +1,190 @@
+"""What the values of masks mean: the user's own table, and a look at a sample before anything is trained."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from conv2former.data.images import IGNORED, BadImage
+from conv2former.errors import UserError, some
+
+NO_CLASS = "ignore"  # in a table, like null
+COLOUR = re.compile(r"[(\[]?\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[)\]]?|#([0-9a-fA-F]{6})")
+Table = Mapping[str, str | int | None]
+
+
+def canonical(raw: Any) -> Any:
+    """A recipe's table with keys '255' or '255 0 0', whatever way they were written; raises ValueError."""
+    if not isinstance(raw, dict):
+        return raw
+    table = {}
+    for key, value in raw.items():
+        colour = COLOUR.fullmatch(str(key).strip())
+        if colour:
+            parts = [int(colour[4][i : i + 2], 16) for i in (0, 2, 4)] if colour[4] else map(int, colour.groups()[:3])
+            key = " ".join(map(str, parts))
+        table[str(key).strip()] = value
+    wrong = [key for key in table if not (key.isdecimal() and int(key) < 1 << 16) and not _is_colour(key)]
+    if wrong or not table or len({" " in key for key in table}) > 1:
+        raise ValueError(
+            f"data.mask_values: {some(wrong) or 'the keys'} must be numbers up to 65535, or all of them colours such "
+            "as '255 0 0' or '#ff0000'"
+        )
+    return table
+
+
+def _is_colour(key: str) -> bool:
+    return " " in key and all(int(part) < 256 for part in key.split())
+
+
+def code(key: str) -> int:
+    """A table's key as one number: the value, or red, green and blue as 24 bits."""
+    red, *rest = map(int, key.split())
+    return red << 16 | rest[0] << 8 | rest[1] if rest else red
+
+
+def table_classes(table: Table) -> list[str]:
+    """The names that a table gives, in its order, or the numbers up to its last."""
+    given = [value for value in table.values() if value not in (None, NO_CLASS)]
+    numbers = [value for value in given if isinstance(value, int)]
+    return [str(n) for n in range(max(numbers) + 1)] if numbers else list(dict.fromkeys(map(str, given)))
+
+
+class MaskValues:
+    """A table for some classes.
+
+    Args:
+        table: Of a recipe.
+        classes: K names.
+
+    Attributes:
+        colours: Whether the keys are colours.
+
+    Raises:
+        UserError: It names a class that there is not.
+    """
+
+    def __init__(self, table: Table, classes: Sequence[str]) -> None:
+        self.colours = any(" " in key for key in table)
+        places = {name: number for number, name in enumerate(classes)}
+        targets = {}
+        for key, value in table.items():
+            number = value if isinstance(value, int) else places.get(str(value))
+            if value is None or (value == NO_CLASS and number is None):
+                number = IGNORED
+            elif number is None or not 0 <= number < len(classes):
+                raise UserError(f"data.mask_values: {key} is {value!r}, which is none of the classes {some(classes)}")
+            targets[code(key)] = number
+        if not self.colours:
+            targets.setdefault(IGNORED, IGNORED)
+        self.codes = np.array(sorted(targets), np.int64)
+        self.targets = np.array([targets[value] for value in sorted(targets)], np.uint8)
+
+    def classes_of(self, stored: np.ndarray, path: Path, *, nearest: bool) -> np.ndarray:
+        """Stored codes (H, W) as classes of uint8; raises BadImage.
+
+        Args:
+            stored: As ``read_labels`` gives them.
+            path: For the message.
+            nearest: Whether a value stands for the nearest one of the table (JPEG keeps none exactly).
+        """
+        values, inverse = np.unique(stored, return_inverse=True)
+        if nearest:
+            apart = np.abs(_channels(values)[:, None] - _channels(self.codes)[None]).sum(axis=2)
+            found = apart.argmin(axis=1)
+        else:
+            found = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
+            unknown = values[self.codes[found] != values]
+            if len(unknown):
+                raise BadImage(
+                    str(path),
+                    f"it holds {some([self.word(value) for value in unknown])}, which data.mask_values does not name: "
+                    f"add what they mean ({NO_CLASS} for no class)",
+                )
+        return self.targets[found][inverse.reshape(stored.shape)]
+
+    def word(self, value: int) -> str:
+        """A value as the table would write it."""
+        return colour_key(value) if self.colours else str(value)
+
+
+def colour_key(value: int) -> str:
+    """A colour's code as a table's key."""
+    return f"{value >> 16} {value >> 8 & 255} {value & 255}"
+
+
+def _channels(values: np.ndarray) -> np.ndarray:
+    """Codes (N,) as (N, 3); a number in the last channel alone."""
+    values = values.astype(np.int64)
+    return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
+
+
+def remedy(keys: Sequence[int | str], classes: Sequence[str]) -> str:
+    """The option that says what values mean, ready to be pasted."""
+    names = list(classes) if len(keys) == len(classes) else ["CLASS"] * len(keys)
+    table = yaml.safe_dump(dict(zip(keys, names, strict=True)), default_flow_style=True, sort_keys=False, width=10**6)
+    return f"--set {shlex.quote(f'data.mask_values={table.strip()}')}"
+
+
+def colour_trouble(where: Path, colours: Counter[int], classes: Sequence[str]) -> UserError:
+    """The error about masks in colour that no table explains."""
+    keys = [colour_key(value) for value, _ in sorted(colours.most_common(12))]
+    found = f"{len(colours)} colours" + (f", most of them {some(keys, 4)}" if len(colours) > 1 else "")
+    return UserError(
+        f"the masks in {where} are colour images ({found}): say which colour is which class, with "
+        + remedy(keys, classes)
+    )
+
+
+def check_values(
+    where: Path, pixels: np.ndarray, masks: int, classes: Sequence[str], *, reduce_zero: bool
+) -> list[str]:
+    """What is to be said of the values of some masks, before anything is trained.
+
+    Args:
+        where: Their folder.
+        pixels: Numbers of pixels by stored value, (65536,).
+        masks: How many were looked at.
+        classes: K names.
+        reduce_zero: Whether value 0 is no class.
+
+    Raises:
+        UserError: One class at most occurs beside pixels of value 255: there is nothing to learn.
+    """
+    values = np.flatnonzero(pixels)
+    counted = values[(values != IGNORED) & ~((values == 0) & reduce_zero)] - reduce_zero
+    inside, beyond = counted[counted < len(classes)], counted[counted >= len(classes)] + reduce_zero
+    looked = f"{masks} masks of {where}"
+    if len(inside) <= 1 and pixels[IGNORED] and not len(beyond):
+        share = pixels[IGNORED] / pixels.sum()
+        occurs = [f"class {classes[inside[0]]!r} alone occurs"] if len(inside) else ["no class occurs"]
+        raise UserError(
+            f"{share:.1%} of the pixels in {looked} hold 255, which means no class, and {occurs[0]}: there is nothing "
+            f"to learn; if 255 is a class, add {remedy(values.tolist(), classes)}"
+        )
+    lines = []
+    if len(beyond):
+        fits = ", or data.reduce_zero_label=true" * (int(beyond.max()) == len(classes) and not reduce_zero)
+        known = (
+            f"the {len(classes)} classes are {int(reduce_zero)} to {len(classes) - 1 + reduce_zero} (255 is ignored)"
+        )
+        lines.append(
+            f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
+            f"fits{fits}, or say what they mean with {remedy(values.tolist()[:20], classes)}"
+        )
+    return lines + missing_classes(looked, set(inside.tolist()), classes)
+
+
+def missing_classes(looked: str, present: set[int], classes: Sequence[str]) -> list[str]:
+    """The line about classes that do not occur, if there are any."""
+    missing = [repr(name) for number, name in enumerate(classes) if number not in present]
+    what = f"class {missing[0]} has" if len(missing) == 1 else f"{len(missing)} of {len(classes)} classes have"
+    names = "" if len(missing) == 1 else f": {some(missing, 8)}"
+    return [f"{what} no pixel in {looked}{names}"] if missing else []

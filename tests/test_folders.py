@@ -1,0 +1,184 @@
+"""Which folder is what: classes, splits, what is left out and named, images of both parts."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conv2former.data.folders import find_splits, listed
+from conv2former.data.images import HEIC, BadImage, decode, find_images, given_images
+from conv2former.data.sources import remarks
+from conv2former.engine.evaluate import evaluate
+from conv2former.engine.train import train
+from conv2former.errors import UserError
+from conv2former.tasks.classification.archives import TarSource
+from conv2former.tasks.classification.layouts import open_eval_source, open_splits
+from conv2former.tasks.classification.sources import FolderSource
+from digits import tiny_recipe
+
+DATA = tiny_recipe().data.model_copy(update=dict(val_fraction=0.0))
+HELD = DATA.model_copy(update=dict(val_fraction=0.25))
+
+
+def write(root: Path, *names: str, seed: int = 0) -> Path:
+    """Images of noise, each another."""
+    generator = np.random.default_rng([seed, *map(ord, str(names))])
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(root / name)
+    return root
+
+
+def images(root: Path, *splits: str, classes: tuple[str, ...] = ("cat", "dog"), count: int = 4) -> Path:
+    """SPLIT/CLASS/N.png."""
+    for number, split in enumerate(splits):
+        write(root, *(f"{split}/{name}/{n}.png" for name in classes for n in range(count)), seed=number)
+    return root
+
+
+def test_the_first_level_names_the_class(tmp_path: Path) -> None:
+    root = write(tmp_path, "a/day1/0.png", "a/day2/0.png", "a/1.png", "b/day1/0.png", "b/day1/x/0.png")
+    source = FolderSource(root)
+    assert source.classes == ["a", "b"] and source.targets == [0, 0, 0, 1, 1]
+    assert [source.name(i) for i in (0, 1)] == ["a/1.png", "a/day1/0.png"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a", "b"):
+            tar.add(root / name, f"photos/{name}")
+    packed = TarSource(tmp_path / "x.tar")
+    assert packed.classes == source.classes and packed.targets == source.targets
+    (parts := tmp_path / "parts").mkdir()
+    for name in ("a", "b"):  # a/1.png lies in no folder of its tar file, which is therefore the class
+        with tarfile.open(parts / f"{name}.tar", "w") as tar:
+            tar.add(root / name, "" if name == "a" else name)
+    assert TarSource(parts).classes == ["a", "b"] and TarSource(parts).targets == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("train_name", "val_name"), [("train", "valid"), ("Train", "Val"), ("TRAIN", "Validation"), ("train", "VALID")]
+)
+def test_splits_in_upper_and_lower_case(tmp_path: Path, train_name: str, val_name: str) -> None:
+    root = images(tmp_path, train_name, val_name, "Test", "extra")
+    splits = open_splits(HELD, root, seed=0)
+    assert (len(splits.train), len(splits.val)) == (8, 8)
+    assert {Path(splits.val.file(i)).parts[-3] for i in range(8)} == {val_name}  # type: ignore[attr-defined]
+    unread, classes = remarks(splits)
+    assert unread.endswith("not read: Test, extra; evaluate a trained model on the test part with --split test")
+    assert classes == "2 classes: cat (4), dog (4); 8 training and 8 validation images"
+    test = open_eval_source(root, ["cat", "dog"], split="test")
+    assert Path(test.file(0)).parts[-3] == "Test"  # type: ignore[attr-defined]
+
+
+def test_a_test_part_is_never_validated_on(tmp_path: Path) -> None:
+    root = images(tmp_path, "train", "test")
+    with pytest.raises(UserError, match=r"no val/ folder .*data.val_fraction=0.1; the test images are not"):
+        open_splits(DATA, root, seed=0)
+    splits = open_splits(HELD, root, seed=0)
+    assert {Path(splits.val.file(i)).parts[-3] for i in range(len(splits.val))} == {"train"}  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"no val/: .* or --split test"):
+        open_eval_source(root, ["cat", "dog"])
+    with pytest.raises(UserError, match="no val images"):
+        open_eval_source(root, ["cat", "dog"], split="val")
+    assert find_splits(["dev", "val", "Val", "valid"]) == {"val": "val"}
+    words = images(tmp_path / "words", ".", classes=("valid", "other"))  # classes, for want of a training part
+    assert open_splits(HELD, words, seed=0).train.classes == ["other", "valid"]
+
+
+def test_what_is_left_out_is_named(tmp_path: Path) -> None:
+    root = images(tmp_path, ".")
+    write(root, "cat/@eaDir/0.png/SYNOPHOTO.png", ".thumbnails/1.png", "__MACOSX/cat/0.png", "cat/0.predicted.png")
+    write(root, "runs/a/learning_curves.png", "runs/a/samples/0.png", "dog/reports/predictions.png")
+    for name in ("runs/a/recipe.yaml", "runs/a/run.json", "dog/reports/evaluation.json"):
+        (root / name).write_text("{}")
+    for name in ("IMG_1.DNG", "IMG_2.dng", "noextension", "x.PSD", ".DS_Store", "Thumbs.db"):
+        (root / "cat" / name).write_bytes(b"x")
+    (root / "cat" / "self").symlink_to(".")
+    (root / "cat" / "up").symlink_to("../..")
+    (root / "dog" / "deep").mkdir()
+    write(root, "dog/deep/9.png")
+    (root / "dog" / "again").symlink_to("deep")
+    source = FolderSource(root)
+    assert source.classes == ["cat", "dog"] and source.targets == [0] * 4 + [1] * 5
+    (folders, empty, files) = source.notes
+    assert empty.endswith(": no images in runs/")
+    for word in ("runs/a (a run)", "dog/reports (a report)", "__MACOSX (made by a system)", "@eaDir", ".thumbnails"):
+        assert word in folders.replace("and 3 more", "") or "more" in folders, word
+    assert listed(root, (".png",)).left_out.keys() >= {"cat/self", "cat/up", "dog/again", "cat/@eaDir", "runs/a"}
+    assert "2 files ending in .dng" in files and "1 file without an ending" in files and "Thumbs" not in files
+    others: Counter[str] = Counter()
+    assert len(find_images([root], others=others)) == 9 and others[".dng"] == 2 and others[""] == 1
+
+
+def test_the_names_of_files_that_predict_passes_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path, "0.png")
+    (tmp_path / "1.dng").write_bytes(b"x")
+    (tmp_path / "2").write_bytes(b"x")
+    assert given_images([tmp_path]) == [tmp_path / "0.png"]
+    assert "not read: 1 file without an ending, 1 file ending in .dng" in capsys.readouterr().err
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(UserError, match=r"no images in .*: 1 file without an ending, 1 file ending in \.dng"):
+        given_images([tmp_path])
+
+
+def test_the_same_images_in_both_parts_are_noticed(tmp_path: Path) -> None:
+    root = images(tmp_path, "train", "val")
+    assert len(remarks(open_splits(DATA, root, seed=0))) == 1
+    shutil.copy(root / "train" / "cat" / "0.png", root / "val" / "cat" / "other.png")
+    line = remarks(open_splits(DATA, root, seed=0))[1]
+    assert line.startswith("1 of the 9 validation images are training images, too (cat/other.png is cat/0.png)")
+
+
+def test_names_match_in_any_unicode_form(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    root = images(tmp_path, "train", classes=(composed, "dog"))
+    images(root, "val", classes=(apart, "dog"))
+    splits = open_splits(DATA, root, seed=0)
+    assert splits.train.classes == splits.val.classes == [composed, "dog"]
+    assert set(open_eval_source(root, [apart, "dog"], split="train").targets) == {0, 1}
+    images(root, "train", classes=(apart,))
+    assert FolderSource(root / "train").classes == [apart, "dog"] and len(FolderSource(root / "train")) == 12
+
+
+def test_runs_inside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainings of one folder into itself; the first resumes, is evaluated, and so is a part of its data."""
+    images(tmp_path, "train", "val", "test")
+    shutil.copytree(tmp_path / "train", tmp_path, dirs_exist_ok=True)
+    for name in ("train", "val"):
+        shutil.rmtree(tmp_path / name)
+    shutil.move(tmp_path / "test", tmp_path / "dog" / "more")
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0", "data.val_fraction=0.25", "data.workers=0")
+    recipe = recipe.model_copy(update=dict(optim=recipe.optim.model_copy(update=dict(batch_size=4))))
+    for run in ("runs/a", "runs/b"):
+        train(recipe, data=Path("."), out=Path(run))
+    train(None, data=None, out=Path("runs/a"), resume=True)
+    evaluation, folder = evaluate("runs/b", split="train", workers=0)
+    assert folder == Path("runs/b/evaluations/train") and evaluation.details["images"] > 8
+    assert evaluate("runs/b", split="val", workers=0)[1] == Path("runs/b")
+    with pytest.raises(UserError, match="has no test images"):
+        evaluate("runs/b", split="test", workers=0)
+    images(tmp_path / "other", "train", "Test")
+    assert evaluate("runs/b", data="other", split="test", workers=0)[0].details["images"] == 8
+
+
+def test_heic_is_read_where_the_extra_is_installed(tmp_path: Path) -> None:
+    """Turned by its EXIF orientation, once; without the extra its name says how to get it."""
+    image = Image.new("RGB", (60, 40), (200, 30, 30))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    file = tmp_path / "a.heic"
+    if not HEIC:
+        file.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+        with pytest.raises(BadImage, match=r"pip install pillow-heif"):
+            decode(file)
+        return
+    import pillow_heif
+
+    pillow_heif.from_pillow(image).save(file, exif=exif.tobytes(), quality=95)
+    assert decode(file).size == (40, 60) and find_images([tmp_path]) == [file]

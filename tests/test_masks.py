@@ -1,0 +1,168 @@
+"""What the values of masks mean: looked at before the first step, said by the recipe; how masks are named."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conv2former.data.sources import remarks
+from conv2former.errors import UserError
+from conv2former.recipes.load import with_settings
+from conv2former.tasks.segmentation.config import SegmentationDataSection
+from conv2former.tasks.segmentation.folders import open_eval_pairs, open_pairs
+from scenes import small_segmenter
+
+PAIRS = SegmentationDataSection(source="pairs", val_fraction=0.25)
+
+
+def write(
+    root: Path, mask: np.ndarray, *, classes: str = "background\nobject\n", name: str = "{}.png", parts: str = "."
+) -> Path:
+    """Images with a mask each."""
+    (root / parts / "images").mkdir(parents=True)
+    (root / parts / "masks").mkdir()
+    for number in range(4):
+        Image.new("RGB", mask.shape[1::-1], (90, number, 90)).save(root / parts / "images" / f"{number}.jpg")
+        Image.fromarray(mask).save(root / parts / "masks" / name.format(number), quality=95)
+    if classes:
+        (root / "classes.txt").write_text(classes)
+    return root
+
+
+def grey(*values: int) -> np.ndarray:
+    """A mask of equal stripes."""
+    return np.repeat(np.array(values, np.uint8), 8)[None].repeat(24, axis=0)
+
+
+def pasted(message: str) -> SegmentationDataSection:
+    """The recipe's data with the option that a message ends with."""
+    words = shlex.split(message[message.index("--set") :])
+    recipe = small_segmenter("data.source=pairs", "data.val_fraction=0.25")
+    return with_settings(recipe, [words[1].replace("CLASS", "object")]).data  # type: ignore[return-value]
+
+
+def refused(data: SegmentationDataSection, root: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        open_pairs(data, root, seed=0)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_masks_of_0_and_255_are_no_training_on_nothing(tmp_path: Path) -> None:
+    root = write(tmp_path, grey(0, 255, 0, 0))
+    message = refused(PAIRS, root)
+    assert "25.0% of the pixels in 4 masks" in message and "class 'background' alone occurs" in message
+    data = pasted(message)
+    assert data.mask_values == {"0": "background", "255": "object"}
+    _, classes = open_pairs(data, root, seed=0).train.load(0)
+    assert np.bincount(classes.ravel()).tolist() == [24 * 24, 24 * 8]
+    (root / "classes.txt").unlink()
+    assert open_pairs(data, root, seed=0).val.classes == ["background", "object"]
+    assert open_eval_pairs(data, root, ["object", "background"]).load(0)[1][0, 0] == 1
+    recipe = small_segmenter()
+    assert with_settings(recipe, ["data.mask_values={0: a, 255: b}"]).digest() != recipe.digest()
+    assert with_settings(recipe, ["data.exif=turn", "data.mask_values=null"]).digest() == recipe.digest()
+
+
+def test_values_that_contradict_the_classes_are_said(tmp_path: Path) -> None:
+    root = write(tmp_path / "a", grey(0, 1, 255), classes="a\nb\nc\n")
+    assert f"class 'c' has no pixel in 4 masks of {root / 'masks'}" in remarks(open_pairs(PAIRS, root, seed=0))
+    root = write(tmp_path / "b", grey(0, 128, 200), classes="a\nb\nc\n")
+    split = open_pairs(PAIRS, root, seed=0)
+    values, missing = split.train.notes
+    assert "hold 0, 128, 200, the 3 classes are 0 to 2" in values and "2 of 3 classes have no pixel" in missing
+    with pytest.raises(UserError, match="labels up to 200"):
+        split.train.load(0)
+    table = pasted(values)
+    assert table.mask_values == {"0": "a", "128": "b", "200": "c"}
+    assert set(np.unique(open_pairs(table, root, seed=0).train.load(0)[1])) == {0, 1, 2}
+    assert not open_pairs(table, root, seed=0).train.notes
+    partial = PAIRS.model_copy(update=dict(mask_values={"0": "a", "128": "b"}))
+    assert "it holds 200, which data.mask_values does not name" in refused(partial, root)
+    assert "'z', which is none of the classes" in refused(PAIRS.model_copy(update=dict(mask_values={"0": "z"})), root)
+
+
+def test_masks_in_colour(tmp_path: Path) -> None:
+    colours = np.zeros((24, 32, 3), np.uint8)
+    colours[:, 8:16], colours[:, 16:] = (255, 0, 0), (0, 0, 255)
+    root = write(tmp_path / "a", colours, classes="road\nsky\ncar\n")
+    message = refused(PAIRS, root)
+    assert "3 colours" in message
+    data = pasted(message)
+    assert data.mask_values == {"0 0 0": "road", "0 0 255": "sky", "255 0 0": "car"}
+    _, classes = open_pairs(data, root, seed=0).train.load(0)
+    assert np.bincount(classes.ravel()).tolist() == [24 * 8, 24 * 16, 24 * 8]
+    for keys in ("#000000", "(0, 0, 0)", "0,0,0"):
+        spelled = SegmentationDataSection(source="pairs", mask_values={keys: "road", "#FF0000": "car", "0 0 255": None})
+        assert list(spelled.mask_values or {}) == ["0 0 0", "255 0 0", "0 0 255"]
+    palette = Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 8)[None].repeat(24, 0), mode="P")
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    for file in (root / "masks").iterdir():
+        palette.resize((32, 24), Image.Resampling.NEAREST).save(file)
+    assert set(np.unique(open_pairs(PAIRS, root, seed=0).train.load(0)[1])) == {0, 1, 2}
+    assert set(np.unique(open_pairs(data, root, seed=0).train.load(0)[1])) == {0, 1, 2}
+    grey_rgb = write(tmp_path / "b", np.stack([grey(0, 1, 1)] * 3, axis=2))
+    assert set(np.unique(open_pairs(PAIRS, grey_rgb, seed=0).train.load(0)[1])) == {0, 1}
+
+
+@pytest.mark.parametrize("keys", [{}, {"x": "a"}, {"0": "a", "0 0 0": "b"}, {"70000": "a"}, {"0 0 300": "a"}])
+def test_tables_that_are_none(keys: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="mask_values"):
+        small_segmenter(f"data.mask_values={keys}")
+
+
+@pytest.mark.parametrize("name", ["{}_mask.png", "mask_{}.png", "{}.tiff", "{}-labels.bmp"])
+def test_masks_of_other_names(tmp_path: Path, name: str) -> None:
+    split = open_pairs(PAIRS, write(tmp_path, grey(0, 1, 0), name=name), seed=0)
+    assert all(name.format(pair.image.stem) == pair.labels.name for pair in split.train.pairs)
+    assert ("the masks are called" in str(split.train.notes)) == (name != "{}.tiff")
+
+
+def test_masks_of_jpeg_need_a_table_and_take_the_nearest_value(tmp_path: Path) -> None:
+    root = write(tmp_path / "a", grey(0, 255, 0, 0), name="{}.jpg")
+    message = refused(PAIRS, root)
+    assert ".jpg files, whose values are not exact" in message
+    _, classes = open_pairs(pasted(message), root, seed=0).train.load(0)
+    assert np.bincount(classes.ravel()).tolist() == [24 * 24, 24 * 8]
+    wrong = write(tmp_path / "b", grey(0, 1), name="other{}.png")
+    (wrong / "masks" / "other3.png").unlink()
+    assert "(there: other0.png, other1.png, other2.png)" in refused(PAIRS, wrong)
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+def test_the_parts_of_pairs(tmp_path: Path, val: str) -> None:
+    data = PAIRS.model_copy(update=dict(val_fraction=0.0))
+    for part in ("train", val, "test", "more"):
+        write(tmp_path / "a", grey(0, 1), parts=part)
+    split = open_pairs(data, tmp_path / "a", seed=0)
+    assert split.val.name(0) == f"{val}/images/0.jpg" and len(split.train) == len(split.val) == 4
+    assert "not read: more, test; evaluate" in remarks(split)[0]
+    assert open_eval_pairs(data, tmp_path / "a", split.val.classes, "test").name(0).startswith("test/")
+    assert remarks(split)[1].split(";")[0] == "2 classes: background, object"
+    for kind in ("images", "masks"):
+        for part in ("train", val):
+            (tmp_path / "b" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "a" / part / kind).rename(tmp_path / "b" / kind / part)
+    (tmp_path / "b" / "classes.txt").write_text("a\nb\n")
+    assert open_pairs(data, tmp_path / "b", seed=0).val.name(0) == f"images/{val}/0.jpg"
+
+
+def test_exif_turns_images_and_not_masks_that_have_none(tmp_path: Path) -> None:
+    root = write(tmp_path, grey(0, 1))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for number in range(4):
+        Image.new("RGB", (16, 24)).save(root / "images" / f"{number}.jpg", exif=exif)
+    split = open_pairs(PAIRS, root, seed=0)
+    assert "4 of 4 images are turned by their EXIF orientation: masks are taken" in remarks(split)[1]
+    with pytest.raises(UserError, match=r"16 x 24 pixels, its image 24 x 16; .* add --set data.exif=ignore"):
+        split.train.load(0)
+    stored = open_pairs(PAIRS.model_copy(update=dict(exif="ignore")), root, seed=0)
+    assert stored.train.load(0)[0].size == (16, 24) and len(remarks(stored)) == 2  # the images are all the same
+    for number in range(4):  # a mask that has the image's EXIF is turned as well
+        Image.fromarray(grey(0, 1)).save(root / "masks" / f"{number}.png", exif=exif)
+    assert split.train.load(0)[1].shape == (16, 24)
