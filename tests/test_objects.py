@@ -254,6 +254,12 @@ def test_names_of_files_in_any_unicode_form(tmp_path: Path) -> None:
         (root / part / "0.jpg").rename(root / part / composed)
     source = open_coco(DATA, root).train
     assert source.load(0)[0].size == (96, 72) and source.name(0) == apart
+    other = content(root)
+    for part, name in (("train2017", composed), ("val2017", apart)):
+        other["categories"][0]["name"] = name
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(other))
+    assert open_coco(DATA, root).val.classes == [composed, "dog"]
+    assert open_eval_coco(DATA, root, [composed, "dog"]).classes == [composed, "dog"]
 
 
 def test_other_layouts_are_found(tmp_path: Path) -> None:

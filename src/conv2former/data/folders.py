@@ -29,6 +29,12 @@ def one_form(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def respelled(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Names written as known ones are, where they differ in their Unicode form alone."""
+    spelled = {one_form(name): name for name in known}
+    return [spelled.get(one_form(name), name) for name in names]
+
+
 def find_splits(names: Iterable[str]) -> dict[str, str]:
     """Which of some names are those of the training, the validation and the test part."""
     by_word: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conv2former.data.folders import SPLITS, find_splits, one_form, subfolders, unread
+from conv2former.data.folders import SPLITS, find_splits, respelled, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, nearest, printable, some
@@ -231,8 +231,7 @@ def _rest(root: Path, names: Sequence[str], found: dict[str, str]) -> str | None
 
 def _respell(source: ImageSource, classes: Sequence[str]) -> None:
     """Writes the classes of a set as another one or a model does, where they differ in their Unicode form alone."""
-    spelled = {one_form(name): name for name in classes}
-    source.classes = [spelled.get(one_form(name), name) for name in source.classes]
+    source.classes = respelled(source.classes, classes)
 
 
 def _put_in_order(source: ImageSource, classes: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from conv2former.data.folders import SPLITS, listed, one_form, subfolders, unread
+from conv2former.data.folders import SPLITS, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.rle import library
 from conv2former.data.sources import exif_remark, given_folder, stored_pixels
@@ -260,6 +260,7 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
     root = given_folder(root, "images and annotations")
     places = [_places(root, data, split) for split in ("train", "val")]
     train, val = (CocoSource(*place, turn=data.exif == "turn") for place in places)
+    val.classes = respelled(val.classes, train.classes)
     _check_same(train, val)
     val.category_ids = [val.category_ids[val.classes.index(name)] for name in train.classes]
     val.classes = train.classes
@@ -321,6 +322,7 @@ def open_eval_coco(
     """
     root = given_folder(root, "images and annotations")
     source = CocoSource(*_places(root, data, split or "val"), turn=data.exif == "turn")
+    source.classes = respelled(source.classes, classes)
     unknown = [name for name in source.classes if name not in classes]
     if unknown:
         raise UserError(

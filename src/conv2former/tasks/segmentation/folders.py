@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conv2former.data.folders import find_splits, listed, one_form, subfolders, unread
+from conv2former.data.folders import find_splits, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import exif_remark, given_folder, in_order, spread, stored_pixels
@@ -206,6 +206,7 @@ def open_eval_pairs(
     """
     root = given_folder(root, "images")
     own = _named_classes(root)
+    own = None if own is None else respelled(own, classes)
     if own is not None and own != classes:
         pairs = zip(own, classes, strict=False)
         differ = [f"{mine!r}, the model's {theirs!r}" for mine, theirs in pairs if mine != theirs]

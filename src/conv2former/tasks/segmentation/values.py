@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from conv2former.data.folders import one_form
 from conv2former.data.images import IGNORED, BadImage
 from conv2former.errors import UserError, some
 
@@ -73,10 +74,10 @@ class MaskValues:
 
     def __init__(self, table: Table, classes: Sequence[str]) -> None:
         self.colours = any(" " in key for key in table)
-        places = {name: number for number, name in enumerate(classes)}
+        places = {one_form(name): number for number, name in enumerate(classes)}
         targets = {}
         for key, value in table.items():
-            number = value if isinstance(value, int) else places.get(str(value))
+            number = value if isinstance(value, int) else places.get(one_form(str(value)))
             if value is None or (value == NO_CLASS and number is None):
                 number = IGNORED
             elif number is None or not 0 <= number < len(classes):
