@@ -122,6 +122,17 @@ def test_masks_of_other_names(tmp_path: Path, name: str) -> None:
     assert ("the masks are called" in str(split.train.notes)) == (name != "{}.tiff")
 
 
+@pytest.mark.parametrize(("image", "mask"), [("image_{}", "mask_{}"), ("{}_sat", "{}_mask"), ("img{}", "{}")])
+def test_images_and_masks_of_two_names(tmp_path: Path, image: str, mask: str) -> None:
+    root = write(tmp_path, grey(0, 1, 0), name=f"{mask}.png")
+    for number in range(4):
+        (root / "images" / f"{number}.jpg").rename(root / "images" / f"{image.format(number)}.jpg")
+    split = open_pairs(PAIRS, root, seed=0)
+    for pair in split.train.pairs:
+        number = "".join(filter(str.isdigit, pair.image.stem))
+        assert pair.labels.stem == mask.format(number)
+
+
 def test_masks_of_jpeg_need_a_table_and_take_the_nearest_value(tmp_path: Path) -> None:
     root = write(tmp_path / "a", grey(0, 255, 0, 0), name="{}.jpg")
     message = refused(PAIRS, root)

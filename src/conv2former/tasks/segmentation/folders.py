@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -299,24 +300,35 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
 def _matched(images: Sequence[str], masks: dict[str, Path], where: Path, notes: list[str]) -> dict[str, Path]:
     """The mask of each image: of its name, or of its name with the same words before and behind it (``NAME_mask``).
 
-    What is said of it is appended to ``notes``.
+    What all images have before and behind the differing part of their names (``image_1``, ``1_sat``) may be missing in
+    those of masks. What is said of it is appended to ``notes``.
     """
     if all(name in masks for name in images):
         return masks
-    around: Counter[tuple[str, str]] = Counter()
-    for image in images[:TRIED]:
-        folder, base = os.path.split(image)
-        for mask in masks:
-            own_folder, own = os.path.split(mask)
-            if own_folder == folder and base in own:
-                around[(own[: own.index(base)], own[own.index(base) + len(base) :])] += 1
-    for before, behind in (words for words, _ in around.most_common(TRIED)):
-        parts = {image: os.path.split(image) for image in images}
-        named = {image: os.path.join(folder, before + base + behind) for image, (folder, base) in parts.items()}
-        if all(name in masks for name in named.values()):
-            notes.append(f"{where}: the masks are called {before}NAME{behind}")
-            return {image: masks[name] for image, name in named.items()}
+    bases = [os.path.basename(image) for image in images]
+    first = len(os.path.commonprefix(bases).rstrip(string.digits))  # noqa: RUF071 (letter by letter is what is meant)
+    last = len(os.path.commonprefix([base[::-1] for base in bases]).rstrip(string.digits))  # noqa: RUF071
+    cores = [base[first : len(base) - last] for base in bases]
+    for parts in (bases, cores):
+        own = [(os.path.dirname(image), part) for image, part in zip(images, parts, strict=True)]
+        for before, behind in _around(own[:TRIED], masks):
+            named = [os.path.join(folder, before + part + behind) for folder, part in own]
+            if all(name in masks for name in named) and len({*named}) == len(named):
+                notes.append(f"{where}: the masks are called {before}NAME{behind}")
+                return {image: masks[name] for image, name in zip(images, named, strict=True)}
     return masks
+
+
+def _around(names: Sequence[tuple[str, str]], masks: Iterable[str]) -> list[tuple[str, str]]:
+    """What stands before and behind names (folder, name) in those of masks, the most frequent first."""
+    found: Counter[tuple[str, str]] = Counter()
+    for mask in masks:
+        folder, base = os.path.split(mask)
+        for own, name in names:
+            if own == folder and name and name in base:
+                start = base.index(name)
+                found[(base[:start], base[start + len(name) :])] += 1
+    return [words for words, _ in found.most_common(TRIED)]
 
 
 def _files(folder: Path, extensions: tuple[str, ...], notes: list[str]) -> dict[str, Path]:
