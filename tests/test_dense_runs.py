@@ -140,7 +140,7 @@ def test_prediction_draws_and_prints(
 
 
 def test_models_of_other_tasks_are_refused(runs: dict[str, Path], scenes: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds a detection model: segmentation needs one"):
+    with pytest.raises(UserError, match="holds a detection model: segmentation starts from"):
         train(small_segmenter(f"model.weights={runs['detection']}"), data=scenes["segmentation"], out=tmp_path / "run")
     with pytest.raises(UserError, match="holds a detection model, not a classifier"):
         checkpoints.load_pretrained(runs["detection"])
@@ -155,7 +155,7 @@ def test_a_damaged_recipe_of_weights_is_one_line(
     for damage in ({}, dict(model=None), dict(model=dict(args=3))):
         file.write_text(json.dumps(json.loads(file.read_text()) | dict(recipe=damage)))
         recipe = small_detector(f"model.weights={tmp_path / 'weights'}")
-        with pytest.raises(UserError, match=r"the recipe in config.json of .* is damaged: save the model again"):
+        with pytest.raises(UserError, match=r"the recipe in the config.json of .* is damaged: save the model again"):
             train(recipe, data=scenes["detection"], out=tmp_path / "run")
 
 
@@ -169,7 +169,7 @@ def test_weights_of_a_classifier_fill_the_backbone(
     recipe = small_detector(f"model.weights={finished}", *frozen, *normal, *still)
     train(recipe, data=scenes["detection"], out=tmp_path / "run")
     said = capsys.readouterr().err
-    assert f"tensors of {finished} loaded" in said and "start new (pyramid" in said and "not used (head.conv" in said
+    assert f"tensors of {finished} (conv2former_test) loaded" in said and "start new (pyramid" in said and "not used (head.conv" in said
     start = checkpoints.load_pretrained(finished).state_dict()
     end = weights(tmp_path / "run")
     for name in ("stem.conv1.weight", "stem.norm1.running_mean", "stages.3.blocks.0.mlp.fc1.weight"):

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from conv2former_cli.common import (
     BadImages,
@@ -34,6 +34,7 @@ class Split(StrEnum):
 @app.command()
 def evaluate(
     checkpoint: CheckpointArgument,
+    folder: Annotated[Path | None, Argument(metavar="[DIR]", help="The same as --data.", show_default=False)] = None,
     data: DataOption = None,
     out: Annotated[Path | None, Option(help="Folder for the report (default: the run).")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Images a classifier sees at once (default: 64).")] = None,
@@ -59,9 +60,9 @@ def evaluate(
     """
     from conv2former.engine.evaluate import evaluate as run_evaluate
 
-    evaluation, folder = run_evaluate(
+    evaluation, report = run_evaluate(
         checkpoint,
-        data=data,
+        data=data or folder,
         out=out,
         batch_size=batch_size,
         workers=workers,
@@ -79,4 +80,4 @@ def evaluate(
             gap = [f"({left_out} more classes: see --json)", *[""] * (len(columns) - 1)]
             rows = [*rows[: MOST_ROWS - 1], gap, rows[-1]]
         print_table(columns, rows, right=range(1, len(columns)))
-    print(json.dumps(evaluation.details) if json_ else result_line(evaluation, "metrics and plots", folder))
+    print(json.dumps(evaluation.details) if json_ else result_line(evaluation, "metrics and plots", report))

@@ -15,6 +15,7 @@ from conv2former.data.loading import checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import pick_device
+from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, one_line, or_left_out, say_once
@@ -85,7 +86,16 @@ def evaluate_task(
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, device=device)
-    evaluation = evaluation_loop(task, _announced(loader, device), task.metric(source))
+    done = 0
+
+    def announced() -> Iterator[Any]:
+        nonlocal done
+        for batch in _announced(loader, device):
+            yield batch
+            done += 1
+
+    with Ticker(lambda: f"evaluating, {done} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
+        evaluation = evaluation_loop(task, announced(), task.metric(source))
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
     return evaluation

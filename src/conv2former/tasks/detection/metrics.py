@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conv2former.data.rle import encode_mask
-from conv2former.tasks.base import Evaluation
+from conv2former.tasks.base import Evaluation, percent
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.model.detector import Detections
 from conv2former.tasks.detection.model.mask_head import paste_masks
@@ -60,7 +61,7 @@ class CocoMetric:
             ap, ap50, ap75 = (math.nan if found[kind][name] is None else found[kind][name] for name in NUMBERS[:3])
             parts.append(f"{kind} AP {ap:.2f} (50: {ap50:.2f}, 75: {ap75:.2f})")
         line = f"{', '.join(parts)}, {found['detections']} detections on {found['images']} images"
-        return Evaluation(metrics, line, found, self.rows)
+        return Evaluation(metrics, line, found, self.rows, table=self._table(found))
 
     def _over_all(self) -> dict[str, Any]:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.distributed):
@@ -87,9 +88,24 @@ class CocoMetric:
         truth = self.source.ground_truth(sorted(self.seen))
         counted = sum(not entry["iscrowd"] for entry in truth["annotations"])
         found: dict[str, Any] = dict(images=len(self.seen), objects=counted, detections=len(self.rows))
-        for name, kind in self.kinds.items():
-            found[name] = coco_numbers(truth, self.rows, kind)
+        names = [str(entry["name"]) for entry in truth["categories"]]
+        found["per_class"] = {name: {} for name in names}
+        for kind, coco_kind in self.kinds.items():
+            found[kind], by_class = coco_evaluation(truth, self.rows, coco_kind)
+            for name, ap in zip(names, by_class, strict=True):
+                found["per_class"][name][f"{kind}_ap"] = ap
+        counts = Counter(entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"])
+        for entry in truth["categories"]:
+            found["per_class"][str(entry["name"])]["objects"] = counts[entry["id"]]
         return found
+
+    def _table(self, found: dict[str, Any]) -> list[list[str]]:
+        rows = [
+            [name, *(percent(one[f"{kind}_ap"]) for kind in self.kinds), str(one["objects"])]
+            for name, one in found["per_class"].items()
+        ]
+        rows.append(["mean", *(percent(found[kind]["ap"]) for kind in self.kinds), str(found["objects"])])
+        return [["class", *(f"{kind} AP" for kind in self.kinds), "objects"], *rows]
 
 
 def coco_rows(found: Detections, *, size: tuple[int, int], original: tuple[int, int]) -> list[dict[str, Any]]:
@@ -132,8 +148,12 @@ def _encoded(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[di
         canvas[window] = 0
 
 
-def coco_numbers(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """COCO's twelve numbers in percent, by faster-coco-eval, which agrees with pycocotools.
+def coco_evaluation(
+    truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str
+) -> tuple[dict[str, float | None], list[float | None]]:
+    """COCO's twelve numbers, and the AP of each category, in percent.
+
+    By faster-coco-eval, which agrees with pycocotools.
 
     Args:
         truth: COCO's dictionary; its images alone count. Ids may be anything.
@@ -142,7 +162,9 @@ def coco_numbers(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: st
     """
     objects = [entry for entry in truth["annotations"] if kind == "bbox" or entry.get("segmentation")]
     if not rows or not objects:
-        return dict.fromkeys(NUMBERS, 0.0 if objects else None)
+        there = {entry["category_id"] for entry in objects if not entry["iscrowd"]}
+        nothing = [0.0 if entry["id"] in there else None for entry in truth["categories"]]
+        return dict.fromkeys(NUMBERS, 0.0 if objects else None), nothing
     from faster_coco_eval import COCO, COCOeval_faster
 
     # numbers of our own: the library holds ids as floating point, in which large ones fall together
@@ -170,5 +192,11 @@ def coco_numbers(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: st
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    values = (float(value) for value in evaluation.stats[: len(NUMBERS)])
-    return {name: None if value < 0 else 100 * value for name, value in zip(NUMBERS, values, strict=True)}
+    numbers = dict(zip(NUMBERS, map(_percent, evaluation.stats[: len(NUMBERS)]), strict=True))
+    # (thresholds, recalls, categories, areas, limits of detections): all areas, the highest limit; -1 without objects
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+    return numbers, [_percent(precision[:, :, index].mean()) for index in range(precision.shape[2])]
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100 * float(value)
