@@ -169,7 +169,11 @@ def test_weights_of_a_classifier_fill_the_backbone(
     recipe = small_detector(f"model.weights={finished}", *frozen, *normal, *still)
     train(recipe, data=scenes["detection"], out=tmp_path / "run")
     said = capsys.readouterr().err
-    assert f"tensors of {finished} (conv2former_test) loaded" in said and "start new (pyramid" in said and "not used (head.conv" in said
+    assert (
+        f"tensors of {finished} (conv2former_test) loaded" in said
+        and "start new (pyramid" in said
+        and "not used (head.conv" in said
+    )
     start = checkpoints.load_pretrained(finished).state_dict()
     end = weights(tmp_path / "run")
     for name in ("stem.conv1.weight", "stem.norm1.running_mean", "stages.3.blocks.0.mlp.fc1.weight"):

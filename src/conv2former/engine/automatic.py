@@ -83,5 +83,5 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
 
 def _say(found: Choices) -> None:
     for key, (value, reason) in found.items():
-        if reason:
+        if (key, value) != (BY_THE_IMAGES, True):  # nothing to be told
             say_once(f"  {key}={value}  ({reason})")

@@ -87,7 +87,7 @@ class DetectionRecipe(Recipe):
         short, long = (800, 1333) if start.gpu else (320, 512)
         begin = "pretrained backbone" if weights else "random weights"
         sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] if start.gpu else [256, 288, 320]
-        why = "" if start.masks else "no object has a mask: trained and evaluated for boxes"
+        why = "objects have masks" if start.masks else "no object has a mask: trained and evaluated for boxes"
         found: Choices = {
             "detector.masks": (start.masks, why),
             "data.short_side": (short, machine),
