@@ -68,11 +68,13 @@ def difference(own: Recipe, given: Recipe) -> str:
     return "; ".join(changes[:5])
 
 
-def check_same(run: RunDir, facts: dict[str, Any], found: dict[str, Any], *, force: bool) -> list[str]:
+def check_same(
+    run: RunDir, facts: dict[str, Any], found: dict[str, Any], *, own: Recipe, recipe: Recipe, force: bool
+) -> list[str]:
     """Refuses to resume on other images or another number of processes, with which a step means something else.
 
     Returns:
-        What differs all the same, with ``force``.
+        What differs all the same, with ``force``, also between the recipes.
 
     Raises:
         UserError: Something differs, and ``force`` is off or it is the classes.
@@ -89,7 +91,7 @@ def check_same(run: RunDir, facts: dict[str, Any], found: dict[str, Any], *, for
                 f"the run in {run.path} was started with {what}: resume it on what it was started with{way}"
             )
         changes.append(f"{key}: {then}, now {now}")
-    return changes
+    return changes + [difference(own, recipe)] * (own.digest() != recipe.digest())
 
 
 def recorded_data(facts: dict[str, Any]) -> Path | None:

@@ -74,16 +74,11 @@ class RunDir:
         Raises:
             UserError: The folder holds a run and ``overwrite`` is off, holds other things, or cannot be written.
         """
+        cls.check_free(path, overwrite=overwrite)
         run = cls(path)
         if run.exists():
-            if not overwrite:
-                raise UserError(
-                    f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
-                )
             run.lock()
             run._remove()
-        elif path.exists() and (not path.is_dir() or set(os.listdir(path)) - LEFTOVERS):
-            raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
         facts = facts | dict(recipe_hash=recipe.digest(), seed=recipe.engine.seed) | machine_facts()
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -93,6 +88,17 @@ class RunDir:
         except OSError as error:
             raise UserError(f"cannot write the output folder {path}: {error.strerror}") from None
         return run
+
+    @classmethod
+    def check_free(cls, path: Path, *, overwrite: bool) -> None:
+        """Refuses a folder that holds a run, unless ``overwrite``, or other things; raises UserError."""
+        if cls(path).exists():
+            if not overwrite:
+                raise UserError(
+                    f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
+                )
+        elif path.exists() and (not path.is_dir() or set(os.listdir(path)) - LEFTOVERS):
+            raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
 
     @classmethod
     def open(cls, path: Path) -> RunDir:

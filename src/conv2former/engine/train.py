@@ -23,7 +23,7 @@ from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
 from conv2former.engine.machine import machine_facts
 from conv2former.engine.report import write_final_report
-from conv2former.engine.resuming import check_same, difference, recorded_data, resumed_recipe
+from conv2former.engine.resuming import check_same, recorded_data, resumed_recipe
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
@@ -80,6 +80,7 @@ def train(
     recipe, splits = (recipe, task_class(recipe.task).open_splits(recipe, data)) if begun else settled(recipe, data)
     if not resume:
         _refuse_overlap(out, recipe, data)
+        RunDir.check_free(out, overwrite=overwrite)
     task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
     fabric = make_fabric(recipe)
@@ -97,20 +98,16 @@ def train(
         try:
             with Processes(fabric) as processes, _one_line_errors(run):
                 _check_batch(task, len(splits.train), fabric)
-                changes = check_same(run, facts, found, force=force) if resume else []
-                if own and own.digest() != recipe.digest():
-                    changes.append(difference(own, recipe))
+                changes = check_same(run, facts, found, own=own, recipe=recipe, force=force) if own else []
                 if recipe.model.fit_head and not begun:
                     fit_head(task, splits.train, out, fabric=fabric, processes=processes, stop=stop)
                 trainer = Trainer(task, splits, fabric, processes, stop)
                 if resume:
-                    if fabric.is_global_zero:
-                        run.lock()
                     trainer.load(run)
                 if fabric.is_global_zero:
                     run = _written(run, recipe, own, facts, found, overwrite=overwrite)
-                    facts_now = dict(changes=changes, operations=trainer.operations, **machine_facts())
-                    run.add_event("resumed" if resume else "started", **facts_now)
+                    now = dict(changes=changes, operations=trainer.operations, **machine_facts())
+                    run.add_event("resumed" if resume else "started", **now)
                 fabric.barrier()
                 for line in (*remarks(splits), *start_lines(asked, recipe, fabric.device)):
                     say_once(line)

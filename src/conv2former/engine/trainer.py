@@ -100,8 +100,10 @@ class Trainer:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
 
         Raises:
-            UserError: There are damaged ones alone, or the recipe ends before it.
+            UserError: There are damaged ones alone, the recipe ends before it, or another process trains in the folder.
         """
+        if self.fabric.is_global_zero:
+            run.lock()
         path = CheckpointManager(run.checkpoints).latest_valid(self.processes, say=self._say_once)
         if path:
             self._read(path)
