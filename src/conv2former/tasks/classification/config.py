@@ -65,7 +65,7 @@ class ClassificationRecipe(Recipe):
         size = 16 if n < 200 else 32 if few else 64
         epochs = 60 if n < 200 else 30 if few else 10 if many else 20
         if not weights:
-            epochs *= 4
+            epochs *= 2
         held = 0.02 if many else 0.1 if n >= 1_000 else 0.2
         ema = (None, "there is none with FSDP") if start.sharded else (0.98 if few else 0.999, images)
         found: Choices = {
@@ -75,7 +75,7 @@ class ClassificationRecipe(Recipe):
             "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
             "optim.batch_size": (size, f"{images} make {n // size} steps an epoch"),
             "optim.base_lr": (5e-4 if weights else 1e-3, begin),
-            "optim.layer_decay": (0.9 if weights else None, begin),
+            "optim.layer_decay": (0.9 if weights and not few else None, images),
             "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),
             "optim.ema_decay": ema,
             "augment.scale": ((0.35, 1.0), "milder than ImageNet's"),

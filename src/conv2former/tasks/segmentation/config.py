@@ -108,7 +108,7 @@ class SegmentationRecipe(Recipe):
     def choices(cls, start: Start) -> Choices:
         """By the number of training images and the machine (docs/log.md has the runs behind the numbers)."""
         n, weights = start.images, start.weights
-        epochs = 80 if n < 200 else 40 if n < 2_000 else 20
+        epochs = (80 if n < 200 else 40 if n < 2_000 else 20) if start.gpu else 30 if n < 200 else 12
         machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
         begin = "pretrained backbone" if weights else "random weights"
         found: Choices = {
@@ -118,8 +118,8 @@ class SegmentationRecipe(Recipe):
             "segmenter.channels": (512 if start.gpu else 128, machine),
             "segmenter.aux_channels": (256 if start.gpu else 64, machine),
             "model.freeze_batchnorm": (weights, f"{begin}, small batches"),
-            "optim.base_lr": (2e-4 if weights else 4e-4, begin),
+            "optim.base_lr": (4e-4, begin),
             "optim.layer_decay": (0.9 if weights else None, begin),
-            "optim.head_lr": (5.0 if weights else 1.0, begin),
+            "optim.head_lr": (3.0 if weights else 1.0, begin),
         }
-        return super().choices(start) | start.schedule(epochs, evaluations=8) | found
+        return super().choices(start) | start.schedule(epochs, evaluations=4) | found

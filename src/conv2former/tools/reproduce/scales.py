@@ -29,6 +29,7 @@ SMALL = dict(
             *("optim.base_lr=2e-4", "optim.layer_decay=null", "schedule.epochs=12", "schedule.eval_every=12"),
             *("model.freeze_batchnorm=false", "model.needs_weights=false", "optim.head_lr=1"),
             *("augment.crop_short_sides=[400,500,600]", "augment.crop_sizes=[384,600]"),
+            *("optim.global_batch=8", "schedule.warmup_epochs=1"),
         ],
     ),
 )
