@@ -103,7 +103,7 @@ def test_groups_by_layer(text: str, tmp_path: Path) -> None:
     rows = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in table}
     assert rows["decayed"] == [str(len(rest)), f"{sum(p.numel() for p in rest):,}", "0.05", "1"]
     assert rows["not decayed"] == [str(len(vectors)), f"{sum(p.numel() for p in vectors):,}", "0", "1"]
-    layered = section(dry_run(small("finetune"), data=None, out=tmp_path), "parameter groups")
+    layered = section(dry_run(small("finetune", "optim.layer_decay=0.8"), data=None, out=tmp_path), "parameter groups")
     scales = {int(m[1]): float(m[2]) for m in re.finditer(r"layer (\d+),.*  (\S+)$", layered, re.M)}
     deepest = max(scales)
     assert scales == pytest.approx({k: 0.8 ** (deepest - k) for k in range(deepest + 1)}, rel=1e-3)

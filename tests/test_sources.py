@@ -374,7 +374,7 @@ def test_what_is_refused_of_a_hugging_face_dataset(packed: Callable[[str], Path]
 
 def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'conv2former\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install datasets"):
         open_splits(tiny_recipe("data.source=hfds").data, folder, seed=0)
 
 
