@@ -9,12 +9,15 @@ import os
 import re
 import shlex
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -227,15 +230,33 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
     )
 
 
+@contextlib.contextmanager
+def hub_if_reachable() -> Iterator[None]:
+    """The hub's cache alone while the hub cannot be reached: its client would try again for half a minute."""
+    before = constants.HF_HUB_OFFLINE
+    address = urlsplit(constants.ENDPOINT)
+    if not before and not getproxies():
+        try:
+            port = address.port or (443 if address.scheme == "https" else 80)
+            socket.create_connection((address.hostname or "", port), timeout=10).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _downloaded(name: str) -> tuple[Path, Path]:
     repo, _, revision = name.partition("@")
     if repo.count("/") != 1:
         raise UserError(f"hf-hub:{name} names no repository: give hf-hub:OWNER/NAME")
     try:
-        config = hf_hub_download(repo, CONFIG_FILE, revision=revision or None)
-        for file in WEIGHT_FILES:
-            with contextlib.suppress(EntryNotFoundError):
-                return Path(config).parent, Path(hf_hub_download(repo, file, revision=revision or None))
+        with hub_if_reachable():
+            config = hf_hub_download(repo, CONFIG_FILE, revision=revision or None)
+            for file in WEIGHT_FILES:
+                with contextlib.suppress(EntryNotFoundError):
+                    return Path(config).parent, Path(hf_hub_download(repo, file, revision=revision or None))
     except LocalEntryNotFoundError as error:  # offline, and not in the cache; it is an EntryNotFoundError, too
         raise download_failure(f"hf-hub:{name}", error) from error
     except EntryNotFoundError as error:
@@ -250,7 +271,7 @@ def download_failure(what: str, error: Exception) -> UserError:
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return UserError(f"{what} is not on the hub, or is private: check the name, or log in with `hf auth login`")
     return UserError(
-        f"{what} cannot be downloaded and is not in the cache ({one_line(error)[:160]}): check the network, "
+        f"{what}: neither in the cache nor to be downloaded ({one_line(error).split('. ')[0][:160]}): check the network, "
         f"HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
     )
 

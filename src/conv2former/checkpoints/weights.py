@@ -12,7 +12,14 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from conv2former.checkpoints.folder import read_dense
-from conv2former.checkpoints.hub import download_failure, find_model, load_pretrained, read_config, read_json
+from conv2former.checkpoints.hub import (
+    download_failure,
+    find_model,
+    hub_if_reachable,
+    load_pretrained,
+    read_config,
+    read_json,
+)
 from conv2former.checkpoints.reading import read_state_dict
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line, some
@@ -62,7 +69,8 @@ class Weights:
         if self.model is None:
             return load_pretrained(self.origin)
         try:
-            return timm.create_model(self.model, pretrained=True)
+            with hub_if_reachable():
+                return timm.create_model(self.model, pretrained=True)
         except Exception as error:  # of timm, the hub's client or the HTTP library beneath it
             raise download_failure(f"timm's weights of {self.model}", error) from error
 

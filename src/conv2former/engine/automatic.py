@@ -82,6 +82,8 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
 
 
 def _say(found: Choices) -> None:
+    if found:
+        say_once("decided by the images, the weights and the machine (--set changes any of it):")
     for key, (value, reason) in found.items():
         if (key, value) != (BY_THE_IMAGES, True):  # nothing to be told
             say_once(f"  {key}={value}  ({reason})")

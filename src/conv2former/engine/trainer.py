@@ -373,7 +373,9 @@ class Trainer:
         return dict(task=self.wrapped, optimizer=self.optimizer, position=asdict(self.state), scaler=scaler)
 
     def _lr(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """Of the last layers; a head may have a multiple of it."""
+        groups = self.optimizer.param_groups
+        return max([group["lr"] for group in groups if group.get("lr_scale", 1.0) <= 1] or [groups[0]["lr"]])
 
     def _peak_memory(self) -> float:
         return peak_memory_gb(self.fabric.device)
