@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from conv2former.checkpoints import load_pretrained, save_pretrained
 from conv2former.checkpoints.hub import find_model
 from conv2former.checkpoints.weights import open_weights
 from conv2former.config import ModelSection
+from conv2former.engine.automatic import settled
 from conv2former.engine.optim import build_optimizer
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe, load_recipe
 from conv2former.tasks import task_class
 from conv2former.tasks.classification import probe
+from digits import one_picture
 from hub import Hub
 from runs import assert_same_run, stopped_run
 
@@ -190,3 +193,19 @@ def test_the_head_has_a_learning_rate_of_its_own() -> None:
     for name, parameter in task.model.named_parameters():
         assert scale[id(parameter)] == (5 if name.startswith("head.fc.") else 1), name
     assert isinstance(task.model.get_classifier(), nn.Linear)
+
+
+@pytest.mark.parametrize("images", [12, 1200])
+def test_the_fraction_that_is_held_out_follows_the_images(images: int, finished: Path, tmp_path: Path) -> None:
+    """Also if it is what was assumed before the images were counted; a validation set of one's own is left alone."""
+    source = one_picture(tmp_path / "one.png")
+    for number in range(images):
+        folder = tmp_path / "one" / f"class-{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").hardlink_to(source)
+    recipe, splits = settled(finetune(f"model.weights={finished}"), tmp_path / "one")
+    assert recipe.data.val_fraction == (0.2 if images < 1000 else 0.1)
+    assert len(splits.val) == round(images * recipe.data.val_fraction / 2) * 2
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "one", tmp_path / "two" / split)
+    assert len(settled(finetune(f"model.weights={finished}"), tmp_path / "two")[1].val) == images

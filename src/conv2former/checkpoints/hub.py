@@ -270,8 +270,9 @@ def download_failure(what: str, error: Exception) -> UserError:
     """The line for a download that did not work."""
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return UserError(f"{what} is not on the hub, or is private: check the name, or log in with `hf auth login`")
+    why = one_line(error).split(". ")[0][:160]
     return UserError(
-        f"{what}: neither in the cache nor to be downloaded ({one_line(error).split('. ')[0][:160]}): check the network, "
+        f"{what}: neither in the cache nor to be downloaded ({why}): check the network, "
         f"HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
     )
 

@@ -31,15 +31,11 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
             return task_class(recipe.task).open_splits(recipe, data)
 
     splits = open_splits(recipe, data)
-    images = len(splits.train)
     if HELD_OUT in recipe.auto:
-        fraction = choices(recipe, weights, images + len(splits.val))[HELD_OUT]
-        held = recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(val_fraction=fraction[0]))))
-        again = open_splits(held, data)
-        if len(again.train) == images:  # there is a validation set, and nothing is held out
-            recipe = recipe.settled({HELD_OUT: 0.0})
-        else:
-            recipe, splits = recipe.settled({HELD_OUT: fraction[0]}), again
+        fraction = choices(recipe, weights, len(splits.train) + len(splits.val))[HELD_OUT]
+        recipe = recipe.settled({HELD_OUT: fraction[0]})
+        if getattr(splits, "held_out", False):
+            splits = open_splits(recipe, data)
             _say({HELD_OUT: fraction})
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     _say({key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})

@@ -35,6 +35,7 @@ class Splits:
 
     train: ImageSource
     val: ImageSource
+    held_out: bool = False  # whether the validation set is a fraction of the one that was given
     unread: str | None = None
 
     @property
@@ -261,7 +262,8 @@ def _split(source: ImageSource, fraction: float, seed: int) -> Splits:
         held_out[order[:count]] = True
     if not held_out.any():
         raise UserError("no class has two images: two are needed to hold one out for validation")
-    return Splits(SubsetSource(source, np.flatnonzero(~held_out)), SubsetSource(source, np.flatnonzero(held_out)))
+    train, val = (SubsetSource(source, np.flatnonzero(chosen)) for chosen in (~held_out, held_out))
+    return Splits(train, val, held_out=True)
 
 
 def _check_class_count(source: ImageSource) -> None:
