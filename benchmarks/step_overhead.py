@@ -84,7 +84,7 @@ def measure(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of each step: ours, the bare loop's."""
     splits = open_splits(recipe.data, None, seed=0)
     task = ClassificationTask.build(recipe, splits.train.classes)
-    bare, _ = build_model(recipe.model, classes=splits.train.classes)
+    bare, *_ = build_model(recipe.model, classes=splits.train.classes)
     bare.load_state_dict(task.model.state_dict())
     fabric = make_fabric(recipe)
     fabric.launch()

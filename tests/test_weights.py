@@ -100,21 +100,31 @@ def test_what_timm_publishes(
         open_weights(ModelSection(name="conv2former_t", weights="timm"))
 
 
-def test_the_mean_follows_the_weights(finished: Path, tmp_path: Path, data: Path) -> None:
+def test_the_mean_follows_the_weights(
+    finished: Path, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     half = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     weights = save_pretrained(load_pretrained(finished), tmp_path / "weights", pretrained_cfg=half)
-    recipe = finetune(f"model.weights={weights}", "model.fit_head=only")
-    train(recipe, data=data, out=tmp_path / "run")
+    short = ["schedule.epochs=1", "schedule.warmup_epochs=0"]
+    train(finetune(f"model.weights={weights}", *short), data=data, out=tmp_path / "run")
+    assert "not fitted before training: the classifier of the weights is for the same classes" in capfd.readouterr().err
     assert json.loads((tmp_path / "run/best/config.json").read_text())["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
-    with pytest.raises(UserError, match=r"expects images of mean \(0.5, 0.5, 0.5\)") as error:
-        train(finetune(f"model.weights={weights}", "data.mean=[0,0,0]"), data=data, out=tmp_path / "other")
-    advice = shlex.split(str(error.value).partition("add ")[2])
-    assert advice == ["--set", "data.mean=auto"], "it can be pasted"
-    train(
-        finetune(f"model.weights={weights}", "data.mean=[0,0,0]", "model.fit_head=only", advice[1]),
-        data=data,
-        out=tmp_path / "other",
-    )
+    both = ["data.mean=[0,0,0]", "data.std=[1,1,1]"]
+    with pytest.raises(UserError, match=r"expects images of mean \(0.5, 0.5, 0.5\), std \(0.5") as error:
+        train(finetune(f"model.weights={weights}", *both), data=data, out=tmp_path / "other")
+    advice = shlex.split(str(error.value).partition(": add ")[2])
+    assert advice == ["--set", "data.mean=auto", "--set", "data.std=auto"], "it can be pasted"
+    again = finetune(f"model.weights={weights}", *both, *advice[1::2], *short)
+    train(again, data=data, out=tmp_path / "other")
+    with pytest.raises(UserError, match="--probe-only fits the head alone: the classifier of the weights is for"):
+        train(finetune(f"model.weights={weights}", "model.fit_head=only"), data=data, out=tmp_path / "only")
+
+
+@pytest.mark.parametrize("name", ["dpn68", "resnet18"])
+def test_which_classifiers_can_be_fitted(name: str) -> None:
+    recipe = finetune(f"model.name={name}", "model.needs_weights=false", "model.drop_path_rate=0")
+    task = task_class("classification").build(recipe, ["a", "b"])
+    assert (task.cannot_fit_head() is None) == (name == "resnet18")
 
 
 def test_fine_tuning_does_not_start_at_random(
@@ -169,7 +179,7 @@ def test_the_classifier_is_fitted_first(
     assert_same_run(tmp_path / "run", tmp_path / "stopped")
 
 
-def test_the_probe_finds_what_separates() -> None:
+def test_the_probe_finds_what_separates(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(300) % 3
     means = torch.randn(3, 40, generator=generator)
@@ -177,9 +187,12 @@ def test_the_probe_finds_what_separates() -> None:
     features = features * torch.logspace(-2, 2, 40) + 5  # scales that differ, and a mean that is not zero
     fitted = probe.fit(features, targets, 3)
     right = (features @ fitted.weight.T + fitted.bias).argmax(1) == targets
-    assert fitted.accuracy > 0.97 and right.float().mean() > 0.99
+    assert fitted.accuracy is not None and fitted.accuracy > 0.97 and right.float().mean() > 0.99
     few = probe.fit(features[:4], targets[:4], 3)
-    assert torch.isfinite(few.weight).all()
+    assert torch.isfinite(few.weight).all() and few.accuracy is None
+    monkeypatch.setattr(probe, "LONG", 0)
+    assert probe.fit(features, targets, 3).accuracy is None
+    assert not probe.fit(features, targets, 3, stopped=lambda: True).weight.any()
 
 
 def test_the_head_has_a_learning_rate_of_its_own() -> None:

@@ -240,6 +240,12 @@ class EngineSection(Section):
         return self
 
 
+# settings in optimizer steps, with those that they stand for
+COUNTERPARTS = {
+    "steps": ("epochs", "warmup_epochs", "eval_every"),
+    "warmup_steps": ("warmup_epochs",),
+    "eval_every_steps": ("eval_every",),
+}
 Choices = dict[str, tuple[Any, str]]  # section.key -> value and the reason for it
 
 
@@ -253,7 +259,8 @@ class Start:
         gpu: Whether the training runs on one.
         sharded: Whether FSDP shards the weights, of which there can be no moving average then.
         epochs: If somebody has set them.
-        steps: Whether the length is set in steps.
+        counted: What of ``COUNTERPARTS`` is set.
+        world: Processes.
         masks: Whether one of the objects has a mask.
         mean: Of the images that the weights were trained on; None where they do not say.
         std: Likewise.
@@ -264,24 +271,24 @@ class Start:
     gpu: bool = False
     sharded: bool = False
     epochs: int | None = None
-    steps: bool = False
+    counted: frozenset[str] = frozenset()
+    world: int = 1
     masks: bool = True
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
     def schedule(self, epochs: int, evaluations: int) -> Choices:
         """The length, a tenth of it for warm-up, and the number of evaluations."""
-        if self.steps:  # epochs are then not used, and must not be named
-            named = {
-                key: ScheduleSection.model_fields[key].default for key in ("epochs", "warmup_epochs", "eval_every")
-            }
-            return {f"schedule.{key}": (value, "schedule.steps is set") for key, value in named.items()}
         length = self.epochs or epochs
-        return {
+        found: Choices = {
             "schedule.epochs": (length, f"{self.images:,} training images"),
             "schedule.warmup_epochs": (round(length / 10, 1), "a tenth of the epochs"),
             "schedule.eval_every": (max(length // evaluations, 1), f"about {min(evaluations, length)} evaluations"),
         }
+        for other in self.counted:  # what is set in steps must not be set in epochs, too
+            for key in COUNTERPARTS[other]:
+                found[f"schedule.{key}"] = (ScheduleSection.model_fields[key].default, f"schedule.{other} is set")
+        return found
 
 
 class Recipe(Section):
@@ -397,8 +404,9 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     Raises:
         UserError: Unknown key or wrong type; the message names the nearest right one.
     """
-    epochs, steps = _value(raw, "schedule.epochs"), _value(raw, "schedule.steps")
-    known = config_class.choices(Start(epochs=epochs if isinstance(epochs, int) else None, steps=steps is not None))
+    epochs = _value(raw, "schedule.epochs")
+    counted = frozenset(key for key in COUNTERPARTS if _value(raw, f"schedule.{key}") is not None)
+    known = config_class.choices(Start(epochs=epochs if isinstance(epochs, int) else None, counted=counted))
     left_open = config_class.left_open if isinstance(raw, dict) else ()
     auto = [key for key in known if _value(raw, key) == "auto" or (key in left_open and _value(raw, key) is None)]
     if auto:
@@ -406,7 +414,7 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
         raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
         for key in auto:
             section, name = key.split(".")
-            raw[section] = raw.get(section, {})
+            raw[section] = raw.get(section) or {}
             raw[section][name] = values[key]
     try:
         return config_class.model_validate(raw)
@@ -416,7 +424,7 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
 
 def _value(raw: dict[str, Any], key: str) -> Any:
     section, name = key.split(".")
-    part = raw.get(section)
+    part = raw.get(section) if isinstance(raw, dict) else None
     return part.get(name) if isinstance(part, dict) else None
 
 

@@ -35,6 +35,11 @@ def some(items: Sequence[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
+def percent(value: float | None) -> str:
+    """A cell of a table; empty where a number is not defined."""
+    return "" if value is None else f"{value:.1f}"
+
+
 def one_line(error: BaseException) -> str:
     """An exception's text without line breaks; its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -49,8 +54,9 @@ def say(line: str) -> None:
     """Prints a line to stderr. That nobody reads any more is no reason to end a training."""
     try:
         print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except (OSError, ValueError):  # a reader, a terminal or a connection that is gone
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def is_first() -> bool:

@@ -59,7 +59,10 @@ def evaluate(
     Example: conv2former evaluate runs/cifar --data cifar10
     """
     from conv2former.engine.evaluate import evaluate as run_evaluate
+    from conv2former.errors import UserError
 
+    if folder is not None and data is not None and folder != data:
+        raise UserError(f"{folder} and --data {data} are two folders: give one of them")
     evaluation, report = run_evaluate(
         checkpoint,
         data=data or folder,

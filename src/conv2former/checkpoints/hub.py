@@ -37,6 +37,7 @@ from conv2former.models.meta import build_on_meta
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
+HUB = re.compile(r"hf[-_]hub:/*(.+)")
 RUN_FOLDERS = ("best", "last")
 
 
@@ -206,7 +207,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
     ``path`` may also be ``local-dir:PATH`` or ``hf-hub:OWNER/NAME`` (``@REVISION`` behind it), which is downloaded to
     the cache of the Hugging Face hub; raises UserError.
     """
-    if match := re.fullmatch(r"hf[-_]hub:(?:/*)(.+)", os.fspath(path)):
+    if match := HUB.fullmatch(os.fspath(path)):
         return _downloaded(match[1])
     path = Path(os.fspath(path).removeprefix("local-dir:"))
     if not os.path.exists(path):

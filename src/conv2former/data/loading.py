@@ -159,7 +159,12 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: KeyedDataset, sampler: EvalSampler, *, batch_size: int, workers: int, device: torch.device = CPU
+    dataset: KeyedDataset,
+    sampler: EvalSampler | Sequence[SampleKey],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device = CPU,
 ) -> DataLoader:
     """Every image of the sampler once, in order, the last batch smaller."""
     return _loader(dataset, workers, device, sampler=sampler, batch_size=batch_size)

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.checkpoints.weights import Weights, check_start, open_weights
-from conv2former.config import Choices, Recipe, Start
+from conv2former.config import COUNTERPARTS, Choices, Recipe, Start
 from conv2former.data.sources import Splits
-from conv2former.engine.launch import on_nvidia_gpu
+from conv2former.engine.launch import on_nvidia_gpu, world_size
 from conv2former.engine.progress import Ticker
 from conv2former.errors import UserError, is_first, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
 BY_THE_IMAGES = "detector.masks"  # whatever the weights have
-NORMALISATION = ("mean", "std")
 
 
 def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
@@ -33,9 +32,10 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
     splits = open_splits(recipe, data)
     if HELD_OUT in recipe.auto:
         fraction = choices(recipe, weights, len(splits.train) + len(splits.val))[HELD_OUT]
+        if fraction[0] != recipe.value(HELD_OUT):
+            splits = open_splits(recipe.settled({HELD_OUT: fraction[0]}), data)
         recipe = recipe.settled({HELD_OUT: fraction[0]})
         if getattr(splits, "held_out", False):
-            splits = open_splits(recipe, data)
             _say({HELD_OUT: fraction})
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     _say({key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
@@ -51,13 +51,15 @@ def checked_weights(recipe: Recipe) -> Weights | None:
     if warning := check_start(recipe.model):
         say_once(warning)
     weights = open_weights(recipe.model)
-    for key, expected in (weights.normalisation if weights else {}).items():
-        given = tuple(getattr(recipe.data, key))
-        if f"data.{key}" not in recipe.auto and expected != given:
-            raise UserError(
-                f"model.weights ({recipe.model.weights}) expects images of {key} {expected}, the recipe gives {given}: "
-                f"add --set data.{key}=auto"
-            )
+    expected = weights.normalisation if weights else {}
+    given = {key: tuple(getattr(recipe.data, key)) for key in expected}
+    wrong = [key for key in expected if f"data.{key}" not in recipe.auto and expected[key] != given[key]]
+    if wrong:
+        there, here = (", ".join(f"{key} {found[key]}" for key in wrong) for found in (expected, given))
+        raise UserError(
+            f"model.weights ({recipe.model.weights}) expects images of {there}, the recipe gives {here}: add "
+            + " ".join(f"--set data.{key}=auto" for key in wrong)
+        )
     return weights
 
 
@@ -66,7 +68,8 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
     known: dict[str, Any] = dict(weights.normalisation if weights else {})
     schedule, machine = recipe.schedule, on_nvidia_gpu(recipe)
     epochs = None if "schedule.epochs" in recipe.auto else schedule.epochs
-    known |= dict(epochs=epochs, steps=schedule.steps is not None, sharded=recipe.engine.strategy == "fsdp")
+    counted = frozenset(key for key in COUNTERPARTS if getattr(schedule, key) is not None)
+    known |= dict(epochs=epochs, counted=counted, world=world_size(recipe), sharded=recipe.engine.strategy == "fsdp")
     found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, masks=masks, **known))
     if weights is not None and weights.task == recipe.task:  # its head has the shape that it was trained with
         for key in set(found) - {BY_THE_IMAGES}:

@@ -1,4 +1,4 @@
-"""The dry run: what a training would do, worked out without data, without a GPU and without a run folder."""
+"""The dry run: what a training would do, worked out without data and without a run folder."""
 
 from __future__ import annotations
 
@@ -128,15 +128,15 @@ def _decided(recipe: Recipe, data: Path | None) -> tuple[Recipe, Images, str]:
         args = weights.args if weights else {}
     except MissingWeights as error:
         start, args = f"{named}, which is not there yet: {error}", {}
-        recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(weights=None))))
-        weights = None
+        without = recipe.model.model_copy(update=dict(weights=None, needs_weights=False))
+        recipe, weights = recipe.model_copy(update=dict(model=without)), None
     if data is not None or recipe.brings_data:
         recipe, splits = settled(recipe, data)
         images = _counted(splits, data)
     else:
         images = _claimed(recipe)
         found = choices(recipe, weights, images.count or ASSUMED_IMAGES)
-        if images.count is None and set(recipe.auto) - {"data.mean", "data.std"}:
+        if images.count is None and set(recipe.auto) - {"data.mean", "data.std", *recipe.left_open}:
             images = replace(images, origin=f"{images.origin}; settings as for {ASSUMED_IMAGES:,} images")
         recipe = recipe.settled({key: value for key, (value, _) in found.items()})
     section = recipe.model.model_copy(update=dict(args=args | recipe.model.args))
@@ -150,10 +150,19 @@ def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | Non
         return "unknown without --data"
     if batch.world > 1 or ("GPU" in claim.hardware and not gpu):
         return f"not measured here; the recipe is meant for {claim.hardware}: {claim.time}"
-    device = torch.device("cuda" if gpu else "cpu")
+    try:
+        count, seconds = _timed(recipe, images, batch, torch.device("cuda" if gpu else "cpu"))
+    except torch.OutOfMemoryError:
+        return "the batch does not fit into the memory of the GPU: lower optim.batch_size"
+    total = seconds / count * batch.total * recipe.schedule.total(per_epoch)
+    return f"about {duration(total)} of training here ({count} images took {seconds:.2g} s), evaluation not counted"
+
+
+def _timed(recipe: Recipe, images: Images, batch: BatchPlan, device: torch.device) -> tuple[int, float]:
+    """The images of a real forward and backward pass, and its seconds."""
     names = [str(index) for index in range(images.classes or task_class(recipe.task).assumed_classes)]
     task = task_class(recipe.task).build(recipe, names).to(device).train()
-    count = batch.per_process if gpu else min(batch.per_process, TIMED_IMAGES)
+    count = batch.per_process if device.type == "cuda" else min(batch.per_process, TIMED_IMAGES)
     example = move_data_to_device(task.example_batch(count), device)
     half = recipe.engine.precision != "32"
     took = []
@@ -164,8 +173,7 @@ def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | Non
         loss.backward()
         loss.item()
         took.append(time.perf_counter() - began)
-    total = took[-1] / count * batch.total * recipe.schedule.total(per_epoch)
-    return f"about {duration(total)} of training here ({count} images took {took[-1]:.2g} s), evaluation not counted"
+    return count, took[-1]
 
 
 def build_without_memory(recipe: Recipe, *, classes: int) -> Task:

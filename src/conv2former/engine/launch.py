@@ -99,6 +99,14 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
     return found
 
 
+def world_size(recipe: Recipe) -> int:
+    """Processes of ``make_fabric``."""
+    devices, nodes = _layout(recipe.engine)
+    if devices == "auto":
+        devices = torch.cuda.device_count() if _accelerator(recipe.engine) == "cuda" else 1
+    return max(devices * nodes, 1)
+
+
 def shard(task: Any, mesh: Any) -> nn.Module:
     """FSDP: every block, then the rest, has its weights sharded and gathered when it computes."""
     from torch.distributed.fsdp import fully_shard

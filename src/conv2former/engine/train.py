@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from conv2former.checkpoints.weights import TIMM
 from conv2former.config import Recipe
 from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
@@ -18,7 +19,7 @@ from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.distributed import Processes
-from conv2former.engine.head import fit_head
+from conv2former.engine.head import fit_head, fits_head
 from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
 from conv2former.engine.machine import machine_facts
@@ -76,11 +77,11 @@ def train(
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
     check_loggers(recipe.engine.loggers)
-    begun = bool(facts and CheckpointManager(run.checkpoints).newest_first())
-    recipe, splits = (recipe, task_class(recipe.task).open_splits(recipe, data)) if begun else settled(recipe, data)
     if not resume:
         _refuse_overlap(out, recipe, data)
         RunDir.check_free(out, overwrite=overwrite)
+    begun = bool(facts and CheckpointManager(run.checkpoints).newest_first())
+    recipe, splits = (recipe, task_class(recipe.task).open_splits(recipe, data)) if begun else settled(recipe, data)
     task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
     fabric = make_fabric(recipe)
@@ -99,7 +100,7 @@ def train(
             with Processes(fabric) as processes, _one_line_errors(run):
                 _check_batch(task, len(splits.train), fabric)
                 changes = check_same(run, facts, found, own=own, recipe=recipe, force=force) if own else []
-                if recipe.model.fit_head and not begun:
+                if not begun and fits_head(task):
                     fit_head(task, splits.train, out, fabric=fabric, processes=processes, stop=stop)
                 trainer = Trainer(task, splits, fabric, processes, stop)
                 if resume:
@@ -109,8 +110,9 @@ def train(
                     now = dict(changes=changes, operations=trainer.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **now)
                 fabric.barrier()
-                for line in (*remarks(splits), *start_lines(asked, recipe, fabric.device)):
-                    say_once(line)
+                if fabric.is_global_zero:
+                    for line in (*remarks(splits), *start_lines(asked, recipe, fabric.device)):
+                        say_once(line)
                 _fit(trainer, run, resumed=resume)
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
@@ -206,5 +208,6 @@ def _check_batch(task: Task, images: int, fabric: L.Fabric) -> None:
 def _refuse_overlap(out: Path, recipe: Recipe, data: Path | None) -> None:
     """Refuses a run folder that holds what the run reads: --overwrite would delete it."""
     for what, path in (("--data", data), ("model.weights", recipe.model.weights)):
-        if path and Path(str(path).removeprefix("local-dir:")).resolve().is_relative_to(out.resolve()):
+        local = str(path or "").removeprefix("local-dir:")
+        if path and path != TIMM and Path(local).exists() and Path(local).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{what} ({path}) lies in the run folder {out}: choose another --out")

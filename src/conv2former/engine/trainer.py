@@ -9,7 +9,6 @@ devices, processes, precision and checkpoint files are Fabric's.
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -35,6 +34,7 @@ from conv2former.engine.progress import TrainingProgress
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.state import Fetched, TrainState, full_state_dict, parameter_norm
+from conv2former.engine.summary import summary
 from conv2former.engine.torch_settings import cudnn_benchmark, fused_optimizer
 from conv2former.errors import UserError, say
 from conv2former.ops import backend_for
@@ -161,7 +161,7 @@ class Trainer:
         self.log = RunLog(run, self.recipe, step=step, enabled=self.fabric.is_global_zero)
         status = "failed"
         try:
-            self.progress.say(self._summary())
+            self.progress.say(summary(self, run.path))
             with self.progress:
                 self._run()
             status = "success"
@@ -409,24 +409,3 @@ class Trainer:
         if not getattr(self.task.backbone, "uses_ops", False):
             return None
         return backend_for(self.fabric.device)
-
-    def _summary(self) -> str:
-        """What is about to be done, in words."""
-        recipe, model, optim = self.recipe, self.recipe.model, self.recipe.optim
-        parameters = sum(p.numel() for p in self.model.parameters())
-        start = f"from {model.weights}" if model.weights else "from random weights"
-        source, per_epoch = self.splits.train, self.steps_per_epoch
-        plan = f"{self.steps:,} steps: {self.steps / per_epoch:g} epochs of {per_epoch}"
-        operations = f", operations by {self.operations}" if self.operations else ""
-        again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(self.run.path))} --resume` goes on"
-        return "\n".join(
-            [
-                f"{recipe.name}: {recipe.task} with {model.name}, {parameters / 1e6:.2f}M parameters, {start}",
-                f"{len(source):,} training, {len(self.splits.val):,} validation images, {len(source.classes)} classes",
-                f"precision {recipe.engine.precision} on {self.fabric.device}{operations}",
-                f"batch {self.batch}, learning rate {optim.base_lr:g} x {self.batch.total:,} / {optim.base_batch:,} = "
-                f"{self.lr:.3g}",
-                plan + (f", from step {self.state.step:,}" if self.state.step else ""),
-                f"writes to {self.run.path}; {again}",
-            ]
-        )

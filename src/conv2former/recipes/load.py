@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"recipe {name}: base must name another recipe, not {base!r}")
     below = _raw(base, (name, *above))
     if name.endswith((".yaml", ".yml")):  # the paper's numbers for the base do not hold for somebody's own recipe
-        command = f"conv2former train --recipe {name} --data DIR --out RUN"
+        command = f"conv2former train --recipe {shlex.quote(name)} --data DIR --out RUN"
         own = dict(source=f"based on {base}", command=command, notes="", paper=None, measured="not run")
         below["claim"] = below.get("claim", {}) | own
     return _merged(below, raw)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from conv2former.config import ModelSection, Recipe
 from conv2former.data.loading import KeyedDataset, Normalizer
 from conv2former.data.sources import Source, Splits
-from conv2former.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Evaluation:
     records: Any = None
     sound: bool = True
     table: list[list[str]] = field(default_factory=list)
-
-
-def percent(value: float | None) -> str:
-    """A cell of a table; empty where a number is not defined."""
-    return "" if value is None else f"{value:.1f}"
 
 
 class Metric(Protocol):
@@ -298,12 +292,16 @@ class Task(nn.Module, ABC):
         """Whether a parameter of the network, by its name, belongs to what is new beside pretrained weights."""
         return False
 
+    def cannot_fit_head(self) -> str | None:
+        """Why the head cannot, or need not, be fitted to features before training; None if it can."""
+        return f"{self.name} has no such head"
+
     def head_features(self, batch: Any) -> tuple[Tensor, Tensor]:
         """What goes into the head for a batch of ``eval_dataset``, (N, D), and what should come out, (N,)."""
-        raise UserError(f"the head of {self.name} cannot be fitted before training: set model.fit_head=false")
+        raise NotImplementedError
 
-    def fit_head(self, features: Tensor, targets: Tensor) -> str:
-        """Fits the head to all of them; returns a line that says how well it does."""
+    def fit_head(self, features: Tensor, targets: Tensor, *, stopped: Callable[[], bool]) -> str:
+        """Fits the head to all of them, or ends early if ``stopped``; returns a line that says how well it does."""
         raise NotImplementedError
 
     # --- learning and counting -------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class ClassificationRecipe(Recipe):
         n, weights = start.images, start.weights
         images, begin = f"{n:,} training images", "from pretrained weights" if weights else "from random weights"
         few, many = n < 2_000, n >= 50_000
-        size = 16 if n < 200 else 32 if few else 64
+        size = min(16 if n < 200 else 32 if few else 64, max(n // start.world, 1))
         epochs = 60 if n < 200 else 30 if few else 10 if many else 20
         if not weights:
             epochs *= 2
@@ -73,7 +73,7 @@ class ClassificationRecipe(Recipe):
             "model.fit_head": (weights, begin),
             "model.freeze_batchnorm": (weights and few, f"{begin}, {images}"),
             "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
-            "optim.batch_size": (size, f"{images} make {n // size} steps an epoch"),
+            "optim.batch_size": (size, f"{images} make {n // (size * start.world)} steps an epoch"),
             "optim.base_lr": (5e-4 if weights else 1e-3, begin),
             "optim.layer_decay": (0.9 if weights and not few else None, images),
             "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from conv2former.tasks.base import Evaluation, percent
+from conv2former.errors import percent
+from conv2former.tasks.base import Evaluation
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ClassificationMetric(Metric):
         """
         seen = int(self.seen.sum())
         correct, correct_top5 = int(self.correct.sum()), int(self.correct_top5)
-        percent = 100 / max(seen, 1)
+        scale = 100 / max(seen, 1)
         counts = zip(self.classes, *(x.tolist() for x in (self.correct, self.seen, self.predicted)), strict=True)
         per_class = {name: _scores(*of_class) for name, *of_class in counts}
         known = [scores for scores in per_class.values() if scores["images"]]
@@ -101,8 +102,8 @@ class ClassificationMetric(Metric):
             images=seen,
             correct=correct,
             correct_top5=correct_top5,
-            top1=correct * percent,
-            top5=correct_top5 * percent,
+            top1=correct * scale,
+            top5=correct_top5 * scale,
             loss=float(self.loss_sum) / max(seen, 1),
             balanced_accuracy=_mean([scores["top1"] for scores in known]),
             macro_f1=_mean([scores["f1"] for scores in known]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -41,6 +41,7 @@ class ClassificationTask(Task):
     Attributes:
         top_k: Classes that a prediction names, at most.
         source: How labelled images lie, a ``data.source``.
+        kept_classifier: Whether the classifier is the weights' own.
         split: Which part of them is evaluated: 'train', 'val', 'test'; None for what is validated on, or all.
 
     Args:
@@ -65,6 +66,7 @@ class ClassificationTask(Task):
     one_at_a_time = False
     assumed_classes = 1000
     top_k: int = 5
+    kept_classifier: bool = False
     source: str = "folder"
     split: str | None = None
 
@@ -88,10 +90,12 @@ class ClassificationTask(Task):
 
     @classmethod
     def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
-        model, args, loaded = build_model(section or recipe.model, classes=list(classes))
+        model, args, loaded, kept = build_model(section or recipe.model, classes=list(classes))
         if loaded:
             say_once(loaded)
-        return cls(model, recipe, classes, model_args=args)
+        task = cls(model, recipe, classes, model_args=args)
+        task.kept_classifier = kept
+        return task
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -166,28 +170,36 @@ class ClassificationTask(Task):
         """The classifier."""
         return name.startswith(classifier_names(self.built))
 
+    @torch.no_grad()
+    def cannot_fit_head(self) -> str | None:
+        if self.kept_classifier:
+            return "the classifier of the weights is for the same classes and is kept"
+        classifier, side = self.built.get_classifier(), self.recipe.data.input_size
+        if not isinstance(classifier, nn.Linear):
+            return f"the classifier of {self.recipe.model.name} is no linear layer"
+        mode = self.model.training
+        maps = self.model.eval().forward_features(torch.zeros(1, 3, side, side))
+        logits, features = self.model.forward_head(maps), self.model.forward_head(maps, pre_logits=True)
+        self.model.train(mode)
+        same = features.ndim == 2 and torch.allclose(classifier(features), logits, atol=1e-4)
+        return None if same else f"{self.recipe.model.name} computes more than a linear layer from its features"
+
     def head_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the classifier sees of the images that count, and their classes."""
-        if not isinstance(self.built.get_classifier(), nn.Linear):
-            raise UserError(
-                f"the classifier of {self.recipe.model.name} is no linear layer and cannot be fitted first: add "
-                "--set model.fit_head=false"
-            )
         counted = batch.targets != NO_TARGET
         maps = self.model.forward_features(self.prepared(batch.images[counted]))
         return self.model.forward_head(maps, pre_logits=True), batch.targets[counted]
 
-    def fit_head(self, features: Tensor, targets: Tensor) -> str:
+    def fit_head(self, features: Tensor, targets: Tensor, *, stopped: Callable[[], bool]) -> str:
         """Logistic regression, its regularisation chosen by cross-validation."""
-        fitted = probe.fit(features, targets, len(self.classes))
+        fitted = probe.fit(features, targets, len(self.classes), stopped=stopped)
         classifier = self.built.get_classifier()
         with torch.no_grad():
             classifier.weight.copy_(fitted.weight)
-            classifier.bias.copy_(fitted.bias)
-        return (
-            f"the new classifier was fitted to the features of {len(targets):,} training images: "
-            f"{fitted.accuracy:.1%} by cross-validation"
-        )
+            if classifier.bias is not None:
+                classifier.bias.copy_(fitted.bias)
+        line = f"the new classifier was fitted to the features of {len(targets):,} training images"
+        return line if fitted.accuracy is None else f"{line}: {fitted.accuracy:.1%} by cross-validation"
 
     def metric(self, source: Any, *, distributed: bool = False) -> ClassificationMetric:
         return ClassificationMetric(self.classes, distributed=distributed)

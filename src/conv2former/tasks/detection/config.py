@@ -83,6 +83,7 @@ class DetectionRecipe(Recipe):
         """By the number of training images and the machine (docs/log.md has the runs behind the numbers)."""
         n, weights = start.images, start.weights
         epochs = (60 if n < 200 else 24 if n < 20_000 else 12) if start.gpu else 24 if n < 200 else 12
+        batch = min(4 if n < 1_000 else 8, n)
         machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
         short, long = (800, 1333) if start.gpu else (320, 512)
         begin = "pretrained backbone" if weights else "random weights"
@@ -101,7 +102,7 @@ class DetectionRecipe(Recipe):
             "detector.train_proposals": (1000 if start.gpu else 300, machine),
             "detector.rois": (512 if start.gpu else 128, machine),
             "model.freeze_batchnorm": (weights, f"{begin}, small batches"),
-            "optim.global_batch": (4 if n < 1_000 else 8, f"{n:,} training images"),
+            "optim.global_batch": (-(-batch // start.world) * start.world, f"{n:,} training images"),
             "optim.base_lr": (4e-4, begin),
             "optim.layer_decay": (0.9 if weights else None, begin),
             "optim.head_lr": (3.0 if weights else 1.0, begin),

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conv2former.data.rle import encode_mask
-from conv2former.tasks.base import Evaluation, percent
+from conv2former.errors import percent
+from conv2former.tasks.base import Evaluation
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.model.detector import Detections
 from conv2former.tasks.detection.model.mask_head import paste_masks

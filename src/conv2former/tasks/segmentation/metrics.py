@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from conv2former.tasks.base import Evaluation, percent
+from conv2former.errors import percent
+from conv2former.tasks.base import Evaluation
 from conv2former.tasks.segmentation.masks import IGNORED
 
 

@@ -31,7 +31,12 @@ def canonical(raw: Any) -> Any:
         if colour:
             parts = [int(colour[4][i : i + 2], 16) for i in (0, 2, 4)] if colour[4] else map(int, colour.groups()[:3])
             key = " ".join(map(str, parts))
-        table[str(key).strip()] = value
+        key = str(key).strip()
+        if isinstance(value, bool):
+            raise ValueError(f"data.mask_values: YAML reads the class of {key} as {value}: put its name in quotes")
+        if key in table:
+            raise ValueError(f"data.mask_values names {key} twice: give it one class")
+        table[key] = value
     wrong = [key for key in table if not (key.isdecimal() and int(key) < 1 << 16) and not _is_colour(key)]
     if wrong or not table or len({" " in key for key in table}) > 1:
         raise ValueError(
@@ -83,6 +88,7 @@ class MaskValues:
             elif number is None or not 0 <= number < len(classes):
                 raise UserError(f"data.mask_values: {key} is {value!r}, which is none of the classes {some(classes)}")
             targets[code(key)] = number
+        self.given = sorted(targets)  # 255 unless it is named is no class, but nothing is near to it
         if not self.colours:
             targets.setdefault(IGNORED, IGNORED)
         self.codes = np.array(sorted(targets), np.int64)
@@ -98,8 +104,9 @@ class MaskValues:
         """
         values, inverse = np.unique(stored, return_inverse=True)
         if nearest:
-            apart = np.abs(_channels(values)[:, None] - _channels(self.codes)[None]).sum(axis=2)
-            found = apart.argmin(axis=1)
+            given = np.array(self.given, np.int64)
+            apart = np.abs(_channels(values)[:, None] - _channels(given)[None]).sum(axis=2)
+            found = np.searchsorted(self.codes, given[apart.argmin(axis=1)])
         else:
             found = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
             unknown = values[self.codes[found] != values]

@@ -1,0 +1,33 @@
+"""What a training is about to do, in words."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conv2former.engine.trainer import Trainer
+
+
+def summary(trainer: Trainer, out: Path) -> str:
+    """The first lines of a run in the folder ``out``."""
+    recipe, model, optim = trainer.recipe, trainer.recipe.model, trainer.recipe.optim
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    start = f"from {model.weights}" if model.weights else "from random weights"
+    source, per_epoch = trainer.splits.train, trainer.steps_per_epoch
+    plan = f"{trainer.steps:,} steps: {trainer.steps / per_epoch:g} epochs of {per_epoch}"
+    operations = f", operations by {trainer.operations}" if trainer.operations else ""
+    again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(out))} --resume` goes on"
+    total = trainer.batch.total
+    rate = f"{optim.base_lr:g} x {total:,} / {optim.base_batch:,} = {trainer.lr:.3g}"
+    return "\n".join(
+        [
+            f"{recipe.name}: {recipe.task} with {model.name}, {parameters / 1e6:.2f}M parameters, {start}",
+            f"{len(source):,} training, {len(trainer.splits.val):,} validation images, {len(source.classes)} classes",
+            f"precision {recipe.engine.precision} on {trainer.fabric.device}{operations}",
+            f"batch {trainer.batch}, learning rate {rate}",
+            plan + (f", from step {trainer.state.step:,}" if trainer.state.step else ""),
+            f"writes to {out}; {again}",
+        ]
+    )
