@@ -785,3 +785,27 @@ def test_other_networks_of_timm_are_saved_and_loaded(tmp_path: Path) -> None:
     model = timm.create_model("resnet18", num_classes=3)
     save_pretrained(model, tmp_path / "m", label_names=["x", "y", "z"])
     assert_same(load_pretrained(tmp_path / "m").state_dict(), model.state_dict())
+
+
+def test_wrappers_and_numbers_that_are_none(tmp_path: Path) -> None:
+    """The only dictionary of tensors, whatever it is called; a counter of a profiler's; NaN."""
+    state = timm.create_model("conv2former_test", num_classes=5).state_dict()
+    outer = {"epoch": 3, "net": {f"model.{name}": value for name, value in state.items()}}
+    torch.save({"experiment": outer}, tmp_path / "deep.pth")
+    report = convert(tmp_path / "deep.pth", tmp_path / "deep", model="conv2former_test")
+    assert report.num_classes == 5 and not report.notes
+    beside = state | {"stem.conv1.total_ops": torch.zeros(1)}
+    torch.save({f"net.backbone.{k}": v for k, v in beside.items()} | {"loss.weight": torch.ones(1)}, tmp_path / "a.pth")
+    assert "1 tensors beside the network" in str(convert(tmp_path / "a.pth", tmp_path / "a", model="conv2former_test"))
+    torch.save({k: v for k, v in state.items() if not k.startswith("head")}, tmp_path / "headless.pth")
+    report = convert(tmp_path / "headless.pth", tmp_path / "headless", model="conv2former_test")
+    assert report.num_classes == 0 and "it has no head" in str(report)
+    two = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state.items()}
+    torch.save(two, tmp_path / "two.pth")
+    assert "holds 2 networks (student., teacher.)" in refusal(
+        convert, tmp_path / "two.pth", tmp_path / "two", model="conv2former_test"
+    )
+    state["stem.conv1.weight"] = state["stem.conv1.weight"] * float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    message = refusal(convert, tmp_path / "nan.pth", tmp_path / "nan", model="conv2former_test")
+    assert "holds values that are no numbers (stem.conv1.weight)" in message

@@ -60,7 +60,7 @@ def test_what_is_read(coco: Path) -> None:
 
 
 def no_key(content: dict[str, Any]) -> None:
-    del content["images"][1]["width"]
+    del content["images"][1]["file_name"]
 
 
 def no_file(content: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def two_of_one_name(content: dict[str, Any]) -> None:
     [
         (
             no_key,
-            "1 values in 'images' are missing or of the wrong kind; the first: width of entry 1 must be a whole",
+            "1 values in 'images' are missing or of the wrong kind; the first: file_name of entry 1 must be a text",
         ),
         (lambda content: content.pop("annotations"), "has no list 'annotations': give COCO annotations"),
         (no_file, "1 of the 4 images that .* names are not in .*train2017: gone.png"),
@@ -97,7 +97,7 @@ def two_of_one_name(content: dict[str, Any]) -> None:
         (lambda content: content["annotations"].clear(), "no image with an object that counts"),
         (lambda content: content["images"][2].update(file_name=[]), "file_name of entry 2 must be a text, it is "),
         (lambda content: content["images"][0].update(width="wide"), "width of entry 0 must be a whole number"),
-        (lambda content: content["images"][0].update(height=0), "height of entry 0 must be a whole number, it is 0"),
+        (lambda content: content["images"][0].update(height=-3), "height of entry 0 must be a whole number, it is -3"),
         (lambda content: content["annotations"][3].update(image_id=[1]), "image_id of entry 3 must be an id"),
         (lambda content: content["categories"][0].update(id=True), "id of entry 0 must be an id, it is True"),
     ],
@@ -168,14 +168,16 @@ def test_a_picture_of_another_size_is_a_bad_image(tmp_path: Path) -> None:
 def test_damaged_masks_are_named() -> None:
     assert usable_mask([[1, 2, 3, 4, 5, 6]], (8, 8)) == ([[1, 2, 3, 4, 5, 6]], None)
     assert usable_mask(encode_mask(np.ones((8, 9))), (9, 8))[1] is None
+    assert usable_mask([[1, 2], [3, 4], [5, 6]], (8, 8)) == ([[1, 2, 3, 4, 5, 6]], None)  # one polygon of points
     for mask, words in (
         ([[1, 2, 3, 4]], "less than three points"),
-        ([[1, 2, 3, 4, 5, 6, 7]], "less than three points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "an odd number of coordinates"),
         ([[1, 2, 3, 4, 5, float("nan")]], "far outside"),
         ([[1, 2, 3, 4, 5, 1e10]], "far outside"),
         (["x"], "no list of polygons"),
         ("abc", "neither polygons nor run lengths"),
-        ([5], "less than three points"),
+        ([5], "an odd number of coordinates"),
+        ([[]], "without a mask"),
         ([], "without a mask"),
         (None, "without a mask"),
         (dict(size=[8, 8]), "cannot be decoded"),

@@ -182,3 +182,13 @@ def test_heic_is_read_where_the_extra_is_installed(tmp_path: Path) -> None:
 
     pillow_heif.from_pillow(image).save(file, exif=exif.tobytes(), quality=95)
     assert decode(file).size == (40, 60) and find_images([tmp_path]) == [file]
+
+
+def test_other_names_of_parts(tmp_path: Path) -> None:
+    splits = open_splits(DATA, images(tmp_path / "a", "Training", "Validation"), seed=0)
+    assert splits.train.classes == ["cat", "dog"] and len(splits.train) == len(splits.val) == 8
+    with pytest.raises(UserError, match="train_images, val_images look like parts of a set: call them train/ and val/"):
+        open_splits(HELD, images(tmp_path / "b", "train_images", "val_images"), seed=0)
+    images(tmp_path / "c" / "my photos", "train", "val")
+    with pytest.raises(UserError, match=r"train and val lie in .*: give --data '.*/c/my photos'$"):
+        open_splits(HELD, tmp_path / "c", seed=0)

@@ -280,7 +280,7 @@ def test_other_layouts_are_found(tmp_path: Path) -> None:
     (tmp_path / "test").rmdir()
     (tmp_path / "Valid").rename(tmp_path / "test")
     assert open_eval_coco(DATA, tmp_path, ["cat", "dog"], "test").images == tmp_path / "test"
-    with pytest.raises(UserError, match="name the file with --set"):
+    with pytest.raises(UserError, match=r"there are no annotations .*--set data.val_annotations=FILE"):
         open_coco(DATA, tmp_path)
 
 
@@ -343,3 +343,29 @@ def test_what_is_said_first(tmp_path: Path) -> None:
     ]
     assert CocoMetric(splits.val).kinds.keys() == {"box", "mask"}
     assert CocoSource(tmp_path / "val2017", tmp_path / "annotations" / "instances_val2017.json").notes == []
+
+
+def test_names_sizes_and_ids_that_the_files_tell(tmp_path: Path) -> None:
+    """Another folder or case in names, sizes that are missing, ids as texts with zeros: each with a line, none lost."""
+
+    def foreign(content: dict[str, Any]) -> None:
+        for entry in content["images"]:
+            entry.update(file_name=f"C:\\photos\\{entry['file_name'].upper()}", width=None, height=0)
+        for entry in content["annotations"]:
+            entry["image_id"] = f"{entry['image_id']:05}"
+
+    root = write(tmp_path, foreign)
+    sound = CocoSource(write(tmp_path / "sound") / "val2017", tmp_path / "sound/annotations/instances_val2017.json")
+    source = CocoSource(root / "val2017", root / "annotations/instances_val2017.json")
+    assert [entry[2:] for entry in source.entries] == [entry[2:] for entry in sound.entries]
+    assert source.counted == sound.counted and source.load(0)[0].size == sound.load(0)[0].size
+    assert any("images are found by their names alone" in line for line in source.notes)
+    assert any("sizes of images are missing: the files say them" in line for line in source.notes)
+
+
+def test_a_validation_set_without_objects_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path)
+    path = root / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(annotations=[])))
+    with pytest.raises(UserError, match="has no object that counts: there is nothing to validate on"):
+        open_coco(DetectionDataSection(), root)

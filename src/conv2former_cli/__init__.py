@@ -39,8 +39,19 @@ def _of_the_system(error: OSError) -> str:
     return where + (ADVICE.get(error.errno or 0) or error.strerror or " ".join(str(error).split()))
 
 
+def _open_closed_streams() -> None:
+    """Gives standard streams that are closed (``>&-``) to the system's bin: Python has None in their place."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w"))
+
+
 def main() -> None:
     """Entry point: a user's mistake ends in one line and status 1, ours in a traceback."""
+    _open_closed_streams()
     try:
         os.getcwd()  # a folder that is gone ends MKL, and this process with it
         try:

@@ -78,6 +78,8 @@ def train(
     own = out / "recipe.yaml" if resume and out else None
     if overrides and recipe is None and own and own.exists():
         recipe = str(own)
+    if recipe is None and not resume and out and (out / "recipe.yaml").exists():
+        raise UserError(f"{out} holds a run: continue it with --resume, or name a --recipe and add --overwrite")
     if recipe is None and not resume and not dry_run:
         raise UserError(f"no recipe is named: `conv2former recipes` lists them. {FIRST}")
     if overrides and recipe is None:

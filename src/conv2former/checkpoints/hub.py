@@ -37,7 +37,7 @@ from conv2former.models.meta import build_on_meta
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
-HUB = re.compile(r"hf[-_]hub:/*(.+)")
+HUB = re.compile(r"hf[-_]hub:/*(.*)")
 RUN_FOLDERS = ("best", "last")
 
 

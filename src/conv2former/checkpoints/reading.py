@@ -111,6 +111,10 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
         if not isinstance(checkpoint, Mapping):
             break
         inside = [key for key in EMA_KEYS + PLAIN_KEYS if isinstance(checkpoint.get(key), Mapping) and checkpoint[key]]
+        if not inside and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+            # whatever it is called: the only dictionary that holds tensors, or dictionaries
+            inside = [key for key, value in checkpoint.items() if _may_hold_weights(value)]
+            inside = inside if len(inside) == 1 else []
         if not inside:
             break
         if not ema and inside[0] in EMA_KEYS:
@@ -140,6 +144,17 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
             raise UserError(f"{path} holds {name} in a form without plain values: save dense tensors")
         state_dict[name] = value.detach()
     return state_dict, averaged
+
+
+def _may_hold_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor | Mapping) for inner in value.values())
+
+
+def check_finite(state_dict: Mapping[str, Tensor], path: StrPath) -> None:
+    """Refuses weights that hold what is no number; raises UserError."""
+    wrong = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if wrong:
+        raise UserError(f"{path} holds values that are no numbers ({some(wrong, 3)}): take an earlier checkpoint")
 
 
 def reason(error: Exception) -> str:

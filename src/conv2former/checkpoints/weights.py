@@ -20,7 +20,7 @@ from conv2former.checkpoints.hub import (
     read_config,
     read_json,
 )
-from conv2former.checkpoints.reading import read_state_dict
+from conv2former.checkpoints.reading import check_finite, read_state_dict
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line, some
 
@@ -163,6 +163,7 @@ def copy_weights(
     Raises:
         UserError: The weights lack what is needed.
     """
+    check_finite(weights.state, weights.origin)
     own, skipped = model.state_dict(), tuple(new or ())
     state = {f"{prefix}{name}": tensor for name, tensor in weights.state.items()}
     fitting = {

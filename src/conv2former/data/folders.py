@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from conv2former.errors import UserError, printable, some
 
 # what the parts of a set are called, in upper and lower case; what is first counts where there are two
-SPLITS = dict(train=("train",), val=("val", "validation", "valid"), test=("test", "testing"))
+SPLITS = dict(train=("train", "training"), val=("val", "validation", "valid"), test=("test", "testing"))
 # folders that file managers, disks in a network and packers make
 JUNK = {
     *("@eadir", "@__thumb", "thumbnails", "__macosx", "$recycle.bin", "#recycle", "@recycle", "#snapshot"),
@@ -46,6 +47,13 @@ def find_splits(names: Iterable[str]) -> dict[str, str]:
         if there:
             found[split] = there[0]
     return found
+
+
+def like_splits(names: Iterable[str]) -> bool:
+    """Whether all names look like parts of a set, one for training among them (``train_images``, ``val_images``)."""
+    words = [{*re.findall("[a-z]+", name.casefold())} for name in names]
+    known = {word for part in SPLITS.values() for word in part} | {"dev", "eval"}
+    return len(words) > 1 and all(own & known for own in words) and any(own & {*SPLITS["train"]} for own in words)
 
 
 def subfolders(root: Path) -> list[str]:

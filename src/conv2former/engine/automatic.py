@@ -29,16 +29,15 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
         with Ticker(lambda: f"looking for images in {data}", enabled=is_first()):
             return task_class(recipe.task).open_splits(recipe, data)
 
-    splits = open_splits(recipe, data)
+    splits, said = open_splits(recipe, data), Choices()
     if HELD_OUT in recipe.auto:
         fraction = choices(recipe, weights, len(splits.train) + len(splits.val))[HELD_OUT]
         if fraction[0] != recipe.value(HELD_OUT):
             splits = open_splits(recipe.settled({HELD_OUT: fraction[0]}), data)
         recipe = recipe.settled({HELD_OUT: fraction[0]})
-        if getattr(splits, "held_out", False):
-            _say({HELD_OUT: fraction})
+        said = {HELD_OUT: fraction} if getattr(splits, "held_out", False) else {}
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
-    _say({key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
+    _say(said | {key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
     return recipe.settled({key: value for key, (value, _) in found.items()}), splits
 
 

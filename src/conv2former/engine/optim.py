@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleSection, 
     The cosine begins behind the warm-up (ConvNeXt, Swin). The other two count from step 0 and are cut into by it, as
     in the detection and segmentation toolboxes that the paper used.
     """
+    logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)  # it warns of a run of one step
     steps, warmup = schedule.total(steps_per_epoch), schedule.warmup(steps_per_epoch)
     common: dict[str, Any] = dict(warmup_t=warmup, warmup_lr_init=schedule.warmup_lr, t_in_epochs=False)
     if schedule.kind == "multistep":

@@ -108,6 +108,8 @@ class RunDir:
             UserError: The folder is not a run.
         """
         run = cls(path)
+        if not path.exists():
+            raise UserError(f"there is no run in {path} to go on with: start it without --resume")
         if not run.exists():
             raise UserError(f"{path} is not a run folder (no recipe.yaml and run.json in it)")
         return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conv2former.data.folders import SPLITS, find_splits, respelled, subfolders, unread
+from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import given_folder
 from conv2former.errors import UserError, nearest, printable, some
@@ -168,6 +169,11 @@ def _layout(kind: str, root: Path | None) -> _Layout:
 def _folder_layout(root: Path) -> _Layout:
     names = subfolders(root)
     places = {split: root / name for split, name in _splits(names).items()}
+    if not places and like_splits(names):
+        raise UserError(f"{root}: the folders {some(names)} look like parts of a set: call them train/ and val/")
+    if len(names) == 1 and "train" in (inner := find_splits(subfolders(root / names[0]))):
+        where = shlex.quote(str(root / names[0]))
+        raise UserError(f"{' and '.join(inner.values())} lie in {root / names[0]}: give --data {where}")
     for folder in (root, *places.values()):
         _refuse_archives(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")

@@ -31,6 +31,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 
 
 CROWDS = "are crowds (iscrowd): not trained on"
+ORIENTATION = 0x0112  # of EXIF; from 5 on the sides are exchanged
 NAMED = 20  # classes that are named before the first step
 VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
@@ -83,6 +84,7 @@ class CocoSource:
         self.entries = [Entry(**{key: entry[key] for key in Entry._fields}) for entry in images_listed]
         _check_unique(annotations, "image id", [entry.id for entry in self.entries])
         self.stored_names = self._check_files()
+        self._find_sizes()
         self.spare: dict[Any, list[dict[str, Any]]] = {}
         self.per_class = [0] * len(self.classes)
         objects = self._sorted_objects(content["annotations"])
@@ -134,6 +136,7 @@ class CocoSource:
             there = {one_form(name): name for name in listed(self.images, IMAGE_EXTENSIONS).files}
             forms = {name: one_form(name.replace("\\", "/")) for name in missing}
             found = {name: there[form] for name, form in forms.items() if form in there}
+            found |= self._by_their_names([name for name in missing if name not in found], there)
             missing = [name for name in missing if name not in found]
         if missing:
             raise UserError(
@@ -141,6 +144,39 @@ class CocoSource:
                 f"{self.images}: {some(missing, 3)}"
             )
         return found
+
+    def _by_their_names(self, missing: list[str], there: dict[str, str]) -> dict[str, str]:
+        """Files of other folders than the annotations say, if the name of each is the only one of its kind."""
+        by_name = Counter(_last_part(name) for name in there)
+        alone = {_last_part(name): stored for name, stored in there.items() if by_name[_last_part(name)] == 1}
+        found = {name: alone[_last_part(name)] for name in missing if _last_part(name) in alone}
+        if not found or len({*found.values()}) < len(found):
+            return {}
+        written, stored = next(iter(found.items()))
+        self.notes.append(
+            f"{self.annotations}: {len(found):,} images are found by their names alone: it writes "
+            f"{printable(written)} for {printable(stored)}"
+        )
+        return found
+
+    def _find_sizes(self) -> None:
+        """Takes sizes that the annotations lack from the files."""
+        lacking = [index for index, entry in enumerate(self.entries) if not (entry.width and entry.height)]
+        for index in lacking:
+            file = self.file(index)
+            try:
+                with Image.open(file) as image:
+                    width, height = image.size
+                    turned = self.turn and image.getexif().get(ORIENTATION, 1) >= 5
+            except (OSError, SyntaxError, ValueError) as error:
+                raise UserError(
+                    f"{self.annotations} gives no size of {file}, which cannot be read ({one_line(error)[:80]}): "
+                    "remove it from both"
+                ) from None
+            width, height = (height, width) if turned else (width, height)
+            self.entries[index] = self.entries[index]._replace(width=width, height=height)
+        if lacking:
+            self.notes.append(f"{self.annotations}: {len(lacking):,} sizes of images are missing: the files say them")
 
     def file(self, index: int) -> Path:
         """The path of an image."""
@@ -259,6 +295,13 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
     """
     root = given_folder(root, "images and annotations")
     places = [_places(root, data, split) for split in ("train", "val")]
+    for split, (_, file) in zip(("train", "val"), places, strict=True):
+        if not file.is_file():
+            part = dict(train="training", val="validation")[split]
+            raise UserError(
+                f"there are no annotations {file}: name those of the {part} images, by their paths below {root}, with "
+                f"--set data.{split}_annotations=FILE --set data.{split}_images=FOLDER"
+            )
     train, val = (CocoSource(*place, turn=data.exif == "turn") for place in places)
     val.classes = respelled(val.classes, train.classes)
     _check_same(train, val)
@@ -272,6 +315,8 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
             f"{train.annotations} has no image with an object that counts: there is nothing to train on"
             + (f" ({why})" if why else "")
         )
+    if len(val) and not any(val.counted):
+        raise UserError(f"{val.annotations} has no object that counts: there is nothing to validate on")
     if not len(val):
         raise UserError(f"{val.annotations} lists no images: there is nothing to validate on")
     tops = {path.relative_to(root).parts[0] for place in places for path in place if path.is_relative_to(root)}
@@ -353,7 +398,10 @@ def _read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} has no list {key!r}: give COCO annotations (instances_*.json)")
         for position, entry in enumerate(entries):
             for name, kind in fields.items():
-                if (value := _value(entry.get(name), kind)) is not None:
+                value = _value(entry.get(name), kind)
+                if value is None and kind == "a whole number" and entry.get(name) in (None, 0, "0", ""):
+                    value = 0  # the file says it
+                if value is not None:
                     entry[name] = value
                 else:
                     wrong = sum(_value(other.get(n), k) is None for other in entries for n, k in fields.items())
@@ -374,6 +422,11 @@ def _value(value: Any, kind: str) -> Any:
         return str(value) if type(value) in (str, int) else None
     side = number(value)
     return int(side) if side is not None and side >= 1 and side == int(side) else None
+
+
+def _last_part(name: str) -> str:
+    """The name of a file without its folders, in small letters."""
+    return one_form(name).replace("\\", "/").rpartition("/")[2].casefold()
 
 
 def _check_unique(path: Path, what: str, values: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ class Ids:
     def __init__(self, known: Iterable[Any]) -> None:
         self.known = {value: place for place, value in enumerate(known)}
         self.texts = {str(value): place for value, place in self.known.items()}
+        counts = Counter(number(value) for value in self.known)
+        self.numbers = {number(value): place for value, place in self.known.items() if counts[number(value)] == 1}
 
     def place(self, value: Any) -> int | None:
         """Its place among the known ids; None where it is none of them."""
@@ -38,7 +41,9 @@ class Ids:
             return None
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        return self.known.get(value, self.texts.get(str(value)))
+        place = self.known.get(value, self.texts.get(str(value)))
+        said = number(value)  # "1.0" and "00001" are 1, if no other id is
+        return self.numbers.get(said) if place is None and said is not None else place
 
 
 def number(value: Any) -> float | int | None:
@@ -116,7 +121,10 @@ def usable_mask(segmentation: Any, size: tuple[int, int]) -> tuple[Any, str | No
 
 
 def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]:
-    single = all(number(value) is not None for value in given)
+    pairs = len(given) > 2 and all(isinstance(value, list) and len(value) == 2 for value in given)
+    single = all(number(value) is not None for value in given) or (
+        pairs and all(number(value) is not None for pair in given for value in pair)
+    )
     kept, trouble = [], None
     for polygon in [given] if single else given:
         try:
@@ -125,8 +133,13 @@ def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]
         except (TypeError, ValueError):
             trouble = "whose mask is no list of polygons"
             continue
+        if not points.size:
+            trouble = trouble or NO_MASK
+            continue
         in_pairs = points.ndim == 2 and points.shape[1] == 2  # [[x, y], ...]
-        if not (in_pairs or points.ndim == 1) or points.size < 6 or points.size % 2:
+        if points.ndim == 1 and points.size % 2:
+            trouble = "whose mask has a polygon with an odd number of coordinates"
+        elif not (in_pairs or points.ndim == 1) or points.size < 6:
             trouble = "whose mask has a polygon of less than three points"
         elif not (np.abs(points) <= FAR * max(size)).all():  # not a number either
             trouble = "whose mask has points far outside of the image"

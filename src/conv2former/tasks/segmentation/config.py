@@ -111,7 +111,10 @@ class SegmentationRecipe(Recipe):
         epochs = (80 if n < 200 else 40 if n < 2_000 else 20) if start.gpu else 30 if n < 200 else 12
         machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
         begin = "pretrained backbone" if weights else "random weights"
+        batch = -(-min(8, max(n, 2)) // start.world) * start.world
         found: Choices = {
+            "optim.batch_size": (min(8, max(n, 2)), f"{n:,} training images"),
+            "optim.global_batch": (batch, f"{n:,} training images"),
             "data.short_side": (512 if start.gpu else 320, machine),
             "data.long_side": (2048 if start.gpu else 1280, machine),
             "data.crop_size": (512 if start.gpu else 256, machine),

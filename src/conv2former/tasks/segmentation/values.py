@@ -164,7 +164,7 @@ def check_values(
         reduce_zero: Whether value 0 is no class.
 
     Raises:
-        UserError: One class at most occurs beside pixels of value 255: there is nothing to learn.
+        UserError: One class at most occurs beside pixels of value 255, or values beyond the classes do.
     """
     values = np.flatnonzero(pixels)
     counted = values[(values != IGNORED) & ~((values == 0) & reduce_zero)] - reduce_zero
@@ -177,17 +177,22 @@ def check_values(
             f"{share:.1%} of the pixels in {looked} hold 255, which means no class, and {occurs[0]}: there is nothing "
             f"to learn; if 255 is a class, add {remedy(values.tolist(), classes)}"
         )
-    lines = []
     if len(beyond):
         fits = ", or data.reduce_zero_label=true" * (int(beyond.max()) == len(classes) and not reduce_zero)
         known = (
             f"the {len(classes)} classes are {int(reduce_zero)} to {len(classes) - 1 + reduce_zero} (255 is ignored)"
         )
-        lines.append(
+        often = np.sort(values[np.argsort(-pixels[values], kind="stable")][: max(len(classes), 2)])
+        raise UserError(
             f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
-            f"fits{fits}, or say what they mean with {remedy(values.tolist()[:20], classes)}"
+            f"fits{fits}, or say what they mean with {remedy(often.tolist(), classes)}"
         )
-    return lines + missing_classes(looked, set(inside.tolist()), classes)
+    lines = missing_classes(looked, set(inside.tolist()), classes)
+    if lines and pixels[IGNORED]:
+        share = pixels[IGNORED] / pixels.sum()
+        lines[0] += f"; {share:.1%} of the pixels hold 255, which means no class: if it is one, add "
+        lines[0] += remedy(values.tolist(), classes)
+    return lines
 
 
 def missing_classes(looked: str, present: set[int], classes: Sequence[str]) -> list[str]:
