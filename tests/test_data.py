@@ -154,7 +154,7 @@ def test_training_images_are_not_evaluated_on_by_accident(data: Path) -> None:
 
 
 def test_validation_images_are_not_trained_on_by_accident(data: Path) -> None:
-    (data / "train").rename(data / "training")
+    (data / "train").rename(data / "learning")
     with pytest.raises(UserError, match="no train/ folder"):
         open_splits(DATA, data, seed=0)
 
