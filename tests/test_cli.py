@@ -93,7 +93,7 @@ BAD = [
     ([*QUICK, "--set", "engine.accelerator=cuda"], "engine.accelerator=cuda with"),
     ([*QUICK, "--set", "engine.precision=16"], "use bf16 on a CPU"),
     (["train", "--out", "{new}"], "no recipe is named: `conv2former recipes` lists them. For your own"),
-    (["train", "--out", "{new}", "--resume"], "there is no run in {new} to go on with"),
+    (["train", "--out", "{new}", "--resume"], "{new} is not a run folder: it does not exist"),
     (["train", "--out", "{run}", "--resume", "--overwrite"], "exclude each other"),
     (["train", "--out", "{run}", "--resume", "--recipe", "cifar"], "made with other settings"),
     (["train", "--out", "{run}", "--model", "conv2former_t"], "holds a run: continue it with --resume"),

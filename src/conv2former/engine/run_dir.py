@@ -109,7 +109,7 @@ class RunDir:
         """
         run = cls(path)
         if not path.exists():
-            raise UserError(f"there is no run in {path} to go on with: start it without --resume")
+            raise UserError(f"{path} is not a run folder: it does not exist")
         if not run.exists():
             raise UserError(f"{path} is not a run folder (no recipe.yaml and run.json in it)")
         return run
