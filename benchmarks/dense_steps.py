@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image, ImageDraw
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from sklearn.datasets import load_sample_image
@@ -232,9 +233,7 @@ def load_batches(data: Path | None, *, size: int, batch_size: int, device: torch
         ]
         pixels = [view.pixels(image) for image, _, view in part]
         sizes = [(own.shape[0], own.shape[1]) for own in pixels]
-        targets = [
-            Target(*(column.to(device) for column in view_objects(objects, view, labels))) for _, objects, view in part
-        ]
+        targets: Any = [move_data_to_device(view_objects(objects, view, labels), device) for _, objects, view in part]
         packed = stacked(pixels)
         classes = packed.float().mean(dim=1).mul(NUM_CLASSES / 256).long().to(device)
         images = padded_with_mean(normalizer(packed), sizes).to(device)

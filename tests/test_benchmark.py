@@ -186,7 +186,7 @@ def test_a_mistake_is_one_line(
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"openvino: pip install 'conv2former\[export\]'"):
+    with pytest.raises(UserError, match=r"openvino: pip install openvino"):
         plan(BenchmarkOptions(models=["test_vit"], modes=["openvino"], device="cpu"))
 
 

@@ -289,7 +289,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"pip install 'conv2former\[explain\]'"):
+    with pytest.raises(UserError, match=r"pip install grad-cam"):
         cams.library()
 
 
