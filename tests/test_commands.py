@@ -67,7 +67,7 @@ APPENDED = (
     (r"train --recipe \S+_detection", f"{DENSE} {DETECTOR} --set data.short_side=96 --set data.long_side=128"),
     (r"train --recipe \S+_segmentation", f"{DENSE} --set data.crop_size=64 --set segmenter.channels=16"),
     (r"train --recipe finetune .*--weights WEIGHTS", f"{CLASSIFIER} --model conv2former_test"),
-    (r"train --recipe finetune (--model conv2former_atto|.*val_fraction)", f"{CLASSIFIER} {NARROW}"),
+    (r"train --recipe finetune --model conv2former_atto", f"{CLASSIFIER} {NARROW}"),
     (r"train --recipe finetune", CLASSIFIER),
     (r"reproduce table6 --data", f"--row imagenet1k_t --seeds 1 {TRAINING} --set optim.batch_size=4"),
     (r"reproduce fig4a --data", f"{TRAINING} --set optim.batch_size=4"),
