@@ -23,7 +23,7 @@ from conv2former.errors import UserError
 from conv2former.tasks.detection.coco import CocoSource, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
-from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evaluation, coco_rows
+from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers, coco_rows
 from conv2former.tasks.detection.model.detector import Detections, paste_masks
 from conv2former.tasks.detection.objects import usable_mask
 from scenes import BLUE, RED, coco_entries, scene, write_coco
@@ -289,7 +289,7 @@ def detections(coco: Path, seed: int) -> tuple[CocoSource, list[dict[str, Any]]]
 def test_figures_equal_pycocotools(coco: Path, kind: str, seed: int) -> None:
     source, rows = detections(coco, seed)
     truth = source.ground_truth(range(len(source)))
-    ours = coco_evaluation(truth, rows, kind)[0]
+    ours = coco_numbers(truth, rows, kind)
     wanted = COCO()
     wanted.dataset = json.loads(json.dumps(truth))
     wanted.createIndex()

@@ -29,7 +29,7 @@ from conv2former.tasks import load
 from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.data import View, view_objects
-from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evaluation
+from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers
 from scenes import small_detector
 
 DATA = DetectionDataSection(short_side=96, long_side=128)
@@ -114,7 +114,7 @@ def reference(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> l
 def check(root: Path, truth: dict[str, Any], kind: str = "bbox") -> None:
     """The product's figures on a set of validation equal pycocotools' on what it ought to be."""
     source, rows = open_coco(DATA, root).val, detections(truth)
-    ours = coco_evaluation(source.ground_truth(range(len(source))), rows, kind)[0]
+    ours = coco_numbers(source.ground_truth(range(len(source))), rows, kind)
     assert [ours[name] for name in NUMBERS] == pytest.approx(reference(truth, rows, kind), abs=1e-9)
     assert 5 < (ours["ap"] or 0) < 95
 
@@ -171,7 +171,7 @@ def test_ids_that_fall_together_as_floating_point() -> None:
     ]
     truth = dict(images=images, annotations=annotations, categories=[dict(id=3, name="x")])
     rows = detections(truth)
-    assert coco_evaluation(truth, rows, "bbox")[0]["ap"] == pytest.approx(reference(truth, rows, "bbox")[0], abs=1e-9)
+    assert coco_numbers(truth, rows, "bbox")["ap"] == pytest.approx(reference(truth, rows, "bbox")[0], abs=1e-9)
 
 
 def test_crowds_are_counted_in_a_line(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_no_truth_is_left_out_of_evaluation(tmp_path: Path) -> None:
     masks = content(root)
     masks["annotations"] = [entry for entry in masks["annotations"] if entry.get("segmentation")]
     source, rows = open_coco(DATA, root).val, detections(content(root))
-    ours = coco_evaluation(source.ground_truth(range(3)), rows, "segm")[0]
+    ours = coco_numbers(source.ground_truth(range(3)), rows, "segm")
     assert ours["ap"] == pytest.approx(reference(masks, rows, "segm")[0], abs=1e-9)
 
 

@@ -80,8 +80,8 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
 
 
 def _say(found: Choices) -> None:
+    found = {key: choice for key, choice in found.items() if (key, choice[0]) != (BY_THE_IMAGES, True)}
     if found:
         say_once("decided by the images, the weights and the machine (--set changes any of it):")
     for key, (value, reason) in found.items():
-        if (key, value) != (BY_THE_IMAGES, True):  # nothing to be told
-            say_once(f"  {key}={value}  ({reason})")
+        say_once(f"  {key}={value}  ({reason})")
