@@ -137,6 +137,7 @@ _TRANSPOSE = {  # by the EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that exchange the sides
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 
@@ -282,13 +283,27 @@ def _plugin(file_format: str) -> type[ImageFile]:
 
 def turned(file: Path) -> bool:
     """Whether the EXIF of an image file turns or mirrors it; not of one that cannot be read."""
+    header = _header(file)
+    return header is not None and header[1] in _TRANSPOSE
+
+
+def shown_size(file: Path, *, turn: bool) -> tuple[int, int] | None:
+    """(width, height) as ``decode`` gives it, without reading the pixels; None of a file that cannot be read."""
+    if (header := _header(file)) is None:
+        return None
+    (width, height), orientation = header
+    return (height, width) if turn and orientation in _ON_ITS_SIDE else (width, height)
+
+
+def _header(file: Path) -> tuple[tuple[int, int], int] | None:
     try:
         with open(file, "rb") as stream:
             image = _plugin(_sniff(stream.read(_HEAD)))
             stream.seek(0)
-            return _orientation(image(stream, "")) in _TRANSPOSE
+            opened = image(stream, "")
+            return opened.size, _orientation(opened)
     except Exception:  # Pillow raises nearly anything; whoever decodes it says so
-        return False
+        return None
 
 
 def _refusal(error: Exception, file_format: str | None = None) -> _Refused:

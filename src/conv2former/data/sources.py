@@ -14,6 +14,7 @@ from timm.utils.misc import natural_key
 from conv2former.data.images import turned
 from conv2former.errors import UserError, printable, some
 
+NAMED = 20  # classes that are named before the first step
 MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
 MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
 MOST_HEADERS = 500  # images whose EXIF is looked at
@@ -61,6 +62,12 @@ def remarks(splits: Splits) -> list[str]:
     """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
     twice = repeated(splits.train, splits.val)
     return notes(splits.train, splits.val, splits) + ([twice] if twice else [])
+
+
+def counted(classes: Sequence[str], splits: Splits, *, what: str = "classes") -> str:
+    """The line with the classes, many of them shortened, and the numbers of images."""
+    images = f"{len(splits.train):,} training and {len(splits.val):,} validation images"
+    return f"{len(classes):,} {what}: {printable(some(classes, NAMED))}; {images}"
 
 
 def spread(count: int, most: int) -> list[int]:

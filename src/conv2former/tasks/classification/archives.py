@@ -244,7 +244,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _hidden(parts: Sequence[str]) -> bool:
-    return any(part.startswith(".") or is_junk(part) for part in parts)
+    return any(map(is_junk, parts))
 
 
 def _scan(path: Path) -> Iterator[tuple[str, int, int]]:

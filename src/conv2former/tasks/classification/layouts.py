@@ -14,8 +14,8 @@ import numpy as np
 
 from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import given_folder
-from conv2former.errors import UserError, nearest, printable, some
+from conv2former.data.sources import counted, given_folder
+from conv2former.errors import UserError, nearest, some
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
 from conv2former.tasks.classification.sources import (
@@ -26,8 +26,6 @@ from conv2former.tasks.classification.sources import (
     SubsetSource,
     hfds_splits,
 )
-
-NAMED = 20  # classes that are named before the first step
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,8 @@ class Splits:
     def notes(self) -> list[str]:
         """What lies beside them and is not read, the classes with their numbers of training images."""
         counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
-        each = [f"{printable(name)} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
-        total = f"{len(self.train):,} training and {len(self.val):,} validation images"
-        return [*filter(None, [self.unread]), f"{len(each):,} classes: {some(each, NAMED)}; {total}"]
+        each = [f"{name} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
+        return [*filter(None, [self.unread]), counted(each, self)]
 
     def digest(self) -> str:
         """A hash of the names and classes of all images, by which a resumed run knows its data."""
@@ -168,18 +165,18 @@ def _layout(kind: str, root: Path | None) -> _Layout:
 
 def _folder_layout(root: Path) -> _Layout:
     names = subfolders(root)
-    places = {split: root / name for split, name in _splits(names).items()}
-    if not places and like_splits(names):
+    found = _splits(names)
+    if not found and like_splits(names):
         raise UserError(f"{root}: the folders {some(names)} look like parts of a set: call them train/ and val/")
     if len(names) == 1 and "train" in (inner := find_splits(subfolders(root / names[0]))):
         where = shlex.quote(str(root / names[0]))
         raise UserError(f"{' and '.join(inner.values())} lie in {root / names[0]}: give --data {where}")
+    places = {split: root / name for split, name in found.items()}
     for folder in (root, *places.values()):
         _refuse_archives(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
-    rest = unread(root, names, [places[split].name for split in places if split != "test"]) if places else None
     parts: dict[str, Opener] = {split: partial(FolderSource, place) for split, place in places.items()}
-    return _Layout(parts, partial(FolderSource, root), words, rest)
+    return _Layout(parts, partial(FolderSource, root), words, _rest(root, names, found))
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from conv2former.data.folders import SPLITS, listed, one_form, respelled, subfolders, unread
-from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
+from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, shown_size
 from conv2former.data.rle import library
-from conv2former.data.sources import exif_remark, given_folder, stored_pixels
+from conv2former.data.sources import counted, exif_remark, given_folder, stored_pixels
 from conv2former.errors import UserError, one_line, printable, some
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.objects import Ids, area_of, flag, id_order, is_id, number, usable
@@ -31,8 +31,6 @@ FIELDS: dict[str, dict[str, str]] = dict(
 
 
 CROWDS = "are crowds (iscrowd): not trained on"
-ORIENTATION = 0x0112  # of EXIF; from 5 on the sides are exchanged
-NAMED = 20  # classes that are named before the first step
 VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
 
@@ -164,16 +162,11 @@ class CocoSource:
         lacking = [index for index, entry in enumerate(self.entries) if not (entry.width and entry.height)]
         for index in lacking:
             file = self.file(index)
-            try:
-                with Image.open(file) as image:
-                    width, height = image.size
-                    turned = self.turn and image.getexif().get(ORIENTATION, 1) >= 5
-            except (OSError, SyntaxError, ValueError) as error:
+            if (size := shown_size(file, turn=self.turn)) is None:
                 raise UserError(
-                    f"{self.annotations} gives no size of {file}, which cannot be read ({one_line(error)[:80]}): "
-                    "remove it from both"
-                ) from None
-            width, height = (height, width) if turned else (width, height)
+                    f"{self.annotations} gives no size of {file}, which cannot be read: remove it from both"
+                )
+            width, height = size
             self.entries[index] = self.entries[index]._replace(width=width, height=height)
         if lacking:
             self.notes.append(f"{self.annotations}: {len(lacking):,} sizes of images are missing: the files say them")
@@ -320,13 +313,10 @@ def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
     if not len(val):
         raise UserError(f"{val.annotations} lists no images: there is nothing to validate on")
     tops = {path.relative_to(root).parts[0] for place in places for path in place if path.is_relative_to(root)}
-    each = [f"{printable(name)} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
-    total = f"{len(train):,} training and {len(val):,} validation images"
-    lines = [
-        unread(root, subfolders(root), tops),
-        f"{len(each)} classes with objects to train on: {some(each, NAMED)}; {total}",
-    ]
-    return CocoSplits(train, val, tuple(line for line in lines if line))
+    splits = CocoSplits(train, val)
+    each = [f"{name} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
+    lines = [unread(root, subfolders(root), tops), counted(each, splits, what="classes with objects to train on")]
+    return replace(splits, notes=tuple(line for line in lines if line))
 
 
 def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, Path]:

@@ -17,8 +17,8 @@ from PIL import Image
 from conv2former.data.folders import find_splits, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import exif_remark, given_folder, in_order, spread, stored_pixels
-from conv2former.errors import UserError, printable, some
+from conv2former.data.sources import counted, exif_remark, given_folder, in_order, spread, stored_pixels
+from conv2former.errors import UserError, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import (
     LABEL_EXTENSIONS,
@@ -38,7 +38,6 @@ from conv2former.tasks.segmentation.values import (
 )
 
 LOOKED_AT = 64  # masks whose values are counted before the first step
-NAMED = 20  # classes that are named there
 TRIED = 20  # images whose names are looked for in those of masks
 IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
 MASKS = ("masks", "mask", "annotations", "labels", "label")
@@ -155,8 +154,7 @@ class PairSplits:
     @property
     def notes(self) -> list[str]:
         """The classes, and images that EXIF turns."""
-        names = f"{len(self.train.classes)} classes: {printable(some(self.train.classes, NAMED))}"
-        lines = [f"{names}; {len(self.train):,} training and {len(self.val):,} validation images"]
+        lines = [counted(self.train.classes, self)]
         files = [source.file(index) for source in (self.train, self.val) for index in range(len(source))]
         return lines + (exif_remark(files, "masks") if self.train.turn else [])
 
@@ -246,10 +244,8 @@ def _places(source: str, root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def _parts(folder: Path) -> dict[str, str]:
-    """The parts of a set that are folders in one, ``training`` among them."""
-    names = subfolders(folder) if folder.is_dir() else []
-    training = {split: name for name in names for split in ["train"] if name.casefold() == "training"}
-    return training | find_splits(names)
+    """The parts of a set that are folders in one."""
+    return find_splits(subfolders(folder)) if folder.is_dir() else {}
 
 
 def _two(folder: Path) -> tuple[Path, Path] | None:

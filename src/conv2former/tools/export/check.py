@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from conv2former.data.images import decode, given_images
+from conv2former.data.sources import spread
 from conv2former.engine.evaluate import validation_set
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
@@ -31,16 +32,10 @@ class Comparison:
     agreement: float | None
 
 
-def _spread(total: int, count: int) -> list[int]:
-    """As many numbers, evenly spaced over all."""
-    count = min(count, total)
-    return [index * total // count for index in range(count)]
-
-
 def images_in(paths: Sequence[Path], count: int, subject: Subject) -> list[np.ndarray]:
     """Some of the images in files and folders as the network takes them; raises UserError where there are none."""
     files = given_images(paths)
-    return [subject.prepare(decode(files[index])) for index in _spread(len(files), count)]
+    return [subject.prepare(decode(files[index])) for index in spread(len(files), count)]
 
 
 def validated_on(run: RunDir, count: int, subject: Subject) -> list[np.ndarray]:
@@ -50,7 +45,7 @@ def validated_on(run: RunDir, count: int, subject: Subject) -> list[np.ndarray]:
     except UserError as error:
         reason = str(error).partition(":")[0]
         raise UserError(f"{reason}: name images to compare on with --pictures (files or folders)") from None
-    found = [source.load(index) for index in _spread(len(source), count)]
+    found = [source.load(index) for index in spread(len(source), count)]
     # those of a detector or segmentation model come with what is on them
     return [subject.prepare(item[0] if isinstance(item, tuple) else item) for item in found]
 
