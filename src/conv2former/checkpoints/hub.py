@@ -287,15 +287,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
 
 
-def saved_normalisation(path: StrPath) -> dict[str, Any]:
-    """``mean`` and ``std`` of the images that a saved model of any task was trained on."""
-    folder = find_model(path)[0]
-    config = read_json(folder)
-    classifier = config.get("task", "classification") == "classification"
-    cfg = read_config(folder)[0] if classifier else config.get("pretrained_cfg", {})
-    return {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
-
-
 def saved_task(path: StrPath) -> str:
     """The task that a saved model was trained for."""
     return str(saved_config(path).get("task", "classification"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -37,21 +38,21 @@ class Weights:
 
     Attributes:
         origin: As the recipe names them.
+        folder: Where they are; None if timm publishes them.
         task: For which the model was trained.
         architecture: timm's name of it, or of its backbone.
         args: Of ``timm.create_model`` that rebuild it, without the number of classes.
         cfg: timm's ``pretrained_cfg``; at least ``mean`` and ``std``.
         recipe: What a detector or segmentation model was trained with, not checked.
-        model: A timm name if timm publishes them, else None.
     """
 
     origin: str
+    folder: Path | None
     task: str
     architecture: str
     args: dict[str, Any]
     cfg: dict[str, Any]
     recipe: dict[str, Any] = field(default_factory=dict)
-    model: str | None = None
 
     @property
     def normalisation(self) -> dict[str, tuple[float, ...]]:
@@ -61,18 +62,20 @@ class Weights:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """Names to tensors, of the whole model; raises UserError."""
-        if self.task != "classification":
-            return read_state_dict(read_dense(self.origin, self.task).weights)
-        return self._classifier().state_dict()
+        if self.folder is None:
+            return _downloaded(".".join(filter(None, (self.architecture, self.cfg.get("tag")))))
+        if self.task == "classification":
+            return load_pretrained(self.folder).state_dict()
+        return read_state_dict(read_dense(self.folder, self.task).weights)
 
-    def _classifier(self) -> nn.Module:
-        if self.model is None:
-            return load_pretrained(self.origin)
-        try:
-            with hub_if_reachable():
-                return timm.create_model(self.model, pretrained=True)
-        except Exception as error:  # of timm, the hub's client or the HTTP library beneath it
-            raise download_failure(f"timm's weights of {self.model}", error) from error
+
+def _downloaded(name: str) -> dict[str, Tensor]:
+    """What timm publishes for a model's name."""
+    try:
+        with hub_if_reachable():
+            return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # of timm, the hub's client or the HTTP library beneath it
+        raise download_failure(f"timm's weights of {name}", error) from error
 
 
 def open_weights(section: ModelSection) -> Weights | None:
@@ -83,7 +86,7 @@ def open_weights(section: ModelSection) -> Weights | None:
     """
     if not section.weights:
         return None
-    weights = _published(section.name) if section.weights == TIMM else _saved(section.weights)
+    weights = _published(section.name) if section.weights == TIMM else saved_weights(section.weights)
     if weights.architecture.split(".")[0] != section.name.split(".")[0]:
         raise UserError(
             f"model.weights ({section.weights}) holds a {weights.architecture}, the recipe says {section.name}: "
@@ -92,7 +95,8 @@ def open_weights(section: ModelSection) -> Weights | None:
     return weights
 
 
-def _saved(path: str) -> Weights:
+def saved_weights(path: str) -> Weights:
+    """Those of a run or a saved model of any task; raises UserError."""
     folder = find_model(path)[0]
     config = read_json(folder)
     task = str(config.get("task", "classification"))
@@ -100,13 +104,13 @@ def _saved(path: str) -> Weights:
         cfg, architecture, args = read_config(folder)
         labels = config.get("label_names")
         cfg = cfg | (dict(label_names=labels) if labels else {})
-        return Weights(path, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
-    recipe = read_dense(path, task).recipe
+        return Weights(path, folder, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
+    recipe = read_dense(folder, task).recipe
     section = recipe.get("model")
     own = section.get("args", {}) if isinstance(section, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"the recipe in the config.json of {path} is damaged: save the model again")
-    return Weights(path, task, config["architecture"], own, config.get("pretrained_cfg", {}), recipe)
+    return Weights(path, folder, task, config["architecture"], own, config.get("pretrained_cfg", {}), recipe)
 
 
 def _published(name: str) -> Weights:
@@ -115,7 +119,7 @@ def _published(name: str) -> Weights:
     if not has_published_weights(name):
         raise UserError(f"timm publishes no weights for {name}: start from {WAYS}")
     cfg: Any = get_pretrained_cfg(name)
-    return Weights(TIMM, "classification", cfg.architecture, {}, cfg.to_dict(), model=name)
+    return Weights(TIMM, None, "classification", cfg.architecture, {}, cfg.to_dict())
 
 
 def has_published_weights(name: str) -> bool:
@@ -169,11 +173,11 @@ def copy_weights(
     fitting = {
         name: tensor
         for name, tensor in state.items()
-        if name in own and own[name].shape == tensor.shape and not name.startswith(skipped or ("\0",))
+        if name in own and own[name].shape == tensor.shape and not name.startswith(skipped)
     }
     missing = [name for name in own if name not in fitting]
     unused = [name for name in state if name not in fitting]
-    lacking = [name for name in missing if name.startswith(needed) and not name.startswith(skipped or ("\0",))]
+    lacking = [name for name in missing if name.startswith(needed) and not name.startswith(skipped)]
     if lacking:
         raise UserError(
             f"model.weights ({weights.origin}) does not fit the recipe's model.args: {some(lacking, 3)} differ"

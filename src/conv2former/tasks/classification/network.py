@@ -10,21 +10,18 @@ from torch import nn
 
 from conv2former.checkpoints.weights import Weights, copy_weights, open_weights
 from conv2former.config import ModelSection
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError, nearest, one_line, say_once
 from conv2former.tasks.backbone import RESERVED
 
-NO_NAME = "\0"  # with which no parameter's name begins
 
-
-def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any], str | None, bool]:
+def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any], bool]:
     """The recipe's network, from scratch or from ``section.weights``.
 
     The classifier of the weights is kept where its classes have the names of ``classes``, or no names and their number.
 
     Returns:
         The network, the arguments that rebuild it with ``timm.create_model`` (those of the weights, changed by
-        ``section.args``), a line that says what of the weights was loaded (None without weights), and whether the
-        classifier is theirs.
+        ``section.args``), and whether the classifier is that of the weights. What was loaded is said.
 
     Raises:
         UserError: Unknown model or argument, weights that do not fit.
@@ -42,14 +39,13 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
         network = timm.create_model(section.name, num_classes=len(classes), **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
-    loaded, kept = None, False
+    new = _new_classifier(weights, network, classes) if weights else {}
     if weights:
-        new = _new_classifier(weights, network, classes)
-        loaded, kept = copy_weights(weights, network, new=new), not new
+        say_once(copy_weights(weights, network, new=new))
         for name, parameter in network.named_parameters():
-            if name.startswith(tuple(new) or NO_NAME):  # so small that the first loss is that of guessing
+            if name.startswith(tuple(new)):  # so small that the first loss is that of guessing
                 nn.init.normal_(parameter, std=0.01) if parameter.ndim > 1 else nn.init.zeros_(parameter)
-    return network, args, loaded, kept
+    return network, args, bool(weights) and not new
 
 
 def classifier_names(network: Any) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conv2former import checkpoints
 from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
-from conv2former.errors import UserError, or_left_out, say_once
+from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
 from conv2former.tasks.classification import probe
 from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
@@ -90,9 +90,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def build(cls, recipe: Any, classes: Sequence[str], *, section: ModelSection | None = None) -> Self:
-        model, args, loaded, kept = build_model(section or recipe.model, classes=list(classes))
-        if loaded:
-            say_once(loaded)
+        model, args, kept = build_model(section or recipe.model, classes=list(classes))
         task = cls(model, recipe, classes, model_args=args)
         task.kept_classifier = kept
         return task

@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from conv2former import checkpoints
-from conv2former.checkpoints.hub import saved_config
+from conv2former.checkpoints.weights import saved_weights
 from conv2former.errors import UserError
 from conv2former.models.meta import build_on_meta
 from conv2former.tasks import load
@@ -65,11 +65,12 @@ def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
     named, weights = read_name(name), "trained"
     notes: tuple[str, ...] = ()
     if isinstance(named, Path):
-        stats = checkpoints.saved_normalisation(named)
-        if checkpoints.saved_task(named) != "classification":
+        saved = saved_weights(str(named))
+        stats: dict[str, Any] = dict(saved.normalisation)
+        if saved.task != "classification":
             trunk: Any = load(named).to(device).trunk.requires_grad_(False)
             return Subject(name, weights, trunk, list(STRIDES), **stats, device=device)
-        model: Any = checkpoints.load_pretrained(named, **model_args(saved_config(named)["architecture"], size))
+        model: Any = checkpoints.load_pretrained(named, **model_args(saved.architecture, size))
     else:
         model_name, args = named
         model = built_untrained(name, model_name, model_args(model_name, size) | args).eval()
