@@ -70,10 +70,6 @@ class BadImages(StrEnum):  # what to do about an image that cannot be read
     skip = "skip"
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
 def result_line(evaluation: Any, what: str, folder: Path | None) -> str:
     return evaluation.line + (f"; {what} are in {folder}" if folder else "")
 

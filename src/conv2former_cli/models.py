@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from conv2former_cli.common import JsonOption, app, percent, print_table
+from conv2former_cli.common import JsonOption, app, print_table
 
 
 @app.command()
@@ -20,6 +20,7 @@ def models(
 
     Example: conv2former models --variants
     """
+    from conv2former.errors import percent
     from conv2former.models import zoo
 
     rows = zoo.rows(variants=variants)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from conv2former_cli.common import JsonOption, app, percent, print_table
+from conv2former_cli.common import JsonOption, app, print_table
 
 # the headings of the list, with how the names of their recipes begin
 GROUPS = {
@@ -28,24 +28,31 @@ def recipes(
 
     Example: conv2former recipes --json
     """
+    from conv2former.errors import percent
     from conv2former.recipes.load import load_recipe, recipe_names
 
     loaded = [load_recipe(name) for name in recipe_names()]
     if json_:
         print(json.dumps([recipe.raw() for recipe in loaded], indent=2))
         return
+    cells = [
+        [
+            recipe.name,
+            recipe.model.name,
+            recipe.claim.source,
+            percent(recipe.claim.paper),
+            recipe.claim.measured if isinstance(recipe.claim.measured, str) else percent(recipe.claim.measured),
+        ]
+        for recipe in loaded
+    ]
     columns = ["recipe", "model", "source", "paper", "measured"]
-    groups: dict[str, list[list[str]]] = {title: [] for title in GROUPS}
-    for recipe in loaded:
-        measured = recipe.claim.measured
-        cells = [recipe.name, recipe.model.name, recipe.claim.source, percent(recipe.claim.paper)]
-        title = next(title for title, beginnings in GROUPS.items() if recipe.name.startswith(beginnings))
-        groups[title].append([*cells, measured if isinstance(measured, str) else percent(measured)])
     if markdown:
-        for row in (columns, ["---"] * len(columns), *sorted(cells for rows in groups.values() for cells in rows)):
+        for row in (columns, ["---"] * len(columns), *cells):
             print(f"| {' | '.join(row)} |")
         return
-    for title, rows in groups.items():
+    for title, beginnings in GROUPS.items():
+        rows = [row for row in cells if row[0].startswith(beginnings)]
+        cells = [row for row in cells if row not in rows]
         print(title)
         print_table(columns, rows, right=(3, 4))
         print()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch.utils.data import DataLoader
 
 from conv2former.data.loading import checked, eval_loader
 from conv2former.data.sampling import EvalSampler
@@ -86,28 +87,21 @@ def evaluate_task(
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, device=device)
-    done = 0
-
-    def announced() -> Iterator[Any]:
-        nonlocal done
-        for batch in _announced(loader, device):
-            yield batch
-            done += 1
-
-    with Ticker(lambda: f"evaluating, {done} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
-        evaluation = evaluation_loop(task, announced(), task.metric(source))
+    evaluation = evaluation_loop(task, _announced(loader, device), task.metric(source))
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
     return evaluation
 
 
-def _announced(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches of a loader on a device; images that are left out are named."""
-    for batch in loader:
-        batch = checked(batch)
-        for error in batch.bad:
-            print(f"skipping: {error}", file=sys.stderr, flush=True)
-        yield move_data_to_device(batch, device)
+def _announced(loader: DataLoader, device: torch.device) -> Iterator[Any]:
+    """The batches of a loader on a device; how far it is is said now and then, images that are left out are named."""
+    done = 0  # batches
+    with Ticker(lambda: f"evaluating, {done} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
+        for batch in map(checked, loader):
+            for error in batch.bad:
+                print(f"skipping: {error}", file=sys.stderr, flush=True)
+            yield move_data_to_device(batch, device)
+            done += 1
 
 
 def evaluate(
