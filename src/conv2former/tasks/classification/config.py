@@ -81,7 +81,7 @@ class ClassificationRecipe(Recipe):
             "augment.scale": ((0.35, 1.0), "milder than ImageNet's"),
             "augment.auto_augment": ("rand-m9-mstd0.5-inc1" if many else "rand-m5-mstd0.5-inc1", images),
             "augment.random_erasing": (0.0 if few else 0.1, images),
-            "augment.label_smoothing": (0.1, "small sets are soon known by heart"),
+            "augment.label_smoothing": (0.1, "keeps the network from becoming too sure"),
         }
         return super().choices(start) | start.schedule(epochs, evaluations=epochs) | found
 
