@@ -21,7 +21,7 @@ from conv2former.checkpoints import load_pretrained, save_pretrained
 from conv2former.checkpoints.hub import find_model
 from conv2former.checkpoints.weights import open_weights
 from conv2former.config import ModelSection
-from conv2former.engine.automatic import settled
+from conv2former.engine.automatic import checked_weights, settled
 from conv2former.engine.optim import build_optimizer
 from conv2former.engine.train import train
 from conv2former.errors import UserError
@@ -216,9 +216,10 @@ def test_the_fraction_that_is_held_out_follows_the_images(images: int, finished:
         folder = tmp_path / "one" / f"class-{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.png").hardlink_to(source)
-    recipe, splits = settled(finetune(f"model.weights={finished}"), tmp_path / "one")
+    given = finetune(f"model.weights={finished}")
+    recipe, splits = settled(given, tmp_path / "one", checked_weights(given))
     assert recipe.data.val_fraction == (0.2 if images < 1000 else 0.1)
     assert len(splits.val) == round(images * recipe.data.val_fraction / 2) * 2
     for split in ("train", "val"):
         shutil.copytree(tmp_path / "one", tmp_path / "two" / split)
-    assert len(settled(finetune(f"model.weights={finished}"), tmp_path / "two")[1].val) == images
+    assert len(settled(given, tmp_path / "two", checked_weights(given))[1].val) == images

@@ -21,6 +21,7 @@ from pydantic import (
 
 from conv2former.errors import UserError, nearest
 
+NORMALISATION = ("data.mean", "data.std")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -254,7 +255,7 @@ class Start:
     """What automatic settings are decided by.
 
     Attributes:
-        images: Training images, those held out for validation among them.
+        images: Training images.
         weights: Whether there are any to start from.
         gpu: Whether the training runs on one.
         sharded: Whether FSDP shards the weights, of which there can be no moving average then.
@@ -307,7 +308,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
     auto: tuple[str, ...] = Field(default=(), exclude=True)
-    left_open: ClassVar[tuple[str, ...]] = ()  # settings that are 'auto' unless the recipe says them
+    left_open: ClassVar[tuple[str, ...]] = NORMALISATION  # settings that are 'auto' unless the recipe says them
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
@@ -335,8 +336,7 @@ class Recipe(Section):
         """The recipe as it is written in YAML."""
         raw = self.model_dump(mode="json")
         for key in self.auto:
-            section, name = key.split(".")
-            raw[section][name] = "auto"
+            _put(raw, key, "auto")
         return raw
 
     def to_yaml(self) -> str:
@@ -347,8 +347,7 @@ class Recipe(Section):
         """The recipe with ``values`` (section.key -> value) in place of 'auto'; other settings stay; UserError."""
         raw = self.raw()
         for key in [key for key in self.auto if key in values]:
-            section, name = key.split(".")
-            raw[section][name] = values[key]
+            _put(raw, key, values[key])
         return validated(type(self), raw, self.name)
 
     def settings(self) -> dict[str, Any]:
@@ -407,25 +406,27 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     epochs = _value(raw, "schedule.epochs")
     counted = frozenset(key for key in COUNTERPARTS if _value(raw, f"schedule.{key}") is not None)
     known = config_class.choices(Start(epochs=epochs if isinstance(epochs, int) else None, counted=counted))
-    left_open = config_class.left_open if isinstance(raw, dict) else ()
-    auto = [key for key in known if _value(raw, key) == "auto" or (key in left_open and _value(raw, key) is None)]
-    if auto:
-        values = {key: value for key, (value, _) in known.items()}  # until they are decided
+    auto = [key for key in known if _value(raw, key, "auto" if key in config_class.left_open else None) == "auto"]
+    if auto and isinstance(raw, dict):
         raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
         for key in auto:
-            section, name = key.split(".")
-            raw[section] = raw.get(section) or {}
-            raw[section][name] = values[key]
+            _put(raw, key, known[key][0])  # until it is decided
     try:
         return config_class.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"recipe {origin}: {'; '.join(_explain(e, config_class) for e in error.errors())}") from None
 
 
-def _value(raw: dict[str, Any], key: str) -> Any:
+def _value(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
+    """A setting ``section.key`` of a recipe that is not checked yet."""
     section, name = key.split(".")
-    part = raw.get(section) if isinstance(raw, dict) else None
-    return part.get(name) if isinstance(part, dict) else None
+    part = (raw.get(section) or {}) if isinstance(raw, dict) else None  # an empty section is written as nothing
+    return part.get(name, absent) if isinstance(part, dict) else None
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    section, name = key.split(".")
+    raw[section] = (raw.get(section) or {}) | {name: value}
 
 
 def _explain(error: Any, recipe: type[Recipe]) -> str:

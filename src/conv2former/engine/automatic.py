@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.checkpoints.weights import Weights, check_start, open_weights
-from conv2former.config import COUNTERPARTS, Choices, Recipe, Start
+from conv2former.config import COUNTERPARTS, NORMALISATION, Choices, Recipe, Start
 from conv2former.data.sources import Splits
 from conv2former.engine.launch import on_nvidia_gpu, world_size
 from conv2former.engine.progress import Ticker
@@ -14,16 +14,19 @@ from conv2former.errors import UserError, is_first, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
-BY_THE_IMAGES = "detector.masks"  # whatever the weights have
 
 
-def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
+def settled(recipe: Recipe, data: Path | None, weights: Weights | None) -> tuple[Recipe, Splits]:
     """The recipe with its open settings decided, and its images; says what was decided, and why.
 
+    Args:
+        recipe: With open settings.
+        data: Of the images.
+        weights: ``checked_weights``.
+
     Raises:
-        UserError: Weights are missing or expect other images than the recipe gives, or anything about the images.
+        UserError: Anything about the images.
     """
-    weights = checked_weights(recipe)
 
     def open_splits(recipe: Recipe, data: Path | None) -> Splits:
         with Ticker(lambda: f"looking for images in {data}", enabled=is_first()):
@@ -37,7 +40,9 @@ def settled(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
         recipe = recipe.settled({HELD_OUT: fraction[0]})
         said = {HELD_OUT: fraction} if getattr(splits, "held_out", False) else {}
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
-    _say(said | {key: found[key] for key in recipe.auto if key not in ("data.mean", "data.std")})
+    # nothing is to be told where what nobody has set stays as it is
+    usual = [key for key in recipe.auto if key in recipe.left_open and found[key][0] == recipe.value(key)]
+    _say(said | {key: found[key] for key in recipe.auto if key not in (*NORMALISATION, *usual)})
     return recipe.settled({key: value for key, (value, _) in found.items()}), splits
 
 
@@ -71,7 +76,7 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
     known |= dict(epochs=epochs, counted=counted, world=world_size(recipe), sharded=recipe.engine.strategy == "fsdp")
     found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, masks=masks, **known))
     if weights is not None and weights.task == recipe.task:  # its head has the shape that it was trained with
-        for key in set(found) - {BY_THE_IMAGES}:
+        for key in set(found) - {*recipe.left_open}:
             section, _, name = key.partition(".")
             own = weights.recipe.get(section)
             if section not in Recipe.model_fields and section != "augment" and isinstance(own, dict) and name in own:
@@ -80,7 +85,6 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
 
 
 def _say(found: Choices) -> None:
-    found = {key: choice for key, choice in found.items() if (key, choice[0]) != (BY_THE_IMAGES, True)}
     if found:
         say_once("decided by the images, the weights and the machine (--set changes any of it):")
     for key, (value, reason) in found.items():

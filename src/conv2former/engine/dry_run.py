@@ -128,15 +128,15 @@ def _decided(recipe: Recipe, data: Path | None) -> tuple[Recipe, Images, str]:
         args = weights.args if weights else {}
     except MissingWeights as error:
         start, args = f"{named}, which is not there yet: {error}", {}
-        without = recipe.model.model_copy(update=dict(weights=None, needs_weights=False))
+        without = recipe.model.model_copy(update=dict(weights=None))
         recipe, weights = recipe.model_copy(update=dict(model=without)), None
     if data is not None or recipe.brings_data:
-        recipe, splits = settled(recipe, data)
+        recipe, splits = settled(recipe, data, weights)
         images = _counted(splits, data)
     else:
         images = _claimed(recipe)
         found = choices(recipe, weights, images.count or ASSUMED_IMAGES)
-        if images.count is None and set(recipe.auto) - {"data.mean", "data.std", *recipe.left_open}:
+        if images.count is None and set(recipe.auto) - {*recipe.left_open}:
             images = replace(images, origin=f"{images.origin}; settings as for {ASSUMED_IMAGES:,} images")
         recipe = recipe.settled({key: value for key, (value, _) in found.items()})
     section = recipe.model.model_copy(update=dict(args=args | recipe.model.args))

@@ -24,15 +24,9 @@ def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: boo
     """
     if given is None:
         return own
+    given = given.decided(own.engine.compile)
     if own.task == given.task:
-        parts = own.model_dump(mode="json")
-        decided = {
-            f"{name}.{key}": value
-            for name, part in parts.items()
-            if isinstance(part, dict)
-            for key, value in part.items()
-        }
-        given = given.decided(own.engine.compile).settled(decided)
+        given = given.settled({key: own.value(key) for key in given.auto})
     if given.digest() == own.digest():
         return given.model_copy(update=dict(name=own.name, claim=own.claim))
     if not force:

@@ -13,8 +13,8 @@ from conv2former.checkpoints.weights import TIMM
 from conv2former.config import Recipe
 from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
-from conv2former.data.sources import remarks
-from conv2former.engine.automatic import settled
+from conv2former.data.sources import Splits, remarks
+from conv2former.engine.automatic import checked_weights, settled
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
 from conv2former.engine.checkpointing import CheckpointManager
@@ -81,7 +81,7 @@ def train(
         _refuse_overlap(out, recipe, data)
         RunDir.check_free(out, overwrite=overwrite)
     begun = bool(facts and CheckpointManager(run.checkpoints).newest_first())
-    recipe, splits = (recipe, task_class(recipe.task).open_splits(recipe, data)) if begun else settled(recipe, data)
+    recipe, splits = _opened(recipe, data) if begun else settled(recipe, data, checked_weights(recipe))
     task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
     fabric = make_fabric(recipe)
@@ -110,9 +110,8 @@ def train(
                     now = dict(changes=changes, operations=trainer.operations, **machine_facts())
                     run.add_event("resumed" if resume else "started", **now)
                 fabric.barrier()
-                if fabric.is_global_zero:
-                    for line in (*remarks(splits), *start_lines(asked, recipe, fabric.device)):
-                        say_once(line)
+                for line in _first_lines(asked, trainer) if fabric.is_global_zero else ():
+                    say_once(line)
                 _fit(trainer, run, resumed=resume)
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
@@ -124,6 +123,16 @@ def train(
             evaluation = write_final_report(run, splits.val, batch_size=trainer.batch.per_process, device=fabric.device)
             run.add_event("finished", step=trainer.state.step, **evaluation.metrics)
         return evaluation
+
+
+def _opened(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
+    """A recipe that was decided when the run was started, and its images."""
+    return recipe, task_class(recipe.task).open_splits(recipe, data)
+
+
+def _first_lines(asked: Recipe, trainer: Trainer) -> list[str]:
+    """What is to be said of the images and the machine before the first step."""
+    return remarks(trainer.splits) + start_lines(asked, trainer.recipe, trainer.fabric.device)
 
 
 def _written(

@@ -46,10 +46,6 @@ def load_recipe(name: str | Path, *, overrides: list[str] | None = None) -> Reci
         UserError: No such recipe, not YAML, unknown key or wrong type; the message names the nearest right one.
     """
     raw = _raw(str(name), ())
-    data = raw.setdefault("data", {})
-    if isinstance(data, dict):  # the images are normalised as for the weights, unless somebody says otherwise
-        for key in ("mean", "std"):
-            data.setdefault(key, "auto")
     for assignment in overrides or []:
         _assign(raw, assignment)
     return parse_recipe(raw, str(name))

@@ -76,7 +76,7 @@ class DetectionRecipe(Recipe):
     data: DetectionDataSection = DetectionDataSection()
     augment: DetectionAugmentSection = DetectionAugmentSection()
     detector: DetectorSection = DetectorSection()
-    left_open: ClassVar[tuple[str, ...]] = ("detector.masks",)
+    left_open: ClassVar[tuple[str, ...]] = (*Recipe.left_open, "detector.masks")
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
