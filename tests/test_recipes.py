@@ -414,6 +414,16 @@ def test_a_model_that_cannot_be_built(section: list[str], message: str) -> None:
         build_model(load_recipe("quickstart", overrides=section).model, classes=["a", "b", "c"])
 
 
+@pytest.mark.parametrize("section", ["[]", "0", "false", "''"])
+def test_a_section_is_a_mapping_or_nothing(section: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\ntask: classification\nmodel: {{name: conv2former_test}}\ndata: {section}\n")
+    with pytest.raises(UserError, match="'data': Input should be a valid dictionary"):
+        load_recipe(str(path))
+    path.write_text(path.read_text().replace(f"data: {section}", "data:"))
+    assert "data.mean" in load_recipe(str(path)).auto
+
+
 def test_an_unknown_optimizer() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"optim\.name 'adamz'"):

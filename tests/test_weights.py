@@ -78,6 +78,16 @@ def test_a_repository_is_downloaded_once(hub: Hub, finished: Path, monkeypatch: 
     assert "\n" not in str(error.value)
 
 
+def test_the_file_that_is_named_is_read(finished: Path, tmp_path: Path) -> None:
+    folder = save_pretrained(load_pretrained(finished), tmp_path / "both")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_pretrained(folder).state_dict().items()}
+    torch.save(zeros, folder / "pytorch_model.bin")
+    for file, zero in {"pytorch_model.bin": True, "model.safetensors": False}.items():
+        weights = open_weights(ModelSection(name="conv2former_test", weights=str(folder / file)))
+        assert weights
+        assert (not any(tensor.any() for tensor in weights.state.values())) == zero, file
+
+
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_what_timm_publishes(
     task: str, hub: Hub, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

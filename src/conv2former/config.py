@@ -308,7 +308,8 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     engine: EngineSection = EngineSection()
     auto: tuple[str, ...] = Field(default=(), exclude=True)
-    left_open: ClassVar[tuple[str, ...]] = NORMALISATION  # settings that are 'auto' unless the recipe says them
+    # settings that are 'auto' unless the recipe says them; a task that adds some keeps these: (*Recipe.left_open, ...)
+    left_open: ClassVar[tuple[str, ...]] = NORMALISATION
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
@@ -420,7 +421,9 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
 def _value(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
     """A setting ``section.key`` of a recipe that is not checked yet."""
     section, name = key.split(".")
-    part = (raw.get(section) or {}) if isinstance(raw, dict) else None  # an empty section is written as nothing
+    part = raw.get(section) if isinstance(raw, dict) else raw
+    if part is None:  # an empty section is written as nothing
+        return absent
     return part.get(name, absent) if isinstance(part, dict) else None
 
 

@@ -38,7 +38,7 @@ class Weights:
 
     Attributes:
         origin: As the recipe names them.
-        folder: Where they are; None if timm publishes them.
+        file: Where they are; None if timm publishes them.
         task: For which the model was trained.
         architecture: timm's name of it, or of its backbone.
         args: Of ``timm.create_model`` that rebuild it, without the number of classes.
@@ -47,7 +47,7 @@ class Weights:
     """
 
     origin: str
-    folder: Path | None
+    file: Path | None
     task: str
     architecture: str
     args: dict[str, Any]
@@ -62,11 +62,11 @@ class Weights:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """Names to tensors, of the whole model; raises UserError."""
-        if self.folder is None:
+        if self.file is None:
             return _downloaded(".".join(filter(None, (self.architecture, self.cfg.get("tag")))))
         if self.task == "classification":
-            return load_pretrained(self.folder).state_dict()
-        return read_state_dict(read_dense(self.folder, self.task).weights)
+            return load_pretrained(self.file).state_dict()
+        return read_state_dict(self.file)
 
 
 def _downloaded(name: str) -> dict[str, Tensor]:
@@ -97,20 +97,20 @@ def open_weights(section: ModelSection) -> Weights | None:
 
 def saved_weights(path: str) -> Weights:
     """Those of a run or a saved model of any task; raises UserError."""
-    folder = find_model(path)[0]
+    folder, file = find_model(path)
     config = read_json(folder)
     task = str(config.get("task", "classification"))
     if task == "classification":
         cfg, architecture, args = read_config(folder)
         labels = config.get("label_names")
         cfg = cfg | (dict(label_names=labels) if labels else {})
-        return Weights(path, folder, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
+        return Weights(path, file, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
     recipe = read_dense(folder, task).recipe
     section = recipe.get("model")
     own = section.get("args", {}) if isinstance(section, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"the recipe in the config.json of {path} is damaged: save the model again")
-    return Weights(path, folder, task, config["architecture"], own, config.get("pretrained_cfg", {}), recipe)
+    return Weights(path, file, task, config["architecture"], own, config.get("pretrained_cfg", {}), recipe)
 
 
 def _published(name: str) -> Weights:

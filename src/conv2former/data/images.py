@@ -283,27 +283,33 @@ def _plugin(file_format: str) -> type[ImageFile]:
 
 def turned(file: Path) -> bool:
     """Whether the EXIF of an image file turns or mirrors it; not of one that cannot be read."""
-    header = _header(file)
-    return header is not None and header[1] in _TRANSPOSE
+    try:
+        return _header(file)[1] in _TRANSPOSE
+    except (_Refused, OSError):  # whoever decodes it says so
+        return False
 
 
-def shown_size(file: Path, *, turn: bool) -> tuple[int, int] | None:
-    """(width, height) as ``decode`` gives it, without reading the pixels; None of a file that cannot be read."""
-    if (header := _header(file)) is None:
-        return None
-    (width, height), orientation = header
+def shown_size(file: Path, *, turn: bool) -> tuple[int, int]:
+    """(width, height) as ``decode`` gives it, without reading the pixels; raises BadImage."""
+    try:
+        (width, height), orientation = _header(file)
+    except _Refused as error:
+        raise BadImage(str(file), str(error)) from None
     return (height, width) if turn and orientation in _ON_ITS_SIDE else (width, height)
 
 
-def _header(file: Path) -> tuple[tuple[int, int], int] | None:
+def _header(file: Path) -> tuple[tuple[int, int], int]:
+    """Size and EXIF orientation; raises ``_Refused``."""
     try:
         with open(file, "rb") as stream:
             image = _plugin(_sniff(stream.read(_HEAD)))
             stream.seek(0)
             opened = image(stream, "")
             return opened.size, _orientation(opened)
-    except Exception:  # Pillow raises nearly anything; whoever decodes it says so
-        return None
+    except _Refused:
+        raise
+    except Exception as error:  # Pillow raises nearly anything
+        raise _refusal(error) from error
 
 
 def _refusal(error: Exception, file_format: str | None = None) -> _Refused:

@@ -87,21 +87,21 @@ def evaluate_task(
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, device=device)
-    evaluation = evaluation_loop(task, _announced(loader, device), task.metric(source))
+    done = [0]  # batches
+    with Ticker(lambda: f"evaluating, {done[0]} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
+        evaluation = evaluation_loop(task, _announced(loader, device, done), task.metric(source))
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
     return evaluation
 
 
-def _announced(loader: DataLoader, device: torch.device) -> Iterator[Any]:
-    """The batches of a loader on a device; how far it is is said now and then, images that are left out are named."""
-    done = 0  # batches
-    with Ticker(lambda: f"evaluating, {done} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
-        for batch in map(checked, loader):
-            for error in batch.bad:
-                print(f"skipping: {error}", file=sys.stderr, flush=True)
-            yield move_data_to_device(batch, device)
-            done += 1
+def _announced(loader: DataLoader, device: torch.device, done: list[int]) -> Iterator[Any]:
+    """The batches of a loader on a device, counted in ``done``; images that are left out are named."""
+    for batch in map(checked, loader):
+        for error in batch.bad:
+            print(f"skipping: {error}", file=sys.stderr, flush=True)
+        yield move_data_to_device(batch, device)
+        done[0] += 1
 
 
 def evaluate(

@@ -162,11 +162,10 @@ class CocoSource:
         lacking = [index for index, entry in enumerate(self.entries) if not (entry.width and entry.height)]
         for index in lacking:
             file = self.file(index)
-            if (size := shown_size(file, turn=self.turn)) is None:
-                raise UserError(
-                    f"{self.annotations} gives no size of {file}, which cannot be read: remove it from both"
-                )
-            width, height = size
+            try:
+                width, height = shown_size(file, turn=self.turn)
+            except BadImage as error:
+                raise UserError(f"{self.annotations} gives no size of an image: {error}: remove it from both") from None
             self.entries[index] = self.entries[index]._replace(width=width, height=height)
         if lacking:
             self.notes.append(f"{self.annotations}: {len(lacking):,} sizes of images are missing: the files say them")

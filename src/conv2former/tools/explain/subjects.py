@@ -65,11 +65,12 @@ def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
     named, weights = read_name(name), "trained"
     notes: tuple[str, ...] = ()
     if isinstance(named, Path):
+        if checkpoints.saved_task(named) != "classification":
+            task: Any = load(named).to(device)
+            trunk, data = task.trunk.requires_grad_(False), task.recipe.data
+            return Subject(name, weights, trunk, list(STRIDES), mean=data.mean, std=data.std, device=device)
         saved = saved_weights(str(named))
         stats: dict[str, Any] = dict(saved.normalisation)
-        if saved.task != "classification":
-            trunk: Any = load(named).to(device).trunk.requires_grad_(False)
-            return Subject(name, weights, trunk, list(STRIDES), **stats, device=device)
         model: Any = checkpoints.load_pretrained(named, **model_args(saved.architecture, size))
     else:
         model_name, args = named
