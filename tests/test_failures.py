@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +26,12 @@ from conv2former.engine import trainer as engine
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.run_dir import RunDir
-from conv2former.engine.train import train
+from conv2former.engine.train import Interrupted, train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.task import ClassificationTask
+from conv2former_cli import main
 from digits import tiny_recipe, write_digits
-from runs import state
+from runs import state, stop_at
 
 
 @pytest.fixture
@@ -144,15 +150,44 @@ def test_too_many_in_a_row_end_the_run_with_what_it_knows(
     assert all(torch.isfinite(t).all() for t in load_pretrained(tmp_path / "run").state_dict().values())
 
 
+def test_steps_that_are_skipped_replace_no_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights may be the reason. The command that is printed goes on, and has as many attempts as the first."""
+    settings = ["engine.max_skipped_steps=3", "engine.checkpoint_minutes=1e-9"]
+    with monkeypatch.context() as patch:
+        poison(patch, *range(5, 12))
+        with pytest.raises(UserError, match="in 3 steps in a row, up to step 8") as error:
+            train(tiny_recipe(*settings), data=data, out=tmp_path / "run")
+    assert state(tmp_path / "run")["position"]["step"] == 5
+    match = re.search(r"(conv2former train .*? --set optim\.base_lr=\S+)", str(error.value))
+    assert match
+    poison(monkeypatch, 1, 2)
+    monkeypatch.setattr(sys, "argv", shlex.split(match[1]))
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    rows = RunDir(tmp_path / "run").rows("epoch")
+    assert rows[-1]["step"] == 12 and rows[-1]["skipped"] == 2
+
+
+def test_a_stop_while_steps_are_skipped_says_what_is_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, *range(5, 12))
+    stop_at(monkeypatch, 7)
+    with pytest.raises(Interrupted, match="stopped at step 7, the losses since step 4 are not finite"):
+        train(tiny_recipe("engine.max_skipped_steps=9"), data=data, out=tmp_path / "run")
+    assert state(tmp_path / "run")["position"]["step"] == 4
+
+
 @pytest.mark.parametrize("clip", [[], ["optim.clip_grad=1"]])
 def test_a_rate_that_explodes_leaves_no_poisoned_checkpoint(data: Path, tmp_path: Path, clip: list[str]) -> None:
     settings = ["optim.name=sgd", "optim.base_lr=1e30", "schedule.warmup_epochs=0", *clip]
     with pytest.raises(UserError, match="not finite"):
         train(tiny_recipe(*settings), data=data, out=tmp_path / "run")
-    assert (
-        not CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()
-        and not (tmp_path / "run" / "best").exists()
-    )
+    found = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()
+    assert [path.name for path in found] == ["save-000000-step-00000000.ckpt"]
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_the_last_step_cannot_poison_the_checkpoint(
@@ -184,6 +219,47 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(data: Path, tmp
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
     assert answer.stderr.rstrip().splitlines()[-1].startswith("error: cannot write")
     assert newest.read_bytes() == content and not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_checkpoint_does_not_pass_through_the_temporary_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not exist stands for one that is full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    train(tiny_recipe("schedule.epochs=2", "data.workers=0"), data=data, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "make room"), (errno.EACCES, "permission to write"), (errno.EROFS, "mount the disk for writing")],
+)
+def test_what_the_disk_refuses_is_said_with_its_remedy(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0") from error
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(UserError, match=rf"cannot write .*\({os.strerror(number)}\): .*{advice}"):
+        train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
+
+
+def test_a_folder_of_checkpoints_that_is_gone_is_made_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.Trainer._step
+
+    def step(self: engine.Trainer, *args: Any) -> None:
+        original(self, *args)
+        if self.state.step == 6:
+            shutil.rmtree(self.run.checkpoints)
+
+    monkeypatch.setattr(engine.Trainer, "_step", step)
+    train(tiny_recipe(), data=data, out=tmp_path / "run")
+    assert state(tmp_path / "run")["position"]["step"] == 12
 
 
 def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

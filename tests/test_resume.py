@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_checkpoints_come_by_the_clock_too(data: Path, tmp_path: Path, monkeypat
     written.clear()
     # an epoch that is not evaluated is saved all the same
     train(tiny_recipe("schedule.eval_every=2"), data=data, out=tmp_path / "epochs")
-    assert written == [4, 8, 12]
+    assert written == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a flipped bit", "empty"])
@@ -196,13 +197,93 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     )  # which the damaged one is none of
 
 
-def test_when_all_checkpoints_are_damaged_it_is_one_line(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    for path in CheckpointManager(tmp_path / "run" / "checkpoints").newest_first():
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock and its history, which says what was tried."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "history.jsonl")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def cut(run: Path) -> None:
+    """Cuts all checkpoints short."""
+    for path in CheckpointManager(run / "checkpoints").newest_first():
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged") as error:
-        train(None, data=None, out=tmp_path / "run", resume=True)
-    assert "\n" not in str(error.value)
+
+
+def rename(run: Path) -> None:
+    """As after a resume that found them damaged."""
+    for path in CheckpointManager(run / "checkpoints").newest_first():
+        path.rename(path.with_name(path.name + ".damaged"))
+
+
+def remove(run: Path) -> None:
+    """Removes all checkpoints."""
+    shutil.rmtree(run / "checkpoints")
+
+
+def keep_weights(run: Path) -> None:
+    """Leaves the weights alone."""
+    remove(run)
+    (run / "metrics.jsonl").unlink()
+
+
+def keep_rows(run: Path) -> None:
+    """Leaves the figures alone."""
+    remove(run)
+    shutil.rmtree(run / "best")
+    shutil.rmtree(run / "last")
+
+
+@pytest.mark.parametrize("loss", [cut, rename, remove, keep_weights, keep_rows])
+def test_a_run_without_readable_checkpoints_is_not_trained_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[[Path], None]
+) -> None:
+    run = tmp_path / "run"
+    stopped_run(tiny_recipe(), data, run, monkeypatch)
+    loss(run)
+    before = contents(run)
+    for resume in (True, "auto", "auto"):
+        recipe: Any = tiny_recipe() if resume == "auto" else None
+        with pytest.raises(UserError, match=r"copy one back .*--overwrite") as error:
+            train(recipe, data=data, out=run, resume=resume)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value) and contents(run) == before
+    assert train(tiny_recipe("schedule.epochs=2"), data=data, out=run, overwrite=True)
+
+
+def test_half_a_run_is_not_taken_for_the_beginning_of_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    stopped_run(tiny_recipe(), data, run, monkeypatch)
+    for path in [*run.iterdir()]:
+        if path.name not in ("recipe.yaml", "checkpoints"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(run)
+    with pytest.raises(UserError, match="is not a run"):
+        train(tiny_recipe(), data=data, out=run, resume="auto")
+    assert contents(run) == before
+
+
+def test_a_finished_run_without_checkpoints_is_evaluated(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    remove(tmp_path / "run")
+    result = train(None, data=None, out=tmp_path / "run", resume=True)
+    assert result is not None and result.details["images"] == 16
+    assert "its best weights are evaluated" in capsys.readouterr().err
+    assert_same_run(finished, tmp_path / "run")
+    with pytest.raises(UserError, match="no checkpoint is left"):
+        train(tiny_recipe("schedule.epochs=4"), data=None, out=tmp_path / "run", resume=True, force=True)
+
+
+def test_a_checkpoint_without_its_digest_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    newest = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()[0]
+    newest.with_suffix(".sha256").unlink()
+    train(None, data=None, out=tmp_path / "run", resume=True)
+    assert f"{newest} has no {newest.stem}.sha256 beside it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,26 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cause(error: BaseException) -> OSError | None:
+    """What the system has refused, be it behind an error of PyTorch, which hides a full disk in a RuntimeError."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def remedy(error: BaseException) -> str:
+    """What to do where a file cannot be written."""
+    found = cause(error)
+    if found is None or found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room"
+    if found.errno in (errno.EACCES, errno.EPERM):
+        return "give yourself the permission to write there"
+    if found.errno == errno.EROFS:
+        return "mount the disk for writing"
+    return "see to it that its folder is there and can be written"
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
 from conv2former.errors import UserError, nearest, one_line, some
-from conv2former.files import flush
+from conv2former.files import flush, remedy
 from conv2former.models.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
@@ -146,7 +146,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written ({reason(error)}): give a folder on a disk with room") from error
+        raise UserError(
+            f"{folder} cannot be written ({reason(error)}): {remedy(error)}, or give another folder"
+        ) from error
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:

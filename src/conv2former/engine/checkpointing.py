@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from conv2former.engine.distributed import Processes
+from conv2former.engine.distributed import Processes, agreed
 from conv2former.errors import UserError, one_line
-from conv2former.files import flush, replace_text
+from conv2former.files import cause, flush, remedy, replace_text
 
 KEEP = 2
 _NAME = re.compile(r"save-(\d+)-step-\d+\.ckpt")
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes to the place that is given: Fabric's own makes a copy in memory and another in the temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """One file, not flushed."""
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
 
 
 class CheckpointManager:
@@ -23,7 +35,7 @@ class CheckpointManager:
 
     A file is written beside its place under another name, flushed to the disk and moved there, so that whoever is
     killed on the way leaves the ones before as they were. PyTorch does not notice a flipped bit when it reads a file,
-    therefore each has its SHA-256 beside it.
+    therefore each has its SHA-256 beside it. The first is written before the first step: where none is, it was lost.
 
     Args:
         folder: Made by whoever makes the run.
@@ -49,11 +61,12 @@ class CheckpointManager:
         """
         newest = next(iter(self.newest_first()), None)
         match = newest and _NAME.fullmatch(newest.name)
-        path = self.folder / f"save-{int(match[1]) + 1 if match else 1:06d}-step-{step:08d}.ckpt"
+        number = int(match[1]) + 1 if match else min(step, 1)
+        path = self.folder / f"save-{number:06d}-step-{step:08d}.ckpt"
         partial = path.with_name(path.name + ".partial")
         try:
-            if not self.folder.is_dir():
-                raise FileNotFoundError("its folder is gone")
+            if first and self.folder.parent.is_dir():
+                self.folder.mkdir(exist_ok=True)
             save(partial)
             if first:
                 flush(partial)
@@ -62,12 +75,13 @@ class CheckpointManager:
                 flush(self.folder)
                 replace_text(_digest_file(path), digest + "\n")
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_about_a_file(error):
+            if isinstance(error, RuntimeError) and not cause(error) and not _is_about_a_file(error):
                 raise
             if first:
-                partial.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # its folder may be what is gone
+                    partial.unlink()
             raise UserError(
-                f"cannot write {path} ({one_line(error)}): make room and continue with --resume; the checkpoints "
+                f"cannot write {path} ({_reason(error)}): {remedy(error)} and continue with --resume; the checkpoints "
                 "before are kept"
             ) from None
         if first:
@@ -81,7 +95,7 @@ class CheckpointManager:
     def latest_valid(self, processes: Processes, *, say: Callable[[str], None]) -> Path | None:
         """The newest file that is what was written, the same on all processes; None where there are no files.
 
-        Damaged ones get another name, so that they do not count as one of the last two.
+        Where there is a sound one, damaged ones get another name, so that they do not count as one of the last two.
 
         Args:
             processes: Of this run; the first one looks.
@@ -90,19 +104,27 @@ class CheckpointManager:
         Raises:
             UserError: All of them are damaged.
         """
-        found, damaged = None, 0
+        found, damaged = None, []
         if processes.rank == 0:
             for path in self.newest_first():
                 if not (trouble := _trouble(path)):
                     found = path
                     break
-                damaged += 1
+                damaged.append(path)
                 say(f"{path} is damaged ({trouble}): taking the one before")
+            for path in damaged if found else []:
                 path.replace(path.with_name(path.name + ".damaged"))
+            if found and not _digest_file(found).exists():
+                say(
+                    f"{found} has no {_digest_file(found).name} beside it: it can be read, a flipped bit is not noticed"
+                )
         found, damaged = processes.all_gather((found, damaged))[0]
         if damaged and not found:
-            raise UserError(
-                f"every checkpoint in {self.folder} is damaged: copy one back from elsewhere, if there is one"
+            raise agreed(
+                UserError(
+                    f"every checkpoint in {self.folder} is damaged: copy one back from elsewhere, or start anew with "
+                    "--overwrite in the place of --resume"
+                )
             )
         return found
 
@@ -113,10 +135,15 @@ def _trouble(path: Path) -> str | None:
         recorded = _digest_file(path)
         if recorded.exists():
             return None if recorded.read_text().strip() == _digest(path) else "its content is not what was written"
-        torch.load(path, map_location="cpu", weights_only=True)  # killed before the digest was written
+        torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes PyTorch say
         return one_line(error)[:200]
     return None
+
+
+def _reason(error: Exception) -> str:
+    found = cause(error)
+    return (os.strerror(found.errno) if found.errno else str(found)) if found else one_line(error)
 
 
 def _is_about_a_file(error: RuntimeError) -> bool:

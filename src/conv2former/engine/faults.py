@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 from conv2former.config import Recipe
@@ -11,6 +12,16 @@ from conv2former.data.sources import Source
 from conv2former.engine.distributed import Processes, agreed
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, some
+
+
+def calmer(run: RunDir, recipe: Recipe) -> str:
+    """What to do where losses or weights are not finite."""
+    command = f"conv2former train --out {shlex.quote(str(run.path))} --resume --force"
+    return (
+        "continue from the last checkpoint, which is sound, with a lower learning rate: "
+        f"{command} --set optim.base_lr={recipe.optim.base_lr / 10:g}"
+        " (--set optim.clip_grad=1 or --set engine.precision=32 may be enough)"
+    )
 
 
 class Faults:
@@ -70,7 +81,6 @@ class Faults:
             raise agreed(
                 UserError(
                     f"the loss was not finite in {in_row} steps in a row, up to step {step} (learning rate {lr:.3g}; "
-                    f"{some(files, 3)}; all in {self.run.skipped_steps_jsonl}): continue from the last checkpoint with "
-                    "--resume --force and --set optim.base_lr lower, optim.clip_grad=1 or engine.precision=32"
+                    f"{some(files, 3)}; all in {self.run.skipped_steps_jsonl}): {calmer(self.run, self.recipe)}"
                 )
             )

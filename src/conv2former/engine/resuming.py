@@ -6,11 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.config import Recipe
+from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError
+from conv2former.errors import UserError, some
 
 # another network cannot take the checkpoint's weights
 KEPT = ("name", "args", "weights", "freeze_batchnorm")
+
+
+def has_checkpoints(run: RunDir, recipe: Recipe) -> bool:
+    """Whether there is something to go on from; nothing is needed where the run was stopped before its first step.
+
+    Raises:
+        UserError: The run has been trained, its checkpoints are gone, and it is not finished.
+    """
+    if CheckpointManager(run.checkpoints).newest_first():
+        return True
+    traces = run.traces()
+    if traces and not is_finished(run, recipe):
+        raise UserError(
+            f"{run.path} has been trained ({some(traces)}), but no checkpoint is left in {run.checkpoints}: copy one "
+            "back there, or start the run anew with --overwrite in the place of --resume"
+        )
+    return False
+
+
+def is_finished(run: RunDir, recipe: Recipe) -> bool:
+    """Whether a run has come to the end of a recipe, and its best weights are there."""
+    ends = [row.get("recipe_hash") for row in run.events() if row.get("event") == "finished"]
+    return recipe.digest() in ends and run.best.is_dir()
 
 
 def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: bool) -> Recipe:

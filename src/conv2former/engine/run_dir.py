@@ -97,7 +97,9 @@ class RunDir:
                 raise UserError(
                     f"{path} already holds a run: continue it with --resume, or replace it with --overwrite"
                 )
-        elif path.exists() and (not path.is_dir() or set(os.listdir(path)) - LEFTOVERS):
+        elif path.exists() and (
+            not path.is_dir() or set(os.listdir(path)) - LEFTOVERS or any(cls(path).checkpoints.glob("*"))
+        ):
             raise UserError(f"{path} exists and is not a run: give an empty or new folder with --out")
 
     @classmethod
@@ -159,6 +161,16 @@ class RunDir:
     def exists(self) -> bool:
         """Whether the folder holds a run."""
         return (self.path / "recipe.yaml").is_file() and (self.path / "run.json").is_file()
+
+    def traces(self) -> list[str]:
+        """What shows, beside checkpoints that can be read, that the run has been trained."""
+        found = ["metrics.jsonl"] * bool(self.rows())
+        found += [folder.name for folder in (self.best, self.last) if folder.exists()]
+        return found + sorted(path.name for path in self.checkpoints.glob("*.damaged"))
+
+    def events(self) -> list[dict[str, Any]]:
+        """The rows of ``history.jsonl``."""
+        return read_lines(self.path / "history.jsonl")
 
     def _remove(self) -> None:
         # leftovers of a crash: half-written files and folders beside their places

@@ -21,9 +21,12 @@ class Interrupted(Exception):
         code: The exit status: 130 after Ctrl-C, ``RESUME_ME`` after a scheduler's SIGTERM or SIGUSR1.
     """
 
-    def __init__(self, run: Path, step: int | None, signum: int) -> None:
+    def __init__(self, run: Path, step: int | None, signum: int, *, saved_step: int | None = None) -> None:
         command = f"conv2former train --out {shlex.quote(str(run))} --resume"
-        saved = f"stopped at step {step}, state saved; continue with: {command}"
+        state = "state saved"
+        if saved_step not in (None, step):
+            state = f"the losses since step {saved_step} are not finite, that step's state is kept"
+        saved = f"stopped at step {step}, {state}; continue with: {command}"
         super().__init__(saved if step is not None else "stopped before the first step: there is nothing to resume")
         self.code = 128 + signum if signum == signal.SIGINT else RESUME_ME
 

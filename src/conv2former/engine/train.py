@@ -17,20 +17,19 @@ from conv2former.data.sources import Splits, remarks
 from conv2former.engine.automatic import checked_weights, settled
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.batchnorm import freeze
-from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.distributed import Processes
 from conv2former.engine.head import fit_head, fits_head
 from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
 from conv2former.engine.machine import machine_facts
 from conv2former.engine.report import write_final_report
-from conv2former.engine.resuming import check_same, recorded_data, resumed_recipe
+from conv2former.engine.resuming import check_same, has_checkpoints, is_finished, recorded_data, resumed_recipe
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
 from conv2former.engine.trainer import Trainer
 from conv2former.engine.trial import try_out
-from conv2former.errors import UserError, one_line, say_once
+from conv2former.errors import UserError, is_first, one_line, say, say_once
 from conv2former.recipes.load import load_recipe
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Evaluation, Task
@@ -73,6 +72,8 @@ def train(
         own = run.recipe()
         recipe = resumed_recipe(run, own, recipe, force=force)
         data = data or recorded_data(facts)
+        if not has_checkpoints(run, recipe) and is_finished(run, recipe):
+            return _reported_again(run, recipe, facts, data, force=force)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
     asked, recipe = recipe, recipe.decided(on_nvidia_gpu(recipe))
@@ -80,7 +81,7 @@ def train(
     if not resume:
         _refuse_overlap(out, recipe, data)
         RunDir.check_free(out, overwrite=overwrite)
-    begun = bool(facts and CheckpointManager(run.checkpoints).newest_first())
+    begun = bool(facts) and has_checkpoints(run, recipe)
     recipe, splits = _opened(recipe, data) if begun else settled(recipe, data, checked_weights(recipe))
     task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
@@ -106,9 +107,8 @@ def train(
                 if resume:
                     trainer.load(run)
                 if fabric.is_global_zero:
-                    run = _written(run, recipe, own, facts, found, overwrite=overwrite)
-                    now = dict(changes=changes, operations=trainer.operations, **machine_facts())
-                    run.add_event("resumed" if resume else "started", **now)
+                    event = dict(changes=changes, operations=trainer.operations)
+                    run = _written(run, recipe, own, facts, found, overwrite=overwrite, event=event)
                 fabric.barrier()
                 for line in _first_lines(asked, trainer) if fabric.is_global_zero else ():
                     say_once(line)
@@ -120,9 +120,32 @@ def train(
         if not fabric.is_global_zero:
             return None
         with _one_line_errors(run):
-            evaluation = write_final_report(run, splits.val, batch_size=trainer.batch.per_process, device=fabric.device)
-            run.add_event("finished", step=trainer.state.step, **evaluation.metrics)
-        return evaluation
+            return _report(run, trainer)
+
+
+def _report(run: RunDir, trainer: Trainer) -> Evaluation:
+    """What a run leaves at its end."""
+    size, device = trainer.batch.per_process, trainer.fabric.device
+    evaluation = write_final_report(run, trainer.splits.val, batch_size=size, device=device)
+    end = dict(step=trainer.state.step, recipe_hash=trainer.recipe.digest())
+    run.add_event("finished", **end, **evaluation.metrics)
+    return evaluation
+
+
+def _reported_again(
+    run: RunDir, recipe: Recipe, facts: dict[str, Any], data: Path | None, *, force: bool
+) -> Evaluation | None:
+    """The report of a finished run whose checkpoints are gone."""
+    if not is_first():
+        return None
+    say(f"{run.path} is finished and has no checkpoints: its best weights are evaluated")
+    with contextlib.ExitStack() as ending, _one_line_errors(run):
+        ending.callback(run.unlock)
+        run.lock()
+        splits = _opened(recipe, data)[1]
+        check_same(run, facts, facts | dict(images_hash=splits.digest()), own=recipe, recipe=recipe, force=force)
+        size = plan_batch(recipe, world=1).per_process
+        return write_final_report(run, splits.val, batch_size=size, device=make_fabric(recipe).device)
 
 
 def _opened(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
@@ -136,13 +159,21 @@ def _first_lines(asked: Recipe, trainer: Trainer) -> list[str]:
 
 
 def _written(
-    run: RunDir, recipe: Recipe, own: Recipe | None, facts: dict[str, Any], found: dict[str, Any], *, overwrite: bool
+    run: RunDir,
+    recipe: Recipe,
+    own: Recipe | None,
+    facts: dict[str, Any],
+    found: dict[str, Any],
+    *,
+    overwrite: bool,
+    event: dict[str, Any],
 ) -> RunDir:
     """The run folder with what is known before the first step; ``own`` and ``facts`` are those of a resumed run."""
     if own is None:
-        return RunDir.create(run.path, recipe, found, overwrite=overwrite)
-    if own != recipe or facts != facts | found:
+        run = RunDir.create(run.path, recipe, found, overwrite=overwrite)
+    elif own != recipe or facts != facts | found:
         run.change(recipe, facts | found)
+    run.add_event("resumed" if own else "started", **event, **machine_facts())
     return run
 
 

@@ -27,7 +27,7 @@ from conv2former.engine.batchnorm import BatchNormBackup, synchronise
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.distributed import Processes, agreed
 from conv2former.engine.evaluate import evaluation_loop
-from conv2former.engine.faults import Faults
+from conv2former.engine.faults import Faults, calmer
 from conv2former.engine.logging import RunLog, peak_memory_gb
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import TrainingProgress
@@ -95,6 +95,7 @@ class Trainer:
         self.statistics = BatchNormBackup(self.model)
         self.sharded = engine.strategy == "fsdp" and fabric.world_size > 1
         self.val_loader = self._val_loader()
+        self.saved_step: int | None = None  # of the newest checkpoint
 
     def load(self, run: RunDir) -> None:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
@@ -107,7 +108,9 @@ class Trainer:
         path = CheckpointManager(run.checkpoints).latest_valid(self.processes, say=self._say_once)
         if path:
             self._read(path)
+            self.saved_step = self.state.step
         state = self.state
+        state.skipped_in_row = 0  # the limit is that of one attempt
         if self.fabric.is_global_zero:
             run.tidy()
             run.drop_rows_after(state.step, evaluated=state.evaluated)
@@ -148,7 +151,7 @@ class Trainer:
             Interrupted: Stopped by a signal, state saved.
         """
         self.run, self.checkpoints = run, CheckpointManager(run.checkpoints)
-        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        self.saved_at = time.monotonic()
         self.progress = TrainingProgress(
             self.steps,
             self.steps_per_epoch,
@@ -172,6 +175,8 @@ class Trainer:
         """Evaluate and save where an epoch has ended, else take a step, until all are done."""
         state, every = self.state, self.recipe.schedule.interval(self.steps_per_epoch)
         batches = self._batches(state.step)
+        if self.saved_step is None:
+            self._save()
         while True:
             due = state.step % every == 0 or state.step == self.steps
             if due and state.evaluated != state.step:
@@ -207,6 +212,7 @@ class Trainer:
         """
         bad = self.faults.new_bad_images(micro_batches)
         late = time.monotonic() - self.saved_at > 60 * self.recipe.engine.checkpoint_minutes
+        late = late and self.state.step != self.saved_step
         signum, failed, found, due = self.processes.all_reduce_max(
             self.stop.signum or 0, error is not None, len(bad), late and self.wrapped.training
         )
@@ -221,7 +227,7 @@ class Trainer:
         if too_many:
             raise too_many
         if signum:
-            raise agreed(Interrupted(self.run.path, self.state.step, int(signum)))
+            raise agreed(Interrupted(self.run.path, self.state.step, int(signum), saved_step=self.saved_step))
 
     def _step(self, micro_batches: list[AnyBatch], started: float, waited: float) -> None:
         state, optim = self.state, self.recipe.optim
@@ -288,10 +294,7 @@ class Trainer:
         # a gradient may overflow where the loss did not
         if not math.isfinite(parameter_norm(self.model)):
             raise agreed(
-                UserError(
-                    f"the weights are not finite after step {self.state.step}: continue from the last checkpoint, "
-                    "which is sound, with --resume --force and --set optim.base_lr lower or optim.clip_grad=1"
-                )
+                UserError(f"the weights are not finite after step {self.state.step}: {calmer(self.run, self.recipe)}")
             )
         self.state.add_losses(total, steps)
 
@@ -352,6 +355,9 @@ class Trainer:
         return self.log.row(kind, step=step, epoch=step / self.steps_per_epoch, **values)
 
     def _save(self) -> None:
+        """Writes a checkpoint; none after a step that was skipped, because the weights may be the reason for it."""
+        if self.state.skipped_in_row:
+            return
         if self.pending_steps:
             self._flush_loss()
         self.log.flush()
