@@ -195,7 +195,9 @@ class EngineSection(Section):
     """How it is computed."""
 
     seed: int = Field(default=0, ge=0)
-    precision: Literal["32", "bf16", "16"] = Field(default="32", description="autocast type")
+    precision: Literal["32", "bf16", "16", "64"] = Field(
+        default="32", description="autocast type; 64 computes in double precision, to compare runs"
+    )
     channels_last: bool = True
     compile: bool | Literal["auto"] = Field(
         default=False, description="torch.compile; 'auto' is true on an NVIDIA GPU, decided when the run is started"
@@ -223,6 +225,12 @@ class EngineSection(Section):
     checkpoint_minutes: float = Field(default=10, gt=0, description="most time between two checkpoints, minutes")
     max_skipped_steps: PositiveInt = Field(
         default=10, description="steps in a row whose loss is not finite, after which the run stops"
+    )
+    stall_seconds: float = Field(
+        default=60,
+        ge=0,
+        description="where an image takes longer to read, or a step longer than this and than ten times the longest "
+        "before, the run says so and ends; 0 for never",
     )
     loggers: list[LoggerSection] = Field(default=[], description="further loggers")
 
@@ -385,7 +393,7 @@ FREE: dict[str, Any] = dict(
     claim=True,
     model={"needs_weights"},
     data={"workers", "on_bad_image", "max_bad_images", "max_pixels"},
-    engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "loggers"},
+    engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "stall_seconds", "loggers"},
 )
 
 # settings that came later, with what was done before: a recipe with these values keeps its hash

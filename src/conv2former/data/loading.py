@@ -7,27 +7,39 @@ the network sees, on the network's device (as timm's prefetching loader does).
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
+from conv2former.data import activity
 from conv2former.data.images import MAX_PIXELS, BadImage
 from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seed_cpu
-from conv2former.errors import UserError
+from conv2former.errors import UserError, one_line
 
 CPU = torch.device("cpu")
+PATIENCE = 1.0  # seconds between looks at whatever may end the wait for a batch
 REPLACEMENTS = 16  # images tried in place of a broken one
 
 KILLED_READER = (
-    "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm) most likely: lower "
-    "the number of workers or data.max_pixels; a training continues with --resume"
+    "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm: docker run "
+    "--shm-size=8g) most likely: lower the number of workers or data.max_pixels; a training continues with --resume"
+)
+
+
+NO_SHARED_MEMORY = (
+    "/dev/shm has no room for the images: lower --set data.workers=N or optim.batch_size, or start the container with "
+    "docker run --shm-size=8g; a training continues with --resume"
 )
 
 
@@ -84,6 +96,7 @@ class KeyedDataset(Dataset):
         index, counted, content = key.image, not key.padding, None
         while True:
             try:
+                activity.reading(self.source.name(index))
                 content = self.read(index)
                 break
             except BadImage as error:
@@ -103,7 +116,8 @@ class KeyedDataset(Dataset):
             if isinstance(sample, BadImage):
                 return sample
         contents, indices, bad = zip(*samples, strict=True)
-        return self.join(contents, torch.tensor(indices), tuple(error for errors in bad for error in errors))
+        batch = self.join(contents, torch.tensor(indices), tuple(error for errors in bad for error in errors))
+        return batch if get_worker_info() is None else _shared(batch)
 
 
 class Normalizer(nn.Module):
@@ -118,18 +132,36 @@ class Normalizer(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) of uint8 to the same of float32, in the same layout."""
+        """(B, 3, H, W) of uint8 to the same of floats, in the same layout."""
         if not images.is_contiguous(memory_format=torch.channels_last):
-            return images.float().sub_(self.mean).div_(self.std)
+            return images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
         # by rows: a broadcast over the three innermost numbers would leave a CPU's vector units idle
         width = images.shape[3]
-        rows = images.permute(0, 2, 3, 1).flatten(2).float()
+        rows = images.permute(0, 2, 3, 1).flatten(2).to(self.mean.dtype)
         rows.sub_(self.mean.flatten().repeat(width)).div_(self.std.flatten().repeat(width))
         return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class _NoSharedMemory:
+    """Comes in the place of a batch that cannot be handed over."""
+
+    reason: str
+
+
+def _shared(batch: Any) -> Any:
+    """The batch in shared memory, here where a failure can be reported: PyTorch's own thread would drop the batch."""
+    activity.doing("handing over a batch")
+    try:
+        return apply_to_collection(batch, Tensor, Tensor.share_memory_)
+    except RuntimeError as error:
+        return _NoSharedMemory(one_line(error)[:200])
+
+
 def checked(batch: Any) -> Any:
-    """The batch; raises its ``BadImage`` in the process that asked for it."""
+    """The batch; raises what has come in its place in the process that asked for it."""
+    if isinstance(batch, _NoSharedMemory):
+        raise UserError(f"{NO_SHARED_MEMORY} ({batch.reason})")
     if isinstance(batch, BadImage):
         # a new one: raised, the value itself would hold on to the frames that hold the loader, whose workers then end
         # by the garbage collector alone, which takes PyTorch ten seconds for each
@@ -149,6 +181,31 @@ def killed_reader(error: Exception) -> UserError | None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal_handling._SIGCHLD_handler_set = False
     return UserError(KILLED_READER)
+
+
+class Batches:
+    """The batches of a loader on a device.
+
+    Args:
+        loader: One of this module's.
+        device: Where to.
+        meanwhile: Called every second while a batch is waited for; what it raises ends the wait.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.batches, self.device, self.meanwhile = iter(loader), device, meanwhile
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            try:
+                return move_data_to_device(checked(next(self.batches)), self.device)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+            self.meanwhile()
 
 
 def train_loader(
@@ -174,11 +231,15 @@ def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
-    options |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_start_worker)
+    options |= dict(num_workers=workers, persistent_workers=workers > 0, timeout=PATIENCE if workers else 0)
+    options |= dict(worker_init_fn=functools.partial(_start_worker, board=activity.current()))
     return DataLoader(dataset, collate_fn=dataset.collate, pin_memory=device.type == "cuda", **options)
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, *, board: activity.Board | None) -> None:
+    signal.set_wakeup_fd(-1)  # the training process's
+    activity.announce(board, 1 + worker % activity.READERS)
+    activity.doing("waiting for work")
     # Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group; the training process stops the workers
     # when its step is done
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from conv2former.config import Recipe
 from conv2former.errors import UserError
 
+# Which number seeds the random choices of a micro-batch. 1: its place in its process, and the process. 2: its place in
+# the optimizer step, whichever process takes it.
+KEYS = 2
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -15,12 +19,23 @@ class BatchPlan:
     Attributes:
         per_process: Images of a micro-batch of one process.
         world: Processes.
-        accumulate: Micro-batches of a step.
+        accumulate: Micro-batches of a step of one process.
+        keys: See ``KEYS``.
     """
 
     per_process: int
     world: int
     accumulate: int
+    keys: int = KEYS
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an optimizer step, over all processes."""
+        return self.world * self.accumulate
+
+    def key(self, part: int, rank: int) -> tuple[int, int]:
+        """What seeds micro-batch ``part`` of process ``rank``, beside the run's seed and the step."""
+        return (part, rank) if self.keys == 1 else (part * self.world + rank, 0)
 
     @property
     def total(self) -> int:
@@ -29,6 +44,11 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return f"{self.per_process} x {self.world} processes x {self.accumulate} accumulated = {self.total}"
+
+
+def recorded_batch(batch: BatchPlan) -> dict[str, int]:
+    """What ``run.json`` says of a run's optimizer steps, whatever the number of its processes."""
+    return dict(images=batch.per_process, micro_batches=batch.micro_batches, keys=batch.keys)
 
 
 def plan_batch(recipe: Recipe, *, world: int) -> BatchPlan:

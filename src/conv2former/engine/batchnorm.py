@@ -11,6 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from conv2former.engine.distributed import Processes
 from conv2former.errors import UserError
 
 
@@ -101,22 +102,69 @@ def _frozen(kind: type) -> type:
     return type(f"Frozen{kind.__name__}", (_Frozen, kind), {})
 
 
-class BatchNormBackup:
-    """The running statistics as they were before a step, for one that turns out not to count."""
+class RunningStatistics:
+    """The running statistics during an optimizer step.
 
-    def __init__(self, model: nn.Module) -> None:
+    With several processes each micro-batch leaves its own share in the layers. At the end of the step the shares of all
+    micro-batches are added to the running statistics in the order of the micro-batches, as one process would have done
+    it, so that it does not matter which process took which. A step that turns out not to count changes nothing.
+
+    Args:
+        model: Its batch norms are left alone where they are frozen or synchronised over processes already.
+        processes: That share the micro-batches.
+        ordered: Off for runs of before, whose running statistics are those of the first process.
+    """
+
+    def __init__(self, model: nn.Module, processes: Processes, *, ordered: bool = True) -> None:
         layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         buffers = [buffer for layer in layers for buffer in layer.buffers()]
         # by type, because PyTorch copies lists of one type at once
         self.live = [[b for b in buffers if b.is_floating_point()], [b for b in buffers if not b.is_floating_point()]]
         self.kept = [[b.clone() for b in group] for group in self.live]
+        self.shared = [layer for layer in layers if ordered and processes.world > 1 and _is_shared(layer)]
+        self.world = processes.world
+        self.found: list[tuple[Tensor, Tensor]] = []  # of each micro-batch of this process
 
     def keep(self) -> None:
         """Before a step."""
         self._copy(self.kept, self.live)
+        self.found = []
+
+    def before_micro_batch(self) -> None:
+        """Before each forward pass."""
+        for layer in self.shared:
+            if layer.training:
+                for buffer in layer.buffers():
+                    buffer.zero_()
+
+    def after_micro_batch(self) -> None:
+        """After each backward pass, which may compute the forward pass again."""
+        if layers := [layer for layer in self.shared if layer.training]:
+            times = torch.stack([layer.num_batches_tracked for layer in layers])  # type: ignore[misc]
+            self.found.append((torch.cat([value for layer in layers for value in _statistics(layer)]), times))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step that counts; to be called on all processes."""
+        if not self.found:
+            return
+        shares, times = (_in_order(torch.stack(column), self.world) for column in zip(*self.found, strict=True))
+        self.restore()
+        layers = [layer for layer in self.shared if layer.training]
+        sizes = torch.tensor([len(value) for layer in layers for value in _statistics(layer)], device=shares.device)
+        momenta = torch.tensor([layer.momentum for layer in layers for _ in _statistics(layer)], dtype=torch.double)
+        rest = (1 - momenta.to(shares.device)) ** times.repeat_interleave(2, dim=1)  # of the statistics of before
+        running = torch.cat([value for layer in layers for value in _statistics(layer)])
+        for share, factors in zip(shares, rest, strict=True):
+            running = (factors.repeat_interleave(sizes) * running.double() + share).to(running.dtype)
+        values = iter(running.split(sizes.tolist()))
+        for layer, count in zip(layers, times.sum(0), strict=True):
+            layer.num_batches_tracked += count  # type: ignore[operator]
+            for buffer in _statistics(layer):
+                buffer.copy_(next(values))
 
     def restore(self) -> None:
-        """After one that does not count."""
+        """After a step that does not count."""
         self._copy(self.live, self.kept)
 
     def broadcast(self) -> None:
@@ -131,3 +179,19 @@ class BatchNormBackup:
         for destination, origin in zip(to, source, strict=True):
             if destination:
                 torch._foreach_copy_(destination, origin)
+
+
+def _is_shared(layer: _BatchNorm) -> bool:
+    plain = not isinstance(layer, (_Frozen, nn.SyncBatchNorm, CpuSyncBatchNorm))
+    return plain and layer.num_batches_tracked is not None and layer.momentum is not None
+
+
+def _statistics(layer: _BatchNorm) -> list[Tensor]:
+    return [layer.running_mean, layer.running_var]  # type: ignore[misc, list-item]
+
+
+def _in_order(own: Tensor, world: int) -> Tensor:
+    """Rows of all micro-batches as they follow each other, from those of each process."""
+    parts = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(parts, own)
+    return torch.stack(parts, dim=1).flatten(0, 1)

@@ -8,11 +8,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from conv2former.data import activity
 from conv2former.engine.distributed import Processes, agreed
 from conv2former.errors import UserError, one_line
 from conv2former.files import cause, flush, remedy, replace_text
@@ -21,13 +21,26 @@ KEEP = 2
 _NAME = re.compile(r"save-(\d+)-step-\d+\.ckpt")
 
 
-class CheckpointFile(TorchCheckpointIO):
-    """Writes to the place that is given: Fabric's own makes a copy in memory and another in the temporary folder."""
+class _Declared:
+    """A file of which every write says that the process does not hang."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """One file, not flushed."""
-        with open(path, "wb") as file:
-            torch.save(checkpoint, file)
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, data: Any) -> int:
+        """As that of a file."""
+        activity.doing(activity.SAVING, 5)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """As that of a file."""
+        self.file.flush()
+
+
+def write_file(path: Path, contents: dict[str, Any]) -> None:
+    """Writes to this very place: Fabric makes a copy in memory and another in the temporary folder."""
+    with path.open("wb") as file:
+        torch.save(contents, _Declared(file))  # type: ignore[arg-type]
 
 
 class CheckpointManager:

@@ -1,13 +1,17 @@
-"""Several processes that train together: how they agree, and how they learn that one of them is gone."""
+"""Several processes that train together: how they agree, and how they learn that one of them is gone or hangs."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import secrets
+import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
-from datetime import timedelta
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -15,12 +19,11 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from conv2former.data import activity
+from conv2former.engine import watchdog
 from conv2former.errors import UserError, one_line
 
-BEAT = 1.0  # seconds between heartbeats
-SILENCE = 30.0  # seconds after which a process that gives none is taken for dead
-GRACE = 3.0  # seconds that a process has to end by itself when another has failed
-HELP = "what was saved is kept: continue with --resume"
+WAITING = "waiting for the other processes"
 
 
 class Processes:
@@ -30,42 +33,64 @@ class Processes:
 
     Args:
         fabric: Launched.
+        patience: Seconds after which a process that does not get on hangs; 0 for never.
 
     Attributes:
         rank: This process.
         world: Their number.
     """
 
-    def __init__(self, fabric: L.Fabric) -> None:
-        self.rank, self.world = fabric.global_rank, fabric.world_size
-        self.watch: Watch | None = None
+    def __init__(self, fabric: L.Fabric, *, patience: float = 0.0) -> None:
+        self.rank, self.world, self.patience = fabric.global_rank, fabric.world_size, patience
         if self.world > 1:
             self.group: Any = dist.new_group(backend="gloo")
-            self.watch = Watch(fabric)
+        self.watch = Watch(fabric)
 
     def __enter__(self) -> Processes:
-        if self.watch:
-            self.watch.start()
+        activity.announce(self.watch.board, patience=self.patience)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.watch:
-            known = value is None or getattr(value, "agreed", False)
-            self.watch.finish(None if known else one_line(value))  # type: ignore[arg-type]
-            if known and dist.is_initialized():
-                # Gloo's threads let go of the last tensors; when Python ends before them, that aborts the process
-                dist.destroy_process_group()
-        if self.world > 1 and isinstance(value, RuntimeError) and _is_lost_connection(value):
-            raise UserError(f"the connection to another process broke, it was probably killed; {HELP}") from None
+        activity.announce(None)
+        if value is not None and is_lost_connection(value):
+            self._leave(value)
+        known = value is None or getattr(value, "agreed", False)
+        if known:
+            self.part()
+        self.watch.finish(None if known or self.world == 1 else one_line(value))  # type: ignore[arg-type]
+        if known and self.world > 1 and dist.is_initialized():
+            # Gloo's threads let go of the last tensors; when Python ends before them, that aborts the process
+            dist.destroy_process_group()
+
+    def part(self) -> None:
+        """The end of what is done together: whoever ended its connections before would break another's last message."""
+        if self.world > 1:
+            self.watch.part(self.rank)
+
+    def _leave(self, error: BaseException) -> None:
+        """The end where another process is gone: one of them says why."""
+        why, speaks = self.watch.reason()
+        self.watch.close()
+        if not speaks:
+            raise SystemExit(1) from None
+        raise UserError(f"process {self.rank} of {self.world} stops, because {why}; {watchdog.HELP}") from None
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Whoever waits for the others does not hang: one of the others does."""
+        activity.doing(WAITING)
+        yield
+        activity.doing("going on")
 
     def all_reduce_max(self, *values: float) -> list[float]:
         """The maximum of each value over all processes."""
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.double)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        with self._waiting():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -73,8 +98,23 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def gather_numbers(self, values: list[float]) -> list[list[float]]:
+        """The numbers of each process, equally many, by rank."""
+        if self.world == 1:
+            return [values]
+        own = torch.tensor(values, dtype=torch.double)
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        with self._waiting():
+            dist.all_gather(rows, own, group=self.group)
+        return [row.tolist() for row in rows]
+
+    def barrier(self) -> None:
+        """Waits for all."""
+        self.all_reduce_max(0.0)
 
 
 def agreed(error: Exception) -> Exception:
@@ -83,88 +123,99 @@ def agreed(error: Exception) -> Exception:
     return error
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
+@contextlib.contextmanager
+def met_by_all() -> Iterator[None]:
+    """Around checks that end alike on all processes."""
+    try:
+        yield
+    except UserError as error:
+        raise agreed(error) from None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another process is gone."""
+    if not isinstance(error, RuntimeError) or not dist.is_initialized():
+        return False
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "onnection closed" in text or "NCCL" in text
 
 
 class Watch:
-    """Ends this process when another one has failed, has died or is silent, with a line that says so.
+    """This process's end of its watchdog (``engine.watchdog``), which runs until ``finish`` or the process's end.
 
-    A collective that waits for a dead process may wait for ever (NCCL, a machine that is gone), and no Python code runs
-    meanwhile; so a thread of each process gives heartbeats in a store that the first process keeps.
+    Args:
+        fabric: Launched.
+
+    Attributes:
+        board: Where this process and its readers say what they do.
     """
 
     def __init__(self, fabric: L.Fabric) -> None:
-        self.rank, self.world = fabric.global_rank, fabric.world_size
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        timeout = timedelta(seconds=SILENCE)
-        if self.rank == 0:
-            self.store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        port = fabric.broadcast(self.store.port if self.rank == 0 else 0)
-        if self.rank:
-            self.store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-        # Fabric's own observer kills the first process without a word when one that it started fails
-        started = getattr(fabric.strategy.launcher, "procs", [])
-        self.children: list[subprocess.Popen] = list(started)
-        started.clear()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        rank, world = fabric.global_rank, fabric.world_size
+        self.board = activity.Board()
+        self.why, self.speaks, self.told = "the connection to another process broke", rank == 0, threading.Event()
+        self.parted = threading.Event()
+        self.control, control = socket.socketpair()
+        self.signals, signals = socket.socketpair()
+        self.lines = self.control.makefile("r", encoding="utf-8")
+        handles = (self.board.handle, control.fileno(), signals.fileno())
+        program = [sys.executable, "-IS", watchdog.__file__, *map(str, (*handles, os.getpid()))]
+        self.process = subprocess.Popen(program, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        control.close()
+        signals.close()
+        self._send(rank=rank, world=world, host=os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        if world > 1:
+            port = json.loads(self.lines.readline())["port"] if rank == 0 else 0
+            port, token = fabric.broadcast((port, secrets.token_hex(16)))
+            self._send(join=(port, token))
+            # Fabric's own observer kills the first process without a word when one that it started fails
+            getattr(fabric.strategy.launcher, "procs", []).clear()
+        self.signals.setblocking(False)
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:  # the signal's number is written at once, wherever this process is
+            self.before = signal.set_wakeup_fd(self.signals.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
-    def start(self) -> None:
-        """Starts the heartbeat and the look-out for those of the others."""
-        self.store.set(f"beat/{self.rank}", "0")
-        self.thread.start()
+    def _send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # a watchdog that was killed
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            for line in self.lines:
+                message = json.loads(line)
+                if "why" in message:
+                    self.why, self.speaks = message["why"], message["speaks"]
+                    self.told.set()
+                if "parted" in message:
+                    self.parted.set()
+                if "exit" in message:
+                    os._exit(1)
+
+    def reason(self) -> tuple[str, bool]:
+        """Why the others are gone, and whether this process is the one to say so."""
+        self.told.wait(2 * watchdog.GRACE)
+        return self.why, self.speaks
+
+    def part(self, rank: int) -> None:
+        """The first process lets the others go on to their end."""
+        if rank == 0 and not self.parted.is_set():
+            self._send(parted=True)
+            self.parted.set()
+        self.parted.wait(watchdog.GRACE)
 
     def finish(self, error: str | None) -> None:
         """The end of this process's work; with ``error`` that of all the others too."""
-        if self.done.is_set():
-            return
-        self.done.set()
-        self.thread.join(timeout=2 * BEAT)
-        try:
-            if error:
-                self._fail(f"process {self.rank} failed: {error}")
-            self.store.set(f"beat/{self.rank}", "done")
-            if error and self.rank == 0:  # which keeps the store: leave the others time to read it
-                time.sleep(2 * BEAT)
-        except dist.DistError:  # the first process has gone already
-            pass
+        self._send(**(dict(failed=error) if error else dict(done=True)))
+        self.close()
 
-    def _fail(self, why: str) -> None:
-        if not self.store.check(["failed"]):
-            self.store.set("failed", why)
-
-    def _run(self) -> None:
-        beat, heard = 0, {rank: ("0", time.monotonic()) for rank in range(self.world)}
-        while not self.done.wait(BEAT):
-            beat += 1
-            try:
-                self.store.set(f"beat/{self.rank}", str(beat))
-                if self.rank == 0:
-                    self._listen(heard)
-                if self.store.check(["failed"]):
-                    why = self.store.get("failed").decode()
-                    return self._end(why)
-            except dist.DistError:
-                return self._end("process 0 is gone")
-
-    def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
-        now = time.monotonic()
-        for rank in range(1, self.world):
-            said = self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else "0"
-            if said != heard[rank][0]:
-                heard[rank] = said, now
-            elif said != "done" and now - heard[rank][1] > SILENCE:
-                self._fail(f"process {rank} has given no heartbeat for {SILENCE:.0f} seconds")
-        for child in self.children:
-            if child.poll():
-                self._fail(f"a process ended with status {child.returncode}")
-
-    def _end(self, why: str) -> None:
-        if self.done.wait(GRACE):  # it ends by itself, with words of its own
-            return
-        for child in self.children:
-            child.kill()
-        print(f"error: process {self.rank} of {self.world} stops, because {why}; {HELP}", file=sys.stderr, flush=True)
-        os._exit(1)
+    def close(self) -> None:
+        """Lets the watchdog end."""
+        if self.main:
+            signal.set_wakeup_fd(self.before)
+        self._send(close=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2 * watchdog.GRACE)
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)  # the thread that listens ends
+        self.signals.close()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
-from conv2former.data.loading import checked, eval_loader
+from conv2former.data import activity
+from conv2former.data.loading import Batches, checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import pick_device
@@ -97,11 +97,17 @@ def evaluate_task(
 
 def _announced(loader: DataLoader, device: torch.device, done: list[int]) -> Iterator[Any]:
     """The batches of a loader on a device, counted in ``done``; images that are left out are named."""
-    for batch in map(checked, loader):
+    pace, batches = activity.Pace(), Batches(loader, device)
+    for number in range(len(loader)):
+        activity.doing("waiting for images", 1)
+        batch = checked(next(batches))
         for error in batch.bad:
             print(f"skipping: {error}", file=sys.stderr, flush=True)
-        yield move_data_to_device(batch, device)
+        pace.begin(f"evaluating batch {number + 1} of {len(loader)}")
+        yield batch
+        pace.end()
         done[0] += 1
+    activity.doing("computing the figures of the evaluation")
 
 
 def evaluate(

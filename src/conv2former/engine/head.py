@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from conv2former.data.loading import checked, eval_loader
+from conv2former.data.loading import Batches, checked, eval_loader
 from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, derive_seed
 from conv2former.data.sources import Source
 from conv2former.engine.distributed import Processes, agreed
@@ -71,9 +71,9 @@ def fit_head(
     task.to(device).eval()
     with Ticker(progress, enabled=fabric.is_global_zero):
         with fabric.autocast(), cudnn_benchmark(False):
-            for batch in loader:
+            for batch in Batches(loader, device):
                 agree()
-                features, targets = task.head_features(fabric.to_device(checked(batch)))
+                features, targets = task.head_features(checked(batch))
                 found.append((features.float().cpu(), targets.cpu()))
         parts = processes.all_gather([torch.cat(column) for column in zip(*found, strict=True)])
         features, targets = (torch.cat(column) for column in zip(*parts, strict=True))

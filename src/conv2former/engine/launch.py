@@ -15,11 +15,10 @@ from timm.models._manipulate import group_parameters
 from torch import nn
 
 from conv2former.config import EngineSection, Recipe
-from conv2former.engine.checkpointing import CheckpointFile
 from conv2former.engine.torch_settings import is_nvidia
 from conv2former.errors import UserError, one_line
 
-PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
 
 
@@ -37,7 +36,6 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     accelerator = _accelerator(engine)
     if accelerator == "cpu" and engine.precision == "16":
         raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
-    plugins: list[Any] = [CheckpointFile()]
     devices, nodes = _layout(engine)
     if devices == "auto" and accelerator == "cpu":
         devices = 1
@@ -49,7 +47,6 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
         if engine.precision == "16":
             raise UserError("engine.precision=16 does not work with engine.strategy=fsdp: use bf16")
         if several:
-            plugins = []  # this strategy writes to the place that is given by itself
             world = nodes * (devices if devices != "auto" else torch.cuda.device_count())
             strategy = ModelParallelStrategy(
                 shard,
@@ -67,7 +64,6 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
             num_nodes=nodes,
             strategy=strategy,
             precision=PRECISIONS[engine.precision],
-            plugins=plugins,
         )
     except Exception as error:  # Lightning has several kinds for devices that are not there
         raise UserError(

@@ -105,3 +105,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleSection, 
     if schedule.kind == "polynomial":
         return PolyLRScheduler(optimizer, t_initial=steps, power=schedule.power, **common)
     return CosineLRScheduler(optimizer, t_initial=steps - warmup, warmup_prefix=True, **common)
+
+
+def last_lr(optimizer: Any) -> float:
+    """The learning rate of the last layers; a head may have a multiple of it."""
+    groups = optimizer.param_groups
+    return max([group["lr"] for group in groups if group.get("lr_scale", 1.0) <= 1] or [groups[0]["lr"]])

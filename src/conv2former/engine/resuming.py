@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conv2former.config import Recipe
+from conv2former.engine.batch import KEYS, BatchPlan, plan_batch, recorded_batch
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, some
@@ -71,6 +73,36 @@ def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: boo
     return given
 
 
+def resumed_batch(
+    run: RunDir, facts: dict[str, Any], *, own: Recipe, recipe: Recipe, world: int, force: bool
+) -> BatchPlan:
+    """The optimizer step of a run that goes on: the same micro-batches, whatever the number of processes.
+
+    Raises:
+        UserError: That many processes cannot go on as those before, and ``force`` is off.
+    """
+    then, size = int(facts.get("processes") or 1), ("batch_size", "accumulate", "global_batch")
+    if any(getattr(own.optim, key) != getattr(recipe.optim, key) for key in size):
+        return plan_batch(recipe, world=world)  # forced, else it were refused
+    before = plan_batch(own, world=then)
+    # with one process, the random choices of before are those of now
+    recorded = facts.get("batch") or recorded_batch(replace(before, keys=1 if then > 1 else KEYS))
+    parts = recorded["micro_batches"]
+    fitting, reason = [count for count in range(1, parts + 1) if parts % count == 0], f"{parts} micro-batches a step"
+    if recorded["keys"] == 1:
+        reason, fitting = "its version of the package bound random choices to the process", [then]
+    elif own.engine.sync_batchnorm:
+        reason, fitting = "engine.sync_batchnorm normalises over the images of all processes", [then]
+    if world in fitting:
+        return BatchPlan(recorded["images"], world, parts // world, recorded["keys"])
+    if not force:
+        raise UserError(
+            f"the run in {run.path} was started with processes {then}, now they are {world}: {reason}; resume it on "
+            f"{some([*map(str, fitting)])}, or add --force to go on with other random choices"
+        )
+    return plan_batch(recipe, world=world)
+
+
 def difference(own: Recipe, given: Recipe) -> str:
     """The settings in which two recipes differ, the first five of those that move weights."""
     mine, other = own.settings(), given.settings()
@@ -89,16 +121,17 @@ def difference(own: Recipe, given: Recipe) -> str:
 def check_same(
     run: RunDir, facts: dict[str, Any], found: dict[str, Any], *, own: Recipe, recipe: Recipe, force: bool
 ) -> list[str]:
-    """Refuses to resume on other images or another number of processes, with which a step means something else.
+    """Refuses to resume on other images.
 
     Returns:
-        What differs all the same, with ``force``, also between the recipes.
+        What differs all the same, also between the recipes.
 
     Raises:
         UserError: Something differs, and ``force`` is off or it is the classes.
     """
-    changes = []
-    for key in ("processes", "classes", "images", "images_hash"):
+    then, now = facts.get("processes"), found["processes"]
+    changes = [f"processes: {then}, now {now}"] * (then != now)
+    for key in ("classes", "images", "images_hash"):
         then, now = facts.get(key), found[key]
         if then == now:
             continue

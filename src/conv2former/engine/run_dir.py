@@ -149,13 +149,14 @@ class RunDir:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def change(self, recipe: Recipe, facts: dict[str, Any]) -> None:
-        """Goes on with another recipe or other images; the recipe of before is kept beside the new one."""
-        number = 1
+        """Goes on with another recipe, images or processes; a recipe of before is kept beside the new one."""
+        number, text = 1, (self.path / "recipe.yaml").read_text(encoding="utf-8")
         while (before := self.path / "recipes" / f"recipe.{number}.yaml").exists():
             number += 1
-        before.parent.mkdir(exist_ok=True)
-        replace_text(before, (self.path / "recipe.yaml").read_text(encoding="utf-8"))
-        replace_text(self.path / "recipe.yaml", recipe.to_yaml())
+        if text != recipe.to_yaml():
+            before.parent.mkdir(exist_ok=True)
+            replace_text(before, text)
+            replace_text(self.path / "recipe.yaml", recipe.to_yaml())
         self.write_json("run.json", facts | dict(recipe_hash=recipe.digest(), seed=recipe.engine.seed))
 
     def exists(self) -> bool:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+
+from conv2former.engine.checkpointing import write_file
+
+SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale", "initial_lr"}  # of an optimizer's group
 
 
 @dataclass
@@ -26,6 +32,7 @@ class TrainState:
         skipped: Steps whose loss was not finite.
         skipped_in_row: Those of them that came last.
         seconds: Time spent training, evaluations and the checkpoints behind them not counted.
+        keys: What the random choices were made by (``engine.batch``).
     """
 
     step: int = 0
@@ -39,13 +46,14 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     seconds: float = 0.0
+    keys: int = 1
 
-    def add_losses(self, total: float, steps: int) -> None:
-        """Counts the losses of some steps."""
-        self.loss_sum += total
-        self.loss_steps += steps
-        self.logged_sum += total
-        self.logged_steps += steps
+    def add_loss(self, loss: float) -> None:
+        """Counts the loss of a step."""
+        self.loss_sum += loss
+        self.loss_steps += 1
+        self.logged_sum += loss
+        self.logged_steps += 1
 
     def improves(self, value: float | None) -> bool:
         """Whether a value of the monitored metric is the best so far; None, not defined, is below all numbers."""
@@ -61,24 +69,71 @@ class TrainState:
         self.steps_per_epoch = steps_per_epoch
 
 
-class Fetched:
-    """A number on its way from the device, so that asking for it does not wait for what was started after it."""
+class Contents:
+    """What a checkpoint holds.
 
-    def __init__(self, number: Tensor) -> None:
+    Args:
+        fabric: Launched.
+        task: With its weights, and their average where there is one.
+        wrapped: The task as Fabric has set it up.
+        optimizer: Likewise.
+        sharded: Whether the weights are.
+    """
+
+    def __init__(self, fabric: L.Fabric, task: nn.Module, wrapped: Any, optimizer: Any, *, sharded: bool) -> None:
+        self.fabric, self.task, self.wrapped, self.optimizer, self.sharded = fabric, task, wrapped, optimizer, sharded
+
+    def _all(self, state: TrainState) -> dict[str, Any]:
+        scaler = self.fabric.strategy.precision.state_dict()  # of float16's loss, empty otherwise
+        return dict(task=self.wrapped, optimizer=self.optimizer, position=asdict(state), scaler=scaler)
+
+    def write(self, state: TrainState, path: Path) -> None:
+        """Writes a file; to be called on all processes where the weights are sharded."""
+        contents = self._all(state)
+        if self.sharded:
+            self.fabric.save(path, contents)
+            self._forget_before_the_first_step(state)
+        elif self.fabric.is_global_zero:
+            write_file(path, contents | dict(task=self.task.state_dict(), optimizer=self.optimizer.state_dict()))
+
+    def read(self, path: Path) -> TrainState:
+        """Takes weights and optimizer from a file, and gives the position; to be called on all processes."""
+        groups = [{key: group[key] for key in SETTINGS & group.keys()} for group in self.optimizer.param_groups]
+        contents = self._all(TrainState())
+        self.fabric.load(path, contents, weights_only=True)
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # the recipe's of now, which may have been forced to others than the checkpoint's
+        state = TrainState(**contents["position"])
+        if contents["scaler"]:
+            self.fabric.strategy.precision.load_state_dict(contents["scaler"])
+        if self.sharded:
+            self._forget_before_the_first_step(state)
+        return state
+
+    def _forget_before_the_first_step(self, state: TrainState) -> None:
+        """PyTorch makes a step without gradients to learn what an optimizer of sharded weights keeps, and counts it."""
+        if state.step == 0:
+            self.optimizer.optimizer.state.clear()
+
+
+class Fetched:
+    """Numbers (N,) on their way from the device, so that asking for them does not wait for what was started after."""
+
+    def __init__(self, numbers: Tensor) -> None:
         self.ready = None
-        if number.is_cuda:
-            self.host = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self.host.copy_(number, non_blocking=True)
+        if numbers.is_cuda:
+            self.host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.host.copy_(numbers, non_blocking=True)
             self.ready = torch.cuda.Event()
             self.ready.record()
         else:
-            self.host = number.clone()
+            self.host = numbers.clone()
 
-    def value(self) -> float:
-        """The number."""
+    def values(self) -> list[float]:
+        """The numbers."""
         if self.ready is not None:
             self.ready.synchronize()
-        return float(self.host)
+        return self.host.tolist()
 
 
 def parameter_norm(model: nn.Module) -> float:

@@ -15,15 +15,22 @@ from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.sources import Splits, remarks
 from conv2former.engine.automatic import checked_weights, settled
-from conv2former.engine.batch import plan_batch
+from conv2former.engine.batch import BatchPlan, plan_batch, recorded_batch
 from conv2former.engine.batchnorm import freeze
-from conv2former.engine.distributed import Processes
+from conv2former.engine.distributed import Processes, met_by_all
 from conv2former.engine.head import fit_head, fits_head
 from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
 from conv2former.engine.machine import machine_facts
 from conv2former.engine.report import write_final_report
-from conv2former.engine.resuming import check_same, has_checkpoints, is_finished, recorded_data, resumed_recipe
+from conv2former.engine.resuming import (
+    check_same,
+    has_checkpoints,
+    is_finished,
+    recorded_data,
+    resumed_batch,
+    resumed_recipe,
+)
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
@@ -95,15 +102,19 @@ def train(
         processes=fabric.world_size,
         model_args=task.model_args,
     )
+    patience = recipe.engine.stall_seconds
     with StopRequest() as stop, contextlib.ExitStack() as ending:  # a stop comes too late while the report is written
         ending.callback(lambda: run.unlock())
         try:
-            with Processes(fabric) as processes, _one_line_errors(run):
-                _check_batch(task, len(splits.train), fabric)
-                changes = check_same(run, facts, found, own=own, recipe=recipe, force=force) if own else []
+            with Processes(fabric, patience=patience) as processes, _one_line_errors(run):
+                with met_by_all():
+                    changes = check_same(run, facts, found, own=own, recipe=recipe, force=force) if own else []
+                    batch = _batch(recipe, run, facts, own, fabric, force=force)
+                    _check_batch(task, len(splits.train), batch, fabric)
+                found |= dict(batch=recorded_batch(batch))
                 if not begun and fits_head(task):
                     fit_head(task, splits.train, out, fabric=fabric, processes=processes, stop=stop)
-                trainer = Trainer(task, splits, fabric, processes, stop)
+                trainer = Trainer(task, splits, fabric, processes, stop, batch)
                 if resume:
                     trainer.load(run)
                 if fabric.is_global_zero:
@@ -113,14 +124,12 @@ def train(
                 for line in _first_lines(asked, trainer) if fabric.is_global_zero else ():
                     say_once(line)
                 _fit(trainer, run, resumed=resume)
+                processes.part()
+                return _report(run, trainer) if fabric.is_global_zero else None
         except (UserError, Interrupted) as error:
             if not fabric.is_global_zero and getattr(error, "agreed", False):
                 return None  # the first process reports what all have met
             raise
-        if not fabric.is_global_zero:
-            return None
-        with _one_line_errors(run):
-            return _report(run, trainer)
 
 
 def _report(run: RunDir, trainer: Trainer) -> Evaluation:
@@ -228,11 +237,19 @@ def _build(recipe: Recipe, classes: list[str], *, model_args: dict[str, Any] | N
     return task
 
 
-def _check_batch(task: Task, images: int, fabric: L.Fabric) -> None:
+def _batch(
+    recipe: Recipe, run: RunDir, facts: dict[str, Any], own: Recipe | None, fabric: L.Fabric, *, force: bool
+) -> BatchPlan:
+    world = fabric.world_size
+    if own is None:
+        return plan_batch(recipe, world=world)
+    return resumed_batch(run, facts, own=own, recipe=recipe, world=world, force=force)
+
+
+def _check_batch(task: Task, images: int, batch: BatchPlan, fabric: L.Fabric) -> None:
     """Refuses a batch that the training set cannot fill once, or the network cannot be trained on."""
     recipe: Recipe = task.recipe
     world = fabric.world_size
-    batch = plan_batch(recipe, world=world)
     task.check_batch(batch.per_process, world)
     check_cuda_graphs(recipe, accumulate=batch.accumulate, device=fabric.device)
     if images >= batch.total:

@@ -8,10 +8,11 @@ devices, processes, precision and checkpoint files are Fabric's.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,33 @@ import lightning as L
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-from conv2former.data.loading import AnyBatch, checked, eval_loader, killed_reader, train_loader
+from conv2former.data import activity
+from conv2former.data.loading import AnyBatch, Batches, checked, eval_loader, killed_reader, train_loader
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
 from conv2former.data.sources import Splits
-from conv2former.engine.batch import plan_batch
-from conv2former.engine.batchnorm import BatchNormBackup, synchronise
+from conv2former.engine.batch import BatchPlan
+from conv2former.engine.batchnorm import RunningStatistics, synchronise
 from conv2former.engine.checkpointing import CheckpointManager
-from conv2former.engine.distributed import Processes, agreed
+from conv2former.engine.distributed import Processes, agreed, is_lost_connection
 from conv2former.engine.evaluate import evaluation_loop
 from conv2former.engine.faults import Faults, calmer
 from conv2former.engine.logging import RunLog, peak_memory_gb
-from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
+from conv2former.engine.optim import build_optimizer, build_schedule, last_lr, scaled_lr
 from conv2former.engine.progress import TrainingProgress
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
-from conv2former.engine.state import Fetched, TrainState, full_state_dict, parameter_norm
+from conv2former.engine.state import Contents, Fetched, TrainState, full_state_dict, parameter_norm
 from conv2former.engine.summary import summary
 from conv2former.engine.torch_settings import cudnn_benchmark, fused_optimizer
-from conv2former.errors import UserError, say
+from conv2former.errors import UserError, say_once
 from conv2former.ops import backend_for
 from conv2former.tasks.base import Task
 
 LOG_INTERVAL = 20  # optimizer steps between logged losses
-SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale", "initial_lr"}  # of an optimizer's group
+
+
+class _Stopped(Exception):
+    """This process was asked to stop while it waited for images."""
 
 
 class Trainer:
@@ -53,22 +58,22 @@ class Trainer:
         fabric: Launched.
         processes: Of this run.
         stop: Says when to stop.
+        batch: The optimizer step.
     """
 
-    def __init__(self, task: Task, splits: Splits, fabric: L.Fabric, processes: Processes, stop: StopRequest) -> None:
+    def __init__(
+        self, task: Task, splits: Splits, fabric: L.Fabric, processes: Processes, stop: StopRequest, batch: BatchPlan
+    ) -> None:
         recipe = task.recipe
         self.recipe, self.splits = recipe, splits
         self.fabric, self.processes, self.stop = fabric, processes, stop
-        self.batch = plan_batch(recipe, world=fabric.world_size)
+        self.batch = batch
         self.lr = scaled_lr(recipe.optim, self.batch)
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
         self.steps = 0 if recipe.model.fit_head == "only" else recipe.schedule.total(self.steps_per_epoch)
         # a head that was fitted is evaluated before the first step: nothing that comes may end below it
-        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=-1 if recipe.model.fit_head else 0)
-        # losses stay on the device, added up, until they are fetched, because each fetch waits for the device; in
-        # double precision, so that the sum is the same wherever a stop cuts it in two
-        self.pending, self.pending_steps = torch.zeros((), dtype=torch.double, device=fabric.device), 0
-
+        evaluated = -1 if recipe.model.fit_head else 0
+        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=evaluated, keys=batch.keys)
         engine = recipe.engine
         if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
             task.model.to(memory_format=torch.channels_last)
@@ -92,10 +97,13 @@ class Trainer:
         optimizer = build_optimizer(self.model, recipe.optim, lr=self.lr, head=task.in_head, fused=fused)
         self.schedule: Scheduler = build_schedule(optimizer, recipe.schedule, steps_per_epoch=self.steps_per_epoch)
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.statistics = BatchNormBackup(self.model)
+        self.statistics = RunningStatistics(self.model, processes, ordered=batch.keys > 1)
         self.sharded = engine.strategy == "fsdp" and fabric.world_size > 1
+        self.contents = Contents(fabric, task, self.wrapped, self.optimizer, sharded=self.sharded)
         self.val_loader = self._val_loader()
         self.saved_step: int | None = None  # of the newest checkpoint
+        self.in_step = False  # whether the running statistics are those of a step that is not done
+        self.pace, self.eval_pace = activity.Pace(), activity.Pace()
 
     def load(self, run: RunDir) -> None:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
@@ -105,9 +113,9 @@ class Trainer:
         """
         if self.fabric.is_global_zero:
             run.lock()
-        path = CheckpointManager(run.checkpoints).latest_valid(self.processes, say=self._say_once)
+        path = CheckpointManager(run.checkpoints).latest_valid(self.processes, say=say_once)
         if path:
-            self._read(path)
+            self.state = self.contents.read(path)
             self.saved_step = self.state.step
         state = self.state
         state.skipped_in_row = 0  # the limit is that of one attempt
@@ -128,16 +136,6 @@ class Trainer:
                     f"{schedule.length()}: raise schedule.{'epochs' if schedule.steps is None else 'steps'}"
                 )
             )
-
-    def _read(self, path: Path) -> None:
-        groups = [{key: group[key] for key in SETTINGS & group.keys()} for group in self.optimizer.param_groups]
-        contents = self._contents()
-        self.fabric.load(path, contents, weights_only=True)
-        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(settings)  # the recipe's of now, which may have been forced to others than the checkpoint's
-        self.state = TrainState(**contents["position"])
-        if contents["scaler"]:
-            self.fabric.strategy.precision.load_state_dict(contents["scaler"])
 
     def fit(self, run: RunDir, *, resumed: bool = False) -> None:
         """Trains to the end from where it is.
@@ -168,6 +166,10 @@ class Trainer:
             with self.progress:
                 self._run()
             status = "success"
+        except RuntimeError as error:
+            if is_lost_connection(error) and self.fabric.is_global_zero and not self.sharded:
+                self._save_alone()
+            raise
         finally:
             self.log.close(status)
 
@@ -193,11 +195,14 @@ class Trainer:
             self._step(micro_batches, started, waited)
 
     def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[AnyBatch], UserError | None]:
-        """The batches of a step, or what kept this process from getting them."""
+        """The batches of a step, or what kept this process from getting them: none where it is to stop."""
+        activity.doing("waiting for images", 1)
         try:
             return [checked(next(batches)) for _ in range(count or self.batch.accumulate)], None
         except UserError as error:
             return [], error
+        except _Stopped:
+            return [], None
         except (RuntimeError, ConnectionError, EOFError) as error:
             if killed := killed_reader(error):
                 return [], killed
@@ -234,18 +239,24 @@ class Trainer:
         self.schedule.step_update(state.step)
         self.wrapped.train()
         self.statistics.keep()
-        losses = torch.zeros_like(self.pending)
+        losses = torch.zeros(len(micro_batches), dtype=torch.double, device=self.fabric.device)
+        self.in_step = True
         for part, batch in enumerate(micro_batches):
-            key = (self.recipe.engine.seed, state.step, part, self.fabric.global_rank)
+            self.pace.begin(f"in step {state.step + 1}")
+            key = (self.recipe.engine.seed, state.step, *self.batch.key(part, self.fabric.global_rank))
             seed_all(derive_seed(Purpose.STEP, *key))
+            self.statistics.before_micro_batch()
             with self.fabric.no_backward_sync(self.wrapped, enabled=part < len(micro_batches) - 1):
                 with self.fabric.autocast():  # on one device Fabric calls the step as it is, without its precision
-                    loss = self.wrapped.training_step(batch) / len(micro_batches)
-                losses += loss.detach()
+                    loss = self.wrapped.training_step(batch)
+                losses[part] = loss.detach()
                 if part == len(micro_batches) - 1:
                     fetched = Fetched(losses)
-                self.fabric.backward(loss)
-        (unsound,) = self.processes.all_reduce_max(not math.isfinite(fetched.value()))
+                self.fabric.backward(loss / len(micro_batches))
+            self.statistics.after_micro_batch()
+        self.pace.end()
+        numbers = [number for row in self.processes.gather_numbers(fetched.values()) for number in row]
+        unsound = not all(map(math.isfinite, numbers))
         if unsound:
             self.optimizer.zero_grad(set_to_none=True)
             self.statistics.restore()
@@ -256,47 +267,43 @@ class Trainer:
                 self.fabric.clip_gradients(
                     self.wrapped, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False
                 )
+            self.statistics.update()
+            self.in_step = False
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:
                 self.average.update(self.model, step=state.step)
-            self.pending += losses
-            self.pending_steps += 1
+            # the sum is rounded once, whatever the order: it does not depend on the number of processes
+            state.add_loss(math.fsum(numbers) / len(numbers))
+        self.in_step = False
         state.step += 1
         self._log(time.perf_counter() - started, waited)
         state.skipped_in_row = state.skipped_in_row + 1 if unsound else 0
         if unsound:
             state.skipped += 1
-            self.faults.note_skipped_step(micro_batches, step=state.step, lr=self._lr(), in_row=state.skipped_in_row)
+            self.faults.note_skipped_step(
+                micro_batches, step=state.step, lr=last_lr(self.optimizer), in_row=state.skipped_in_row
+            )
 
     def _log(self, seconds: float, waited: float) -> None:
-        """Shows the step; every ``LOG_INTERVAL`` steps fetches the mean loss since the last time and records it."""
+        """Shows the step; every ``LOG_INTERVAL`` steps records the mean loss since the last time."""
+        activity.doing("writing metrics", 5)
         state = self.state
         state.seconds += seconds
-        lr, loss = self._lr(), None
+        lr, loss = last_lr(self.optimizer), None
         if state.step % LOG_INTERVAL == 0 or state.step % self.steps_per_epoch == 0:
-            self._flush_loss()
+            self._check_weights()
             loss = state.logged_sum / state.logged_steps if state.logged_steps else None
             state.logged_sum, state.logged_steps = 0.0, 0
             self._row("step", loss=loss, lr=lr)
         self.progress.step(state.step, seconds=seconds, waited=waited, memory_gb=self._peak_memory, loss=loss, lr=lr)
 
-    def _flush_loss(self) -> None:
-        """Moves the pending losses, averaged over processes, into the state.
-
-        Raises:
-            UserError: A weight is not finite.
-        """
-        mean: Any = self.fabric.all_reduce(self.pending, reduce_op="mean")
-        total, steps = float(mean), self.pending_steps
-        self.pending.zero_()
-        self.pending_steps = 0
-        # a gradient may overflow where the loss did not
+    def _check_weights(self) -> None:
+        """Raises the UserError of a weight that is not finite: a gradient may overflow where the loss did not."""
         if not math.isfinite(parameter_norm(self.model)):
             raise agreed(
                 UserError(f"the weights are not finite after step {self.state.step}: {calmer(self.run, self.recipe)}")
             )
-        self.state.add_losses(total, steps)
 
     def _evaluate(self) -> None:
         state = self.state
@@ -333,16 +340,20 @@ class Trainer:
 
     def _agreed_batches(self) -> Iterator[Any]:
         """The validation batches of this process; before each all processes agree that they go on."""
-        batches = iter(self.val_loader)
+        batches = Batches(self.val_loader, self.fabric.device, self._unless_stopped)
         for number in range(len(self.val_loader)):
             self.progress.evaluating(number, len(self.val_loader))
             micro_batches, error = self._fetch(batches, 1)
             self._agree(micro_batches, error)
+            self.eval_pace.begin(f"evaluating batch {number + 1} of {len(self.val_loader)}")
             yield micro_batches[0]
+            self.eval_pace.end()
+        activity.doing("computing the figures of the evaluation")
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
         """Writes the weights that were evaluated, those of the average where there is one."""
         weights = full_state_dict(self.task.evaluated, sharded=self.sharded)
+        activity.doing("writing the weights", 5)
         if not self.fabric.is_global_zero:
             return
         note = {key: row[key] for key in ("step", "epoch", f"val_{self.task.monitor}")}
@@ -358,30 +369,28 @@ class Trainer:
         """Writes a checkpoint; none after a step that was skipped, because the weights may be the reason for it."""
         if self.state.skipped_in_row:
             return
-        if self.pending_steps:
-            self._flush_loss()
+        self._check_weights()
         self.log.flush()
         if self.sharded:
             self.statistics.broadcast()
-        state = self.state
-        self.checkpoints.write(
-            state.step, lambda path: self.fabric.save(path, self._contents()), first=self.fabric.is_global_zero
-        )
-        self.fabric.barrier()
-        self.saved_step, self.saved_at = state.step, time.monotonic()
+        self._write()
+        self.processes.barrier()
 
-    def _say_once(self, message: str) -> None:
-        if self.fabric.is_global_zero:
-            say(message)
+    def _save_alone(self) -> None:
+        """The other processes are gone: this one saves what it has, that of the last step."""
+        if self.in_step:
+            self.statistics.restore()
+        sound = not self.state.skipped_in_row and math.isfinite(parameter_norm(self.model))
+        if sound and self.state.step != self.saved_step:
+            with contextlib.suppress(UserError, OSError):
+                self._write()
 
-    def _contents(self) -> dict[str, Any]:
-        scaler = self.fabric.strategy.precision.state_dict()  # of float16's loss, empty otherwise
-        return dict(task=self.wrapped, optimizer=self.optimizer, position=asdict(self.state), scaler=scaler)
-
-    def _lr(self) -> float:
-        """Of the last layers; a head may have a multiple of it."""
-        groups = self.optimizer.param_groups
-        return max([group["lr"] for group in groups if group.get("lr_scale", 1.0) <= 1] or [groups[0]["lr"]])
+    def _write(self) -> None:
+        """Writes a checkpoint."""
+        activity.doing(activity.SAVING, 5)
+        write, first = functools.partial(self.contents.write, self.state), self.fabric.is_global_zero
+        self.checkpoints.write(self.state.step, write, first=first)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def _peak_memory(self) -> float:
         return peak_memory_gb(self.fabric.device)
@@ -399,15 +408,18 @@ class Trainer:
             world=fabric.world_size,
         )
         loader = train_loader(self.train_dataset, sampler, workers=recipe.data.workers, device=fabric.device)
-        return iter(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
+        return Batches(loader, fabric.device, self._unless_stopped)
+
+    def _unless_stopped(self) -> None:
+        if self.stop.signum is not None:
+            raise _Stopped
 
     def _val_loader(self) -> Any:
         fabric, dataset = self.fabric, self.eval_dataset
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
         size = 1 if self.task.one_at_a_time else self.batch.per_process
         workers = self.recipe.data.workers
-        loader = eval_loader(dataset, sampler, batch_size=size, workers=workers, device=fabric.device)
-        return fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+        return eval_loader(dataset, sampler, batch_size=size, workers=workers, device=fabric.device)
 
     @property
     def operations(self) -> str | None:
