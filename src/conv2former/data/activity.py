@@ -14,9 +14,9 @@ import time
 from multiprocessing import reduction
 from typing import Any, NamedTuple
 
-SIZE, READERS = 512, 64
+SIZE, READERS = 512, 255
 HEAD = struct.Struct("<qqddq")  # process, changes so far, since when, seconds allowed (0: any), bytes of text
-SAVING = "writing a checkpoint"
+SAVING, WAITING = "writing a checkpoint", "waiting for images"
 
 
 class Activity(NamedTuple):
@@ -85,6 +85,21 @@ def announce(board: Board | None, slot: int = 0, *, patience: float = 0.0) -> No
     """
     global _board, _slot, _patience
     _board, _slot, _patience = board, slot, patience
+
+
+_reserved = 0
+
+
+def reserve(readers: int) -> int:
+    """The first of as many slots that no other readers of this process write to, but for the oldest."""
+    global _reserved
+    first, _reserved = _reserved, _reserved + readers
+    return first
+
+
+def slot(number: int) -> int:
+    """Of a reader with a reserved number."""
+    return 1 + number % READERS
 
 
 def current() -> Board | None:

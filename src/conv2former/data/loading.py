@@ -232,13 +232,14 @@ def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
     options |= dict(num_workers=workers, persistent_workers=workers > 0, timeout=PATIENCE if workers else 0)
-    options |= dict(worker_init_fn=functools.partial(_start_worker, board=activity.current()))
+    start = functools.partial(_start_worker, board=activity.current(), first=activity.reserve(workers))
+    options |= dict(worker_init_fn=start)
     return DataLoader(dataset, collate_fn=dataset.collate, pin_memory=device.type == "cuda", **options)
 
 
-def _start_worker(worker: int, *, board: activity.Board | None) -> None:
+def _start_worker(worker: int, *, board: activity.Board | None, first: int) -> None:
     signal.set_wakeup_fd(-1)  # the training process's
-    activity.announce(board, 1 + worker % activity.READERS)
+    activity.announce(board, activity.slot(first + worker))
     activity.doing("waiting for work")
     # Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group; the training process stops the workers
     # when its step is done

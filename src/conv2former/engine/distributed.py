@@ -44,7 +44,7 @@ class Processes:
         self.rank, self.world, self.patience = fabric.global_rank, fabric.world_size, patience
         if self.world > 1:
             self.group: Any = dist.new_group(backend="gloo")
-        self.watch = Watch(fabric)
+        self.watch = Watch(fabric, patience=patience)
 
     def __enter__(self) -> Processes:
         activity.announce(self.watch.board, patience=self.patience)
@@ -76,6 +76,11 @@ class Processes:
         if not speaks:
             raise SystemExit(1) from None
         raise UserError(f"process {self.rank} of {self.world} stops, because {why}; {watchdog.HELP}") from None
+
+    def check(self) -> None:
+        """Raises the UserError that says what hangs, be it a reader of this process or another process."""
+        if self.watch.told.is_set():
+            raise UserError(f"{self.watch.why}; {watchdog.HELP}")
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -145,12 +150,13 @@ class Watch:
 
     Args:
         fabric: Launched.
+        patience: See ``Processes``.
 
     Attributes:
         board: Where this process and its readers say what they do.
     """
 
-    def __init__(self, fabric: L.Fabric) -> None:
+    def __init__(self, fabric: L.Fabric, *, patience: float) -> None:
         rank, world = fabric.global_rank, fabric.world_size
         self.board = activity.Board()
         self.why, self.speaks, self.told = "the connection to another process broke", rank == 0, threading.Event()
@@ -163,11 +169,12 @@ class Watch:
         self.process = subprocess.Popen(program, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         control.close()
         signals.close()
-        self._send(rank=rank, world=world, host=os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        silence = min(patience or watchdog.SILENCE, watchdog.SILENCE)
+        token, host = secrets.token_hex(16), os.environ.get("MASTER_ADDR", "127.0.0.1")
+        self._send(rank=rank, world=world, host=host, silence=silence, token=token)
         if world > 1:
             port = json.loads(self.lines.readline())["port"] if rank == 0 else 0
-            port, token = fabric.broadcast((port, secrets.token_hex(16)))
-            self._send(join=(port, token))
+            self._send(join=fabric.broadcast((port, token)))
             # Fabric's own observer kills the first process without a word when one that it started fails
             getattr(fabric.strategy.launcher, "procs", []).clear()
         self.signals.setblocking(False)

@@ -99,7 +99,7 @@ def _announced(loader: DataLoader, device: torch.device, done: list[int]) -> Ite
     """The batches of a loader on a device, counted in ``done``; images that are left out are named."""
     pace, batches = activity.Pace(), Batches(loader, device)
     for number in range(len(loader)):
-        activity.doing("waiting for images", 1)
+        activity.doing(activity.WAITING, 1)
         batch = checked(next(batches))
         for error in batch.bad:
             print(f"skipping: {error}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from conv2former.data.loading import AnyBatch
 from conv2former.data.sources import Source
 from conv2former.engine.distributed import Processes, agreed
 from conv2former.engine.run_dir import RunDir
+from conv2former.engine.state import TrainState
 from conv2former.errors import UserError, some
 
 
@@ -66,12 +67,13 @@ class Faults:
             )
         )
 
-    def note_skipped_step(self, parts: list[AnyBatch], *, step: int, lr: float, in_row: int) -> None:
+    def note_skipped_step(self, parts: list[AnyBatch], state: TrainState, *, lr: float) -> None:
         """Lists a step whose loss was not finite, with the images of all processes; to be called on all of them.
 
         Raises:
             UserError: It is the last of as many in a row as the recipe allows.
         """
+        step, in_row = state.step, state.skipped_in_row
         indices = [index for part in parts for index in part.indices.tolist()]
         files = [self.images.name(i) for own in self.processes.all_gather(indices) for i in own]
         if self.processes.rank == 0:

@@ -196,7 +196,7 @@ class Trainer:
 
     def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[AnyBatch], UserError | None]:
         """The batches of a step, or what kept this process from getting them: none where it is to stop."""
-        activity.doing("waiting for images", 1)
+        activity.doing(activity.WAITING, 1)
         try:
             return [checked(next(batches)) for _ in range(count or self.batch.accumulate)], None
         except UserError as error:
@@ -281,9 +281,7 @@ class Trainer:
         state.skipped_in_row = state.skipped_in_row + 1 if unsound else 0
         if unsound:
             state.skipped += 1
-            self.faults.note_skipped_step(
-                micro_batches, step=state.step, lr=last_lr(self.optimizer), in_row=state.skipped_in_row
-            )
+            self.faults.note_skipped_step(micro_batches, state, lr=last_lr(self.optimizer))
 
     def _log(self, seconds: float, waited: float) -> None:
         """Shows the step; every ``LOG_INTERVAL`` steps records the mean loss since the last time."""
@@ -413,6 +411,7 @@ class Trainer:
     def _unless_stopped(self) -> None:
         if self.stop.signum is not None:
             raise _Stopped
+        self.processes.check()
 
     def _val_loader(self) -> Any:
         fabric, dataset = self.fabric, self.eval_dataset

@@ -78,7 +78,7 @@ class Watchdog:
     def __init__(self, board: int, control: int, signals: int, pid: int) -> None:
         self.pid = pid
         self.rank, self.world, self.host, self.token = 0, 1, "", None
-        self.why, self.speaks = "", True
+        self.why, self.speaks, self.silence = "", True, SILENCE
         self.activity = _activity()
         self.board = self.activity.Board(board)
         self.control = Line(socket.socket(fileno=control))
@@ -121,6 +121,7 @@ class Watchdog:
         for message in messages:
             if "rank" in message:
                 self.rank, self.world, self.host = message["rank"], message["world"], message["host"]
+                self.silence, self.token = message["silence"], message["token"]
                 if self.rank == 0 and self.world > 1:
                     self._listen()
             elif "join" in message:
@@ -154,8 +155,8 @@ class Watchdog:
         if self.deadline is not None:
             return
         for rank, line in [*self.peers.items()]:
-            if rank not in self.done and now - line.heard > SILENCE:
-                self._fail(f"process {rank} has given no sign of life for {SILENCE:.0f} s", dead=rank)
+            if rank not in self.done and now - line.heard > self.silence:
+                self._fail(f"process {rank} has given no sign of life for {self.silence:.0f} s", dead=rank)
         readers = [self.board.read(slot) for slot in range(1, 1 + self.activity.READERS)]
         own = self.board.read(0)
         changes = own.changes + sum(reader.changes for reader in readers)
@@ -163,16 +164,17 @@ class Watchdog:
             self.changes, self.changed = changes, now
         if self.world > 1 and self._is_stopped():
             self.stopped_since = self.stopped_since or now
-            if now - self.stopped_since > SILENCE:
-                return self._fail(f"{self._name()} has been stopped by a signal for {SILENCE:.0f} s", stuck=True)
+            if now - self.stopped_since > self.silence:
+                return self._fail(f"{self._name()} has been stopped by a signal for {self.silence:.0f} s", stuck=True)
         else:
             self.stopped_since = None
             if own.allowed and now - self.changed > own.allowed:
-                self._fail(self._complaint(own, readers, now), stuck=True)
+                # one whose readers hang can end by itself, and save before
+                self._fail(self._complaint(own, readers, now), stuck=own.text != self.activity.WAITING)
 
     def _complaint(self, own: Any, readers: list[Any], now: float) -> str:
         busy = [reader for reader in readers if reader.pid and reader.text.startswith("reading ")]
-        oldest = min(busy, key=lambda reader: reader.since) if busy and "images" in own.text else own
+        oldest = min(busy, key=lambda reader: reader.since) if busy and own.text == self.activity.WAITING else own
         return f"{self._name()} has been {oldest.text} for {now - oldest.since:.0f} s"
 
     def _name(self) -> str:

@@ -79,7 +79,7 @@ class ClassificationMetric(Metric):
         self.correct += torch.bincount(targets[hits[:, 0]], minlength=len(self.correct))
         self.predicted += torch.bincount(top[:, 0], minlength=len(self.predicted))
         self.correct_top5 += hits.any(dim=1).sum()
-        self.loss_sum += F.cross_entropy(logits, targets, reduction="sum").double()
+        self.loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
         if indices is not None and not self.distributed:
             probabilities = logits.softmax(dim=1)
             confidence, predicted = probabilities.max(dim=1)

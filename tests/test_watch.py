@@ -1,0 +1,201 @@
+"""Nothing hangs: whoever does not get on is named, all processes end, and the run goes on from where it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runs import command, start, state, wait_for
+
+PATIENCE = 4  # seconds
+LONG = ["schedule.epochs=2000", f"engine.stall_seconds={PATIENCE}", "optim.global_batch=16", "optim.batch_size=4"]
+TWO = ["engine.devices=2"]
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and so on of a process; empty where there is none."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal() and (fields := stat(int(path.name))):
+            children.setdefault(int(fields[1]), []).append(int(path.name))
+    found = [pid]
+    for member in found:
+        found += children.get(member, [])
+    return found
+
+
+def training(pid: int) -> list[int]:
+    """The training processes of a run, the first one first."""
+    own = [member for member in family(pid) if int(stat(member)[1]) in (pid, os.getpid())]
+    return [member for member in own if b"--recipe" in (Path("/proc") / str(member) / "cmdline").read_bytes()]
+
+
+class Run:
+    """A run in progress that has been evaluated once."""
+
+    def __init__(self, data: Path, out: Path, *settings: str, program: str = "") -> None:
+        words, self.out = command(data, out, *LONG, *settings), out
+        if program:
+            words[1:3] = [program]
+        self.process = start(words)
+        wait_for(self.process, out)
+        self.members = family(self.process.pid)
+        self.ranks = training(self.process.pid)
+
+    def end(self, seconds: float = 30) -> str:
+        """Its last words; nothing of it is left, and its newest checkpoint can be read."""
+        began = time.monotonic()
+        _, errors = self.process.communicate(timeout=60)
+        assert time.monotonic() - began < seconds
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in self.members if stat(pid) and stat(pid)[0] != "Z"]:
+            assert time.monotonic() < deadline, [(pid, stat(pid)[0]) for pid in left]
+            time.sleep(0.1)
+        assert self.process.returncode != 0 and "Traceback" not in errors and "frame #" not in errors, errors
+        lines = [line for line in errors.splitlines() if "error" in line]
+        assert len(lines) == 1 and lines[0].startswith("error: ") and "--resume" in lines[0], errors
+        self.saved = state(self.out)["position"]["step"]
+        return lines[0]
+
+
+HANGING = """
+import ctypes, os, pathlib
+import conv2former_cli
+from conv2former.data.loading import KeyedDataset
+original, marker = KeyedDataset.__getitem__, pathlib.Path({marker!r})
+def read(self, index):
+    while self.source.name(index) == {victim!r} and marker.exists():
+        lock = ctypes.create_string_buffer(64)
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+        ctypes.CDLL(None).pthread_mutex_lock(lock)  # for ever, as in a file system that does not answer
+    return type(self).own_read(self, index)
+def getitem(self, key):
+    if not hasattr(type(self), "own_read"):
+        type(self).own_read, type(self).read = type(self).read, read
+    return original(self, key)
+KeyedDataset.__getitem__ = getitem
+conv2former_cli.main()
+"""
+VICTIM = "digit-2/0002.png"
+
+
+def hanging(tmp_path: Path, data: Path, *settings: str) -> Run:
+    """A run in which the next look at an image takes for ever."""
+    marker = tmp_path / "hang"
+    (program := tmp_path / "hanging.py").write_text(HANGING.format(marker=str(marker), victim=VICTIM))
+    run = Run(data, tmp_path / "run", *settings, program=str(program))
+    marker.touch()
+    return run
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_that_takes_for_ever_is_named(data: Path, tmp_path: Path, readers: int, processes: int) -> None:
+    run = hanging(tmp_path, data, f"data.workers={readers}", f"engine.devices={processes}")
+    who = r"process \d" if processes > 1 else "the training"
+    assert re.search(rf"{who} has been reading {VICTIM} for \d+ s; .*--resume", run.end())
+    assert run.saved >= 4 or not readers, "a process that only waits for images still saves"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_stopped_is_named(data: Path, tmp_path: Path, victim: int) -> None:
+    run = Run(data, tmp_path / "run", *TWO)
+    os.kill(run.ranks[victim], signal.SIGSTOP)
+    assert f"process {victim} has been stopped by a signal for {PATIENCE} s" in run.end()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_machine_that_is_gone_is_noticed(data: Path, tmp_path: Path, victim: int) -> None:
+    """A process stopped with all that it has started, its watchdog too, gives no sign of life."""
+    run = Run(data, tmp_path / "run", *TWO)
+    others = family(run.ranks[1])
+    for pid in others if victim else set(run.members) - {*others}:
+        os.kill(pid, signal.SIGSTOP)
+    assert f"process {victim} has given no sign of life for {PATIENCE} s" in run.end()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_is_named(data: Path, tmp_path: Path, victim: int) -> None:
+    run = Run(data, tmp_path / "run", *TWO, "data.workers=1")
+    os.kill(run.ranks[victim], signal.SIGKILL)
+    assert f"process {victim} was killed" in run.end(seconds=15)
+
+
+HOLDING = """
+import ctypes, sys, pathlib
+import conv2former_cli
+from conv2former.engine.trainer import Trainer
+original = Trainer._step
+def step(self, *args):
+    original(self, *args)
+    if self.state.step == {step} and self.fabric.global_rank == self.fabric.world_size - 1:
+        ctypes.PyDLL(None).sleep(1000)  # the interpreter's lock is held meanwhile
+Trainer._step = step
+conv2former_cli.main()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_lock_that_is_never_given_back(data: Path, tmp_path: Path, processes: int) -> None:
+    (program := tmp_path / "holding.py").write_text(HOLDING.format(step=30))
+    arguments = command(data, tmp_path / "run", *LONG, f"engine.devices={processes}")
+    arguments[1:3] = [str(program)]
+    process = start(arguments)
+    began, (_, errors) = time.monotonic(), process.communicate(timeout=100)
+    assert process.returncode and time.monotonic() - began < 60
+    lines = [line for line in errors.splitlines() if "error" in line]
+    assert len(lines) == 1 and "has been writing metrics for" in lines[0], errors
+    assert state(tmp_path / "run")["position"]["step"] >= 28
+
+
+def test_a_second_interrupt_ends_a_process_that_hangs(data: Path, tmp_path: Path) -> None:
+    run = hanging(tmp_path, data, "data.workers=0", "engine.stall_seconds=1000")
+    time.sleep(2)
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert "was interrupted twice" in run.end(seconds=10)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_met_while_images_are_waited_for(data: Path, tmp_path: Path, signum: int) -> None:
+    run = hanging(tmp_path, data, "data.workers=1", "engine.stall_seconds=1000")
+    time.sleep(2)
+    os.kill(run.process.pid, signum)
+    _, errors = run.process.communicate(timeout=30)
+    assert run.process.returncode in (75, 130) and "state saved" in errors.splitlines()[-1], errors
+
+
+def can_mount() -> bool:
+    """Whether this process may make a file system of its own."""
+    return (
+        subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not can_mount(), reason="needs user namespaces")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shared_memory_that_is_too_small_is_one_line(data: Path, tmp_path: Path, processes: int) -> None:
+    settings = ["data.workers=2", "data.input_size=160", "optim.batch_size=16", f"engine.devices={processes}"]
+    words = command(data, tmp_path / "run", *LONG[:2], *settings)
+    script = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
+    answer = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *words], capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
+    assert re.search(r"^error: (/dev/shm|.*of /dev/shm).*--shm-size", answer.stderr.splitlines()[-1]), answer.stderr
