@@ -92,3 +92,34 @@ def wait_for(process: subprocess.Popen, out: Path, what: str = '"kind": "epoch"'
 def signal_all(process: subprocess.Popen, signum: int) -> None:
     """As a terminal or a scheduler does: to the workers too."""
     os.killpg(process.pid, signum)
+
+
+def hooked(arguments: list[str]) -> list[str]:
+    """The same command with the faults of ``hooked.py``."""
+    return [arguments[0], str(Path(__file__).with_name("hooked.py")), *arguments[3:]]
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and so on of a process; empty where there is none."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal() and (fields := stat(int(path.name))):
+            children.setdefault(int(fields[1]), []).append(int(path.name))
+    found = [pid]
+    for member in found:
+        found += children.get(member, [])
+    return found
+
+
+def training(pid: int) -> list[int]:
+    """The training processes of a run, the first one first."""
+    own = [member for member in family(pid) if int(stat(member)[1]) in (pid, os.getpid())]
+    return [member for member in own if b"--recipe" in (Path("/proc") / str(member) / "cmdline").read_bytes()]

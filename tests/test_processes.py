@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from conv2former.engine.batch import plan_batch, recorded_batch
+from conv2former.engine.resuming import resumed_batch
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
 from conv2former.engine.train import train
+from conv2former.errors import UserError
 from digits import tiny_recipe, write_digits
-from runs import EVERYTHING, TIMING, command, signal_all, start, state, wait_for, weights
+from runs import EVERYTHING, TIMING, command, signal_all, start, state, stopped_run, wait_for, weights
 from scenes import write_coco
 
 # the same sixteen images per step, however they are dealt out
@@ -93,6 +97,66 @@ def test_accumulation_is_the_large_batch(uneven: Path, tmp_path: Path, settings:
     losses = [[row["loss"] for row in RunDir(tmp_path / name).rows("step")] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE if settings else 0.05)
     assert losses[0] != losses[1] or settings
+
+
+ELASTIC = [*EVERYTHING, "optim.batch_size=4", "optim.global_batch=16", "optim.clip_grad=1", "engine.precision=64"]
+
+
+def assert_equal_in_double(mine: Path, theirs: Path) -> None:
+    """To 1e-9: the same images, augmentation, MixUp, drop path and running statistics; sums have another order."""
+    for row, other in zip(RunDir(mine).rows(), RunDir(theirs).rows(), strict=True):
+        for key in row.keys() - TIMING - {"kind"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-9), key
+    for name, tensor in weights(mine).items():
+        torch.testing.assert_close(tensor, weights(theirs)[name], rtol=1e-9, atol=1e-9)
+
+
+def go_on(out: Path, processes: int, *settings: str) -> list[str]:
+    program = [sys.executable, "-m", "conv2former_cli", "train", f"--out={out}", "--resume"]
+    return [*program, f"--set=engine.devices={processes}", *(f"--set={setting}" for setting in settings)]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_recipe(*ELASTIC), data=data, out=tmp_path / "whole")
+    stopped_run(tiny_recipe(*ELASTIC), data, tmp_path / "parts", monkeypatch)
+    run(go_on(tmp_path / "parts", 2))
+    assert_equal_in_double(tmp_path / "whole", tmp_path / "parts")
+    assert not (tmp_path / "parts" / "recipes").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_run_goes_on_with_four_two_and_one_process(data: Path, tmp_path: Path, readers: int) -> None:
+    settings = [*ELASTIC, "schedule.epochs=25", f"data.workers={readers}"]
+    run(command(data, tmp_path / "whole", *settings))
+    process = start(command(data, tmp_path / "parts", *settings, "engine.devices=4"))
+    for count, processes in ((2, 1), (7, 2), (13, 4), (19, 2)):
+        wait_for(process, tmp_path / "parts", count=count)
+        signal_all(process, signal.SIGTERM)
+        assert process.communicate(timeout=60)[0] is None and process.returncode == RESUME_ME
+        process = start(go_on(tmp_path / "parts", processes))
+    assert not process.wait(timeout=120)
+    assert len(RunDir(tmp_path / "whole").rows("epoch")) == 25
+    assert_equal_in_double(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    run_dir, recipe = RunDir(tmp_path), tiny_recipe(*ELASTIC)
+    now = recorded_batch(plan_batch(recipe, world=2))
+    share = functools.partial(resumed_batch, run_dir, own=recipe, recipe=recipe, force=False)
+    assert [share(dict(processes=2, batch=now), world=n).accumulate for n in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match=r"with 3: an optimizer step has 4 micro-batches; resume it on 1, 2, 4, or"):
+        share(dict(processes=2, batch=now), world=3)
+    synchronised = tiny_recipe(*ELASTIC, "engine.sync_batchnorm=true")
+    with pytest.raises(UserError, match=r"engine.sync_batchnorm normalises over .*; resume it on 2, or"):
+        share(dict(processes=2, batch=now), world=1, own=synchronised, recipe=synchronised)
+    # runs of versions before: the random choices of one process are the same, those of several are the processes' own
+    assert share(dict(processes=1), world=4).key(0, 3) == (3, 0)
+    assert share(dict(processes=2), world=2).key(1, 1) == (1, 1)
+    with pytest.raises(UserError, match=r"version of the package .*; resume it on 2, or"):
+        share(dict(processes=2), world=1)
 
 
 @pytest.mark.slow

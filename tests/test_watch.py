@@ -12,47 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, start, state, wait_for
+from runs import command, family, hooked, start, stat, state, training, wait_for
 
 PATIENCE = 4  # seconds
 LONG = ["schedule.epochs=2000", f"engine.stall_seconds={PATIENCE}", "optim.global_batch=16", "optim.batch_size=4"]
 TWO = ["engine.devices=2"]
 
 
-def stat(pid: int) -> list[str]:
-    """State, parent and so on of a process; empty where there is none."""
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it has started."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdecimal() and (fields := stat(int(path.name))):
-            children.setdefault(int(fields[1]), []).append(int(path.name))
-    found = [pid]
-    for member in found:
-        found += children.get(member, [])
-    return found
-
-
-def training(pid: int) -> list[int]:
-    """The training processes of a run, the first one first."""
-    own = [member for member in family(pid) if int(stat(member)[1]) in (pid, os.getpid())]
-    return [member for member in own if b"--recipe" in (Path("/proc") / str(member) / "cmdline").read_bytes()]
-
-
 class Run:
     """A run in progress that has been evaluated once."""
 
-    def __init__(self, data: Path, out: Path, *settings: str, program: str = "") -> None:
-        words, self.out = command(data, out, *LONG, *settings), out
-        if program:
-            words[1:3] = [program]
-        self.process = start(words)
+    def __init__(self, data: Path, out: Path, *settings: str, **hooks: str) -> None:
+        self.out, self.process = out, start(hooked(command(data, out, *LONG, *settings)), env=os.environ | hooks)
         wait_for(self.process, out)
         self.members = family(self.process.pid)
         self.ranks = training(self.process.pid)
@@ -73,33 +44,15 @@ class Run:
         return lines[0]
 
 
-HANGING = """
-import ctypes, os, pathlib
-import conv2former_cli
-from conv2former.data.loading import KeyedDataset
-original, marker = KeyedDataset.__getitem__, pathlib.Path({marker!r})
-def read(self, index):
-    while self.source.name(index) == {victim!r} and marker.exists():
-        lock = ctypes.create_string_buffer(64)
-        ctypes.CDLL(None).pthread_mutex_lock(lock)
-        ctypes.CDLL(None).pthread_mutex_lock(lock)  # for ever, as in a file system that does not answer
-    return type(self).own_read(self, index)
-def getitem(self, key):
-    if not hasattr(type(self), "own_read"):
-        type(self).own_read, type(self).read = type(self).read, read
-    return original(self, key)
-KeyedDataset.__getitem__ = getitem
-conv2former_cli.main()
-"""
 VICTIM = "digit-2/0002.png"
 
 
 def hanging(tmp_path: Path, data: Path, *settings: str) -> Run:
     """A run in which the next look at an image takes for ever."""
     marker = tmp_path / "hang"
-    (program := tmp_path / "hanging.py").write_text(HANGING.format(marker=str(marker), victim=VICTIM))
-    run = Run(data, tmp_path / "run", *settings, program=str(program))
-    marker.touch()
+    run = Run(data, tmp_path / "run", *settings, HOOK_HANG=str(marker))
+    (tmp_path / "name").write_text(VICTIM)
+    (tmp_path / "name").rename(marker)
     return run
 
 
@@ -136,26 +89,10 @@ def test_a_process_that_is_killed_is_named(data: Path, tmp_path: Path, victim: i
     assert f"process {victim} was killed" in run.end(seconds=15)
 
 
-HOLDING = """
-import ctypes, sys, pathlib
-import conv2former_cli
-from conv2former.engine.trainer import Trainer
-original = Trainer._step
-def step(self, *args):
-    original(self, *args)
-    if self.state.step == {step} and self.fabric.global_rank == self.fabric.world_size - 1:
-        ctypes.PyDLL(None).sleep(1000)  # the interpreter's lock is held meanwhile
-Trainer._step = step
-conv2former_cli.main()
-"""
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_lock_that_is_never_given_back(data: Path, tmp_path: Path, processes: int) -> None:
-    (program := tmp_path / "holding.py").write_text(HOLDING.format(step=30))
-    arguments = command(data, tmp_path / "run", *LONG, f"engine.devices={processes}")
-    arguments[1:3] = [str(program)]
-    process = start(arguments)
+    arguments = hooked(command(data, tmp_path / "run", *LONG, f"engine.devices={processes}"))
+    process = start(arguments, env=os.environ | dict(HOOK_HOLD="30"))
     began, (_, errors) = time.monotonic(), process.communicate(timeout=100)
     assert process.returncode and time.monotonic() - began < 60
     lines = [line for line in errors.splitlines() if "error" in line]

@@ -10,6 +10,7 @@ import atexit
 import functools
 import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
@@ -239,6 +240,7 @@ def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options
 
 def _start_worker(worker: int, *, board: activity.Board | None, first: int) -> None:
     signal.set_wakeup_fd(-1)  # the training process's
+    sys.excepthook = _unless_disconnected
     activity.announce(board, activity.slot(first + worker))
     activity.doing("waiting for work")
     # Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group; the training process stops the workers
@@ -246,6 +248,12 @@ def _start_worker(worker: int, *, board: activity.Board | None, first: int) -> N
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _unless_disconnected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Nobody needs the traceback of a reader whose training process is gone."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _kill_workers() -> None:

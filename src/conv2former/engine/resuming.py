@@ -88,7 +88,10 @@ def resumed_batch(
     # with one process, the random choices of before are those of now
     recorded = facts.get("batch") or recorded_batch(replace(before, keys=1 if then > 1 else KEYS))
     parts = recorded["micro_batches"]
-    fitting, reason = [count for count in range(1, parts + 1) if parts % count == 0], f"{parts} micro-batches a step"
+    fitting, reason = (
+        [count for count in range(1, parts + 1) if parts % count == 0],
+        f"an optimizer step has {parts} micro-batches",
+    )
     if recorded["keys"] == 1:
         reason, fitting = "its version of the package bound random choices to the process", [then]
     elif own.engine.sync_batchnorm:
@@ -97,8 +100,8 @@ def resumed_batch(
         return BatchPlan(recorded["images"], world, parts // world, recorded["keys"])
     if not force:
         raise UserError(
-            f"the run in {run.path} was started with processes {then}, now they are {world}: {reason}; resume it on "
-            f"{some([*map(str, fitting)])}, or add --force to go on with other random choices"
+            f"the run in {run.path} was started on {then} processes and cannot go on with {world}: {reason}; resume it "
+            f"on {some([*map(str, fitting)])}, or add --force to go on with other random choices"
         )
     return plan_batch(recipe, world=world)
 

@@ -72,8 +72,8 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
         self.steps = 0 if recipe.model.fit_head == "only" else recipe.schedule.total(self.steps_per_epoch)
         # a head that was fitted is evaluated before the first step: nothing that comes may end below it
-        evaluated = -1 if recipe.model.fit_head else 0
-        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=evaluated, keys=batch.keys)
+        first = -1 if recipe.model.fit_head else 0
+        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=first, keys=batch.keys)
         engine = recipe.engine
         if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
             task.model.to(memory_format=torch.channels_last)
