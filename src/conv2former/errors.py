@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 
+LONGEST = 2000  # characters of a message
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
 
@@ -15,8 +17,13 @@ class UserError(ValueError):
     """A mistake in what the user gave: a path, an image, a checkpoint, an option.
 
     The message is one line that says what is wrong and what to do about it. The command line prints it without a
-    traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback.
+    traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback. What it
+    quotes of files is escaped and cut short (``printable``), so that it stays one line.
     """
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -48,6 +55,13 @@ def one_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shortened(value: object) -> str:
+    """The beginning of a value as Python writes it; a value from a file may be long, wide and deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def say(line: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
+from torch.func import functional_call
 
 from conv2former.checkpoints.weights import Weights, copy_weights, open_weights
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line, say_once
-from conv2former.tasks.backbone import RESERVED
+from conv2former.models.meta import check_args
+from conv2former.tasks.backbone import RESERVED, created
 
 
 def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any], bool]:
@@ -31,14 +35,9 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
     weights = open_weights(section)
     args = (weights.args if weights else {}) | section.args
     rates = (("drop_path_rate", section.drop_path_rate), ("drop_rate", section.drop_rate))
-    reserved = sorted(RESERVED & args.keys())
-    if reserved:
-        raise UserError(f"model.args cannot hold {', '.join(reserved)}: weights are given as model.weights")
+    check_args(args, "model.args", reserved=RESERVED)
     options: dict[str, Any] = args | {key: rate for key, rate in rates if rate}  # not every timm model takes both
-    try:
-        network = timm.create_model(section.name, num_classes=len(classes), **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
+    network = created(section.name, num_classes=len(classes), **options)
     new = _new_classifier(weights, network, classes) if weights else {}
     if weights:
         say_once(copy_weights(weights, network, new=new))
@@ -72,3 +71,32 @@ def class_names(model: Any) -> list[str]:
     if subset:
         return list(ImageNetInfo(subset).label_names())
     return [str(index) for index in range(model.num_classes)]
+
+
+@torch.no_grad()
+def check_answers(model: Any, config: Mapping[str, Any], what: str) -> None:
+    """Refuses a classifier that does not answer to the images that its own preprocessing makes.
+
+    It runs on the meta device, without numbers; a network that cannot is not checked.
+
+    Args:
+        model: A timm classifier.
+        config: timm's data configuration.
+        what: What messages call it.
+
+    Raises:
+        UserError: It takes no such images, or gives no number for each class.
+    """
+    images = torch.zeros(1, 3, *config["input_size"][1:], device="meta")
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.to("meta") for name, tensor in state.items()}
+    try:
+        shape = functional_call(model, state, (images,), tie_weights=False).shape
+    except NotImplementedError:
+        return
+    except Exception as error:
+        if "meta" in str(error):
+            return
+        raise UserError(f"{what} does not take the images that its preprocessing makes: {one_line(error)}") from None
+    if shape != (1, model.num_classes) or len(config["mean"]) not in (1, 3):
+        raise UserError(f"{what} does not make one number for each class of RGB images: save the model again")
