@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import socket
 import tarfile
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from PIL import Image
 
 from conv2former.checkpoints import load_pretrained, save_pretrained
 from conv2former.checkpoints.weights import saved_weights
+from conv2former.data.images import BadImage, decode
 from conv2former.errors import UserError
 from conv2former.files import MOST_BYTES, MOST_LINE, parse_json, parse_yaml, read_lines
 from conv2former.recipes.load import load_recipe
 from conv2former.tasks import load, task_class
 from conv2former.tasks.classification.archives import ShardSource
 from conv2former.tasks.classification.network import build_model
+from conv2former.tasks.classification.sources import HfdsSource
 from conv2former.tasks.detection.coco import CocoSource
 from scenes import small_detector, small_segmenter, write_coco
 
@@ -324,3 +327,31 @@ def test_annotations_name_images_below_their_folder_alone(name: str, tmp_path: P
     content["images"][0]["file_name"] = name.format(tmp_path)
     file.write_text(json.dumps(content))
     assert "are not in" in one_line_or_fine(lambda: CocoSource(root / "train2017", file))
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../secret.png", "{}/secret.png", "{}/data/../secret.png", "\0"])
+def test_rows_name_files_below_their_dataset_alone(path: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "own.png")
+    rows = [dict(path=name, bytes=None) for name in (path.format(tmp_path), "own.png", f"{tmp_path}/data/own.png")]
+    table = datasets.Dataset.from_dict(dict(image=rows, label=[0, 1, 1]))
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    source = HfdsSource(tmp_path / "data", "train")
+    message = one_line_or_fine(lambda: source.load(0))
+    assert "outside of the dataset" in message or ("\0" in path and message)
+    assert source.load(1).size == source.load(2).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "text", ["root:x:0:0:root", "password=hunter2", "P6 hunter2 1 1", "P3\n# a\nhunter2", "<svg>hunter2"]
+)
+def test_what_is_no_image_is_not_quoted(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text(text)
+    for content in (tmp_path / "a.png", text.encode()):
+        with pytest.raises(BadImage) as error:
+            decode(content, name="a.png")
+        assert not {"root", "password", "hunter2"} & set(
+            re.findall(r"\w+", str(error.value).replace(str(tmp_path), ""))
+        )
