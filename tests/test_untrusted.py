@@ -18,10 +18,12 @@ import torch
 import yaml
 from PIL import Image
 
+from command import run_command
 from conv2former.checkpoints import load_pretrained, save_pretrained
 from conv2former.checkpoints.weights import saved_weights
 from conv2former.data.images import BadImage, decode
-from conv2former.errors import UserError
+from conv2former.engine.progress import TrainingProgress
+from conv2former.errors import UserError, in_markdown, say, tell
 from conv2former.files import MOST_BYTES, MOST_LINE, parse_json, parse_yaml, read_lines
 from conv2former.recipes.load import load_recipe
 from conv2former.tasks import load, task_class
@@ -29,6 +31,7 @@ from conv2former.tasks.classification.archives import ShardSource
 from conv2former.tasks.classification.network import build_model
 from conv2former.tasks.classification.sources import HfdsSource
 from conv2former.tasks.detection.coco import CocoSource
+from conv2former_cli.common import print_table
 from scenes import small_detector, small_segmenter, write_coco
 
 RED = "\x1b[31m\nerror: all is well"
@@ -355,3 +358,83 @@ def test_what_is_no_image_is_not_quoted(text: str, tmp_path: Path) -> None:
         assert not {"root", "password", "hunter2"} & set(
             re.findall(r"\w+", str(error.value).replace(str(tmp_path), ""))
         )
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+EVIL = "\x1b[2J\x9b31m\u202e\rx\nerror: all is well <script>alert(1)</script> | [here](http://127.0.0.1) `code` *b* _i_"
+RAW = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def test_a_name_in_markdown_is_shown_as_it_is() -> None:
+    html = (
+        pytest.importorskip("markdown_it")
+        .MarkdownIt()
+        .enable(["table", "strikethrough"])
+        .render(f"Of {in_markdown(EVIL)} here")
+    )
+    assert "<script" not in html and "<a " not in html and "<code" not in html and "<em" not in html
+    assert html.count("<p>") == 1 and "conv2former_t" in in_markdown("conv2former_t")
+
+
+def test_lines_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"skipping {EVIL}")
+    tell(EVIL, "second")
+    print_table(["a", EVIL], [[EVIL, "b"]])
+    progress = TrainingProgress(2, 1, global_batch=1, start=0)
+    progress.say([EVIL, EVIL])
+    progress.live = True
+    progress.say(EVIL)
+    output = capsys.readouterr()
+    assert not RAW.search(output.out + output.err) and "\nerror:" not in output.out + output.err
+    assert output.out.count("\n") == 4
+
+
+@pytest.fixture(scope="module")
+def evil_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders whose names are not to be trusted."""
+    root = tmp_path_factory.mktemp("evil")
+    for name in (EVIL.replace("/", ":"), "plain"):
+        (root / name).mkdir()
+        for number in range(6):
+            Image.effect_noise((32, 32), 20 + number).convert("RGB").save(root / name / f"{number}{EVIL[:12]}.png")
+    (root / "plain" / f"bad{EVIL[:20]}.png").write_text("hunter2")
+    return root
+
+
+def test_names_of_classes_and_files_reach_no_terminal_and_no_card(
+    evil_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(dict(base="quickstart", name=EVIL, data=dict(source="folder", val_fraction=0.3))))
+    options = ["--data", evil_images, "--set", "data.on_bad_image=skip", "--set", "schedule.epochs=1"]
+    options += ["--set", "optim.batch_size=2", "--set", "schedule.warmup_epochs=0"]
+    for arguments in (
+        ["train", "--recipe", recipe, *options, "--dry-run", "--verbose"],
+        ["train", "--recipe", recipe, *options, "--out", out],
+        ["evaluate", out, "--on-bad-image", "skip"],
+        ["evaluate", out, "--data", evil_images],
+        ["predict", out, evil_images],
+        ["predict", out, evil_images / EVIL[:10]],
+        ["explain", "maps", out, evil_images / "plain", "--out", tmp_path / "maps"],
+        ["export", out, "--format", "torch", "--out", tmp_path / "exported"],
+        ["train", "--recipe", recipe, "--data", tmp_path / EVIL[:10], "--out", tmp_path / "other"],
+        ["train", "--recipe", EVIL],
+        ["train", "--recipe", "quickstart", "--set", f"model.args.x={EVIL}", "--out", tmp_path / "other"],
+        ["plot", out, tmp_path / EVIL[:10]],
+        ["demo", EVIL],
+        ["benchmark", EVIL],
+    ):
+        run_command(monkeypatch, *arguments)
+        output = capfd.readouterr()
+        for text in (output.out, output.err):
+            assert not RAW.search(text), (arguments[0], RAW.search(text), text)
+            assert "\nerror: all is well" not in text and "Traceback" not in text, (arguments[0], text)
+    text = (out / "best" / "README.md").read_text() + (tmp_path / "exported" / "README.md").read_text()
+    assert (
+        not RAW.search(text)
+        and "<script" not in text
+        and "](http" not in text.replace("\\]", "")
+        and "\nerror" not in text
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import reprlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 LONGEST = 2000  # characters of a message
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
@@ -64,10 +65,27 @@ def shortened(value: object) -> str:
     return short.repr(value)
 
 
-def say(line: str) -> None:
-    """Prints a line to stderr. That nobody reads any more is no reason to end a training."""
+def in_markdown(text: object) -> str:
+    """A text, whoever has written it, as Markdown that shows it as it is, on one line and also in a table."""
+    shown = printable(str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = shown.replace("://", "&#58;//").replace("www.", "www&#46;")  # no links either
+    return re.sub(r"([\\`*\[\]|!~$])|(?<![^\W_])_|_(?![^\W_])", lambda mark: "\\" + mark[0], shown)
+
+
+def markdown_row(cells: Iterable[object]) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(map(in_markdown, cells))} |"
+
+
+def tell(*lines: str) -> None:
+    """Prints lines to stdout, each of them one line whatever it quotes."""
+    print(*map(printable, lines), sep="\n")
+
+
+def say(*lines: str) -> None:
+    """Prints lines to stderr, as ``tell`` does. That nobody reads any more is no reason to end a training."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     except (OSError, ValueError):  # a reader, a terminal or a connection that is gone
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

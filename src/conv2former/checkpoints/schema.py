@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from conv2former.config import MOST_SIDE
 from conv2former.errors import printable, shortened
@@ -12,9 +12,20 @@ from conv2former.models.meta import check_args
 
 MOST_CLASSES = 1 << 20
 
+MOST_OF_A_NAME = 10_000  # characters of a class's name, a path, a version
+
+
+def _name(value: Any) -> Any:
+    # pydantic's own texts refuse the undecodable bytes that names of files may hold
+    if not isinstance(value, (str, int)) or len(str(value)) > MOST_OF_A_NAME:
+        raise ValueError(f"a text of at most {MOST_OF_A_NAME:,} characters is needed")
+    return value
+
+
+Name = Annotated[Any, AfterValidator(_name)]
 Number = Annotated[int, Field(ge=0, le=MOST_CLASSES)]
 Text = Annotated[str, Field(max_length=1000)]
-Names = Annotated[list[Text | int], Field(max_length=MOST_CLASSES)] | dict[Text, Text | int]
+Names = Annotated[list[Name], Field(max_length=MOST_CLASSES)] | dict[Name, Name]
 Size = tuple[
     Annotated[int, Field(ge=1, le=1024)],
     Annotated[int, Field(ge=1, le=MOST_SIDE // 2)],

@@ -6,7 +6,6 @@ Gradio gets images to the server and HTML back to the page, and nothing more: wh
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from conv2former.data.images import BadImage, decode
-from conv2former.errors import UserError
+from conv2former.errors import UserError, say
 from conv2former.tools.demo import results
 from conv2former.tools.demo.models import Models
 
@@ -83,7 +82,7 @@ class Answers:
             try:
                 model = self.models.get(name)
             except UserError as error:  # which says where the model lies
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say(f"error: {error}")
                 return results.paragraph("error", UNUSABLE)
             return results.answer(name, model.note, model.look(image, maps=maps))
         except Exception:
@@ -92,7 +91,7 @@ class Answers:
 
 def _reported() -> str:
     """Prints the error of now for whoever runs the demo, and gives a sentence for who looks at the page."""
-    print(traceback.format_exc(), file=sys.stderr, flush=True)
+    say(*traceback.format_exc().split("\n"))
     return OUR_FAULT
 
 
