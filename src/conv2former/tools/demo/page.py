@@ -22,7 +22,7 @@ from conv2former.tools.demo.models import Models
 MOST_IMAGES = 16  # of one answer
 KEPT_SECONDS = 1800  # that an upload is kept
 SWEEP_SECONDS = 60  # between two looks for older ones
-WAITING = 20  # requests, before others are turned away
+WAITING = 500  # requests, before others are turned away; the page shows everyone's place
 OUR_FAULT = "Something went wrong here: the terminal that runs the demo says what."
 UNUSABLE = "This model cannot be used: the terminal that runs the demo says why."
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
@@ -126,8 +126,13 @@ def build_page(answers: Answers) -> gr.Blocks:
             trigger_mode="always_last",
             concurrency_limit=1,  # two at a time would spoil each other's times
         )
+        page.unload(_nothing)  # for which the page keeps a stream open, by which the gate knows that it is there
         page.queue(max_size=WAITING)
     return page
+
+
+def _nothing() -> None:
+    pass
 
 
 def mounted(page: gr.Blocks) -> Any:
@@ -148,5 +153,6 @@ def mounted(page: gr.Blocks) -> Any:
         mcp_server=False,
         pwa=False,
     )
+    app.state.functions = {index: len(fn.inputs) for index, fn in page.fns.items() if fn.inputs}  # for the gate
     page.has_launched = True  # else Gradio's own check of which files a request may name is off
     return app
