@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conv2former.errors import UserError, in_markdown, markdown_row, one_line
+from conv2former.errors import UserError, in_markdown, one_line
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.jobs import Job, Request
@@ -117,7 +117,7 @@ def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -
 def to_markdown(request: Request, table: PaperTable, found: Sequence[Line], done: dict[str, dict[str, Any]]) -> str:
     """The table for a document, its head above it."""
     marks = ["---", *["---:"] * (len(COLUMNS) - 1)]
-    rows = [markdown_row(row) for row in (COLUMNS, marks, *cells(found))]
+    rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *cells(found))]
     return "\n".join([head(request, table, done), "", *rows, ""])
 
 
