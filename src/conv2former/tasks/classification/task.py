@@ -99,7 +99,8 @@ class ClassificationTask(Task):
     def load(cls, path: Path) -> Self:
         """A classifier in timm's layout; raises UserError."""
         task = cls.of(checkpoints.load_pretrained(path), name=str(path))
-        check_answers(task.model, task.data_config, str(path))
+        args = checkpoints.saved_config(path).get("model_args", {})
+        check_answers(task.model, task.data_config, args, str(path))
         return task
 
     @classmethod
