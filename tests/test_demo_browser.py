@@ -122,8 +122,8 @@ def test_damaged_and_hostile_files(page: Visit, tmp_path: Path) -> None:
     for name, words in {
         "cut.png": "It is a damaged or unusual PNG file",
         "bomb.png": "60000 x 60000 pixels are more than the limit of 4,000,000.",
-        "text.png": "It is no image but text that begins with '<script>alert(1)</script>",
-        "drawing.svg": 'It is no image but text that begins with "<svg',
+        "text.png": "It is no image but text",
+        "drawing.svg": "It is no image but text, SVG or other XML",
         "empty.jpg": "It is empty.",
         "large.png": "Its 0.5 MB are more than the limit of 0.5 MB.",
     }.items():

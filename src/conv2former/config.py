@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -19,9 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from conv2former.errors import UserError, nearest
+from conv2former.errors import UserError, nearest, shortened
 
 NORMALISATION = ("data.mean", "data.std")
+MOST_FAULTS = 10  # of a recipe that are named at once
+MOST_SIDE = 8192  # pixels, of an image that is prepared for a network
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+Width = Annotated[int, Field(ge=1, le=1 << 16)]  # channels of a layer, objects of an image
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,7 +53,7 @@ class Claim(Section):
 class ModelSection(Section):
     """The network: a classifier, or the backbone of a detector or segmentation model."""
 
-    name: str = Field(description="any name that timm knows")
+    name: str = Field(max_length=200, description="any name that timm knows")
     args: dict[str, Any] = Field(default={}, description="keyword arguments of timm.create_model")
     weights: str | None = Field(
         default=None,
@@ -423,7 +427,10 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
     try:
         return config_class.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"recipe {origin}: {'; '.join(_explain(e, config_class) for e in error.errors())}") from None
+        found = [_explain(fault, config_class) for fault in error.errors()[:MOST_FAULTS]]
+        more = error.error_count() - len(found)
+        found += [f"and {more:,} more"] * bool(more)
+        raise UserError(f"recipe {origin}: {'; '.join(found)}") from None
 
 
 def _value(raw: dict[str, Any], key: str, absent: Any = None) -> Any:
@@ -441,7 +448,9 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: Any, recipe: type[Recipe]) -> str:
-    path = [str(part) for part in error["loc"][:2]]  # behind section and key pydantic names members of a union or tuple
+    path = [
+        str(part)[:100] for part in error["loc"][:2]
+    ]  # behind section and key pydantic names members of a union or tuple
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _fields(recipe, path[:-1])
@@ -450,7 +459,7 @@ def _explain(error: Any, recipe: type[Recipe]) -> str:
         return f"{key!r} is missing"
     if error["type"] == "value_error":  # from a validator above, whose message names the keys itself
         return str(error["ctx"]["error"])
-    return f"{key!r}: {error['msg']}, got {error['input']!r}"
+    return f"{key!r}: {error['msg']}, got {shortened(error['input'])}"
 
 
 def _fields(recipe: type[Recipe], path: list[str]) -> list[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
+import reprlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+LONGEST = 2000  # characters of a message
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
 
@@ -15,8 +18,13 @@ class UserError(ValueError):
     """A mistake in what the user gave: a path, an image, a checkpoint, an option.
 
     The message is one line that says what is wrong and what to do about it. The command line prints it without a
-    traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback.
+    traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback. What it
+    quotes of files is escaped and cut short (``printable``), so that it stays one line.
     """
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -50,10 +58,34 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def say(line: str) -> None:
-    """Prints a line to stderr. That nobody reads any more is no reason to end a training."""
+def shortened(value: object) -> str:
+    """The beginning of a value as Python writes it; a value from a file may be long, wide and deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+def in_markdown(text: object) -> str:
+    """A text, whoever has written it, as Markdown that shows it as it is, on one line and also in a table."""
+    shown = printable(str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = shown.replace("://", "&#58;//").replace("www.", "www&#46;")  # no links either
+    return re.sub(r"([\\`*\[\]|!~$])|(?<![^\W_])_|_(?![^\W_])", lambda mark: "\\" + mark[0], shown)
+
+
+def markdown_row(cells: Iterable[object]) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(map(in_markdown, cells))} |"
+
+
+def tell(*lines: str) -> None:
+    """Prints lines to stdout, each of them one line whatever it quotes."""
+    print(*map(printable, lines), sep="\n")
+
+
+def say(*lines: str) -> None:
+    """Prints lines to stderr, as ``tell`` does. That nobody reads any more is no reason to end a training."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     except (OSError, ValueError):  # a reader, a terminal or a connection that is gone
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -39,6 +39,12 @@ def _of_the_system(error: OSError) -> str:
     return where + (ADVICE.get(error.errno or 0) or error.strerror or " ".join(str(error).split()))
 
 
+def _print_error(line: str) -> None:
+    # as conv2former.errors.printable, which cannot be imported where the working folder or PyTorch is gone
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    print(f"error: {line}", file=sys.stderr)
+
+
 def _open_closed_streams() -> None:
     """Gives standard streams that are closed (``>&-``) to the system's bin: Python has None in their place."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -62,17 +68,16 @@ def main() -> None:
         # keep the interpreter from complaining at exit about what could not be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # else whoever reads our output has gone (`| head`)
-            print(f"error: {_of_the_system(error)}", file=sys.stderr)
+            _print_error(_of_the_system(error))
         sys.exit(1)
     except ModuleNotFoundError as error:
         package = (error.name or "conv2former").partition(".")[0]
         if package == "conv2former" or importlib.util.find_spec(package):  # ours, or an old release of a package
             raise
         name = {"yaml": "pyyaml", "PIL": "pillow"}.get(package, package.replace("_", "-"))
-        print(f"error: {name} is not installed, and conv2former needs it: pip install {name}", file=sys.stderr)
+        _print_error(f"{name} is not installed, and conv2former needs it: pip install {name}")
         sys.exit(1)
     except (ValueError, RuntimeError) as error:
-        # the class is imported only where something went wrong, so that --help stays quick
         from conv2former.errors import UserError
 
         if "DataLoader worker (pid" in str(error):
@@ -83,5 +88,5 @@ def main() -> None:
             error = UserError("out of GPU memory: lower --batch-size (of a classifier), or use --device cpu")
         if not isinstance(error, UserError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         sys.exit(1)

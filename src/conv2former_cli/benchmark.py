@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import DeviceOption, JsonOption, app, print_table, wrote
+from conv2former_cli.common import DeviceOption, JsonOption, app, print_table, tell, wrote
 
 MODES = "eager, compile, cudagraphs, onnxruntime, openvino, openvino-int8, aotinductor"
 
@@ -62,9 +62,9 @@ def benchmark(
     if json_:
         print(json.dumps([row.to_json() for row in rows], indent=2))
         return
-    print(report.conditions(rows))
+    tell(report.conditions(rows))
     print_table(report.columns(rows), [report.cells(row) for row in rows], right=report.RIGHT)
     if profile:
-        print(f"\n{report.profiles(rows)}")
+        tell("", *report.profiles(rows).split("\n"))
     if out:
-        print(wrote(files, out))
+        tell(wrote(files, out))

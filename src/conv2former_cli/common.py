@@ -70,6 +70,20 @@ class BadImages(StrEnum):  # what to do about an image that cannot be read
     skip = "skip"
 
 
+def tell(*lines: str) -> None:
+    """``conv2former.errors.tell``, imported when it is called."""
+    from conv2former import errors
+
+    errors.tell(*lines)
+
+
+def say(*lines: str) -> None:
+    """``conv2former.errors.say``, imported when it is called."""
+    from conv2former import errors
+
+    errors.say(*lines)
+
+
 def result_line(evaluation: Any, what: str, folder: Path | None) -> str:
     return evaluation.line + (f"; {what} are in {folder}" if folder else "")
 
@@ -80,6 +94,9 @@ def wrote(files: list[Path], folder: Path) -> str:
 
 def print_table(columns: list[str], cells: list[list[str]], *, right: Any = ()) -> None:
     # not a rich table: a pipe or a narrow terminal must not cut the names
+    from conv2former.errors import printable
+
+    columns, *cells = [[printable(cell) for cell in row] for row in (columns, *cells)]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for row in [columns, *cells]:
         padded = (f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row))

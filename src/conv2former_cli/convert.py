@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import app
+from conv2former_cli.common import app, tell
 
 
 class Normalisation(StrEnum):  # mean and standard deviation that a checkpoint expects
@@ -33,5 +33,7 @@ def convert(
     """
     from conv2former.checkpoints import convert as run_convert
 
-    print(run_convert(src, dst, model=model, mean_std=normalisation.value, ema=ema, overwrite=overwrite))
-    print(f"load it with timm.create_model('local-dir:{dst}', pretrained=True)")
+    tell(
+        *str(run_convert(src, dst, model=model, mean_std=normalisation.value, ema=ema, overwrite=overwrite)).split("\n")
+    )
+    tell(f"load it with timm.create_model('local-dir:{dst}', pretrained=True)")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from conv2former_cli.common import app
+from conv2former_cli.common import app, tell
 
 
 @app.command()
@@ -21,6 +21,6 @@ def doctor(
     """
     from conv2former.tools import doctor
 
-    print("\n".join(doctor.report()))
+    tell(*doctor.report())
     if warm:
-        print(doctor.warm(warm, size=size, dtype=dtype))
+        tell(doctor.warm(warm, size=size, dtype=dtype))

@@ -18,6 +18,7 @@ from conv2former_cli.common import (
     app,
     print_table,
     result_line,
+    tell,
 )
 
 MOST_ROWS = 60  # of a table; what is between is left out
@@ -83,4 +84,7 @@ def evaluate(
             gap = [f"({left_out} more classes: see --json)", *[""] * (len(columns) - 1)]
             rows = [*rows[: MOST_ROWS - 1], gap, rows[-1]]
         print_table(columns, rows, right=range(1, len(columns)))
-    print(json.dumps(evaluation.details) if json_ else result_line(evaluation, "metrics and plots", report))
+    if json_:
+        print(json.dumps(evaluation.details))
+    else:
+        tell(result_line(evaluation, "metrics and plots", report))

@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from conv2former_cli.common import CheckpointArgument, DeviceOption, InputsArgument, JsonOption, app, print_table, wrote
+from conv2former_cli.common import (
+    CheckpointArgument,
+    DeviceOption,
+    InputsArgument,
+    JsonOption,
+    app,
+    print_table,
+    tell,
+    wrote,
+)
 
 explain = typer.Typer(
     help="Show what a network looks at: modulation weights, class activation, receptive fields, kernels. "
@@ -99,10 +108,10 @@ def field(
     if json_:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    print("\n".join(field_report.conditions(rows)))
+    tell(*field_report.conditions(rows))
     columns = field_report.columns(rows)
     print_table(columns, field_report.cells(rows), right=range(field_report.LEFT, len(columns)))
-    print(wrote(files, out))
+    tell(wrote(files, out))
 
 
 @explain.command()
@@ -115,4 +124,4 @@ def kernels(
     """
     from conv2former.tools.explain.kernels import draw_kernels
 
-    print(wrote(draw_kernels(checkpoint, out, stages=stage, blocks=block), out))
+    tell(wrote(draw_kernels(checkpoint, out, stages=stage, blocks=block), out))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import JsonOption, app, print_table
+from conv2former_cli.common import JsonOption, app, print_table, say
 
 FORMATS = "onnx, openvino, openvino-bf16, openvino-int8, torch, aotinductor"
 
@@ -55,7 +55,7 @@ def export(
         fuse=fuse,
         tolerance=limit,
     )
-    found = run_export(checkpoint, out, options, say=lambda line: print(line, file=sys.stderr))
+    found = run_export(checkpoint, out, options, say=say)
     if json_:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:
@@ -75,9 +75,8 @@ def export(
         print_table(columns, cells, right=range(2, 8))
     failed = [one for one in found if not one.ok]
     for one in failed:
-        print(
+        say(
             f"error: {one.format} differs by {one.comparison.difference:.1e} of the largest output, the tolerance is "
-            f"{one.tolerance:g}: the file is not kept; raise --limit where that is good enough",
-            file=sys.stderr,
+            f"{one.tolerance:g}: the file is not kept; raise --limit where that is good enough"
         )
     sys.exit(1 if failed else 0)

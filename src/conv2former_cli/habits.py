@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand
+
+from conv2former_cli.common import say
 
 # words of other tools whose setting has another name
 ALIASES = {
@@ -62,7 +63,7 @@ class TrainCommand(TyperCommand):
 
 
 def _said(option: str, value: str) -> list[str]:
-    print(f"taken as {option} {value}", file=sys.stderr)
+    say(f"taken as {option} {value}")
     return [option, value]
 
 

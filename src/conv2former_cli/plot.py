@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import app
+from conv2former_cli.common import app, tell
 
 XAxis = StrEnum("XAxis", ["epoch", "step", "minutes"])  # what learning curves are drawn over
 
@@ -31,4 +31,4 @@ def plot(
     """
     from conv2former.tools.plot import plot_runs
 
-    print(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")
+    tell(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import CheckpointArgument, app
+from conv2former_cli.common import CheckpointArgument, app, tell
 
 
 @app.command()
@@ -22,4 +22,4 @@ def push(
     """
     from conv2former.tools.push import push as run_push
 
-    print(run_push(checkpoint, repo, private=private, message=message))
+    tell(run_push(checkpoint, repo, private=private, message=message))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import app, wrote
+from conv2former_cli.common import app, say, tell, wrote
 
 
 class Scale(StrEnum):  # how large the rows are trained
@@ -54,10 +54,10 @@ def reproduce(
     try:
         outcome, files = run_reproduce(request)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(str(stop))
         sys.exit(stop.code)
-    print(files[0].read_text(encoding="utf-8"))
-    print(f"{outcome.trained} trained, {outcome.skipped} measured before; {wrote(files, out)}")
+    tell(*files[0].read_text(encoding="utf-8").split("\n"))
+    tell(f"{outcome.trained} trained, {outcome.skipped} measured before; {wrote(files, out)}")
     for line in outcome.failed.values():
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}")
     sys.exit(1 if outcome.failed else 0)

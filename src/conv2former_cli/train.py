@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from conv2former_cli.common import BadImages, DataOption, app, result_line
+from conv2former_cli.common import BadImages, DataOption, app, result_line, say, tell
 from conv2former_cli.habits import TrainCommand
 
 Resume = StrEnum("Resume", ["yes", "auto"])  # what to do with a run that is there
@@ -92,7 +92,7 @@ def train(
 
         if loaded is None or resume or overwrite:
             raise UserError("--dry-run plans a recipe: name it with --recipe, leave --resume and --overwrite out")
-        print(describe(loaded, data=data, out=out, verbose=verbose))
+        tell(*describe(loaded, data=data, out=out, verbose=verbose).split("\n"))
         return
     if out is None:
         raise UserError("no run folder given: name one with --out DIR")
@@ -104,7 +104,7 @@ def train(
         going_on: Any = "auto" if resume == Resume.auto else bool(resume)
         evaluation = run_train(loaded, data=data, out=out, resume=going_on, overwrite=overwrite, force=force)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        say(str(stop))
         sys.exit(stop.code)
     if evaluation:
-        print(result_line(evaluation, "weights, metrics and plots", out))
+        tell(result_line(evaluation, "weights, metrics and plots", out))

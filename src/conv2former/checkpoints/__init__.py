@@ -11,6 +11,7 @@ from conv2former.checkpoints.convert import ConvertReport, authors_state_dict, c
 from conv2former.checkpoints.hub import (
     load_pretrained,
     save_pretrained,
+    saved_config,
     saved_task,
 )
 from conv2former.checkpoints.reading import read_state_dict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from conv2former.checkpoints.hub import (
 from conv2former.checkpoints.reading import StrPath, read_state_dict
 from conv2former.config import Recipe
 from conv2former.errors import UserError
+from conv2former.models.meta import bounded
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,21 @@ def read_dense(path: StrPath, task: str) -> SavedDense:
     if found != task:
         raise UserError(f"{folder} holds a {found} model: {task} needs one that was trained for it")
     recipe, classes = config.get("recipe") or {}, config.get("label_names")
-    if not isinstance(classes, list) or not classes:
-        raise UserError(f"{folder / CONFIG_FILE} names no classes: save the model again")
+    if not isinstance(classes, list) or not classes or len({*classes}) < len(classes):
+        raise UserError(f"{folder / CONFIG_FILE} names no classes, or one twice: save the model again")
     return SavedDense(folder / CONFIG_FILE, weights, recipe, [str(name) for name in classes])
 
 
-def load_dense(saved: SavedDense, model: nn.Module) -> nn.Module:
-    """Gives a network the saved weights; raises UserError where they do not fit."""
+def load_dense(saved: SavedDense, make: Callable[[], nn.Module]) -> nn.Module:
+    """The network that ``make`` builds, with the saved weights.
+
+    Raises:
+        UserError: The weights do not fit, or the network gets far larger than they are.
+    """
     state = read_state_dict(saved.weights)
+    # the backbone is built with the head of a classifier, which is then taken off
+    with bounded(str(saved.config_file), most=1e8 + 4 * sum(tensor.numel() for tensor in state.values())):
+        model = make()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if difference := differences(expected, state):
         raise UserError(f"{saved.weights} does not fit {CONFIG_FILE} beside it: {difference}")

@@ -24,14 +24,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from timm.models import filter_pretrained_cfg, save_for_hf
-from timm.models._hub import load_model_config_from_path
+from timm.models._hub import _parse_model_cfg
 from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
+from conv2former.checkpoints.schema import Preprocessing, SavedModel, first_fault
 from conv2former.errors import UserError, nearest, one_line, some
-from conv2former.files import flush, remedy
+from conv2former.files import flush, parse_json, read_within, remedy
 from conv2former.models.meta import build_on_meta
 
 CONFIG_FILE = "config.json"
@@ -186,21 +188,29 @@ def load_pretrained(path: StrPath, **model_args: Any) -> nn.Module:
     folder, weights = find_model(path)
     cfg, architecture, saved_args = read_config(folder)
     state_dict = read_state_dict(weights)
-    try:
+    with _described_by(folder):
         expected = expected_shapes(architecture, cfg, **saved_args)
-    except Exception as error:  # nothing but the file's own values goes in
-        raise UserError(
-            f"{folder / CONFIG_FILE} does not describe a model that timm can build ({reason(error)}): "
-            "mend it, or save the model again"
-        ) from error
     if difference := differences(expected, state_dict):
         raise UserError(f"{weights} does not fit {CONFIG_FILE} beside it ({architecture}): {difference}")
 
     cfg = cfg | {"state_dict": state_dict}
-    model = timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **(saved_args | model_args))
+    with contextlib.nullcontext() if model_args else _described_by(folder):
+        model = timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **(saved_args | model_args))
     for module in model.modules():  # timm keeps a copy of the weights in every pretrained_cfg
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _described_by(folder: Path) -> Iterator[None]:
+    """For what is built of a ``config.json`` alone, whatever timm raises; raises UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{folder / CONFIG_FILE} does not describe a model that timm can build ({reason(error)}): "
+            "mend it, or save the model again"
+        ) from error
 
 
 def find_model(path: StrPath) -> tuple[Path, Path]:
@@ -282,11 +292,21 @@ def download_failure(what: str, error: Exception) -> UserError:
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """``pretrained_cfg``, architecture and ``model_args`` of a classifier's ``config.json``, as timm reads them."""
-    task = read_json(folder).get("task", "classification")
+    config = read_json(folder)
+    task = config.get("task", "classification")
     if task != "classification":
         raise UserError(f"{folder} holds a {task} model, not a classifier: give one that was trained to classify")
-    cfg, architecture, model_args = load_model_config_from_path(folder)
-    return cfg | {"source": ""}, architecture, model_args  # the weights are handed over, not read from the folder
+    with _described_by(folder):
+        cfg, architecture, model_args = _parse_model_cfg(config, extra_fields={})
+    # the weights are handed over, not read from anywhere
+    return _checked(Preprocessing, cfg, folder) | {"source": ""}, architecture, model_args
+
+
+def _checked(schema: type[BaseModel], found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return schema.model_validate(found).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise UserError(f"{folder / CONFIG_FILE} is not what timm writes: {first_fault(error)}") from None
 
 
 def saved_task(path: StrPath) -> str:
@@ -303,14 +323,12 @@ def read_json(folder: Path) -> dict[str, Any]:
     """A ``config.json``, which names an architecture that timm knows; raises UserError."""
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        found = parse_json(read_within(path))
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON, or beyond the limits
         raise UserError(f"{path} is not JSON ({reason(error)}): copy it again, or save the model again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
         raise UserError(f"{path} names no architecture: expected the configuration that timm writes for a model")
-    for key in ("pretrained_cfg", "model_args"):
-        if not isinstance(config.get(key, {}), dict):
-            raise UserError(f"{path} has a {key} that is no JSON object: expected what timm writes for a model")
+    config = _checked(SavedModel, found, folder)
     architecture = config["architecture"]
     if not timm.is_model(architecture):
         hint = nearest(architecture, timm.list_models("conv2former*"))

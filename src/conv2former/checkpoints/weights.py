@@ -24,6 +24,7 @@ from conv2former.checkpoints.hub import (
 from conv2former.checkpoints.reading import check_finite, read_state_dict
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line, some
+from conv2former.models.meta import check_args
 
 TIMM = "timm"  # in the place of a path: what timm publishes for the model
 WAYS = (
@@ -102,15 +103,14 @@ def saved_weights(path: str) -> Weights:
     task = str(config.get("task", "classification"))
     if task == "classification":
         cfg, architecture, args = read_config(folder)
-        labels = config.get("label_names")
-        cfg = cfg | (dict(label_names=labels) if labels else {})
         return Weights(path, file, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
     recipe = read_dense(folder, task).recipe
     section = recipe.get("model")
     own = section.get("args", {}) if isinstance(section, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"the recipe in the config.json of {path} is damaged: save the model again")
-    return Weights(path, file, task, config["architecture"], own, config.get("pretrained_cfg", {}), recipe)
+    check_args(own, f"model.args in the config.json of {path}")
+    return Weights(path, file, task, config["architecture"], own, config.get("pretrained_cfg") or {}, recipe)
 
 
 def _published(name: str) -> Weights:

@@ -106,6 +106,11 @@ except ImportError:  # it came with Pillow 11.3
 
 FORMATS = tuple(_PLUGINS)  # by Pillow's names
 
+_TEXTS = (
+    (re.compile("version https://git-lfs"), ", a pointer of Git LFS: fetch the file itself with git lfs pull"),
+    (re.compile(r"\s*<(!doctype html|html)", re.IGNORECASE), ", a web page"),
+    (re.compile(r"\s*<(\?xml|svg)", re.IGNORECASE), ", SVG or other XML"),
+)
 _SIGNATURES = (
     ("JPEG", re.compile(rb"\xff\xd8\xff")),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n")),
@@ -319,7 +324,9 @@ def _refusal(error: Exception, file_format: str | None = None) -> _Refused:
         return _Refused(error.strerror)
     if isinstance(error, MemoryError):
         return _Refused("there is not enough memory for it")
-    reason = str(error)[:200] or type(error).__name__
+    # Pillow's reasons quote the header of a PPM, which is text
+    reason = "" if file_format == "PPM" else str(error)[:200]
+    reason = reason or type(error).__name__
     return _Refused(f"it is a damaged or unusual {file_format} file ({reason})" if file_format else reason)
 
 
@@ -331,7 +338,9 @@ def _sniff(head: bytes) -> str:
         raise _Refused("it is empty")
     text = head.decode("utf-8", "ignore")
     if len(text.encode()) > len(head) - 4 and all(c.isprintable() or c in "\t\r\n\ufeff" for c in text):
-        raise _Refused(f"it is no image but text that begins with {text.strip()[:40]!r}")
+        # which kind, and nothing that it says: it may be anybody's file
+        kind = next((words for start, words in _TEXTS if start.match(text)), "")
+        raise _Refused(f"it is no image but text{kind}")
     raise _Refused(f"it is in none of the formats {', '.join(FORMATS)}")
 
 

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 from timm.utils.misc import natural_key
 
 from conv2former.data.images import turned
-from conv2former.errors import UserError, printable, some
+from conv2former.errors import UserError, one_line, printable, some
+from conv2former.files import read_within
 
+MOST_OF_A_NAME = 1000  # characters, of a class's or a file's
 NAMED = 20  # classes that are named before the first step
 MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
 MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
@@ -151,4 +153,19 @@ def given_folder(root: Path | None, what: str) -> Path:
 
 def in_order(name: str) -> tuple[Any, str]:
     """The key to sort names by: ``img2`` before ``img10``. Classes, splits and hashes of data depend on it."""
-    return natural_key(name), name
+    try:
+        return natural_key(name), name
+    except ValueError:  # a number of thousands of digits
+        return [name], name
+
+
+def class_lines(path: Path) -> list[str]:
+    """The lines of a file that names one class a line, without empty ones; raises UserError."""
+    try:
+        text = read_within(path).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(len(line) > MOST_OF_A_NAME for line in lines):
+        raise UserError(f"{path} holds a line of more than {MOST_OF_A_NAME:,} characters: give one name per line")
+    return lines

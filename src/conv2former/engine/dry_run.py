@@ -27,7 +27,7 @@ from conv2former.engine.batch import BatchPlan, plan_batch
 from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
-from conv2former.errors import UserError
+from conv2former.errors import UserError, printable
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Task
@@ -104,8 +104,9 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         f"time: {_time(recipe, images, batch, per_epoch)}",
         drawn + ("" if verbose else "; --verbose shows the recipe and all numbers"),
     ]
+    said = "\n".join(map(printable, summary))
     if not verbose:
-        return "\n".join(summary)
+        return said
     parts = [
         ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
         ["data", images.origin],
@@ -115,7 +116,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         ["network", *network],
         ["memory per process", *memory, LEFT_OUT],
     ]
-    return "\n\n".join(["\n".join(summary), *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
+    return "\n\n".join([said, *("\n".join([f"== {title}", *lines]) for title, *lines in parts)])
 
 
 def _decided(recipe: Recipe, data: Path | None) -> tuple[Recipe, Images, str]:

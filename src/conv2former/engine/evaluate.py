@@ -19,7 +19,7 @@ from conv2former.engine.devices import pick_device
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line, or_left_out, say_once
+from conv2former.errors import UserError, one_line, or_left_out, say, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
 from conv2former.tasks import TASKS, load, task_class, task_names
@@ -102,7 +102,7 @@ def _announced(loader: DataLoader, device: torch.device, done: list[int]) -> Ite
         activity.doing(activity.WAITING, 1)
         batch = checked(next(batches))
         for error in batch.bad:
-            print(f"skipping: {error}", file=sys.stderr, flush=True)
+            say(f"skipping: {error}")
         pace.begin(f"evaluating batch {number + 1} of {len(loader)}")
         yield batch
         pace.end()

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from conv2former.config import LoggerSection, Recipe
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, nearest_or_all, one_line
+from conv2former.errors import UserError, nearest_or_all, one_line, say
 
 
 class RunLog:
@@ -61,7 +61,7 @@ class RunLog:
         try:
             getattr(logger, method)(*args, **options)
         except Exception as error:
-            print(f"{type(logger).__name__} fails and is left out: {one_line(error)}", file=sys.stderr, flush=True)
+            say(f"{type(logger).__name__} fails and is left out: {one_line(error)}")
             self.loggers.remove(logger)
 
     def close(self, status: str) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from conv2former.checkpoints.hub import CARD_FILE, find_model, read_json
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line, some
+from conv2former.errors import UserError, in_markdown, markdown_row, one_line, printable, some
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Reported, Task
@@ -53,12 +53,12 @@ def card(config: dict[str, Any], run: RunDir | None, *, exported: Sequence[dict[
     """The text; see ``write_card``. ``config`` is the model's ``config.json``."""
     task = task_class(config.get("task", "classification"))
     facts, metrics = (run.facts(), run.recorded(task.reported)) if run else ({}, [])
-    data = Path(str(facts["data"])).name if facts.get("data") else None
+    data = printable(Path(str(facts["data"])).name) if facts.get("data") else None
     recipe = run.recipe() if run else None
     name = f"{config['architecture']}{f' on {data}' if data else ''}"
     parts = [
         _front_matter(task, name, data, metrics, exported),
-        f"# {name}",
+        f"# {in_markdown(name)}",
         _intended(config, task),
         _use(task, exported),
         "## Training",
@@ -108,9 +108,10 @@ def _front_matter(
 
 def _intended(config: dict[str, Any], task: type[Task]) -> str:
     classes = [str(label) for label in config.get("label_names") or []]
-    known = f" Its classes: {some(classes, MAX_CLASSES)}." if classes and task.assumed_classes > 1 else ""
+    known = f" Its classes: {in_markdown(some(classes, MAX_CLASSES))}." if classes and task.assumed_classes > 1 else ""
+    name = in_markdown(config["architecture"])
     return (
-        f"## Intended use\n\nA {config['architecture']}, trained with the package conv2former {task.words.purpose}."
+        f"## Intended use\n\nA {name}, trained with the package conv2former {task.words.purpose}."
         f"{known} For images like those that it was trained on; not for decisions about people, and not where a "
         "mistake does harm."
     )
@@ -154,7 +155,7 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
     start = f"; started from {Path(recipe.model.weights).name}" if recipe.model.weights else "; from random weights"
     rows = [
         ("data", f"{Path(str(facts.get('data') or 'built in')).name}: {count} images"),
-        ("recipe", f"`{recipe.name}` (settings {facts.get('recipe_hash')}, seed {recipe.engine.seed}){start}"),
+        ("recipe", f"{recipe.name} (settings {facts.get('recipe_hash')}, seed {recipe.engine.seed}){start}"),
         ("length", recipe.schedule.length()),
         (
             "optimizer",
@@ -165,7 +166,7 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
         ("machine", machine_words),
         ("software", versions + (f"; commit {facts['commit']}" if facts.get("commit") else "")),
     ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *map(markdown_row, rows)])
 
 
 def _results(metrics: list[tuple[Reported, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
@@ -185,7 +186,7 @@ def _files(exported: Sequence[dict[str, Any]]) -> str:
         lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
     count = exported[0]["pictures"]
     note = f"Differences as a fraction of the largest output, on {count} images; by `conv2former export`."
-    return "\n".join(["## Files", "", *(f"| {' | '.join(line)} |" for line in lines), "", note])
+    return "\n".join(["## Files", "", *map(markdown_row, lines), "", note])
 
 
 def _limits(task: type[Task], facts: dict[str, Any]) -> str:

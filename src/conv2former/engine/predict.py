@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import pick_device
 from conv2former.engine.evaluate import set_options
-from conv2former.errors import UserError
+from conv2former.errors import UserError, say
 from conv2former.files import free_name
 from conv2former.tasks import load
 from conv2former.tasks.base import Prediction, Task
@@ -81,7 +80,7 @@ def run_predict(
         if out and isinstance(found, Prediction):
             _write(found.draw(decode(file)), out, free_name(file.stem, DRAWN, taken))
     if failed:
-        print(f"{failed} of {total} files could not be read", file=sys.stderr)
+        say(f"{failed} of {total} files could not be read")
     return 1 if failed else 0
 
 
@@ -135,9 +134,9 @@ def _row(file: Path, found: Prediction | BadImage) -> dict[str, Any]:
 
 
 def _json(row: dict[str, Any]) -> str:
-    """A line of JSON in UTF-8; escaped where a file's name holds bytes that are none."""
+    """A line of JSON in UTF-8; escaped where a name holds what a terminal is not to see, or bytes that are no text."""
     text = json.dumps(row, ensure_ascii=False)
-    return text if text.isascii() or text.encode(errors="ignore").decode() == text else json.dumps(row)
+    return text if text.isprintable() else json.dumps(row)
 
 
 def _write(image: Image.Image, folder: Path, name: str) -> None:

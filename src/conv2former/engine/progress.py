@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from conv2former.errors import say
+from conv2former.errors import printable, say
 
 LINE_INTERVAL = 15.0  # seconds between lines where there is no terminal
 FIRST_LINE = 3.0  # seconds of training behind the first one, which says how long it will take
@@ -60,11 +60,11 @@ class Ticker:
             if time.monotonic() - self.last >= LINE_INTERVAL:
                 self.say(self.line())
 
-    def say(self, line: str) -> None:
-        """Prints a line now."""
+    def say(self, *lines: str) -> None:
+        """Prints lines now."""
         self.last = time.monotonic()
         if self.enabled:
-            say(line)
+            say(*lines)
 
 
 class TrainingProgress:
@@ -165,11 +165,13 @@ class TrainingProgress:
         """Fraction of the training time since this process started that was spent waiting for images."""
         return self.wait_seconds / max(self.train_seconds, 1e-9)
 
-    def say(self, message: str) -> None:
-        """A line that stays, above the bar."""
+    def say(self, message: str | list[str]) -> None:
+        """A line that stays, or several, above the bar."""
         if not self.enabled:
             return
+        lines = [message] if isinstance(message, str) else message
         if self.live:
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            text = "\n".join(map(printable, lines))
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            self.ticker.say(message)
+            self.ticker.say(*lines)

@@ -30,10 +30,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conv2former.config import Recipe
 from conv2former.engine.machine import machine_facts
+from conv2former.engine.run_files import read_bad_images, read_facts, read_raw_recipe, read_report, read_rows
 from conv2former.errors import UserError, one_line, some
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.recipes.load import parse_recipe
@@ -192,19 +191,11 @@ class RunDir:
     def recipe(self) -> Recipe:
         """The run's resolved recipe; raises UserError where the file is damaged."""
         path = self.path / "recipe.yaml"
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from None
-        return parse_recipe(raw, str(path))
+        return parse_recipe(read_raw_recipe(path), str(path))
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says; raises UserError where the file is damaged."""
-        path = self.path / "run.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        return read_facts(self.path / "run.json")
 
     def recorded(self, reported: Sequence[Reported]) -> list[tuple[Reported, float]]:
         """What the report says, the first metric first; none where there is no report.
@@ -215,10 +206,7 @@ class RunDir:
         path = self.path / "evaluation.json"
         if not path.is_file():
             return []
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        found: Any = read_report(path)
         rows = []
         for metric in reported:
             value = found
@@ -243,7 +231,7 @@ class RunDir:
 
     def bad_images(self) -> set[str]:
         """The files listed there."""
-        return {row["file"] for row in read_lines(self.bad_images_jsonl)}
+        return read_bad_images(self.bad_images_jsonl)
 
     def add_skipped_step(self, row: dict[str, Any]) -> None:
         """Appends to ``skipped_steps.jsonl``."""
@@ -257,14 +245,14 @@ class RunDir:
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The rows written so far, oldest first; a last line that a crash cut short is passed over."""
-        return [row for row in read_lines(self.metrics_jsonl) if kind in (None, row["kind"])]
+        return [row for row in read_rows(self.metrics_jsonl) if "kind" in row and kind in (None, row["kind"])]
 
     def drop_rows_after(self, step: int, *, evaluated: int) -> None:
         """Takes out the rows of steps, and of evaluations, that a resumed run is about to do again."""
         last = {"epoch": evaluated}
         for path in (self.metrics_jsonl, self.skipped_steps_jsonl):
             if path.exists():
-                kept = [row for row in read_lines(path) if row["step"] <= last.get(row.get("kind", ""), step)]
+                kept = [row for row in read_rows(path) if row["step"] <= last.get(row.get("kind", ""), step)]
                 replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._write_csv()
 

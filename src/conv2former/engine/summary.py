@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from conv2former.engine.trainer import Trainer
 
 
-def summary(trainer: Trainer, out: Path) -> str:
+def summary(trainer: Trainer, out: Path) -> list[str]:
     """The first lines of a run in the folder ``out``."""
     recipe, model, optim = trainer.recipe, trainer.recipe.model, trainer.recipe.optim
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -21,13 +21,11 @@ def summary(trainer: Trainer, out: Path) -> str:
     again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(out))} --resume` goes on"
     total = trainer.batch.total
     rate = f"{optim.base_lr:g} x {total:,} / {optim.base_batch:,} = {trainer.lr:.3g}"
-    return "\n".join(
-        [
-            f"{recipe.name}: {recipe.task} with {model.name}, {parameters / 1e6:.2f}M parameters, {start}",
-            f"{len(source):,} training, {len(trainer.splits.val):,} validation images, {len(source.classes)} classes",
-            f"precision {recipe.engine.precision} on {trainer.fabric.device}{operations}",
-            f"batch {trainer.batch}, learning rate {rate}",
-            plan + (f", from step {trainer.state.step:,}" if trainer.state.step else ""),
-            f"writes to {out}; {again}",
-        ]
-    )
+    return [
+        f"{recipe.name}: {recipe.task} with {model.name}, {parameters / 1e6:.2f}M parameters, {start}",
+        f"{len(source):,} training, {len(trainer.splits.val):,} validation images, {len(source.classes)} classes",
+        f"precision {recipe.engine.precision} on {trainer.fabric.device}{operations}",
+        f"batch {trainer.batch}, learning rate {rate}",
+        plan + (f", from step {trainer.state.step:,}" if trainer.state.step else ""),
+        f"writes to {out}; {again}",
+    ]

@@ -67,7 +67,7 @@ class Trainer:
         recipe = task.recipe
         self.recipe, self.splits = recipe, splits
         self.fabric, self.processes, self.stop = fabric, processes, stop
-        self.batch = batch
+        self.batch, self.peak_memory = batch, functools.partial(peak_memory_gb, fabric.device)
         self.lr = scaled_lr(recipe.optim, self.batch)
         self.steps_per_epoch = steps_per_epoch(len(splits.train), self.batch.total)
         self.steps = 0 if recipe.model.fit_head == "only" else recipe.schedule.total(self.steps_per_epoch)
@@ -102,8 +102,7 @@ class Trainer:
         self.contents = Contents(fabric, task, self.wrapped, self.optimizer, sharded=self.sharded)
         self.val_loader = self._val_loader()
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.in_step = False  # whether the running statistics are those of a step that is not done
-        self.pace, self.eval_pace = activity.Pace(), activity.Pace()
+        self.in_step, self.pace, self.eval_pace = False, activity.Pace(), activity.Pace()
 
     def load(self, run: RunDir) -> None:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
@@ -294,7 +293,7 @@ class Trainer:
             loss = state.logged_sum / state.logged_steps if state.logged_steps else None
             state.logged_sum, state.logged_steps = 0.0, 0
             self._row("step", loss=loss, lr=lr)
-        self.progress.step(state.step, seconds=seconds, waited=waited, memory_gb=self._peak_memory, loss=loss, lr=lr)
+        self.progress.step(state.step, seconds=seconds, waited=waited, memory_gb=self.peak_memory, loss=loss, lr=lr)
 
     def _check_weights(self) -> None:
         """Raises the UserError of a weight that is not finite: a gradient may overflow where the loss did not."""
@@ -322,7 +321,7 @@ class Trainer:
             skipped=state.skipped,
             images_per_second=round(self.progress.images_per_second(state.step), 1),
             data_wait=round(self.progress.data_wait(), 4),
-            memory_gb=round(self._peak_memory(), 3),
+            memory_gb=round(self.peak_memory(), 3),
             seconds=round(state.seconds, 1),
         )
         better = evaluation.sound and state.improves(evaluation.metrics[self.task.monitor])
@@ -389,9 +388,6 @@ class Trainer:
         write, first = functools.partial(self.contents.write, self.state), self.fabric.is_global_zero
         self.checkpoints.write(self.state.step, write, first=first)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
-
-    def _peak_memory(self) -> float:
-        return peak_memory_gb(self.fabric.device)
 
     def _batches(self, start: int) -> Iterator[Any]:
         recipe, fabric = self.recipe, self.fabric

@@ -231,7 +231,7 @@ class Watchdog:
     def _say(self) -> None:
         where = f"process {self.rank} of {self.world} stops, because " if self.world > 1 else "stopped, because "
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {where}{self.why}; {HELP}\n".encode())
+            os.write(2, f"error: {where}{_printable(self.why)}; {HELP}\n".encode())
 
     # ------------------------------------------------------------------ the others
 
@@ -328,6 +328,11 @@ class Watchdog:
         if them.get("host") == socket.gethostname() and _born(them["pids"][0]) == them["born"] is not None:
             for pid in them["pids"]:
                 _kill(pid)
+
+
+def _printable(text: str) -> str:
+    """A name of a file may hold what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _stat(pid: int) -> list[str]:

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conv2former.config import Recipe, validated
 from conv2former.errors import UserError, nearest_or_all, one_line
+from conv2former.files import MOST_YAML, parse_yaml, read_within
 from conv2former.tasks import task_class
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that reads ``1e-6`` as a number, as YAML 1.2 does and PyYAML does not."""
-
-
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str) -> Any:
-    """What a YAML text says; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
 
 
 def recipe_names() -> list[str]:
@@ -67,9 +52,10 @@ def with_settings(recipe: Recipe, settings: list[str], *, section: str | None = 
 
 def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     """A recipe as it is written, merged over the one that it names as its ``base``."""
+    text = _read(name)
     try:
-        raw = parse_yaml(_read(name))
-    except yaml.YAMLError as error:
+        raw = parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"recipe {name} is not YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"recipe {name} holds no sections: it must start with name:, claim:, model:")
@@ -98,7 +84,7 @@ def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
     """Checks a recipe that is already parsed; ``origin`` stands in error messages."""
     task = raw.get("task", "classification") if isinstance(raw, dict) else "classification"
     try:
-        config_class = task_class(str(task)).config_class
+        config_class = task_class(str(task)[:100]).config_class
     except UserError as error:
         raise UserError(f"recipe {origin}: {error}") from None
     return validated(config_class, raw, origin)
@@ -107,8 +93,8 @@ def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
 def _read(name: str) -> str:
     if name.endswith((".yaml", ".yml")):
         try:
-            return Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_within(Path(name), 4 * MOST_YAML).decode()
+        except (OSError, ValueError) as error:
             raise UserError(f"cannot read recipe {name}: {getattr(error, 'strerror', None) or error}") from None
     file = resources.files("conv2former.recipes").joinpath(f"{name}.yaml")
     if not file.is_file():
@@ -132,5 +118,5 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
             raise UserError(f"--set {assignment!r}: {part!r} holds a value, not a section")
     try:
         target[path[-1]] = parse_yaml(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {assignment!r}: the value is not YAML") from None
+    except ValueError as error:
+        raise UserError(f"--set {assignment!r}: the value is not YAML: {one_line(error)}") from None

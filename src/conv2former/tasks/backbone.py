@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -11,12 +12,9 @@ from torch import Tensor, nn
 
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line
+from conv2former.models.meta import bounded, check_args
 
-# arguments of timm.create_model that say where weights come from or what else than a network is built
-RESERVED = {
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"),
-    *("features_only", "scriptable", "exportable", "no_jit"),
-}
+RESERVED = ("num_classes",)  # beside what timm's factory takes: the data say it
 STRIDES = [4, 8, 16, 32]
 LAST_LAYER = 10_000  # of the heads, in layer-wise decay
 
@@ -67,26 +65,38 @@ def feature_info(model: Any) -> list[dict[str, Any]]:
 def _create(section: ModelSection) -> Any:
     if not timm.is_model(section.name):
         raise UserError(f"unknown model {section.name!r}{nearest(section.name, timm.list_models())}")
-    reserved = sorted(RESERVED & section.args.keys())
-    if reserved:
-        raise UserError(f"model.args cannot hold {', '.join(reserved)}: weights are given as model.weights")
+    check_args(section.args, "model.args", reserved=RESERVED)
     options: dict[str, Any] = dict(section.args, num_classes=0)
     if section.drop_path_rate:
         options["drop_path_rate"] = section.drop_path_rate
     if section.drop_rate:
         raise UserError("model.drop_rate is a classifier's: leave it out")
-    try:
-        try:
-            # Swin and its kin take any size only when told so; others do not know the argument
-            model = timm.create_model(section.name, strict_img_size=False, **options)
-        except TypeError:
-            model = timm.create_model(section.name, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
+    # Swin and its kin take any size only when told so; others do not know the argument
+    model = created(section.name, dict(strict_img_size=False), **options)
     for needed in ("feature_info", "forward_intermediates", "prune_intermediate_layers"):
         if not hasattr(model, needed):
             raise UserError(f"{section.name} gives no maps of its stages (timm): take another model as backbone")
     return model
+
+
+def created(name: str, attempt: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """timm's model for a recipe, its size bounded; ``attempt`` holds arguments that not every model knows.
+
+    Raises:
+        UserError: Whatever a network's constructor raises for arguments that it does not like.
+    """
+    try:
+        with bounded(f"model.args of {name}"):
+            try:
+                return timm.create_model(name, **(attempt or {}), **options)
+            except TypeError:
+                if not attempt:
+                    raise
+                return timm.create_model(name, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.args of {name}: {one_line(error)}") from None
 
 
 class OnBackbone(nn.Module):

@@ -18,6 +18,7 @@ from conv2former.checkpoints import folder as folders
 from conv2former.checkpoints.weights import copy_weights, open_weights
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, say_once
+from conv2former.models.meta import bounded
 from conv2former.tasks.base import Exportable, Task
 
 DIVISOR = 32  # of the sides that the networks take
@@ -48,7 +49,8 @@ class DenseTask(Task):
                     f"{weights.origin} holds a {weights.task} model: {cls.name} starts from one, or a classifier"
                 )
             section = section.model_copy(update=dict(args=weights.args | section.args))
-        model = cls.network(recipe, section, classes)
+        with bounded(f"the recipe {recipe.name}"):
+            model = cls.network(recipe, section, classes)
         if weights:
             prefix = "backbone.model." if weights.task == "classification" else ""
             say_once(copy_weights(weights, model, prefix=prefix, needed="backbone."))
@@ -59,8 +61,7 @@ class DenseTask(Task):
         """A model that ``save`` has written; raises UserError."""
         saved = folders.read_dense(path, cls.name)
         recipe = config.validated(cls.config_class, saved.recipe, str(saved.config_file))
-        model = cls.network(recipe, recipe.model, saved.classes)
-        folders.load_dense(saved, model)
+        model = folders.load_dense(saved, lambda: cls.network(recipe, recipe.model, saved.classes))
         return cls(model, recipe, saved.classes).eval()
 
     def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:

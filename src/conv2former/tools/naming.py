@@ -9,10 +9,10 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 
 from conv2former.errors import UserError, nearest, one_line
-from conv2former.recipes.load import parse_yaml
+from conv2former.files import parse_yaml
+from conv2former.models.meta import bounded
 from conv2former.tasks import load
 from conv2former.tasks.base import Task
 from conv2former.tasks.classification.task import ClassificationTask
@@ -34,7 +34,7 @@ def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
             raise UserError(f"{name} is a model of timm's and a path here: write ./{name} for the path")
         try:
             args = parse_yaml("{" + arguments.replace("=", ": ") + "}")
-        except yaml.YAMLError:
+        except ValueError:
             args = {"": None}
         if any(not isinstance(key, str) or not key.isidentifier() for key in args) or None in args.values():
             raise UserError(
@@ -51,7 +51,8 @@ def read_name(name: str) -> tuple[str, dict[str, Any]] | Path:
 def built(name: str, make: Callable[..., Any], model_name: str, args: dict[str, Any]) -> Any:
     """``make(model_name, **args)``; whatever goes wrong is a UserError with the ``name`` that the user wrote."""
     try:
-        return make(model_name, **args)
+        with bounded(name):
+            return make(model_name, **args)
     except Exception as error:  # timm's models raise anything for a wrong argument, and a download may fail in any way
         raise UserError(f"{name} cannot be built: {one_line(error)}") from None
 

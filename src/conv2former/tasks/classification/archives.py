@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tarfile
 from array import array
@@ -17,8 +16,9 @@ from timm.data.readers.reader_image_in_tar import extract_tarinfos
 
 from conv2former.data.folders import find_splits, is_junk
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, BadImage, decode
-from conv2former.data.sources import in_order
+from conv2former.data.sources import MOST_OF_A_NAME, class_lines, in_order
 from conv2former.errors import UserError, one_line
+from conv2former.files import MOST_BYTES, MOST_DIGITS, parse_json
 from conv2former.tasks.classification.sources import numbered
 
 MAX_OPEN = 128
@@ -313,17 +313,18 @@ def _class_value(file: Any, group: dict[str, tuple[str, int, int]], what: str) -
         raise UserError(f"{what} has no class: a .cls file, or label or cls in a .json file, must lie beside it")
     _, offset, size = group[role]
     file.seek(offset)
-    content = file.read(size)
     try:
-        value = content.decode("utf-8").strip()
+        if size > MOST_BYTES:
+            raise ValueError
+        value: Any = file.read(size).decode("utf-8").strip()
         if role == ".json":
-            value = json.loads(value)
+            value = parse_json(value, finite=False)
             value = value.get("label", value.get("cls")) if isinstance(value, dict) else None
+        if isinstance(value, str) and len(value) <= MOST_DIGITS and value.removeprefix("-").isdecimal():
+            value = int(value)
     except ValueError:
         value = None
-    if isinstance(value, str) and value.removeprefix("-").isdecimal():
-        value = int(value)
-    valid = bool(value) if isinstance(value, str) else type(value) is int and value >= 0
+    valid = 0 < len(value) <= MOST_OF_A_NAME if isinstance(value, str) else type(value) is int and value >= 0
     if not valid:
         raise UserError(f"{what} has no class: its {role} file gives no number from 0 on and no name")
     return value
@@ -334,10 +335,7 @@ def _class_names(folder: Path) -> list[str] | None:
     path = next((folder / name for name in ("classes.txt", "classes") if (folder / name).is_file()), None)
     if path is None:
         return None
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    names = class_lines(path)
     if not names:
         raise UserError(f"{path} is empty: give one name per line")
     twice = next((name for name, other in pairwise(sorted(names)) if name == other), None)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from conv2former.config import Choices, ImagesSection, ModelSection, Recipe, Section, Start
+from conv2former.config import MOST_SIDE, Choices, ImagesSection, ModelSection, Recipe, Section, Start
 
 
 class DataSection(ImagesSection):
@@ -17,10 +17,20 @@ class DataSection(ImagesSection):
         description="'folder' for class folders, 'tar' for tar files of them, 'wds' for webdataset shards, 'hfds' for "
         "a Hugging Face dataset, 'digits' for the handwritten digits of the quick start",
     )
-    input_size: int = Field(default=224, ge=8, description="side of the square that the network sees, pixels")
+    input_size: int = Field(
+        default=224, ge=8, le=MOST_SIDE // 2, description="side of the square that the network sees, pixels"
+    )
     val_fraction: float = Field(default=0.0, ge=0, lt=1, description="fraction held out where there is no val/ folder")
     crop_pct: float = Field(default=0.9, gt=0, le=1, description="fraction of the resized image kept in evaluation")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    @model_validator(mode="after")
+    def _few_pixels(self) -> DataSection:
+        if (side := self.input_size / self.crop_pct) > MOST_SIDE:
+            raise ValueError(
+                f"data.crop_pct={self.crop_pct:g} would enlarge images to {side:,.0f} pixels, more than {MOST_SIDE:,}"
+            )
+        return self
 
     def timm_config(self) -> dict[str, Any]:
         """How images are to be prepared for evaluation, in timm's words."""

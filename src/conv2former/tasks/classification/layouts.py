@@ -121,6 +121,8 @@ def open_eval_source(
         ways = "give the folder of the images to evaluate on itself" + ", or --split test" * ("test" in layout.parts)
         raise UserError(f"{root} has {there} and no {val}: {ways}")
     source = (part or layout.alone)()
+    if len({*classes}) < len(classes):
+        raise UserError("the model has several classes of one name, which no image can be counted for: rename them")
     _respell(source, classes)
     counts = np.bincount(source.targets, minlength=len(source.classes))
     known = set(classes)

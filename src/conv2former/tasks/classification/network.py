@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from conv2former.checkpoints.weights import Weights, copy_weights, open_weights
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, nearest, one_line, say_once
-from conv2former.tasks.backbone import RESERVED
+from conv2former.models.meta import check_args
+from conv2former.ops import use_backend
+from conv2former.tasks.backbone import RESERVED, created
+
+SMALL = 64  # pixels; some networks take no smaller images
 
 
 def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict[str, Any], bool]:
@@ -31,14 +37,9 @@ def build_model(section: ModelSection, *, classes: list[str]) -> tuple[Any, dict
     weights = open_weights(section)
     args = (weights.args if weights else {}) | section.args
     rates = (("drop_path_rate", section.drop_path_rate), ("drop_rate", section.drop_rate))
-    reserved = sorted(RESERVED & args.keys())
-    if reserved:
-        raise UserError(f"model.args cannot hold {', '.join(reserved)}: weights are given as model.weights")
+    check_args(args, "model.args", reserved=RESERVED)
     options: dict[str, Any] = args | {key: rate for key, rate in rates if rate}  # not every timm model takes both
-    try:
-        network = timm.create_model(section.name, num_classes=len(classes), **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model.args of {section.name}: {one_line(error)}") from None
+    network = created(section.name, num_classes=len(classes), **options)
     new = _new_classifier(weights, network, classes) if weights else {}
     if weights:
         say_once(copy_weights(weights, network, new=new))
@@ -72,3 +73,28 @@ def class_names(model: Any) -> list[str]:
     if subset:
         return list(ImageNetInfo(subset).label_names())
     return [str(index) for index in range(model.num_classes)]
+
+
+@torch.inference_mode()
+def check_answers(model: Any, config: Mapping[str, Any], args: Mapping[str, Any], what: str) -> None:
+    """Refuses a classifier that does not answer to the images that its own preprocessing makes.
+
+    Args:
+        model: A timm classifier.
+        config: timm's data configuration.
+        args: What the network was built with.
+        what: What messages call it.
+
+    Raises:
+        UserError: It takes no such images, or gives no number for each class.
+    """
+    channels, *size = config["input_size"]
+    if channels != 3 or len(config["mean"]) not in (1, 3) or not args.get("global_pool", "avg"):
+        raise UserError(f"{what} does not make one number for each class of RGB images: save the model again")
+    if min(size) > SMALL:
+        return
+    try:  # many networks take no images so small
+        with use_backend("reference"):
+            model(torch.zeros(1, 3, *size))
+    except Exception as error:
+        raise UserError(f"{what} does not take the images that its preprocessing makes: {one_line(error)}") from None

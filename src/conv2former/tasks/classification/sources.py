@@ -12,7 +12,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 from conv2former.data.folders import listed, one_form, passed_over
-from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, decode
+from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sources import in_order, notes
 from conv2former.errors import UserError, one_line, printable
 
@@ -106,11 +106,15 @@ class HfdsSource:
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        _datasets()
+        library = _datasets()
         import pyarrow
+        from huggingface_hub.constants import HF_HUB_CACHE
         from timm.data.readers.reader_hfds import ReaderHfds
 
         self.root, self.split = root, split
+        # where files of its rows may lie: in its folder, where the library unpacks archives, in the hub's cache
+        known = (root if root.exists() else HF_HUB_CACHE, library.config.DOWNLOADED_DATASETS_PATH)
+        self._folders = tuple(os.path.join(os.path.abspath(folder), "") for folder in known)
         try:
             self.reader = ReaderHfds(name=str(root), split=split)
             images = self.reader.dataset.data.column("image")
@@ -136,8 +140,13 @@ class HfdsSource:
 
     def load(self, index: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = self.reader.dataset[index][self.reader.image_key] or {}
-        content = image.get("bytes") or image.get("path") or b""
-        return decode(content, name=f"{self.name(index)} of {self.root}", max_pixels=max_pixels)
+        name = f"{self.name(index)} of {self.root}"
+        content = image.get("bytes") or b""
+        if not content and (path := image.get("path")):
+            content = os.path.abspath(os.path.join(self.root, path))
+            if not content.startswith(self._folders):
+                raise BadImage(name, "its file lies outside of the dataset's folder")
+        return decode(content, name=name, max_pixels=max_pixels)
 
     def name(self, index: int) -> str:
         """The image's number in the split, and the name of its file where the dataset has one."""

@@ -26,7 +26,7 @@ from conv2former.tasks.classification.config import AugmentSection, Classificati
 from conv2former.tasks.classification.data import NO_TARGET, Batch, ImageDataset, eval_transform, train_transform
 from conv2former.tasks.classification.layouts import Splits, open_eval_source, open_splits
 from conv2former.tasks.classification.metrics import ClassificationMetric
-from conv2former.tasks.classification.network import build_model, class_names, classifier_names
+from conv2former.tasks.classification.network import build_model, check_answers, class_names, classifier_names
 from conv2former.tasks.classification.sources import ImageSource
 from conv2former.viz import plots
 from conv2former.viz.drawing import with_bars
@@ -98,7 +98,10 @@ class ClassificationTask(Task):
     @classmethod
     def load(cls, path: Path) -> Self:
         """A classifier in timm's layout; raises UserError."""
-        return cls.of(checkpoints.load_pretrained(path), name=str(path))
+        task = cls.of(checkpoints.load_pretrained(path), name=str(path))
+        args = checkpoints.saved_config(path).get("model_args", {})
+        check_answers(task.model, task.data_config, args, str(path))
+        return task
 
     @classmethod
     def of(cls, model: Any, *, name: str = "the model") -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from PIL import Image
 from conv2former.data.folders import SPLITS, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, shown_size
 from conv2former.data.rle import library
-from conv2former.data.sources import counted, exif_remark, given_folder, stored_pixels
+from conv2former.data.sources import MOST_OF_A_NAME, counted, exif_remark, given_folder, stored_pixels
 from conv2former.errors import UserError, one_line, printable, some
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.objects import Ids, area_of, flag, id_order, is_id, number, usable
@@ -128,7 +129,7 @@ class CocoSource:
         """Names of files as the disk has them, where the annotations write them in another way."""
         if not self.images.is_dir():
             raise UserError(f"no such folder: {self.images}")
-        missing = [entry.file_name for entry in self.entries if not (self.images / entry.file_name).is_file()]
+        missing = [entry.file_name for entry in self.entries if not self._is_there(entry.file_name)]
         found: dict[str, str] = {}
         if missing:
             there = {one_form(name): name for name in listed(self.images, IMAGE_EXTENSIONS).files}
@@ -142,6 +143,16 @@ class CocoSource:
                 f"{self.images}: {some(missing, 3)}"
             )
         return found
+
+    def _is_there(self, name: str) -> bool:
+        """Whether an image lies in the folder or beside it: the annotations may be somebody else's."""
+        path, top = os.path.join(self.images, name), os.path.abspath(self.images.parent)
+        try:
+            return os.path.isfile(path) and (
+                not (os.path.isabs(name) or ".." in name) or os.path.abspath(path).startswith(os.path.join(top, ""))
+            )
+        except ValueError:  # a null in it
+            return False
 
     def _by_their_names(self, missing: list[str], there: dict[str, str]) -> dict[str, str]:
         """Files of other folders than the annotations say, if the name of each is the only one of its kind."""
@@ -408,7 +419,7 @@ def _value(value: Any, kind: str) -> Any:
     if kind == "an id":
         return int(value) if isinstance(value, float) and value.is_integer() else value if is_id(value) else None
     if kind == "a text":
-        return str(value) if type(value) in (str, int) else None
+        return str(value) if type(value) in (str, int) and len(str(value)) <= MOST_OF_A_NAME else None
     side = number(value)
     return int(side) if side is not None and side >= 1 and side == int(side) else None
 

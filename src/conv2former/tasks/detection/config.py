@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from conv2former.config import AnnotatedSection, Choices, Recipe, Section, Start
+from conv2former.config import MOST_SIDE, AnnotatedSection, Choices, Recipe, Section, Side, Start, Width
 
 
 class DetectionDataSection(AnnotatedSection):
@@ -16,21 +16,23 @@ class DetectionDataSection(AnnotatedSection):
     train_annotations: str = "annotations/instances_train2017.json"
     val_images: str = "val2017"
     val_annotations: str = "annotations/instances_val2017.json"
-    short_side: int = Field(default=800, ge=32, description="short side of an image in evaluation, pixels")
-    long_side: int = Field(default=1333, ge=32, description="most that the long side may then have")
+    short_side: int = Field(
+        default=800, ge=32, le=MOST_SIDE, description="short side of an image in evaluation, pixels"
+    )
+    long_side: int = Field(default=1333, ge=32, le=MOST_SIDE, description="most that the long side may then have")
     keep_empty: bool = Field(default=False, description="whether images without objects are trained on")
 
 
 class DetectionAugmentSection(Section):
     """Multi-scale training with resize-crop-resize and flips (Sec. 4.5, Swin's and DETR's)."""
 
-    short_sides: list[PositiveInt] = Field(
+    short_sides: list[Side] = Field(
         default=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], description="of which one is drawn, pixels"
     )
-    long_side: PositiveInt = Field(default=1333, description="most that the long side may then have, pixels")
+    long_side: Side = Field(default=1333, description="most that the long side may then have, pixels")
     crop_prob: float = Field(default=0.5, ge=0, le=1, description="images that are first resized, and cropped")
-    crop_short_sides: list[PositiveInt] = Field(default=[400, 500, 600], description="of which that resize draws one")
-    crop_sizes: tuple[PositiveInt, PositiveInt] = Field(
+    crop_short_sides: list[Side] = Field(default=[400, 500, 600], description="of which that resize draws one")
+    crop_sizes: tuple[Side, Side] = Field(
         default=(384, 600), description="least and most height and width of that crop, pixels"
     )
     hflip: float = Field(default=0.5, ge=0, le=1)
@@ -53,20 +55,20 @@ class DetectorSection(Section):
         description="whether objects get masks; without them it is a Faster R-CNN or its cascade ('auto', and where "
         "nothing is said: whether the training images have any)",
     )
-    channels: PositiveInt = Field(default=256, description="width of the pyramid, the RPN and the heads' convolutions")
+    channels: Width = Field(default=256, description="width of the pyramid, the RPN and the heads' convolutions")
     box_head: Literal["2fc", "4conv1fc"] = Field(
         default="2fc", description="two linear layers, or four convolutions with batch norm and one linear layer"
     )
-    box_head_channels: PositiveInt = Field(default=1024, description="width of the linear layers")
+    box_head_channels: Width = Field(default=1024, description="width of the linear layers")
     box_loss: Literal["l1", "giou"] = Field(
         default="l1", description="of the box heads: L1 on deltas, or GIoU (weight 10) on decoded boxes"
     )
     rpn_loss: Literal["l1", "smooth_l1"] = Field(default="l1", description="of the RPN's boxes; smooth with beta 1/9")
-    train_proposals: PositiveInt = Field(default=1000, description="boxes of the RPN for each image in training")
-    rois: PositiveInt = Field(default=512, description="boxes of each image that the heads are trained on")
+    train_proposals: Width = Field(default=1000, description="boxes of the RPN for each image in training")
+    rois: Width = Field(default=512, description="boxes of each image that the heads are trained on")
     score_threshold: float = Field(default=0.05, ge=0, lt=1, description="less certain boxes are no detections")
     nms_threshold: float = Field(default=0.5, gt=0, le=1, description="of two boxes that overlap more one is dropped")
-    max_detections: PositiveInt = Field(default=100, description="for each image")
+    max_detections: Width = Field(default=100, description="for each image")
 
 
 class DetectionRecipe(Recipe):

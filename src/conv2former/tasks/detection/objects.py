@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,9 +15,12 @@ FAR = 10  # sides of an image that a polygon's points may lie away from it
 NO_MASK = "without a mask (segmentation)"
 
 
+MOST = 10**60  # that no number of COCO's reaches: ids, sides, coordinates
+
+
 def is_id(value: Any) -> bool:
     """Whether a value can be an id: a number or a text."""
-    return isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and value == value)
+    return len(value) < 1000 if isinstance(value, str) else not isinstance(value, bool) and number(value) is not None
 
 
 def id_order(value: Any) -> tuple[bool, Any, Any]:
@@ -54,7 +56,7 @@ def number(value: Any) -> float | int | None:
         except ValueError:
             return None
         value = int(value) if value.is_integer() else value
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST  # NaN is not
     return value if good else None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from conv2former.config import AnnotatedSection, Choices, Recipe, Section, Start
+from conv2former.config import MOST_SIDE, AnnotatedSection, Choices, Recipe, Section, Side, Start, Width
 from conv2former.tasks.segmentation.values import canonical
 
 
@@ -21,7 +21,7 @@ class SegmentationDataSection(AnnotatedSection):
     val_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="fraction held out where there is no validation set"
     )
-    classes: PositiveInt | None = Field(
+    classes: Width | None = Field(
         default=None, description="number of classes; needed where no classes.txt (or ADE20K's list) names them"
     )
     reduce_zero_label: bool = Field(
@@ -32,9 +32,11 @@ class SegmentationDataSection(AnnotatedSection):
         description="class of each value in the masks, by name or number: {0: background, 255: crack}, or of each "
         "colour: {0 0 0: road, 255 0 0: car}; 'ignore' for no class",
     )
-    short_side: PositiveInt = Field(default=512, description="of an image before the random scale, and in evaluation")
-    long_side: PositiveInt = Field(default=2048, description="most that the long side may then have, pixels")
-    crop_size: int = Field(default=512, ge=32, description="side of the square that is trained on, pixels")
+    short_side: Side = Field(default=512, description="of an image before the random scale, and in evaluation")
+    long_side: Side = Field(default=2048, description="most that the long side may then have, pixels")
+    crop_size: int = Field(
+        default=512, ge=32, le=MOST_SIDE, description="side of the square that is trained on, pixels"
+    )
     window: Literal["whole", "slide"] = Field(
         default="whole", description="evaluation of the whole image at once, or by windows of crop_size"
     )
@@ -89,9 +91,11 @@ class SegmentationAugmentSection(Section):
 class SegmenterSection(Section):
     """What stands on the backbone: UperNet with an auxiliary FCN head, the paper's toolbox's settings as defaults."""
 
-    channels: PositiveInt = Field(default=512, description="width of the decoder")
-    pool_scales: list[PositiveInt] = Field(default=[1, 2, 3, 6], description="of the pyramid pooling")
-    aux_channels: PositiveInt = Field(default=256, description="width of the auxiliary head, on the stage-3 map")
+    channels: Width = Field(default=512, description="width of the decoder")
+    pool_scales: list[Annotated[int, Field(ge=1, le=64)]] = Field(
+        default=[1, 2, 3, 6], description="of the pyramid pooling"
+    )
+    aux_channels: Width = Field(default=256, description="width of the auxiliary head, on the stage-3 map")
     aux_weight: float = Field(default=0.4, ge=0, description="of its loss; 0 leaves it out")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="of channels, before both classifiers")
 

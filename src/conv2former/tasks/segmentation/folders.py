@@ -17,7 +17,7 @@ from PIL import Image
 from conv2former.data.folders import find_splits, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import counted, exif_remark, given_folder, in_order, spread, stored_pixels
+from conv2former.data.sources import class_lines, counted, exif_remark, given_folder, in_order, spread, stored_pixels
 from conv2former.errors import UserError, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import (
@@ -370,10 +370,7 @@ def _named_classes(root: Path) -> list[str] | None:
 
 
 def _read_names(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    lines = class_lines(path)
     if path.name == CLASS_FILES[1]:
         return [line.split("\t")[-1].split(",")[0].split(";")[0].strip() for line in lines[1:]]
     return lines

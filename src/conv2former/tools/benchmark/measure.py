@@ -7,7 +7,6 @@ each of them takes one step: whatever disturbs the machine meanwhile disturbs th
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from conv2former.engine.machine import machine_facts
-from conv2former.errors import UserError
+from conv2former.errors import UserError, say
 from conv2former.tools.benchmark.modes import EXPORTED, Configuration
 from conv2former.tools.benchmark.options import BenchmarkOptions, Plan, plan
 from conv2former.tools.benchmark.worker import Operation, Worker
@@ -94,7 +93,7 @@ def benchmark(options: BenchmarkOptions, *, start: Callable[[Configuration], Wor
         workers: list[Worker] = []
         try:
             for c in group:  # one after the other: compilers take all cores
-                _say(f"preparing {c.label()}")
+                say(f"preparing {c.label()}")
                 workers.append(start(c))
             rows += with_ratios(_measured(workers, planned, peaks, profile=options.profile, **common))
         finally:
@@ -115,7 +114,7 @@ def _measured(
     **facts: Any,
 ) -> list[Row]:
     """The rows of a group's workers; the machine's peak is measured once for each dtype, by the first that can."""
-    _say(f"timing {rounds} rounds")
+    say(f"timing {rounds} rounds")
     times = take_turns(workers, rounds)
     memory = [worker.memory() for worker in workers]
     errors = [worker.error for worker in workers]  # what follows may fail without harm to what was measured
@@ -139,13 +138,9 @@ def _measured(
             **facts,
         )
         if error:
-            _say(f"failed: {c.label()}: {error}")
+            say(f"failed: {c.label()}: {error}")
         rows.append(row if error else replace(row, memory=held, **statistics(row, seconds, peaks[dtype])))
     return rows
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def take_turns(workers: Sequence[Worker], rounds: int) -> list[list[float]]:

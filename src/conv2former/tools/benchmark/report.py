@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, in_markdown, markdown_row, one_line
 from conv2former.files import append_line, replace_text
 from conv2former.tools.benchmark.measure import Row
 
@@ -65,8 +65,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """The table for a document, with its conditions above it."""
     head = columns(rows)
     marks = ["---:" if index in RIGHT else "---" for index in range(len(head))]
-    lines = [f"| {' | '.join(line)} |" for line in (head, marks, *map(cells, rows))]
-    return "\n".join([conditions(rows), "", *lines, ""])
+    lines = [markdown_row(line) for line in (head, marks, *map(cells, rows))]
+    return "\n".join([in_markdown(conditions(rows)), "", *lines, ""])
 
 
 def profiles(rows: Sequence[Row]) -> str:

@@ -6,7 +6,6 @@ Gradio gets images to the server and HTML back to the page, and nothing more: wh
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,14 @@ import gradio as gr
 from PIL import Image
 
 from conv2former.data.images import BadImage, decode
-from conv2former.errors import UserError
+from conv2former.errors import UserError, say
 from conv2former.tools.demo import results
 from conv2former.tools.demo.models import Models
 
 MOST_IMAGES = 16  # of one answer
 KEPT_SECONDS = 1800  # that an upload is kept
 SWEEP_SECONDS = 60  # between two looks for older ones
-WAITING = 20  # requests, before others are turned away
+WAITING = 500  # requests, before others are turned away; the page shows everyone's place
 OUR_FAULT = "Something went wrong here: the terminal that runs the demo says what."
 UNUSABLE = "This model cannot be used: the terminal that runs the demo says why."
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
@@ -83,7 +82,7 @@ class Answers:
             try:
                 model = self.models.get(name)
             except UserError as error:  # which says where the model lies
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say(f"error: {error}")
                 return results.paragraph("error", UNUSABLE)
             return results.answer(name, model.note, model.look(image, maps=maps))
         except Exception:
@@ -92,7 +91,7 @@ class Answers:
 
 def _reported() -> str:
     """Prints the error of now for whoever runs the demo, and gives a sentence for who looks at the page."""
-    print(traceback.format_exc(), file=sys.stderr, flush=True)
+    say(*traceback.format_exc().split("\n"))
     return OUR_FAULT
 
 
@@ -127,8 +126,13 @@ def build_page(answers: Answers) -> gr.Blocks:
             trigger_mode="always_last",
             concurrency_limit=1,  # two at a time would spoil each other's times
         )
+        page.unload(_nothing)  # for which the page keeps a stream open, by which the gate knows that it is there
         page.queue(max_size=WAITING)
     return page
+
+
+def _nothing() -> None:
+    pass
 
 
 def mounted(page: gr.Blocks) -> Any:
@@ -149,5 +153,6 @@ def mounted(page: gr.Blocks) -> Any:
         mcp_server=False,
         pwa=False,
     )
+    app.state.functions = {index: len(fn.inputs) for index, fn in page.fns.items() if fn.inputs}  # for the gate
     page.has_launched = True  # else Gradio's own check of which files a request may name is off
     return app

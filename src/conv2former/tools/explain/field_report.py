@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from conv2former.engine.devices import pick_device
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, in_markdown, markdown_row, one_line, say
 from conv2former.files import replace_text
 from conv2former.tools.explain.receptive_field import FRACTIONS, IMAGES, FieldRow, choose_images, measure
 from conv2former.tools.explain.subjects import check_name, open_subject
@@ -67,8 +66,8 @@ def to_markdown(rows: Sequence[FieldRow]) -> str:
     """The table for a document, with its conditions above it."""
     head = columns(rows)
     marks = ["---"] * LEFT + ["---:"] * (len(head) - LEFT)
-    lines = [f"| {' | '.join(line)} |" for line in (head, marks, *cells(rows))]
-    return "\n".join([*conditions(rows), "", *lines, ""])
+    lines = [markdown_row(line) for line in (head, marks, *cells(rows))]
+    return "\n".join([*map(in_markdown, conditions(rows)), "", *lines, ""])
 
 
 def broken(name: str, width: int = 22) -> str:
@@ -154,7 +153,7 @@ def run_field(
             replace_text(jsonl, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
             replace_text(table, to_markdown(rows))
             seconds = time.monotonic() - started
-            print(f"{name} measured ({number} of {len(names)}) in {seconds:.0f} s", file=sys.stderr, flush=True)
+            say(f"{name} measured ({number} of {len(names)}) in {seconds:.0f} s")
         draw(rows, scores, figure)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {one_line(error)}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conv2former.data.images import BadImage, decode, given_images
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, one_line, say
 from conv2former.files import free_name
 
 STRENGTH = 0.6  # of a map's colours over the image
@@ -94,5 +93,5 @@ def each_image(
             row = dict(ok=True, sheet=str(path)) | fields
         print(json.dumps(dict(file=str(file)) | row), flush=True)  # ASCII: names may hold bytes that no terminal has
     if failed:
-        print(f"{failed} of {len(files)} files have no sheet", file=sys.stderr)
+        say(f"{failed} of {len(files)} files have no sheet")
     return 1 if failed else 0

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from conv2former.config import Recipe
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
-from conv2former.errors import UserError, nearest_or_all, one_line
+from conv2former.errors import UserError, nearest_or_all, one_line, say
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.scales import Scale, at_scale
@@ -234,7 +234,7 @@ def _train(job: Job) -> int:
         Stopped: This process was asked to stop, however the training took it: a second signal may kill what has just
             saved its state.
     """
-    print(f"--- {job.run.parent.name}, seed {job.recipe.engine.seed}", file=sys.stderr, flush=True)
+    say(f"--- {job.run.parent.name}, seed {job.recipe.engine.seed}")
     recipe = job.run.with_name(f"{job.run.name}.yaml")
     try:
         recipe.parent.mkdir(parents=True, exist_ok=True)

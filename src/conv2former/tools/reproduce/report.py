@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, in_markdown, one_line
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.jobs import Job, Request
@@ -98,7 +98,7 @@ def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -
     title = task_class(table.task).reported[0].title
     parts = [f"**{table.title}**, {title}. Scale {request.scale}: {in_words(table.task, request.scale)}."]
     if changed := changes(request, table):
-        parts.append(f"Changed in all rows: `{' '.join(changed)}`.")
+        parts.append(f"Changed in all rows: {in_markdown(' '.join(changed))}.")
     if done:
         rows = list(done.values())
         one = rows[-1]
@@ -106,8 +106,8 @@ def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -
         machines = {", ".join(row["machine"]["gpus"]) or f"{row['machine']['cpus']} CPU cores" for row in rows}
         commits = dict.fromkeys(str(row["commit"]) for row in rows)
         parts.append(
-            f"Data: {one['data']}, {images['train']:,} training and {images['val']:,} validation images. Machine: "
-            f"{' and '.join(sorted(machines))}; commit {', '.join(commits)}."
+            f"Data: {in_markdown(one['data'])}, {images['train']:,} training and {images['val']:,} validation images. "
+            f"Machine: {in_markdown(' and '.join(sorted(machines)))}; commit {in_markdown(', '.join(commits))}."
         )
         last = "the last row" if len({row.group for row in table.rows}) == 1 else "the last row of the group"
         parts.append(f"Std: of the sample over seeds. To last: difference to {last}.")
