@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -120,6 +121,12 @@ def family(pid: int) -> list[int]:
 
 
 def training(pid: int) -> list[int]:
-    """The training processes of a run, the first one first."""
-    own = [member for member in family(pid) if int(stat(member)[1]) in (pid, os.getpid())]
-    return [member for member in own if b"--recipe" in (Path("/proc") / str(member) / "cmdline").read_bytes()]
+    """The training processes of a run, the first one first; its readers are copies of them."""
+    others = {}
+    for member in family(pid)[1:]:
+        with contextlib.suppress(OSError):
+            variables = (Path("/proc") / str(member) / "environ").read_bytes().split(b"\0")
+            rank = next((word for word in variables if word.startswith(b"LOCAL_RANK=")), b"")
+            if rank and int(stat(member)[1]) == pid:
+                others[rank] = member
+    return [pid, *(others[rank] for rank in sorted(others))]

@@ -32,17 +32,24 @@ from digits import TINY, write_digits
 from runs import EVERYTHING, assert_same_run, family, stat, training, weights
 from scenes import write_coco, write_pairs
 
+ROOM = 30_000  # bytes: more than the log of a run, less than a checkpoint
 PATIENCE, LIMIT = 6, 60  # seconds: engine.stall_seconds, and that a run may take to end
 PROCESSES = (1, 1, 2, 2, 4)
+FOUR = ["optim.global_batch=4", "optim.batch_size=1"]  # micro-batches in an optimizer step
 TASKS: dict[str, tuple[str, list[str], Callable[[Path], Path]]] = dict(
-    classification=("quickstart", [*TINY, *EVERYTHING, "schedule.epochs=60"], write_digits),
-    segmentation=("smoke_segmentation", ["schedule.epochs=30"], lambda root: write_pairs(root, count=10)),
-    detection=("smoke_detection", ["schedule.epochs=12"], lambda root: write_coco(root, train=8, val=2)),
+    classification=(
+        "quickstart",
+        [*TINY, *EVERYTHING, "optim.global_batch=16", "optim.batch_size=4", "schedule.epochs=60"],
+        write_digits,
+    ),
+    segmentation=(
+        "smoke_segmentation",
+        ["optim.global_batch=8", "optim.batch_size=2", "schedule.epochs=30"],
+        lambda root: write_pairs(root, count=20),
+    ),
+    detection=("smoke_detection", [*FOUR, "schedule.epochs=12"], lambda root: write_coco(root, train=8, val=2)),
 )
-COMMON = [
-    *("optim.global_batch=4", "optim.batch_size=1", "engine.checkpoint_minutes=0.005", "engine.accelerator=cpu"),
-    f"engine.stall_seconds={PATIENCE}",
-]
+COMMON = ["engine.checkpoint_minutes=0.005", "engine.accelerator=cpu", f"engine.stall_seconds={PATIENCE}"]
 
 
 class Campaign:
@@ -66,8 +73,7 @@ class Campaign:
 
     def command(self, out: Path) -> list[str]:
         recipe, settings, _ = TASKS[self.task]
-        extra = [] if self.task != "classification" else ["optim.global_batch=16", "optim.batch_size=4"]
-        changes = [*settings, *COMMON, *extra, f"data.workers={self.readers}", f"engine.devices={self.processes}"]
+        changes = [*settings, *COMMON, f"data.workers={self.readers}", f"engine.devices={self.processes}"]
         words = ["train", f"--recipe={recipe}", f"--data={self.data}", f"--out={out}", "--resume", "auto"]
         hooks = Path(__file__).with_name("hooked.py")
         return [sys.executable, str(hooks), *words, *(f"--set={change}" for change in changes)]
@@ -128,7 +134,7 @@ class Campaign:
         import resource
 
         for pid in training(process.pid):  # a limit on the size of files stands for the disk
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
 
     def lose_folder(self, process: subprocess.Popen) -> None:
         self.out.rename(self.folder / "away")
@@ -169,7 +175,7 @@ class Campaign:
         errors = [line for line in log.splitlines() if line.startswith("error")]
         row = dict(kind=kind, task=self.task, processes=self.processes, readers=self.readers, over=over)
         row |= dict(seconds=round(took, 1), status=process.returncode, line=errors[-1][:200] if errors else "")
-        assert took < LIMIT and len(errors) <= 1 and "Traceback" not in log and "frame #" not in log, (row, log)
+        assert took < LIMIT and len(errors) <= 1 and "Traceback" not in log and "frame #" not in log, f"{row}\n{log}"
         return row
 
     def after(self, kind: str, members: list[int]) -> None:
@@ -182,7 +188,7 @@ class Campaign:
         while left := [pid for pid in members if stat(pid) and stat(pid)[0] != "Z"]:
             assert time.monotonic() < deadline, f"processes are left after {kind}: {left}"
             time.sleep(0.1)
-        left = [str(path) for path in (self.folder / "tmp").rglob("*") if path.is_file()]
+        left = [str(path) for path in (self.folder / "tmp").rglob("*") if path.is_file() and path.stat().st_size]
         assert not left, f"temporary files are left after {kind}: {left}"
 
     def finish(self) -> None:

@@ -199,7 +199,7 @@ class EngineSection(Section):
     """How it is computed."""
 
     seed: int = Field(default=0, ge=0)
-    precision: Literal["32", "bf16", "16", "64"] = Field(
+    precision: Literal["64", "32", "bf16", "16"] = Field(
         default="32", description="autocast type; 64 computes in double precision, to compare runs"
     )
     channels_last: bool = True

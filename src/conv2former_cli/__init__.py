@@ -11,6 +11,9 @@ import importlib.util
 import os
 import sys
 
+# before torch is imported: its warning of a connection that broke is a stack of C++, beside our line
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # isort: off
 # each adds its command to the program; --help lists them in this order
 from conv2former_cli import (

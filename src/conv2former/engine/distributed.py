@@ -63,6 +63,8 @@ class Processes:
         if known and self.world > 1 and dist.is_initialized():
             # Gloo's threads let go of the last tensors; when Python ends before them, that aborts the process
             dist.destroy_process_group()
+        if self.rank and isinstance(value, UserError) and not known:
+            raise SystemExit(1) from None  # the first process says what this one has met
 
     def part(self) -> None:
         """The end of what is done together: whoever ended its connections before would break another's last message."""
@@ -75,12 +77,12 @@ class Processes:
         self.watch.close()
         if not speaks:
             raise SystemExit(1) from None
-        raise UserError(f"process {self.rank} of {self.world} stops, because {why}; {watchdog.HELP}") from None
+        raise UserError(f"process {self.rank} of {self.world} stops, because {watchdog.with_help(why)}") from None
 
     def check(self) -> None:
         """Raises the UserError that says what hangs, be it a reader of this process or another process."""
         if self.watch.told.is_set():
-            raise UserError(f"{self.watch.why}; {watchdog.HELP}")
+            raise UserError(watchdog.with_help(self.watch.why))
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:

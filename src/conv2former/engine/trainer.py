@@ -102,7 +102,8 @@ class Trainer:
         self.contents = Contents(fabric, task, self.wrapped, self.optimizer, sharded=self.sharded)
         self.val_loader = self._val_loader()
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.in_step, self.pace, self.eval_pace = False, activity.Pace(), activity.Pace()
+        self.in_step = self.in_update = False
+        self.pace, self.eval_pace = activity.Pace(), activity.Pace()
 
     def load(self, run: RunDir) -> None:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
@@ -149,13 +150,8 @@ class Trainer:
         """
         self.run, self.checkpoints = run, CheckpointManager(run.checkpoints)
         self.saved_at = time.monotonic()
-        self.progress = TrainingProgress(
-            self.steps,
-            self.steps_per_epoch,
-            global_batch=self.batch.total,
-            start=self.state.step,
-            enabled=self.fabric.is_global_zero,
-        )
+        work: Any = dict(global_batch=self.batch.total, start=self.state.step, enabled=self.fabric.is_global_zero)
+        self.progress = TrainingProgress(self.steps, self.steps_per_epoch, **work)
         self.faults = Faults(run, self.recipe, self.splits.train, self.processes, self.progress.say)
         step = self.state.step if resumed else None
         self.log = RunLog(run, self.recipe, step=step, enabled=self.fabric.is_global_zero)
@@ -166,7 +162,7 @@ class Trainer:
                 self._run()
             status = "success"
         except RuntimeError as error:
-            if is_lost_connection(error) and self.fabric.is_global_zero and not self.sharded:
+            if is_lost_connection(error) or killed_reader(error):
                 self._save_alone()
             raise
         finally:
@@ -266,16 +262,16 @@ class Trainer:
                 self.fabric.clip_gradients(
                     self.wrapped, self.optimizer, max_norm=optim.clip_grad, error_if_nonfinite=False
                 )
+            self.in_update = True
             self.statistics.update()
-            self.in_step = False
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:
                 self.average.update(self.model, step=state.step)
             # the sum is rounded once, whatever the order: it does not depend on the number of processes
             state.add_loss(math.fsum(numbers) / len(numbers))
-        self.in_step = False
         state.step += 1
+        self.in_step = self.in_update = False
         self._log(time.perf_counter() - started, waited)
         state.skipped_in_row = state.skipped_in_row + 1 if unsound else 0
         if unsound:
@@ -374,7 +370,9 @@ class Trainer:
         self.processes.barrier()
 
     def _save_alone(self) -> None:
-        """The other processes are gone: this one saves what it has, that of the last step."""
+        """The run ends here, at any moment: the first process saves the state after the last step, if it can."""
+        if not self.fabric.is_global_zero or self.sharded or self.in_update:
+            return
         if self.in_step:
             self.statistics.restore()
         sound = not self.state.skipped_in_row and math.isfinite(parameter_norm(self.model))

@@ -231,7 +231,7 @@ class Watchdog:
     def _say(self) -> None:
         where = f"process {self.rank} of {self.world} stops, because " if self.world > 1 else "stopped, because "
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {where}{_printable(self.why)}; {HELP}\n".encode())
+            os.write(2, f"error: {where}{_printable(with_help(self.why))}\n".encode())
 
     # ------------------------------------------------------------------ the others
 
@@ -328,6 +328,11 @@ class Watchdog:
         if them.get("host") == socket.gethostname() and _born(them["pids"][0]) == them["born"] is not None:
             for pid in them["pids"]:
                 _kill(pid)
+
+
+def with_help(why: str) -> str:
+    """The reason, and what to do."""
+    return why if "--resume" in why else f"{why}; {HELP}"
 
 
 def _printable(text: str) -> str:
