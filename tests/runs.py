@@ -82,9 +82,11 @@ def start(arguments: list[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 
-def wait_for(process: subprocess.Popen, out: Path, what: str = '"kind": "epoch"', count: int = 1) -> None:
-    """Until the metrics of the run hold something."""
-    rows, deadline = out / "metrics.jsonl", time.monotonic() + 120
+def wait_for(
+    process: subprocess.Popen, out: Path, what: str = '"kind": "epoch"', count: int = 1, file: str = "metrics.jsonl"
+) -> None:
+    """Until the metrics of the run, or another file of it, hold something."""
+    rows, deadline = out / file, time.monotonic() + 120
     while not (rows.exists() and rows.read_text().count(what) >= count):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be met"
         time.sleep(0.02)
@@ -127,6 +129,7 @@ def training(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             variables = (Path("/proc") / str(member) / "environ").read_bytes().split(b"\0")
             rank = next((word for word in variables if word.startswith(b"LOCAL_RANK=")), b"")
-            if rank and int(stat(member)[1]) == pid:
+            program = (Path("/proc") / str(member) / "cmdline").read_bytes()
+            if rank and int(stat(member)[1]) == pid and b"watchdog" not in program:
                 others[rank] = member
     return [pid, *(others[rank] for rank in sorted(others))]

@@ -22,7 +22,7 @@ from conv2former.engine.signals import RESUME_ME
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from digits import tiny_recipe, write_digits
-from runs import EVERYTHING, TIMING, command, signal_all, start, state, stopped_run, wait_for, weights
+from runs import EVERYTHING, TIMING, command, family, signal_all, start, state, stopped_run, wait_for, weights
 from scenes import write_coco
 
 # the same sixteen images per step, however they are dealt out
@@ -173,6 +173,28 @@ def test_two_processes_stop_together_and_torchrun_continues_them(data: Path, tmp
     run([*torchrun, "-m", "conv2former_cli", "train", f"--out={tmp_path / 'run'}", "--resume"])
     mine, theirs = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def agent(arguments: list[str], port: int) -> subprocess.Popen:
+    """One of the machines that torchrun may use; here all of them are this one."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=9"]
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=3"]
+    return start([*torchrun, *rendezvous, *arguments[1:]])
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_when_a_machine_is_lost(data: Path, tmp_path: Path) -> None:
+    """It starts the run again on the two that are left."""
+    settings = [*ELASTIC, "schedule.epochs=50", "engine.devices=auto", "optim.global_batch=24"]
+    arguments = command(data, tmp_path / "run", *settings, options=("--resume", "auto"))
+    agents = [agent(arguments, 29767) for _ in range(3)]
+    wait_for(agents[0], tmp_path / "run", count=3)
+    for pid in family(agents[2].pid):
+        os.kill(pid, signal.SIGKILL)
+    assert [process.wait(timeout=200) for process in agents] == [0, 0, -signal.SIGKILL]
+    assert '"processes: 3, now 2"' in (tmp_path / "run" / "history.jsonl").read_text()
+    train(tiny_recipe(*settings), data=data, out=tmp_path / "whole")
+    assert_equal_in_double(tmp_path / "whole", tmp_path / "run")
 
 
 def test_slurm_starts_the_processes(one: Path, uneven: Path, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ class Watch:
         signals.close()
         silence = min(patience or watchdog.SILENCE, watchdog.SILENCE)
         token, host = secrets.token_hex(16), os.environ.get("MASTER_ADDR", "127.0.0.1")
-        self._send(rank=rank, world=world, host=host, silence=silence, token=token)
+        self._send(rank=rank, local=fabric.local_rank, world=world, host=host, silence=silence, token=token)
         if world > 1:
             port = json.loads(self.lines.readline())["port"] if rank == 0 else 0
             self._send(join=fabric.broadcast((port, token)))

@@ -78,6 +78,7 @@ class Watchdog:
     def __init__(self, board: int, control: int, signals: int, pid: int) -> None:
         self.pid = pid
         self.rank, self.world, self.host, self.token = 0, 1, "", None
+        self.second = True  # whether it speaks where the first cannot
         self.why, self.speaks, self.silence = "", True, SILENCE
         self.activity = _activity()
         self.board = self.activity.Board(board)
@@ -122,6 +123,7 @@ class Watchdog:
             if "rank" in message:
                 self.rank, self.world, self.host = message["rank"], message["world"], message["host"]
                 self.silence, self.token = message["silence"], message["token"]
+                self.second = self.rank == 1 or message["local"] == 0
                 if self.rank == 0 and self.world > 1:
                     self._listen()
             elif "join" in message:
@@ -313,7 +315,7 @@ class Watchdog:
             self.peers[0].send(failed=why)
         if dead is not None:
             self._kill_if_here(dead)
-        self._end(why, speaks=self.rank == 0 or dead == 0 or 0 not in self.peers)
+        self._end(why, speaks=self.rank == 0 or (self.second and (dead == 0 or 0 not in self.peers)))
         if stuck:
             self.deadline = 0.0
 
