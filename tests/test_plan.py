@@ -63,6 +63,7 @@ def test_images_batch_and_steps(text: str) -> None:
     steps = section(text, "steps")
     assert "1,281,167 images / 1,024 = 1,251 steps per epoch" in steps
     assert "25,020 steps of warm-up (20 epochs)" in steps and "375,300 steps in all (300 epochs)" in steps
+    assert "resumes unchanged on 1, 2, 4, 8 processes: an optimizer step has 8 micro-batches" in steps
 
 
 def test_the_rate_grows_with_the_batch_and_the_claim_counts_what_is_held_out(tmp_path: Path) -> None:

@@ -123,7 +123,6 @@ def test_a_run_goes_on_with_another_number_of_processes(
     stopped_run(tiny_recipe(*ELASTIC), data, tmp_path / "parts", monkeypatch)
     run(go_on(tmp_path / "parts", 2))
     assert_equal_in_double(tmp_path / "whole", tmp_path / "parts")
-    assert not (tmp_path / "parts" / "recipes").exists()
 
 
 @pytest.mark.slow

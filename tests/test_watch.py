@@ -56,8 +56,13 @@ def hanging(tmp_path: Path, data: Path, *settings: str) -> Run:
     return run
 
 
-@pytest.mark.parametrize("readers", [0, 2])
-@pytest.mark.parametrize("processes", [1, 2])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("readers", "processes"),
+    [pytest.param(0, 1, marks=SLOW), (2, 1), pytest.param(0, 2, marks=SLOW), pytest.param(2, 2, marks=SLOW)],
+)
 def test_an_image_that_takes_for_ever_is_named(data: Path, tmp_path: Path, readers: int, processes: int) -> None:
     run = hanging(tmp_path, data, f"data.workers={readers}", f"engine.devices={processes}")
     who = r"process \d" if processes > 1 else "the training"
@@ -65,13 +70,14 @@ def test_an_image_that_takes_for_ever_is_named(data: Path, tmp_path: Path, reade
     assert run.saved >= 4 or not readers, "a process that only waits for images still saves"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=SLOW)])
 def test_a_process_that_is_stopped_is_named(data: Path, tmp_path: Path, victim: int) -> None:
     run = Run(data, tmp_path / "run", *TWO)
     os.kill(run.ranks[victim], signal.SIGSTOP)
     assert f"process {victim} has been stopped by a signal for {PATIENCE} s" in run.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_machine_that_is_gone_is_noticed(data: Path, tmp_path: Path, victim: int) -> None:
     """A process stopped with all that it has started, its watchdog too, gives no sign of life."""
@@ -82,6 +88,7 @@ def test_a_machine_that_is_gone_is_noticed(data: Path, tmp_path: Path, victim: i
     assert f"process {victim} has given no sign of life for {PATIENCE} s" in run.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_killed_is_named(data: Path, tmp_path: Path, victim: int) -> None:
     run = Run(data, tmp_path / "run", *TWO, "data.workers=1")
@@ -89,6 +96,7 @@ def test_a_process_that_is_killed_is_named(data: Path, tmp_path: Path, victim: i
     assert f"process {victim} was killed" in run.end(seconds=15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_lock_that_is_never_given_back(data: Path, tmp_path: Path, processes: int) -> None:
     arguments = hooked(command(data, tmp_path / "run", *LONG, f"engine.devices={processes}"))
@@ -109,7 +117,7 @@ def test_a_second_interrupt_ends_a_process_that_hangs(data: Path, tmp_path: Path
     assert "was interrupted twice" in run.end(seconds=10)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_a_stop_is_met_while_images_are_waited_for(data: Path, tmp_path: Path, signum: int) -> None:
     run = hanging(tmp_path, data, "data.workers=1", "engine.stall_seconds=1000")
     time.sleep(2)
@@ -126,7 +134,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not can_mount(), reason="needs user namespaces")
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=SLOW)])
 def test_shared_memory_that_is_too_small_is_one_line(data: Path, tmp_path: Path, processes: int) -> None:
     settings = ["data.workers=2", "data.input_size=160", "optim.batch_size=16", f"engine.devices={processes}"]
     words = command(data, tmp_path / "run", *LONG[:2], *settings)

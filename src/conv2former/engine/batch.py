@@ -51,6 +51,17 @@ def recorded_batch(batch: BatchPlan) -> dict[str, int]:
     return dict(images=batch.per_process, micro_batches=batch.micro_batches, keys=batch.keys)
 
 
+def fitting_worlds(recipe: Recipe, batch: BatchPlan) -> tuple[list[int], str]:
+    """The numbers of processes that a run may go on with, and what they depend on."""
+    if batch.keys == 1:
+        return [batch.world], "its version of the package bound random choices to the process"
+    if recipe.engine.sync_batchnorm:
+        return [batch.world], "engine.sync_batchnorm normalises over the images of all processes"
+    parts = batch.micro_batches
+    counts = [count for count in range(1, parts + 1) if parts % count == 0]
+    return counts, f"an optimizer step has {parts} micro-batches"
+
+
 def plan_batch(recipe: Recipe, *, world: int) -> BatchPlan:
     """The recipe's batch on ``world`` processes.
 

@@ -23,11 +23,11 @@ from conv2former.data.sampling import steps_per_epoch
 from conv2former.data.sources import Splits
 from conv2former.engine import trial
 from conv2former.engine.automatic import checked_weights, choices, settled
-from conv2former.engine.batch import BatchPlan, plan_batch
+from conv2former.engine.batch import BatchPlan, fitting_worlds, plan_batch
 from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
-from conv2former.errors import UserError, printable
+from conv2former.errors import UserError, printable, some
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Task
@@ -111,7 +111,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         ["recipe", recipe.to_yaml().rstrip(), f"hash {recipe.digest()}"],
         ["data", images.origin],
         ["batch", *_batch(recipe, batch), *_worlds(recipe, images.count)],
-        ["steps", *steps],
+        ["steps", *steps, _going_on(recipe, batch)],
         ["parameter groups", *groups],
         ["network", *network],
         ["memory per process", *memory, LEFT_OUT],
@@ -319,6 +319,11 @@ def _batch(recipe: Recipe, batch: BatchPlan) -> list[str]:
         f"micro-batches = effective batch {batch.total:,}",
         f"learning rate: {optim.base_lr:g} x {batch.total:,} / {optim.base_batch:,} = {scaled_lr(optim, batch):g}",
     ]
+
+
+def _going_on(recipe: Recipe, batch: BatchPlan) -> str:
+    counts, reason = fitting_worlds(recipe, batch)
+    return f"resumes unchanged on {some([*map(str, counts)], 12)} processes: {reason}"
 
 
 def _worlds(recipe: Recipe, images: int | None) -> list[str]:

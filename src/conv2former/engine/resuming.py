@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.config import Recipe
-from conv2former.engine.batch import KEYS, BatchPlan, plan_batch, recorded_batch
+from conv2former.engine.batch import KEYS, BatchPlan, fitting_worlds, plan_batch
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, some
@@ -84,20 +84,14 @@ def resumed_batch(
     then, size = int(facts.get("processes") or 1), ("batch_size", "accumulate", "global_batch")
     if any(getattr(own.optim, key) != getattr(recipe.optim, key) for key in size):
         return plan_batch(recipe, world=world)  # forced, else it were refused
-    before = plan_batch(own, world=then)
-    # with one process, the random choices of before are those of now
-    recorded = facts.get("batch") or recorded_batch(replace(before, keys=1 if then > 1 else KEYS))
-    parts = recorded["micro_batches"]
-    fitting, reason = (
-        [count for count in range(1, parts + 1) if parts % count == 0],
-        f"an optimizer step has {parts} micro-batches",
-    )
-    if recorded["keys"] == 1:
-        reason, fitting = "its version of the package bound random choices to the process", [then]
-    elif own.engine.sync_batchnorm:
-        reason, fitting = "engine.sync_batchnorm normalises over the images of all processes", [then]
+    if recorded := facts.get("batch"):
+        images, parts, keys = recorded["images"], recorded["micro_batches"], recorded["keys"]
+        before = BatchPlan(images, then, max(parts // then, 1), keys)
+    else:  # made before random choices belonged to micro-batches; those of one process are the same
+        before = replace(plan_batch(own, world=then), keys=1 if then > 1 else KEYS)
+    fitting, reason = fitting_worlds(own, before)
     if world in fitting:
-        return BatchPlan(recorded["images"], world, parts // world, recorded["keys"])
+        return replace(before, world=world, accumulate=before.micro_batches // world)
     if not force:
         raise UserError(
             f"the run in {run.path} was started on {then} processes and cannot go on with {world}: {reason}; resume it "
