@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from conv2former.engine.checkpointing import CheckpointManager
+from conv2former.recipes import load_recipe
+from conv2former.tasks import task_class
 from digits import TINY, write_digits
 from runs import EVERYTHING, assert_same_run, family, stat, training, weights
 from scenes import write_coco, write_pairs
@@ -80,7 +82,8 @@ class Campaign:
 
     def environment(self, order: Path) -> dict[str, str]:
         (temporary := self.folder / "tmp").mkdir(exist_ok=True)
-        return os.environ | dict(HOOK_HANG=str(self.marker), HOOK_ORDER=str(order), TMPDIR=str(temporary))
+        threads = dict(OMP_NUM_THREADS="1")  # several processes share few processors
+        return os.environ | threads | dict(HOOK_HANG=str(self.marker), HOOK_ORDER=str(order), TMPDIR=str(temporary))
 
     def start(self, *, full: bool = False) -> subprocess.Popen:
         """The run goes on; ``full``: with a temporary folder that has no room."""
@@ -126,8 +129,7 @@ class Campaign:
         os.kill(self.chance.choice(training(process.pid)), signal.SIGSTOP)
 
     def hang_reading(self, process: subprocess.Popen) -> None:
-        names = [row[0] for row in json.loads(json.dumps(self.names()))]
-        (self.folder / "name").write_text(self.chance.choice(names))
+        (self.folder / "name").write_text(self.chance.choice(self.names()))
         (self.folder / "name").rename(self.marker)
 
     def fill_disk(self, process: subprocess.Popen) -> None:
@@ -149,10 +151,11 @@ class Campaign:
             content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
             found[0].write_bytes(content if self.chance.random() < 0.5 else content[: len(content) // 2])
 
-    def names(self) -> list[tuple[str]]:
-        folder = self.data / ("train" if (self.data / "train").exists() else "images")
-        files = [path for path in self.data.rglob("*") if path.suffix in (".png", ".jpg")]
-        return [(str(path.relative_to(folder)) if folder in path.parents else path.name,) for path in sorted(files)]
+    def names(self) -> list[str]:
+        """Of the training images."""
+        recipe = load_recipe(TASKS[self.task][0], overrides=[x for x in TASKS[self.task][1] if x.startswith("data.")])
+        train = task_class(recipe.task).open_splits(recipe, self.data).train
+        return [train.name(index) for index in range(len(train))]
 
     # ------------------------------------------------------------------ one fault
 
