@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -95,21 +96,28 @@ def steps(folder: Path, count: int) -> None:
 
 def demo(run: Path, minutes: float) -> None:
     """Clients that upload an image and ask for an answer, again and again."""
-    from gradio_client import Client, handle_file
+    import httpx
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen([*WORDS, "demo", str(run), "--port", str(port)], stdout=subprocess.DEVNULL)
-    image, ended, answers = str(next((run / "samples").iterdir())), threading.Event(), [0]
+    image, ended, answers = next((run / "samples").iterdir()).read_bytes(), threading.Event(), [0]
+
+    def visit(session: str) -> None:
+        """What the page does: an upload, a question, the answer as it comes."""
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/gradio_api", timeout=60, trust_env=False) as client:
+            path = client.post("/upload", files=dict(files=("a.png", image))).json()[0]
+            files = [dict(path=path, orig_name="a.png", meta=dict(_type="gradio.FileData"))]
+            question = dict(data=[files, None, run.name, "", False], fn_index=0, session_hash=session)
+            client.post("/queue/join", json=question).raise_for_status()
+            with client.stream("GET", "/queue/data", params=dict(session_hash=session)) as stream:
+                answers[0] += any("process_completed" in line for line in stream.iter_lines())
 
     def ask() -> None:
         while not ended.is_set():
             try:
-                client = Client(f"http://127.0.0.1:{port}", verbose=False)
-                for _ in range(20):
-                    client.predict([handle_file(image)], None, "finished", "", False, fn_index=0)
-                    answers[0] += 1
-            except Exception:  # the server is not there yet, or not any more
+                visit(secrets.token_hex(8))
+            except (httpx.HTTPError, ValueError):  # the server is not there yet, or not any more
                 time.sleep(1)
 
     threads = [threading.Thread(target=ask, daemon=True) for _ in range(CLIENTS)]
