@@ -107,6 +107,7 @@ def test_it_resumes_bit_for_bit(
     assert_same_run(trained, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes_know_it(rooms: Path, tmp_path: Path) -> None:
     options = ["--recipe", rooms / "depth.yaml", "--data", rooms, "--out", tmp_path / "run"]
     options += [f"--set={x}" for x in ("engine.devices=2", "optim.global_batch=4", "schedule.epochs=1")]
@@ -114,6 +115,7 @@ def test_two_processes_know_it(rooms: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2, done
 
 
+@pytest.mark.slow
 def test_all_other_commands_take_it(trained: Path, rooms: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     image = rooms / "images" / "0.png"
     assert "delta-1" in run("evaluate", trained, "--data", rooms, "--out", tmp_path / "report")
@@ -155,6 +157,7 @@ def test_without_its_module_the_line_says_what_to_do(trained: Path, rooms: Path)
     assert line.startswith("error: unknown task 'depth'") and "conv2former --import MODULE" in line
 
 
+@pytest.mark.slow
 def test_an_entry_point_registers_it(rooms: Path, tmp_path: Path) -> None:
     """As an installed package would: its metadata beside its module on the path."""
     (tmp_path / "depth_task.py").write_text((EXAMPLES / "depth_task.py").read_text().replace("@register\n", ""))

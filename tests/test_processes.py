@@ -238,6 +238,7 @@ def test_an_image_that_one_process_cannot_read_ends_both_in_one_line(tmp_path: P
     assert state(tmp_path / "run")["position"]["step"] < 4
 
 
+@pytest.mark.slow
 def test_what_the_first_alone_meets_ends_all(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
