@@ -36,8 +36,8 @@ test-torch: $(TRIED)/.installed ## the tests under another release of PyTorch: m
 clients: $(CLIENTS)/.installed ## try the libraries that people put around timm models, write docs/clients.md (4 minutes)
 	$(CLIENTS)/bin/python tests/clients/run.py
 
-soak: $(VENV)/.installed-dev ## kill runs at random moments and compare them with undisturbed ones (minutes)
-	$(BIN)/python tests/soak.py
+soak: $(VENV)/.installed-dev ## 200 faults at random moments, runs that end equal (hours; goes on where it was stopped)
+	$(BIN)/python tests/soak.py --folder soak --summary docs/results/soak.md
 
 parity: parity-data $(PARITY)/.installed ## compare with mmdet and mmseg: make parity COCO=DIR CAMVID=DIR (docs/parity.md)
 	$(PARITY)/bin/python tests/parity/detection.py --coco $(COCO)
