@@ -72,6 +72,7 @@ class Campaign:
         if not self.data.exists():
             TASKS[task][2](self.data)
         self.order.mkdir(parents=True)
+        self.temporary = Path(tempfile.mkdtemp())  # a short name: readers make sockets there
 
     def command(self, out: Path) -> list[str]:
         recipe, settings, _ = TASKS[self.task]
@@ -81,9 +82,10 @@ class Campaign:
         return [sys.executable, str(hooks), *words, *(f"--set={change}" for change in changes)]
 
     def environment(self, order: Path) -> dict[str, str]:
-        (temporary := self.folder / "tmp").mkdir(exist_ok=True)
         threads = dict(OMP_NUM_THREADS="1")  # several processes share few processors
-        return os.environ | threads | dict(HOOK_HANG=str(self.marker), HOOK_ORDER=str(order), TMPDIR=str(temporary))
+        return (
+            os.environ | threads | dict(HOOK_HANG=str(self.marker), HOOK_ORDER=str(order), TMPDIR=str(self.temporary))
+        )
 
     def start(self, *, full: bool = False) -> subprocess.Popen:
         """The run goes on; ``full``: with a temporary folder that has no room."""
@@ -191,7 +193,7 @@ class Campaign:
         while left := [pid for pid in members if stat(pid) and stat(pid)[0] != "Z"]:
             assert time.monotonic() < deadline, f"processes are left after {kind}: {left}"
             time.sleep(0.1)
-        left = [str(path) for path in (self.folder / "tmp").rglob("*") if path.is_file() and path.stat().st_size]
+        left = [str(path) for path in self.temporary.rglob("*") if path.is_file() and path.stat().st_size]
         assert not left, f"temporary files are left after {kind}: {left}"
 
     def finish(self) -> None:
@@ -203,6 +205,7 @@ class Campaign:
         assert answer.returncode == 0, answer.stderr
         whole, order = self.undisturbed()
         assert images(self.order) == images(order), "other images, or in another order"
+        shutil.rmtree(self.temporary)
         if self.changing:
             mine, theirs = weights(self.out), weights(whole)
             assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 0.05

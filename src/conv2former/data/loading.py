@@ -194,7 +194,13 @@ class Batches:
     """
 
     def __init__(self, loader: DataLoader, device: torch.device, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self.batches, self.device, self.meanwhile = iter(loader), device, meanwhile
+        self.device, self.meanwhile, self.patience = device, meanwhile, 5  # readers may have to start
+        # PyTorch waits for readers that stay between two passes with the same limit, where nobody could go on waiting
+        for kept in filter(None, [getattr(loader, "_iterator", None)]):
+            kept._timeout = 0
+        self.batches: Any = iter(loader)
+        if loader.num_workers:
+            self.batches._timeout = PATIENCE
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -202,7 +208,9 @@ class Batches:
     def __next__(self) -> Any:
         while True:
             try:
-                return move_data_to_device(checked(next(self.batches)), self.device)
+                batch = move_data_to_device(checked(next(self.batches)), self.device)
+                self.patience = 1
+                return batch
             except RuntimeError as error:
                 if "DataLoader timed out" not in str(error):
                     raise
@@ -232,7 +240,7 @@ def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends
-    options |= dict(num_workers=workers, persistent_workers=workers > 0, timeout=PATIENCE if workers else 0)
+    options |= dict(num_workers=workers, persistent_workers=workers > 0)
     start = functools.partial(_start_worker, board=activity.current(), first=activity.reserve(workers))
     options |= dict(worker_init_fn=start)
     return DataLoader(dataset, collate_fn=dataset.collate, pin_memory=device.type == "cuda", **options)

@@ -82,7 +82,9 @@ class CheckpointManager:
                 self.folder.mkdir(exist_ok=True)
             save(partial)
             if first:
+                activity.doing(activity.SAVING, 5)
                 flush(partial)
+                activity.doing(activity.SAVING, 5)
                 digest = _digest(partial)
                 partial.replace(path)
                 flush(self.folder)
@@ -126,6 +128,7 @@ class CheckpointManager:
                 damaged.append(path)
                 say(f"{path} is damaged ({trouble}): taking the one before")
             for path in damaged if found else []:
+                _digest_file(path).unlink(missing_ok=True)
                 path.replace(path.with_name(path.name + ".damaged"))
             if found and not _digest_file(found).exists():
                 say(

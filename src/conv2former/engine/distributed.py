@@ -74,6 +74,7 @@ class Processes:
     def _leave(self, error: BaseException) -> None:
         """The end where another process is gone: one of them says why."""
         why, speaks = self.watch.reason()
+        why += f" ({one_line(error)[:200]})" * (not self.watch.told.is_set())
         self.watch.close()
         if not speaks:
             raise SystemExit(1) from None
@@ -168,10 +169,16 @@ class Watch:
         self.lines = self.control.makefile("r", encoding="utf-8")
         handles = (self.board.handle, control.fileno(), signals.fileno())
         program = [sys.executable, "-IS", watchdog.__file__, *map(str, (*handles, os.getpid()))]
-        self.process = subprocess.Popen(program, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        devices: Any = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        signals_of_ours = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals_of_ours)  # which the watchdog inherits
+        try:
+            self.process = subprocess.Popen(program, pass_fds=handles, **devices)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         control.close()
         signals.close()
-        silence = min(patience or watchdog.SILENCE, watchdog.SILENCE)
+        silence = max(min(patience or watchdog.SILENCE, watchdog.SILENCE), 3 * watchdog.BEAT)
         token, host = secrets.token_hex(16), os.environ.get("MASTER_ADDR", "127.0.0.1")
         self._send(rank=rank, local=fabric.local_rank, world=world, host=host, silence=silence, token=token)
         if world > 1:
@@ -228,3 +235,4 @@ class Watch:
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)  # the thread that listens ends
         self.signals.close()
+        os.close(self.board.handle)

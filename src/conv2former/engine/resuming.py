@@ -35,7 +35,8 @@ def has_checkpoints(run: RunDir, recipe: Recipe) -> bool:
 
 def is_finished(run: RunDir, recipe: Recipe) -> bool:
     """Whether a run has come to the end of a recipe, and its best weights are there."""
-    ends = [row.get("recipe_hash") for row in run.events() if row.get("event") == "finished"]
+    own = run.facts().get("recipe_hash")  # older versions do not say it there
+    ends = [row.get("recipe_hash", own) for row in run.events() if row.get("event") == "finished"]
     return recipe.digest() in ends and run.best.is_dir()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -28,8 +28,8 @@ class Step(BaseModel):
     """What every optimizer step consists of (``engine.batch``)."""
 
     images: PositiveInt
-    micro_batches: PositiveInt
-    keys: PositiveInt
+    micro_batches: int = Field(ge=1, le=1_000_000)
+    keys: Literal[1, 2]
 
 
 class Facts(BaseModel):

@@ -11,7 +11,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from conv2former.config import ScheduleSection
 from conv2former.engine.checkpointing import write_file
+from conv2former.errors import UserError
 
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "lr_scale", "initial_lr"}  # of an optimizer's group
 
@@ -61,6 +63,14 @@ class TrainState:
         better = value > self.best or value == self.best == -math.inf
         self.best = value if better else self.best
         return better
+
+    def check_end(self, steps: int, schedule: ScheduleSection) -> None:
+        """Raises the UserError of a recipe that ends before this place."""
+        if self.step > steps:
+            raise UserError(
+                f"the run has done {self.step / self.steps_per_epoch:g} epochs and the recipe ends after "
+                f"{schedule.length()}: raise schedule.{'epochs' if schedule.steps is None else 'steps'}"
+            )
 
     def rescale(self, steps_per_epoch: int) -> None:
         """The same place in the data, where an epoch has another number of steps now."""

@@ -27,7 +27,7 @@ from conv2former.data.sources import Splits
 from conv2former.engine.batch import BatchPlan
 from conv2former.engine.batchnorm import RunningStatistics, synchronise
 from conv2former.engine.checkpointing import CheckpointManager
-from conv2former.engine.distributed import Processes, agreed, is_lost_connection
+from conv2former.engine.distributed import Processes, agreed, is_lost_connection, met_by_all
 from conv2former.engine.evaluate import evaluation_loop
 from conv2former.engine.faults import Faults, calmer
 from conv2former.engine.logging import RunLog, peak_memory_gb
@@ -102,8 +102,7 @@ class Trainer:
         self.contents = Contents(fabric, task, self.wrapped, self.optimizer, sharded=self.sharded)
         self.val_loader = self._val_loader()
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.in_step = self.in_update = False
-        self.pace, self.eval_pace = activity.Pace(), activity.Pace()
+        self.in_step, self.in_update, self.pace, self.eval_pace = False, False, activity.Pace(), activity.Pace()
 
     def load(self, run: RunDir) -> None:
         """Goes to where the run's newest whole checkpoint is; stays at the beginning where there is none.
@@ -128,14 +127,8 @@ class Trainer:
                 if self.fabric.is_global_zero:
                     run.renumber_rows(self.steps_per_epoch)
             state.steps_per_epoch = self.steps_per_epoch
-        if state.step > self.steps:
-            schedule = self.recipe.schedule
-            raise agreed(
-                UserError(
-                    f"the run has done {state.step / self.steps_per_epoch:g} epochs and the recipe ends after "
-                    f"{schedule.length()}: raise schedule.{'epochs' if schedule.steps is None else 'steps'}"
-                )
-            )
+        with met_by_all():
+            state.check_end(self.steps, self.recipe.schedule)
 
     def fit(self, run: RunDir, *, resumed: bool = False) -> None:
         """Trains to the end from where it is.
@@ -166,6 +159,7 @@ class Trainer:
                 self._save_alone()
             raise
         finally:
+            activity.doing("closing the loggers")
             self.log.close(status)
 
     def _run(self) -> None:
@@ -191,7 +185,7 @@ class Trainer:
 
     def _fetch(self, batches: Iterator[Any], count: int | None = None) -> tuple[list[AnyBatch], UserError | None]:
         """The batches of a step, or what kept this process from getting them: none where it is to stop."""
-        activity.doing(activity.WAITING, 1)
+        activity.doing(activity.WAITING, getattr(batches, "patience", 1))
         try:
             return [checked(next(batches)) for _ in range(count or self.batch.accumulate)], None
         except UserError as error:
@@ -212,9 +206,11 @@ class Trainer:
         """
         bad = self.faults.new_bad_images(micro_batches)
         late = time.monotonic() - self.saved_at > 60 * self.recipe.engine.checkpoint_minutes
-        late = late and self.state.step != self.saved_step
         signum, failed, found, due = self.processes.all_reduce_max(
-            self.stop.signum or 0, error is not None, len(bad), late and self.wrapped.training
+            self.stop.signum or 0,
+            error is not None,
+            len(bad),
+            late and self.wrapped.training and self.state.step != self.saved_step,
         )
         if found:
             self.faults.note_bad_images(bad)
@@ -249,8 +245,10 @@ class Trainer:
                     fetched = Fetched(losses)
                 self.fabric.backward(loss / len(micro_batches))
             self.statistics.after_micro_batch()
+        own = fetched.values()
         self.pace.end()
-        numbers = [number for row in self.processes.gather_numbers(fetched.values()) for number in row]
+        numbers = [number for row in self.processes.gather_numbers(own) for number in row]
+        activity.doing("updating the weights", 5)
         unsound = not all(map(math.isfinite, numbers))
         if unsound:
             self.optimizer.zero_grad(set_to_none=True)
@@ -271,9 +269,9 @@ class Trainer:
             # the sum is rounded once, whatever the order: it does not depend on the number of processes
             state.add_loss(math.fsum(numbers) / len(numbers))
         state.step += 1
+        state.skipped_in_row = state.skipped_in_row + 1 if unsound else 0
         self.in_step = self.in_update = False
         self._log(time.perf_counter() - started, waited)
-        state.skipped_in_row = state.skipped_in_row + 1 if unsound else 0
         if unsound:
             state.skipped += 1
             self.faults.note_skipped_step(micro_batches, state, lr=last_lr(self.optimizer))
@@ -309,6 +307,7 @@ class Trainer:
         with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False):
             evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric)
         train_loss = state.loss_sum / state.loss_steps if state.loss_steps else None
+        self.in_update = True  # until the weights of this evaluation are written
         state.loss_sum, state.loss_steps, state.evaluated = 0.0, 0, state.step
         row = self._row(
             "epoch",
@@ -322,6 +321,7 @@ class Trainer:
         )
         better = evaluation.sound and state.improves(evaluation.metrics[self.task.monitor])
         self._export((self.run.last, self.run.best) if better else (self.run.last,), row)
+        self.in_update = False
         loss = evaluation.metrics.get("loss")
         self.progress.say(
             (f"epoch {row['epoch']:g}: " if state.step else "before the first step: ")

@@ -78,6 +78,7 @@ class Watchdog:
     def __init__(self, board: int, control: int, signals: int, pid: int) -> None:
         self.pid = pid
         self.rank, self.world, self.host, self.token = 0, 1, "", None
+        self.stuck = False  # whether the training process cannot end by itself
         self.second = True  # whether it speaks where the first cannot
         self.why, self.speaks, self.silence = "", True, SILENCE
         self.activity = _activity()
@@ -109,7 +110,9 @@ class Watchdog:
             if now - looked >= BEAT:
                 looked = now
                 self._look(now)
-            if self.deadline is not None and now > self.deadline and not self._is_saving(now):
+            if self.deadline is not None and self._is_saving(now):
+                self.deadline = max(self.deadline, now + GRACE)
+            elif self.deadline is not None and now > self.deadline:
                 return self._kill()
 
     # ------------------------------------------------------------------ the training process
@@ -164,7 +167,9 @@ class Watchdog:
         changes = own.changes + sum(reader.changes for reader in readers)
         if changes != self.changes:
             self.changes, self.changed = changes, now
-        if self.world > 1 and self._is_stopped():
+        if self.world == 1 and self._is_stopped():  # somebody has paused it, or looks at it with a debugger
+            self.changed = now
+        elif self._is_stopped():
             self.stopped_since = self.stopped_since or now
             if now - self.stopped_since > self.silence:
                 return self._fail(f"{self._name()} has been stopped by a signal for {self.silence:.0f} s", stuck=True)
@@ -191,7 +196,8 @@ class Watchdog:
 
     def _is_saving(self, now: float) -> bool:
         own = self.board.read(0)
-        return own.text == self.activity.SAVING and now - own.since < own.allowed
+        saving = self.rank == 0 and not self.stuck and own.text == self.activity.SAVING
+        return saving and now - own.since < (own.allowed or 10 * SILENCE)
 
     def _forgive(self, now: float) -> None:
         self.changed, self.stopped_since = now, None
@@ -201,7 +207,7 @@ class Watchdog:
     def _orphaned(self) -> None:
         """The training process ended without a word."""
         if self.deadline is None:
-            self._fail(f"{self._name()} was killed, most likely because the machine ran out of memory")
+            self._fail(f"{self._name()} was killed or crashed, most often because the machine ran out of memory")
             if self.speaks:
                 self._say()
         self._end_readers()
@@ -317,7 +323,7 @@ class Watchdog:
             self._kill_if_here(dead)
         self._end(why, speaks=self.rank == 0 or (self.second and (dead == 0 or 0 not in self.peers)))
         if stuck:
-            self.deadline = 0.0
+            self.stuck, self.deadline = True, 0.0
 
     def _end(self, why: str, *, speaks: bool) -> None:
         if self.deadline is None:
