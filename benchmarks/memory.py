@@ -23,6 +23,7 @@ from conv2former.recipes import load_recipe
 
 WORDS = [sys.executable, "-m", "conv2former_cli"]
 CLIENTS = 8  # of the demo, at a time
+STEPS = 1438 // 16  # of an epoch of the digits
 
 
 def family(pid: int) -> Iterator[int]:
@@ -79,19 +80,19 @@ def predict(run: Path, folder: Path, count: int) -> None:
     (images := folder / "images").mkdir()
     for number in range(count):
         (images / f"{number:06d}.png").symlink_to(samples[number % len(samples)].resolve())
-    words = [*WORDS, "predict", str(run), str(images), "--json"]
+    words = [*WORDS, "predict", str(run), str(images)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     report(f"predict, {count:,} images", watched(process))
+    assert process.returncode == 0
 
 
 def steps(folder: Path, count: int) -> None:
     """Training with two readers; evaluations and checkpoints belong to it."""
     words = [*WORDS, "train", "--recipe", "quickstart", "--out", str(folder / "long"), "--set=data.workers=2"]
-    words += [f"--set=schedule.steps={count}", "--set=schedule.eval_every_steps=200", "--set=optim.batch_size=16"]
-    process = subprocess.Popen(
-        [*words, "--set=optim.base_lr=1e-4"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    words += [f"--set=schedule.epochs={-(-count // STEPS)}", "--set=optim.batch_size=16"]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     report(f"train, {count:,} steps, 2 readers", watched(process))
+    assert process.returncode == 0
 
 
 def demo(run: Path, minutes: float) -> None:

@@ -285,9 +285,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {kind} | {len(own)} | {max(row['seconds'] for row in own)} | {counts} | {line} |")
     same = sum(not row["changing"] for row in ends)
     total = (
-        f"{len(met)} faults in {len(ends)} runs that all came to their end: {same} with the same number of processes, "
+        f"Faults: {len(met)}. Runs that were taken to their end and compared: {len(ends)}. Of these {same} had the same "
+        f"number of processes throughout and were equal bit for bit; {len(ends) - same} had changing numbers, and the "
+        "same images in the same order."
     )
-    total += f"equal bit for bit; {len(ends) - same} with changing numbers, with the same images in the same order."
     return "\n".join([total, "", *lines]) + "\n"
 
 
