@@ -285,7 +285,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {kind} | {len(own)} | {max(row['seconds'] for row in own)} | {counts} | {line} |")
     same = sum(not row["changing"] for row in ends)
     total = (
-        f"Faults: {len(met)}. Runs that were taken to their end and compared: {len(ends)}. Of these {same} had the same "
+        f"Faults: {len(met)}. Runs taken to their end and compared: {len(ends)}. Of these {same} had the same "
         f"number of processes throughout and were equal bit for bit; {len(ends) - same} had changing numbers, and the "
         "same images in the same order."
     )
