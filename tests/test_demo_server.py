@@ -170,6 +170,7 @@ def test_what_is_no_request_of_the_page_is_a_line(
     assert "Traceback" not in output.out + output.err
 
 
+@pytest.mark.slow
 def test_uploads_go_when_their_client_does(served: Served, client: httpx.Client, tmp_path: Path) -> None:
     picture = one_picture(tmp_path / "digit.png").read_bytes()
     path = Path(sent(served, client, picture))

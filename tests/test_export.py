@@ -69,6 +69,7 @@ def test_a_compiled_classifier(finished: Path, tmp_path: Path) -> None:
     assert run(finished, tmp_path, "aotinductor")["aotinductor"].comparison.difference < 1e-5
 
 
+@pytest.mark.slow
 def test_the_file_says_how_to_use_it(finished: Path, tmp_path: Path) -> None:
     run(finished, tmp_path, "onnx", "openvino", "torch")
     model = onnx.load(tmp_path / "model.onnx")
@@ -90,6 +91,7 @@ def test_the_file_says_how_to_use_it(finished: Path, tmp_path: Path) -> None:
     assert shape[0].dim_param and [dim.dim_value for dim in shape][1:] == [3, 16, 16]
 
 
+@pytest.mark.slow
 def test_the_example_needs_neither_torch_nor_us(finished: Path, data: Path, tmp_path: Path) -> None:
     run(finished, tmp_path, "onnx")
     files = sorted((data / "val").rglob("*.png"))[:5]
@@ -149,6 +151,7 @@ def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
     assert names == ["p2", "p3", "p4", "p5", "p6"]
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_kept(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(finished, tmp_path, "onnx", tolerance=0.0)["onnx"]
     assert not found.ok and not list(tmp_path.iterdir())

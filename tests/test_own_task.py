@@ -152,6 +152,7 @@ def test_class_activation_and_the_demo_take_it(
     assert "From near, dark, to far, bright." in page and "Modulation weights A" in page
 
 
+@pytest.mark.slow
 def test_without_its_module_the_line_says_what_to_do(trained: Path, rooms: Path) -> None:
     line = start("predict", trained, rooms / "images").stderr
     assert line.startswith("error: unknown task 'depth'") and "conv2former --import MODULE" in line

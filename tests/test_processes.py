@@ -228,6 +228,7 @@ def test_when_one_is_killed_the_other_stops_with_a_line(data: Path, tmp_path: Pa
     assert state(tmp_path / "run")["position"]["step"] >= 4
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_both_in_one_line(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "data")
     (data / "train" / "digit-2" / "broken.png").write_bytes(b"")

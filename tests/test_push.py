@@ -28,6 +28,7 @@ def push(hub: Hub, home: Path, *arguments: object, token: str = TOKEN) -> subpro
     return subprocess.run(program, env=environment | places | dict(HF_TOKEN=token), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_the_hub_and_comes_back(finished: Path, tmp_path: Path) -> None:
     hub = Hub(tmp_path / "hub")
     answer = push(hub, tmp_path / "home", finished, "somebody/digits", "--message", "First")

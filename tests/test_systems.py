@@ -63,6 +63,7 @@ conv2former_cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_classifier_needs_no_packages_of_other_tasks(tmp_path: Path) -> None:
     """The quick start trains without them; a detector says in one line what to install."""
 

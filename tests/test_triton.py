@@ -201,6 +201,7 @@ def test_every_tile_is_tried() -> None:
     assert large_kernel.TILES == MODULATION_TILES and three_rows.TILES == MLP_TILES
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_used() -> None:
     code = """
 import sys

@@ -167,11 +167,11 @@ def test_what_makes_no_sense_is_refused(classifier: Path, config: Any) -> None:
     ("architecture", "args"),
     [
         ("conv2former_t", dict(depths=[10**7, 3, 3, 3])),
-        ("conv2former_t", dict(depths=[10**6, 3, 3, 3])),
+        pytest.param("conv2former_t", dict(depths=[10**6, 3, 3, 3]), marks=pytest.mark.slow),
         ("conv2former_t", dict(dims=[10**6] * 4)),
-        ("conv2former_t", dict(num_classes=10**6, head_hidden_size=10**6)),
+        pytest.param("conv2former_t", dict(num_classes=10**6, head_hidden_size=10**6), marks=pytest.mark.slow),
         ("vit_tiny_patch16_224", dict(img_size=10**6)),
-        ("resnet18", dict(layers=[10**6, 1, 1, 1])),
+        pytest.param("resnet18", dict(layers=[10**6, 1, 1, 1]), marks=pytest.mark.slow),
         ("swin_tiny_patch4_window7_224", dict(img_size=10**6)),
     ],
 )
@@ -186,6 +186,7 @@ def test_a_network_is_bounded_before_it_is_built(
     assert "no network has" in message or "network of more than" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [small_segmenter, small_detector])
 def test_any_value_in_a_saved_recipe_is_used_or_refused(small: Any, tmp_path: Path) -> None:
     recipe = small()
@@ -402,6 +403,7 @@ def evil_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_names_of_classes_and_files_reach_no_terminal_and_no_card(
     evil_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,8 @@ def test_an_image_that_takes_for_ever_is_named(data: Path, tmp_path: Path, reade
     assert run.saved >= 4 or not readers, "a process that only waits for images still saves"
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_stopped_is_named(data: Path, tmp_path: Path, victim: int) -> None:
     run = Run(data, tmp_path / "run", *TWO)
     os.kill(run.ranks[victim], signal.SIGSTOP)
@@ -108,6 +109,7 @@ def test_a_lock_that_is_never_given_back(data: Path, tmp_path: Path, processes: 
     assert state(tmp_path / "run")["position"]["step"] >= 28
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_process_that_hangs(data: Path, tmp_path: Path) -> None:
     run = hanging(tmp_path, data, "data.workers=0", "engine.stall_seconds=1000")
     time.sleep(2)
