@@ -161,6 +161,7 @@ class Watch:
 
     def __init__(self, fabric: L.Fabric, *, patience: float) -> None:
         rank, world = fabric.global_rank, fabric.world_size
+        self.several = world > 1
         self.board = activity.Board()
         self.why, self.speaks, self.told = "the connection to another process broke", rank == 0, threading.Event()
         self.parted = threading.Event()
@@ -230,8 +231,9 @@ class Watch:
         if self.main:
             signal.set_wakeup_fd(self.before)
         self._send(close=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(2 * watchdog.GRACE)
+        if self.several:  # else nobody waits for its last message
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2 * watchdog.GRACE)
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)  # the thread that listens ends
         self.signals.close()
