@@ -36,8 +36,6 @@ KILLED_READER = (
     "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm: docker run "
     "--shm-size=8g) most likely: lower the number of workers or data.max_pixels; a training continues with --resume"
 )
-
-
 NO_SHARED_MEMORY = (
     "/dev/shm has no room for the images: lower --set data.workers=N or optim.batch_size, or start the container with "
     "docker run --shm-size=8g; a training continues with --resume"
@@ -196,7 +194,7 @@ class Batches:
     def __init__(self, loader: DataLoader, device: torch.device, meanwhile: Callable[[], None] = lambda: None) -> None:
         self.device, self.meanwhile, self.patience = device, meanwhile, 5  # readers may have to start
         # PyTorch waits for readers that stay between two passes with the same limit, where nobody could go on waiting
-        for kept in filter(None, [getattr(loader, "_iterator", None)]):
+        if (kept := getattr(loader, "_iterator", None)) is not None:
             kept._timeout = 0
         self.batches: Any = iter(loader)
         if loader.num_workers:

@@ -23,8 +23,6 @@ from conv2former.data import activity
 from conv2former.engine import watchdog
 from conv2former.errors import UserError, one_line
 
-WAITING = "waiting for the other processes"
-
 
 class Processes:
     """All processes of a run, as one of them sees them; with one process every method answers at once.
@@ -88,7 +86,7 @@ class Processes:
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         """Whoever waits for the others does not hang: one of the others does."""
-        activity.doing(WAITING)
+        activity.doing("waiting for the other processes")
         yield
         activity.doing("going on")
 

@@ -72,14 +72,15 @@ def train(
     """
     data, out = None if data is None else Path(data), Path(out)
     recipe = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
-    run, facts, own = RunDir(out), {}, None
+    run, facts, own, begun = RunDir(out), {}, None, False
     resume = run.exists() if resume == "auto" else resume
     if resume:
         facts = RunDir.open(out).facts()
         own = run.recipe()
         recipe = resumed_recipe(run, own, recipe, force=force)
         data = data or recorded_data(facts)
-        if not has_checkpoints(run, recipe) and is_finished(run, recipe):
+        begun = has_checkpoints(run, recipe)
+        if not begun and is_finished(run, recipe):
             return _reported_again(run, recipe, facts, data, force=force)
     if recipe is None:
         raise UserError("no recipe given: name one with --recipe (`conv2former recipes` lists them)")
@@ -88,7 +89,6 @@ def train(
     if not resume:
         _refuse_overlap(out, recipe, data)
         RunDir.check_free(out, overwrite=overwrite)
-    begun = bool(facts) and has_checkpoints(run, recipe)
     recipe, splits = _opened(recipe, data) if begun else settled(recipe, data, checked_weights(recipe))
     task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
 
