@@ -18,7 +18,7 @@ from conv2former.engine import progress
 from conv2former.engine.progress import Ticker, TrainingProgress, duration, significant
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
-from conv2former.ops.cpu import build
+from conv2former_runtime import build
 from digits import TINY, one_picture, tiny_recipe
 
 SHORT = [*(f"--set={setting}" for setting in TINY), "--set=schedule.epochs=1", "--set=schedule.warmup_epochs=0"]

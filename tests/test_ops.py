@@ -18,7 +18,7 @@ import conv2former  # noqa: F401  registers the names
 from conv2former import ops
 from conv2former.errors import UserError
 from conv2former.ops import backend, cpu
-from conv2former.ops.cpu import build
+from conv2former_runtime import build, library
 
 HERE = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(cpu.unusable(HERE) is not None, reason=str(cpu.unusable(HERE)))
@@ -410,7 +410,7 @@ def test_without_a_compiler_pytorch_computes_and_says_so_once(tmp_path: Any) -> 
 def test_a_compiler_that_fails(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    assert build.load.__wrapped__() == "false failed: no message"
+    assert library.load.__wrapped__() == "false failed: no message"
 
 
 @needs_compiler
@@ -418,13 +418,13 @@ def test_the_library_is_built_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     """In the cache, under a name of its own; a folder that cannot be written is replaced by one for the process."""
     monkeypatch.setattr(build, "FLAGS", ["-O0", *build.FLAGS[1:]])  # quicker
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not isinstance(build.load.__wrapped__(), str)
-    (library,) = (tmp_path / "conv2former").glob("*.so")
-    made = library.stat().st_mtime_ns
-    assert not isinstance(build.load.__wrapped__(), str) and library.stat().st_mtime_ns == made
+    assert not isinstance(library.load.__wrapped__(), str)
+    (file,) = (tmp_path / "conv2former").glob("*.so")
+    made = file.stat().st_mtime_ns
+    assert not isinstance(library.load.__wrapped__(), str) and file.stat().st_mtime_ns == made
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert not isinstance(build.load.__wrapped__(), str)
+    assert not isinstance(library.load.__wrapped__(), str)
 
 
 @needs_compiler

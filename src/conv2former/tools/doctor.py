@@ -17,8 +17,8 @@ from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError, nearest
 from conv2former.models.meta import build_on_meta
 from conv2former.ops import backend
-from conv2former.ops.cpu import build
 from conv2former.ops.triton import Maps
+from conv2former_runtime import build
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
 PROCESSES = 8  # that compile, at most

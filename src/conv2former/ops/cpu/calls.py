@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from conv2former.ops.backend import pixels
-from conv2former.ops.cpu.build import load
+from conv2former_runtime.library import load
+from conv2former_runtime.packing import Array
 
 
 def call(name: str, dtype: torch.dtype, shape: Sequence[int], *arguments: Any) -> None:
@@ -31,6 +32,11 @@ def call(name: str, dtype: torch.dtype, shape: Sequence[int], *arguments: Any) -
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """Where the numbers lie; null without a tensor. The tensor is to be kept until the call is over."""
     return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
+
+
+def address(array: Array) -> ctypes.c_void_p:
+    """Where packed weights begin. The array is to be kept until the call is over."""
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 def strided(x: Tensor) -> tuple[Tensor, ctypes.c_void_p, ctypes.c_long]:

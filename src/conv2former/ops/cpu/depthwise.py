@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from conv2former.ops.cpu.build import load
 from conv2former.ops.cpu.calls import call, pointer, strided
+from conv2former_runtime.library import load
 
 
 def _floats(x: Tensor) -> Tensor:

@@ -10,41 +10,31 @@ import torch
 from torch import Tensor
 
 from conv2former.ops.blocks import block_weights
-from conv2former.ops.cpu import packing
-from conv2former.ops.cpu.calls import call, pointer
+from conv2former.ops.cpu.calls import address, call, pointer
+from conv2former.ops.cpu.packing import pack, packed
+from conv2former_runtime.packing import Array, block_parts, downsample_parts, head_parts, stem_parts
 
 
 def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size: int, eps: float) -> Tensor:
     x = x.contiguous()
     out, between = torch.empty_like(x), torch.empty_like(x)
     if out.numel():
-        packed = packing.packed(weights, _packed_branches, dim, hidden, kernel_size)
+        branches = packed(weights, _packed_branches, dim, hidden, kernel_size)
         shape = *x.shape, hidden, kernel_size, len(weights)
-        addresses = (ctypes.c_void_p * len(packed))(*(branch.data_ptr() for branch in packed))
+        addresses = (ctypes.c_void_p * len(branches))(*(branch.ctypes.data for branch in branches))
         call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), addresses, pointer(between), pointer(out))
     return out
 
 
-def _packed_branches(weights: Sequence[Tensor], dim: int, hidden: int, kernel_size: int) -> list[Tensor]:
-    """Of each branch all weights in a row, as bytes."""
+def _packed_branches(weights: Sequence[Tensor], dim: int, hidden: int, kernel_size: int) -> list[Array]:
+    """Where the weights of each branch begin: those of a branch lie in a row."""
     branches = []
+    mod, mlp = block_parts(dim, hidden, kernel_size)
     for row in weights:
-        parts = block_weights(row, dim, hidden, kernel_size)
-        branches += [_packed_branch(2, *parts[:6]), _packed_branch(1, *parts[6:])]
+        first, first_bias, *rest = block_weights(row, dim, hidden, kernel_size)
+        both = [each for half in zip(first.chunk(2), first_bias.chunk(2), strict=True) for each in half]
+        branches += [pack(mod, [*both, *rest[:4]])[0], pack(mlp, rest[4:])[0]]
     return branches
-
-
-def _packed_branch(
-    halves: int, first: Tensor, first_bias: Tensor, dw_weight: Tensor, dw_bias: Tensor, last: Tensor, last_bias: Tensor
-) -> Tensor:
-    parts = [
-        pack(half)
-        for each in zip(first.chunk(halves), first_bias.chunk(halves), strict=True)
-        for pack, half in zip((packing.panels, packing.vectors), each, strict=True)
-    ]
-    parts += [packing.depthwise(dw_weight), packing.vectors(dw_bias)]
-    parts += [packing.panels(packing.whole_vectors(last)), packing.vectors(last_bias)]
-    return torch.cat([part.flatten().view(torch.uint8) for part in parts])
 
 
 def stem(x: Tensor, *rest: Any) -> Tensor:
@@ -55,30 +45,21 @@ def stem(x: Tensor, *rest: Any) -> Tensor:
     height, width = (((side - 1) // stride2 + 1) // 2 for side in (height, width))
     out = x.new_empty(len(x), height, width, len(weight3))
     if out.numel():
-        parts = packing.packed(weights, _packed_stem)
-        shape = *x.shape, len(weight1), len(weight3), stride1, stride2
-        call("stem", x.dtype, shape, pointer(x), *map(pointer, parts), pointer(out))
+        sizes = x.shape[-1], len(weight1), len(weight3)
+        parts = packed(weights, lambda weights: pack(stem_parts(*sizes), weights))
+        call("stem", x.dtype, (*x.shape, *sizes[1:], stride1, stride2), pointer(x), *map(address, parts), pointer(out))
     return out.permute(0, 3, 1, 2)
-
-
-def _packed_stem(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [packing.rows_of_panels(weight) if weight.ndim > 1 else packing.vectors(weight) for weight in weights]
 
 
 def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
     if out.numel():
-        parts = packing.packed((weight, bias), _packed_downsample)
-        shape = *x.shape, len(weight)
-        call("downsample", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
+        sizes = x.shape[-1], len(weight)
+        parts = packed((weight, bias), lambda weights: pack(downsample_parts(*sizes), weights))
+        arguments = (pointer(x), ctypes.c_float(eps), *map(address, parts), pointer(out))
+        call("downsample", x.dtype, (*x.shape, len(weight)), *arguments)
     return out
-
-
-def _packed_downsample(weights: Sequence[Tensor]) -> list[Tensor]:
-    weight, bias = weights
-    padded = packing.whole_vectors(weight.permute(0, 2, 3, 1))
-    return [packing.panels(padded.flatten(1)), packing.vectors(bias)]
 
 
 def head(x: Tensor, *rest: Any) -> Tensor:
@@ -87,11 +68,8 @@ def head(x: Tensor, *rest: Any) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(len(x), len(weight2))
     if out.numel():
-        parts = packing.packed(weights, _packed_head)
-        shape = len(x), x.shape[1] * x.shape[2], x.shape[3], len(weight1), len(weight2)
-        call("head", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(pointer, parts), pointer(out))
+        sizes = x.shape[-1], len(weight1), len(weight2)
+        parts = packed(weights, lambda weights: pack(head_parts(*sizes), weights))
+        shape = len(x), x.shape[1] * x.shape[2], *sizes
+        call("head", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(address, parts), pointer(out))
     return out
-
-
-def _packed_head(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [packing.panels(packing.whole_vectors(w)) if w.ndim > 1 else packing.vectors(w) for w in weights]
