@@ -17,9 +17,9 @@ import pytest
 import sklearn
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
-from conv2former.data import images
-from conv2former.data.images import FORMATS, BadImage, decode, find_images
+from conv2former.data.images import FORMATS, IMAGE_EXTENSIONS, BadImage, decode, find_images
 from conv2former.errors import UserError
+from conv2former_runtime import images
 
 RNG = np.random.default_rng(0)
 NOISE = Image.fromarray(RNG.integers(0, 256, (21, 32, 3), dtype=np.uint8))
@@ -696,9 +696,9 @@ def test_folder_that_may_not_be_listed_is_reported_like_a_file(tree, monkeypatch
 
 
 def test_every_extension_is_of_a_format_that_is_read(tmp_path):
-    for extension in images.IMAGE_EXTENSIONS:
+    for extension in IMAGE_EXTENSIONS:
         (tmp_path / f"a{extension}").touch()
-    assert len(find_images([tmp_path])) == len(images.IMAGE_EXTENSIONS)
+    assert len(find_images([tmp_path])) == len(IMAGE_EXTENSIONS)
     known = {ext for ext, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
     known |= {".avif", ".heic", ".heif", ".hif"}
-    assert set(images.IMAGE_EXTENSIONS) <= known
+    assert set(IMAGE_EXTENSIONS) <= known

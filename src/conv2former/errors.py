@@ -1,4 +1,4 @@
-"""The exception for a user's mistake, the wording of its messages, and lines that one process prints."""
+"""The wording of messages, and lines that one process prints. ``UserError`` is a user's mistake."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-LONGEST = 2000  # characters of a message
+from conv2former_runtime.errors import UserError, printable
+
+__all__ = [
+    "UserError",
+    "in_markdown",
+    "is_first",
+    "markdown_row",
+    "nearest",
+    "nearest_or_all",
+    "one_line",
+    "or_left_out",
+    "percent",
+    "printable",
+    "say",
+    "say_once",
+    "shortened",
+    "some",
+    "tell",
+]
+
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: a path, an image, a checkpoint, an option.
-
-    The message is one line that says what is wrong and what to do about it. The command line prints it without a
-    traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback. What it
-    quotes of files is escaped and cut short (``printable``), so that it stays one line.
-    """
-
-    def __str__(self) -> str:
-        text = printable(super().__str__())
-        return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -51,11 +57,6 @@ def percent(value: float | None) -> str:
 def one_line(error: BaseException) -> str:
     """An exception's text without line breaks; its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shortened(value: object) -> str:

@@ -1,3 +1,5 @@
-"""The version, apart from the package so that a build can read it without importing torch."""
+"""The version, apart from the package so that it can be read without importing torch."""
 
-__version__ = "0.1.0"
+from conv2former_runtime import __version__
+
+__all__ = ["__version__"]

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from conv2former_cli.common import JsonOption, app, print_table, say
 
-FORMATS = "onnx, openvino, openvino-bf16, openvino-int8, torch, aotinductor"
+FORMATS = "onnx, openvino, openvino-bf16, openvino-int8, torch, aotinductor, runtime, runtime-bf16"
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Compiles the C++ of ``csrc``: for this processor, or for all processors of a platform.
 
-The standard library alone, and no other file of this package: ``wheel.py`` uses it where nothing is installed.
+The standard library alone, and no other file of this package: ``make_wheel.py`` uses it where nothing is installed.
 """
 
 from __future__ import annotations
@@ -201,6 +201,13 @@ def _own_folder() -> Path:
 
 # ---- OpenMP for a wheel that stands alone
 
+_LICENCES = ("/usr/share/doc/libgomp1/copyright", "/usr/share/common-licenses/GPL-3")  # of Debian and its kin
+_NOTICE = """\
+libgomp.so.1 is the OpenMP library of GCC, unchanged. Copyright: the Free Software Foundation. Licence: GNU General
+Public License, version 3 or later, with the GCC Runtime Library Exception, version 3.1, which allows programs of any
+licence to use it. Source: https://gcc.gnu.org, folder libgomp. Exception: https://www.gnu.org/licenses/gcc-exception.html
+"""
+
 
 def openmp(program: str, folder: Path) -> None:
     """Copies OpenMP's library into a wheel: PyTorch's where it is installed, which needs an older C library.
@@ -215,3 +222,5 @@ def openmp(program: str, folder: Path) -> None:
     if found is None:
         raise CompileError(f"{program} has no libgomp.so.1")
     shutil.copyfile(found, folder / "libgomp.so.1")
+    texts = [path.read_text(errors="replace") for path in map(Path, _LICENCES) if path.is_file()]
+    (folder / "libgomp.LICENSE.txt").write_text("\n\n".join([_NOTICE, *texts]))

@@ -17,7 +17,7 @@ from typing import Any
 
 from conv2former_runtime import build
 
-PACKAGED = Path(__file__).parent / "libs"  # made when a wheel is built: `wheel.py`
+PACKAGED = Path(__file__).parent / "libs"  # made when a wheel is built: `make_wheel.py`
 INDEX = "index.json"  # of PACKAGED: the digest of each file
 LIMIT = "CONV2FORMER_CPU"  # the environment's choice of a build, for a processor that is to be treated as an older one
 

@@ -35,38 +35,30 @@ class Layout:
     panel: int
     together: int
 
-    def pack(self, parts: Sequence[Part], arrays: Sequence[Array]) -> list[Array]:
-        """Each weight packed, flat: views of one array that begins at a multiple of ``ALIGNMENT`` bytes."""
+    def pack(self, parts: Sequence[Part], arrays: Sequence[Array]) -> Array:
+        """All weights packed, one after the other: bytes, their address and number multiples of ``ALIGNMENT``."""
         made = []
         for (how, shape), array in zip(parts, arrays, strict=True):
-            made.append(getattr(self, how)(self._numbers(how, array.reshape(shape))))
-        sizes = [each.nbytes for each in made]
-        whole = _aligned(sum(sizes))
-        views = [view.view(each.dtype) for view, each in zip(_divided(whole, sizes), made, strict=True)]
-        for view, each in zip(views, made, strict=True):
-            view[:] = each.ravel()
-        return views
+            made.append(getattr(self, how)(self._numbers(how, array.reshape(shape))).ravel().view(np.uint8))
+        whole = _aligned(self.size(parts))
+        np.concatenate(made, out=whole[: sum(each.size for each in made)])
+        return whole
 
     def unpack(self, parts: Sequence[Part], packed: Array) -> Iterator[Array]:
         """The opposite of ``pack``, from its array of bytes."""
-        orders = [self._order(*part) for part in parts]
-        sizes = [order.size * self._itemsize(how) for order, (how, _) in zip(orders, parts, strict=True)]
-        for (how, shape), order, flat in zip(parts, orders, _divided(packed, sizes), strict=True):
-            flat = flat.view(np.uint16 if self._itemsize(how) == 2 else np.float32)
+        for (how, shape), part in zip(parts, self.views(parts, packed), strict=True):
+            flat, order = part.view(np.uint16 if self._itemsize(how) == 2 else np.float32), self._order(how, shape)
             plain = np.empty(math.prod(shape), flat.dtype)
             plain[order[order > 0] - 1] = flat[order > 0]
             yield plain.reshape(shape)
 
-    def views(self, parts: Sequence[Part], packed: Array) -> list[Array]:
-        """Where each weight begins in an array of bytes that ``pack`` made.
+    def size(self, parts: Sequence[Part]) -> int:
+        """Bytes of ``pack``."""
+        return _up(sum(self._bytes(parts)), ALIGNMENT)
 
-        Raises:
-            ValueError: The array has another size.
-        """
-        sizes = [self._size(*part) * self._itemsize(part[0]) for part in parts]
-        if sum(sizes) != packed.nbytes:
-            raise ValueError(f"{packed.nbytes} bytes of weights where there should be {sum(sizes)}")
-        return _divided(packed, sizes)
+    def views(self, parts: Sequence[Part], packed: Array) -> list[Array]:
+        """Where each weight lies in what ``pack`` made."""
+        return _divided(packed, self._bytes(parts))
 
     # the ways to pack a weight; zeros fill up what is not whole
 
@@ -112,6 +104,9 @@ class Layout:
         """Which number of the weight is packed where, from 1 on; 0 for what fills up."""
         flat: Array = getattr(self, how)(np.arange(1, math.prod(shape) + 1, dtype=np.int32).reshape(shape)).ravel()
         return flat
+
+    def _bytes(self, parts: Sequence[Part]) -> list[int]:
+        return [self._size(*part) * self._itemsize(part[0]) for part in parts]
 
     def _size(self, how: str, shape: tuple[int, ...]) -> int:
         """Numbers of a packed weight."""
@@ -188,7 +183,7 @@ def _padded(x: Array, axis: int, unit: int) -> Array:
 
 
 def _aligned(size: int) -> Array:
-    memory = np.empty(size + ALIGNMENT, np.uint8)
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size]
 

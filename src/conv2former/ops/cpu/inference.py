@@ -19,22 +19,25 @@ def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size:
     x = x.contiguous()
     out, between = torch.empty_like(x), torch.empty_like(x)
     if out.numel():
-        branches = packed(weights, _packed_branches, dim, hidden, kernel_size)
+        found = packed(weights, _packed_branches, dim, hidden, kernel_size)
         shape = *x.shape, hidden, kernel_size, len(weights)
-        addresses = (ctypes.c_void_p * len(branches))(*(branch.ctypes.data for branch in branches))
+        addresses = (ctypes.c_void_p * len(found))(*(branch.ctypes.data for branch in found))
         call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), addresses, pointer(between), pointer(out))
     return out
 
 
 def _packed_branches(weights: Sequence[Tensor], dim: int, hidden: int, kernel_size: int) -> list[Array]:
     """Where the weights of each branch begin: those of a branch lie in a row."""
-    branches = []
-    mod, mlp = block_parts(dim, hidden, kernel_size)
-    for row in weights:
-        first, first_bias, *rest = block_weights(row, dim, hidden, kernel_size)
-        both = [each for half in zip(first.chunk(2), first_bias.chunk(2), strict=True) for each in half]
-        branches += [pack(mod, [*both, *rest[:4]])[0], pack(mlp, rest[4:])[0]]
-    return branches
+    parts = block_parts(dim, hidden, kernel_size)
+    rows = [branches(row, dim, hidden, kernel_size) for row in weights]
+    return [pack(each, branch)[0] for row in rows for each, branch in zip(parts, row, strict=True)]
+
+
+def branches(row: Tensor, dim: int, hidden: int, kernel_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of a block's two branches, as ``block_parts`` lists them."""
+    first, first_bias, *rest = block_weights(row, dim, hidden, kernel_size)
+    both = [each for half in zip(first.chunk(2), first_bias.chunk(2), strict=True) for each in half]
+    return [*both, *rest[:4]], rest[4:]
 
 
 def stem(x: Tensor, *rest: Any) -> Tensor:

@@ -38,9 +38,9 @@ def _as_before(known: tuple[Any, StorageWeakRef], weight: Tensor) -> bool:
 
 
 def pack(parts: Sequence[Part], weights: Sequence[Tensor]) -> list[Array]:
-    """Weights, of float32 or bfloat16, in the order of the kernels."""
-    half = weights[0].dtype == torch.bfloat16
-    return layout(half).pack(parts, [as_array(weight) for weight in weights])
+    """Weights, of float32 or bfloat16, in the order of the kernels, one after the other in memory."""
+    order = layout(weights[0].dtype == torch.bfloat16)
+    return order.views(parts, order.pack(parts, [as_array(weight) for weight in weights]))
 
 
 def as_array(x: Tensor) -> Array:

@@ -17,9 +17,9 @@ from conv2former.data.loading import KeyedDataset
 from conv2former.errors import UserError, one_line
 from conv2former.tasks.classification.config import AugmentSection, DataSection
 from conv2former.tasks.classification.sources import ImageSource
+from conv2former_runtime.images import limit_aspect
 
 NO_TARGET = -1  # of an image that is not counted
-MAX_ASPECT = 20  # of an image before it is resized for evaluation
 
 ImageTransform = Callable[[Image.Image], Image.Image]
 
@@ -98,19 +98,6 @@ def eval_transform(config: dict[str, Any]) -> ImageTransform:
 
 def _without_tensor(transform: Any) -> Any:
     return Compose(transform.transforms[:-1])  # the last turns the image into an array, which is done here
-
-
-def limit_aspect(image: Image.Image) -> Image.Image:
-    """The middle of an image that is more than ``MAX_ASPECT`` times as long as wide.
-
-    Evaluation resizes the short side, which would make gigabytes of a line of pixels, and then takes the middle anyway.
-    """
-    width, height = image.size
-    limit = MAX_ASPECT * min(width, height)
-    if max(width, height) <= limit:
-        return image
-    left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
-    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
 class ImageDataset(KeyedDataset):

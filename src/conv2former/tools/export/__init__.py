@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,7 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
             calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
         labelled: Any = subject.task.eval_source(options.data) if options.data else None
         subject.calibration = [image[None] for image in calibration]
-        program = trace(subject)
+        program = functools.cache(lambda: trace(subject))
         with _workshop(out) as folder:
             found, runtimes = [], []
             for format in formats:

@@ -15,9 +15,11 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from conv2former.errors import UserError, one_line
+from conv2former.tools.export.runtime import load_runtime, write_runtime
 from conv2former.tools.export.subjects import Runtime, Subject, torch_runtime
 from conv2former.tools.runtimes import compiled_for_openvino
 
+Program = Callable[[], ExportedProgram]  # traced when first asked for
 KEY = "conv2former"  # of the metadata in a file
 LEAST_OPEN = 96  # side at which a size is left open: 3 positions at stride 32, one would be taken for a constant
 MAX_BATCH = 1024  # of a compiled program
@@ -30,7 +32,7 @@ class Format:
     name: str  # as the user calls it
     file: str  # its name in the folder
     needs: tuple[str, ...]  # packages that must be installed
-    write: Callable[[Subject, ExportedProgram, Path], None]
+    write: Callable[[Subject, Program, Path], None]
     load: Callable[[Path], Runtime]
     tolerance: (
         float  # largest difference to PyTorch, as a fraction of the largest value; above it the export has failed
@@ -56,13 +58,13 @@ def trace(subject: Subject) -> ExportedProgram:
         raise UserError(f"torch.export cannot follow {name}: {one_line(error)[:300]}") from error
 
 
-def _write_onnx(subject: Subject, program: ExportedProgram, path: Path) -> None:
+def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
     import onnx
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names: Any = dict(input_names=["images"], output_names=subject.part.outputs)
-        made = torch.onnx.export(program, (), verbose=False, **names)
+        made = torch.onnx.export(program(), (), verbose=False, **names)
     assert made is not None
     model = made.model_proto
     entry = model.metadata_props.add()
@@ -78,10 +80,10 @@ def _load_onnx(path: Path) -> Runtime:
     return lambda batch: session.run(None, {name: batch})
 
 
-def _write_openvino(subject: Subject, program: ExportedProgram, path: Path, *, int8: bool = False) -> None:
+def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: bool = False) -> None:
     import openvino
 
-    model = openvino.convert_model(program)
+    model = openvino.convert_model(program())
     if not subject.dynamic_size:
         model.reshape([-1, 3, *subject.part.size])
     model.inputs[0].set_names({"images"})
@@ -101,19 +103,19 @@ def _load_openvino(path: Path, *, precision: str = "f32") -> Runtime:
     return lambda batch: [np.array(output) for output in compiled(batch).values()]
 
 
-def _write_torch(subject: Subject, program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(subject.metadata)})
+def _write_torch(subject: Subject, program: Program, path: Path) -> None:
+    torch.export.save(program(), path, extra_files={f"{KEY}.json": json.dumps(subject.metadata)})
 
 
 def _load_torch(path: Path) -> Runtime:
     return torch_runtime(torch.export.load(path).module())
 
 
-def _write_aotinductor(subject: Subject, program: ExportedProgram, path: Path) -> None:
+def _write_aotinductor(subject: Subject, program: Program, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
     settings = {"aot_inductor.metadata": {KEY: json.dumps(subject.metadata)}}
-    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    aoti_compile_and_package(program(), package_path=str(path), inductor_configs=settings)
 
 
 def _load_aotinductor(path: Path) -> Runtime:
@@ -132,6 +134,8 @@ FORMATS = {
         Format("openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1),
         Format("openvino-int8", "model.int8.xml", (*_OPENVINO, "nncf"), _write_int8, _load_openvino, 0.3),
         Format("torch", "model.pt2", (), _write_torch, _load_torch, 1e-4),
+        Format("runtime", "model.safetensors", (), write_runtime, load_runtime, 1e-4),
+        Format("runtime-bf16", "model.bf16.safetensors", (), partial(write_runtime, half=True), load_runtime, 0.1),
         Format("aotinductor", "model.aoti.pt2", (), _write_aotinductor, _load_aotinductor, 1e-4),
     )
 }

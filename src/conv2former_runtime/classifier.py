@@ -1,0 +1,75 @@
+"""Images from files to classes: what ``conv2former predict`` does, with numpy and Pillow alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from conv2former_runtime.errors import UserError
+from conv2former_runtime.images import BadImage, decode, limit_aspect
+from conv2former_runtime.model import Floats, Model
+
+BATCH = 16
+
+
+class Classifier(Model):
+    """A network that names what is on images; see ``Model`` for what it computes."""
+
+    def predict(self, images: Sequence[Any], *, top_k: int = 5) -> Iterator[dict[str, Any]]:
+        """For each image ``ok`` and ``top``, its classes with ``label``, ``index`` and ``probability``, or ``error``.
+
+        Args:
+            images: Paths, the contents of files, or Pillow's images.
+            top_k: Classes that are named.
+
+        Raises:
+            UserError: The network has no classifier.
+        """
+        if self.steps[-1] != "head":
+            raise UserError("the file holds a network without a classifier: it gives maps, not classes")
+        for start in range(0, len(images), BATCH):
+            prepared = [self._prepared(image) for image in images[start : start + BATCH]]
+            good = [each for each in prepared if not isinstance(each, BadImage)]
+            rows = iter(_softmax(self(np.stack(good))) if good else ())
+            for each in prepared:
+                yield dict(ok=False, error=each.reason) if isinstance(each, BadImage) else self._top(next(rows), top_k)
+
+    def prepare(self, image: Image.Image) -> Floats:
+        """An image as the network takes it, (3, H, W): resized, its middle, normalised."""
+        facts, (_, height, width) = self.facts, self.input_size
+        image = limit_aspect(image.convert("RGB"))
+        short = [math.floor(side / facts["crop_pct"]) for side in (height, width)]
+        if facts["crop_mode"] == "center":
+            longest, shortest = max(image.size), min(image.size)
+            sizes = {shortest: short[0], longest: int(short[0] * longest / shortest)}
+            size = sizes[image.width], sizes[image.height]
+        else:
+            size = short[1], short[0]
+        if size != image.size:
+            image = image.resize(size, Image.Resampling[facts["interpolation"].upper()])
+        left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32)
+        mean, std = (255 * np.array(facts[name], np.float32) for name in ("mean", "std"))
+        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+    def _prepared(self, image: Any) -> Floats | BadImage:
+        try:
+            known = isinstance(image, str | bytes | PathLike)
+            return self.prepare(decode(image) if known else image)  # type: ignore[arg-type]
+        except BadImage as error:
+            return error
+
+    def _top(self, probabilities: Floats, count: int) -> dict[str, Any]:
+        best = np.argsort(-probabilities, kind="stable")[:count]
+        top = [dict(label=self.labels[i], index=int(i), probability=float(probabilities[i])) for i in best]
+        return dict(ok=True, top=top)
+
+
+def _softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)

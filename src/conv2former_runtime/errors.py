@@ -1,0 +1,21 @@
+"""The exception for a user's mistake."""
+
+LONGEST = 2000  # characters of a message
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a path, an image, a checkpoint, an option.
+
+    The message is one line that says what is wrong and what to do about it. The command line prints it without a
+    traceback and exits with a non-zero status; any other exception is a bug of ours and keeps its traceback. What it
+    quotes of files is escaped and cut short (``printable``), so that it stays one line.
+    """
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 100]} ... {text[-90:]}"
+
+
+def printable(text: str) -> str:
+    """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
