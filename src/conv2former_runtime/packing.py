@@ -95,7 +95,9 @@ class Layout:
         return self.panels(weight.reshape(len(weight), -1))
 
     def _numbers(self, how: str, weight: Array) -> Array:
-        return weight if self._itemsize(how) == 2 else as_float(weight)
+        if self._itemsize(how) == 4:
+            return as_float(weight)
+        return weight if weight.dtype == np.uint16 else as_bfloat16(weight)
 
     def _itemsize(self, how: str) -> int:
         return 4 if how in _FLOATS or self.together == 1 else 2
