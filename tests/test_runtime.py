@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -195,8 +196,10 @@ print(built(), len(pools), sep="|")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runtime's wheel alone in an environment without PyTorch."""
     root = tmp_path_factory.mktemp("wheel")
+    source = ROOT / "src" / "conv2former_runtime"
+    shutil.copytree(source, root / "source", ignore=shutil.ignore_patterns("build", "libs", "*.egg-info"))
     wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", root]
-    subprocess.run([*wheel, ROOT / "src" / "conv2former_runtime"], check=True)
+    subprocess.run([*wheel, root / "source"], check=True)
     (made,) = root.glob("*.whl")
     assert "-py3-none-manylinux_2_" in made.name and made.stat().st_size < 2e6
     venv.create(root / "env", with_pip=True)

@@ -14,6 +14,7 @@ from conv2former_cli.common import (
     CheckpointArgument,
     DataOption,
     DeviceOption,
+    FuseOption,
     JsonOption,
     app,
     print_table,
@@ -41,6 +42,7 @@ def evaluate(
     batch_size: Annotated[int | None, Option(min=1, help="Images a classifier sees at once (default: 64).")] = None,
     workers: Annotated[int, Option(min=0, help="Processes that read images.")] = 2,
     device: DeviceOption = "auto",
+    fuse: FuseOption = True,
     source: Annotated[
         str | None, Option(help="Layout of a classifier's --data: class folders (the default), tar files, ...")
     ] = None,
@@ -71,6 +73,7 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
         device=device,
+        fuse=fuse,
         source=source,
         split=split.value if split else None,
         on_bad_image=on_bad_image.value,

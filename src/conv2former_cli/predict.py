@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
-from conv2former_cli.common import CheckpointArgument, DeviceOption, InputsArgument, app
+from conv2former_cli.common import CheckpointArgument, DeviceOption, FuseOption, InputsArgument, app
 
 
 @app.command()
@@ -22,6 +22,7 @@ def predict(
     batch_size: Annotated[int | None, Option(min=1, help="Images a classifier sees at once (default: 16).")] = None,
     workers: Annotated[int, Option(min=0, help="Processes that read images.")] = 0,
     device: DeviceOption = "auto",
+    fuse: FuseOption = True,
 ) -> None:
     """Classify, detect or segment what is on images: one JSON line per file on standard output.
 
@@ -39,6 +40,7 @@ def predict(
             batch_size=batch_size,
             workers=workers,
             device=device,
+            fuse=fuse,
             top_k=top_k,
             threshold=threshold,
         )

@@ -15,7 +15,7 @@ from conv2former.data import activity
 from conv2former.data.loading import Batches, checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
-from conv2former.engine.devices import pick_device
+from conv2former.engine.devices import for_inference
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
@@ -118,6 +118,7 @@ def evaluate(
     batch_size: int | None = None,
     workers: int = 2,
     device: str = "auto",
+    fuse: bool = True,
     source: str | None = None,
     split: Literal["train", "val", "test"] | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
@@ -134,6 +135,7 @@ def evaluate(
         batch_size: Images of a forward pass of a classifier (64).
         workers: Processes that read images.
         device: 'auto', 'cpu', 'cuda', ...
+        fuse: Whether the network is re-parameterized first: faster, and equal to about 1e-5.
         source: How a classifier's ``data`` lies there: 'folder', 'tar', 'wds' or 'hfds'.
         split: Which part of the images: 'train', 'val' or 'test'; without ``data`` of what the run was trained on.
         on_bad_image: 'error', or 'skip' to leave out what cannot be read.
@@ -161,7 +163,7 @@ def evaluate(
         images = task.eval_source(data)
     for line in notes(images):
         say_once(line)
-    task.to(pick_device(device))
+    for_inference(task, device, fuse=fuse)
     evaluation = evaluate_task(
         task, images, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_pixels=max_pixels
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from conv2former.engine.devices import for_inference
 from conv2former.engine.evaluate import evaluate_task, write_report
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
@@ -26,7 +27,7 @@ def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: tor
     """
     if not run.best.is_dir():
         raise UserError(f"no evaluation of {run.path} had finite numbers: there are no best weights to report on")
-    task, recipe = load(run.best).to(device), run.recipe()
+    task, recipe = for_inference(load(run.best), device), run.recipe()
     data = recipe.data
     options: Any = dict(workers=data.workers, on_bad_image=data.on_bad_image, max_pixels=data.max_pixels)
     evaluation = evaluate_task(task, source, batch_size=batch_size, **options)

@@ -27,6 +27,7 @@ from conv2former.data.sources import Splits
 from conv2former.engine.batch import BatchPlan
 from conv2former.engine.batchnorm import RunningStatistics, synchronise
 from conv2former.engine.checkpointing import CheckpointManager
+from conv2former.engine.devices import fused_copy
 from conv2former.engine.distributed import Processes, agreed, is_lost_connection, met_by_all
 from conv2former.engine.evaluate import evaluation_loop
 from conv2former.engine.faults import Faults, calmer
@@ -304,7 +305,7 @@ class Trainer:
         metric = self.task.metric(self.splits.val, distributed=self.fabric.world_size > 1)
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
         # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
-        with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False):
+        with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False), fused_copy(self.task):
             evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric)
         train_loss = state.loss_sum / state.loss_steps if state.loss_steps else None
         self.in_update = True  # until the weights of this evaluation are written

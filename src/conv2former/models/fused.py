@@ -16,9 +16,12 @@ import torch
 from timm.layers import DropPath, LayerScale, SelectAdaptivePool2d
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from conv2former.models.layers import channels_last, check_image_size
 from conv2former.ops import blocks, downsample, guard, join_block_weights, stem
+
+_WITH_STATISTICS = nn.BatchNorm2d, FrozenBatchNorm2d  # the latter where detectors keep the norms of their weights
 
 torch.fx.wrap("blocks")
 torch.fx.wrap("downsample")
@@ -28,7 +31,7 @@ torch.fx.wrap("stem")
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Factor and offset of each channel, (C,) float64 each, behind a LayerNorm's normalisation or of a BatchNorm."""
     scale, offset = norm.weight.detach().double(), norm.bias.detach().double()
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if isinstance(norm, _WITH_STATISTICS):
         assert norm.running_mean is not None and norm.running_var is not None
         scale = scale / (norm.running_var.double() + norm.eps).sqrt()
         offset = offset - norm.running_mean.double() * scale
@@ -179,7 +182,7 @@ def fuse_stem(
     part: nn.Module, kind: type, convs: Sequence[Any], norms: Sequence[Any], acts: Sequence[nn.Module], *, min_size: int
 ) -> nn.Module:
     """A stem or embedding of three convolutions, of this class, as one operation; as it is where it was changed."""
-    why = other([(part, kind), *((conv, nn.Conv2d) for conv in convs), *((norm, nn.BatchNorm2d) for norm in norms)])
+    why = other([(part, kind), *((conv, nn.Conv2d) for conv in convs), *((norm, _batch_norm(norm)) for norm in norms)])
     why = why or without_bias(*norms) or next(filter(None, map(guard.not_gelu, acts)), "") or touched(part)
     settings = [(conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.bias) for conv in convs if not why]
     square = not why and all(conv.stride[0] == conv.stride[1] for conv in convs) and convs[2].stride == (2, 2)
@@ -215,6 +218,11 @@ def fusable_head(head: Any) -> bool:
     if not pool.pool.flatten or pool.pool.dim != (1, 2):
         return False
     return not guard.hooked(conv, act, norm, pool, pool.pool, pool.flatten, drop, fc)
+
+
+def _batch_norm(norm: nn.Module) -> type:
+    """The class that a stem's norm must have."""
+    return type(norm) if type(norm) in _WITH_STATISTICS else nn.BatchNorm2d
 
 
 def other(layers: Iterable[tuple[Any, type]]) -> str:

@@ -194,8 +194,9 @@ class Task(nn.Module, ABC):
         self.model_args = dict(recipe.model.args if model_args is None else model_args)
         self.normalizer = Normalizer(recipe.data.mean, recipe.data.std)
         self.average: ModelEmaV3 | None = None
+        self.fused: tuple[Any, ...] = ()  # a copy of the network for evaluation; in a tuple, so that it is no child
         self.sharded_blocks: set[str] | None = None  # of the backbone, by FSDP; None for all
-        # as it was built: FSDP and the compiler change the network's class; in a tuple, so that it is no second child
+        # as it was built: FSDP and the compiler change the network's class; in a tuple, as above
         self._built = (copy.copy(model),)
 
     # --- the network -----------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ class Task(nn.Module, ABC):
     @property
     def evaluated(self) -> Any:
         """The network whose weights are evaluated and saved."""
-        return self.model if self.average is None else self.average.module
+        return self.fused[0] if self.fused else self.model if self.average is None else self.average.module
 
     def track_average(self, decay: float) -> None:
         """From now on there is a moving average of the weights, which the trainer updates."""
