@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -21,8 +23,10 @@ from conv2former.data.images import decode
 from conv2former.engine.predict import predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError
+from conv2former.ops import use_backend
 from conv2former.tasks.detection.task import EXPORT_NOTE
 from conv2former.tools.export import FORMATS, Exported, ExportOptions, export
+from conv2former.tools.export.channels_first import channels_first
 from conv2former.tools.export.check import compare
 from conv2former.tools.export.formats import Format
 from conv2former.tools.export.subjects import open_subject
@@ -263,3 +267,39 @@ def test_a_missing_package_is_named(finished: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs onnx, onnxscript, onnxruntime: pip install"):
         run(finished, tmp_path, "onnx")
+
+
+def test_what_other_runtimes_get_is_equal_on_nchw() -> None:
+    """The same weights in memory, no transpose, values equal to 1e-5; parts that are not fused stay."""
+    for name in ("conv2former_n", "conv2former_n_sum"):
+        sizes: Any = dict(dims=(24, 40, 48, 72), depths=(1, 2, 1, 1), kernel_size=5)
+        model = timm.create_model(name, num_classes=10, **sizes).eval()
+        x = torch.randn(2, 3, 64, 96)
+        with torch.no_grad(), use_backend("reference"):
+            wanted, maps = model(x), model.forward_intermediates(x, intermediates_only=True)
+            made = channels_first(model.fuse())
+            torch.testing.assert_close(made(x), wanted, atol=1e-5, rtol=1e-5)
+            for one, other in zip(made.forward_intermediates(x, intermediates_only=True), maps, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert {p.data_ptr() for p in made.parameters()} == {p.data_ptr() for p in model.parameters()}
+        program = torch.export.export(made, (x,))
+        permutes = [node for node in program.graph.nodes if "permute" in str(node.target)]
+        assert bool(permutes) == name.endswith("sum")
+
+
+def test_a_file_that_names_other_classes_is_not_kept(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The difference is small, and the top classes change."""
+    monkeypatch.setitem(FORMATS, "torch", replace(FORMATS["torch"], load=_rolled(FORMATS["torch"].load)))
+    found = run(finished, tmp_path / "out", "torch", tolerance=10.0)["torch"]
+    assert not found.ok and "--agreement" in found.wrong and not (tmp_path / "out" / "model.pt2").exists()
+    assert run(finished, tmp_path / "out", "torch", tolerance=10.0, agreement=0.0)["torch"].ok
+
+
+def _rolled(load: Any) -> Any:
+    """A runtime that answers with the next class."""
+
+    def loaded(path: Path) -> Any:
+        runtime = load(path)
+        return lambda batch: [np.roll(logits, 1, axis=1) for logits in runtime(batch)]
+
+    return loaded

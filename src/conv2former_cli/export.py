@@ -33,11 +33,14 @@ def export(
     dynamic_size: Annotated[bool, Option("--dynamic-size", help="Take other sizes, too (classifiers).")] = False,
     fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Re-parameterize for inference.")] = True,
     limit: Annotated[float | None, Option(min=0, help="Tolerance, as a fraction of the largest output.")] = None,
+    agreement: Annotated[
+        float | None, Option(min=0, max=1, help="Least fraction of images with the same top class.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a trained model for another runtime, and compare what that runtime computes with PyTorch.
 
-    A difference above the tolerance is an error (status 1), and the file is not kept.
+    A file that differs by more than the tolerances is an error (status 1), and is not kept.
 
     Example: conv2former export runs/cifar --format onnx --format openvino --out exported
     """
@@ -54,6 +57,7 @@ def export(
         dynamic_size=dynamic_size,
         fuse=fuse,
         tolerance=limit,
+        agreement=agreement,
     )
     found = run_export(checkpoint, out, options, say=say)
     if json_:
@@ -75,8 +79,5 @@ def export(
         print_table(columns, cells, right=range(2, 8))
     failed = [one for one in found if not one.ok]
     for one in failed:
-        say(
-            f"error: {one.format} differs by {one.comparison.difference:.1e} of the largest output, the tolerance is "
-            f"{one.tolerance:g}: the file is not kept; raise --limit where that is good enough"
-        )
+        say(f"error: {one.wrong}")
     sys.exit(1 if failed else 0)

@@ -43,6 +43,7 @@ class ExportOptions:
         dynamic_size: Whether the file takes any size.
         fuse: Whether the network is re-parameterized before.
         tolerance: Largest difference that is no error; None for the format's.
+        agreement: Least fraction of images with the same top class that is no error; None for the format's.
     """
 
     formats: Sequence[str] = ("onnx",)
@@ -54,6 +55,7 @@ class ExportOptions:
     dynamic_size: bool = False
     fuse: bool = True
     tolerance: float | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Exported:
         size: Bytes of all.
         comparison: With PyTorch.
         tolerance: For its difference.
+        agreement: Least fraction of images with the same top class; 0 where the weights are random.
         top1: Percent in PyTorch and in the file's runtime, and images; None where no folder was given.
     """
 
@@ -74,12 +77,25 @@ class Exported:
     size: int
     comparison: Comparison
     tolerance: float
+    agreement: float
     top1: tuple[float, float, int] | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is within the tolerance."""
-        return self.comparison.difference <= self.tolerance
+        """Whether the difference and the top classes are within the tolerances."""
+        return not self.wrong
+
+    @property
+    def wrong(self) -> str:
+        """What is beyond a tolerance, and what to do; '' where all is well."""
+        difference, agreement = self.comparison.difference, self.comparison.agreement
+        if not difference <= self.tolerance:
+            said = f"differs by {difference:.1e} of the largest output, the tolerance is {self.tolerance:g}"
+            return f"{self.format} {said}: the file is not kept; raise --limit where that is good enough"
+        if agreement is not None and agreement < self.agreement:
+            said = f"names the same top class on {agreement:.1%} of the images, the least is {self.agreement:.0%}"
+            return f"{self.format} {said}: the file is not kept; lower --agreement where that is good enough"
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; an infinite difference, for which JSON has no word, is None."""
@@ -92,7 +108,7 @@ class Exported:
 def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str], None] = print) -> list[Exported]:
     """Writes a checkpoint in one or more formats and compares each with PyTorch.
 
-    Only files whose difference is within the tolerance come into ``out``, and none where anything fails. A model card
+    Only files that are within the tolerances come into ``out``, and none where anything fails. A model card
     is written beside them.
 
     Args:
@@ -124,13 +140,15 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
             calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
         labelled: Any = subject.task.eval_source(options.data) if options.data else None
         subject.calibration = [image[None] for image in calibration]
-        program = functools.cache(lambda: trace(subject))
+        program = functools.cache(lambda first: trace(subject, first=first))
         with _workshop(out) as folder:
             found, runtimes = [], []
             for format in formats:
                 exported, runtime = _exported(format, subject, program, images, folder)
                 tolerance = exported.tolerance if options.tolerance is None else options.tolerance
-                found.append(replace(exported, files=format.files(out), tolerance=tolerance))
+                least = 0.0 if subject.random else exported.agreement
+                least = least if options.agreement is None else options.agreement
+                found.append(replace(exported, files=format.files(out), tolerance=tolerance, agreement=least))
                 runtimes.append(runtime)
             if labelled is not None:
                 own, *others = (
@@ -155,7 +173,7 @@ def _exported(
     files = format.files(folder)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # some report their progress
-            format.write(subject, program, files[0])
+            format.write(subject, functools.partial(program, format.channels_first), files[0])
         runtime = format.load(files[0])
         comparison = compare(runtime, subject, images)
     except UserError:
@@ -163,7 +181,7 @@ def _exported(
     except Exception as error:  # each exporter has its own
         raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
     size = sum(file.stat().st_size for file in files)
-    return Exported(format.name, files, size, comparison, format.tolerance), runtime
+    return Exported(format.name, files, size, comparison, format.tolerance, format.agreement), runtime
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from conv2former.errors import UserError, one_line
+from conv2former.tools.export.channels_first import channels_first
 from conv2former.tools.export.runtime import load_runtime, write_runtime
 from conv2former.tools.export.subjects import Runtime, Subject, torch_runtime
 from conv2former.tools.runtimes import compiled_for_openvino
@@ -34,9 +35,10 @@ class Format:
     needs: tuple[str, ...]  # packages that must be installed
     write: Callable[[Subject, Program, Path], None]
     load: Callable[[Path], Runtime]
-    tolerance: (
-        float  # largest difference to PyTorch, as a fraction of the largest value; above it the export has failed
-    )
+    # largest difference to PyTorch, as a fraction of the largest value; above it the export has failed
+    tolerance: float
+    agreement: float = 0.99  # least fraction of equal top classes of a classifier, as ``tolerance``
+    channels_first: bool = False  # the form in which it is written
 
     def files(self, folder: Path) -> list[Path]:
         """All that the export writes into a folder; the first is the one to open."""
@@ -44,15 +46,19 @@ class Format:
         return [first, first.with_suffix(".bin")] if first.suffix == ".xml" else [first]
 
 
-def trace(subject: Subject) -> ExportedProgram:
-    """Runs PyTorch's exporter, the batch (and perhaps the size) free; raises UserError where it cannot follow."""
+def trace(subject: Subject, *, first: bool) -> ExportedProgram:
+    """Runs PyTorch's exporter, the batch (and perhaps the size) free; raises UserError where it cannot follow.
+
+    With ``first`` the fused parts compute on NCHW (``channels_first``).
+    """
+    network = channels_first(subject.part.network) if first else subject.part.network
     size, free = subject.part.size, {0: cast(Any, Dim("batch", min=1, max=MAX_BATCH))}
     if subject.dynamic_size:
         size = max(size[0], LEAST_OPEN), max(size[1], LEAST_OPEN)
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     example = torch.zeros(2, 3, *size)  # two images: a batch of one would be taken for a constant
     try:
-        return torch.export.export(subject.part.network, (example,), dynamic_shapes=(free,), strict=False)
+        return torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # PyTorch names dozens of kinds
         name = subject.metadata["architecture"]
         raise UserError(f"torch.export cannot follow {name}: {one_line(error)[:300]}") from error
@@ -129,13 +135,24 @@ _write_int8, _load_bf16 = partial(_write_openvino, int8=True), partial(_load_ope
 FORMATS = {
     format.name: format
     for format in (
-        Format("onnx", "model.onnx", _ONNX, _write_onnx, _load_onnx, 1e-4),
-        Format("openvino", "model.xml", _OPENVINO, _write_openvino, _load_openvino, 1e-4),
-        Format("openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1),
-        Format("openvino-int8", "model.int8.xml", (*_OPENVINO, "nncf"), _write_int8, _load_openvino, 0.3),
+        Format("onnx", "model.onnx", _ONNX, _write_onnx, _load_onnx, 1e-4, channels_first=True),
+        Format("openvino", "model.xml", _OPENVINO, _write_openvino, _load_openvino, 1e-4, channels_first=True),
+        Format(
+            "openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1, 0.9, channels_first=True
+        ),
+        Format(
+            "openvino-int8",
+            "model.int8.xml",
+            (*_OPENVINO, "nncf"),
+            _write_int8,
+            _load_openvino,
+            0.3,
+            0.9,
+            channels_first=True,
+        ),
         Format("torch", "model.pt2", (), _write_torch, _load_torch, 1e-4),
         Format("runtime", "model.safetensors", (), write_runtime, load_runtime, 1e-4),
-        Format("runtime-bf16", "model.bf16.safetensors", (), partial(write_runtime, half=True), load_runtime, 0.1),
+        Format("runtime-bf16", "model.bf16.safetensors", (), partial(write_runtime, half=True), load_runtime, 0.1, 0.9),
         Format("aotinductor", "model.aoti.pt2", (), _write_aotinductor, _load_aotinductor, 1e-4),
     )
 }

@@ -28,6 +28,7 @@ class Subject:
     part: Exportable  # what of it is exported, in evaluation mode
     dynamic_size: bool  # whether the file takes any size
     note: str = ""  # what the user should know
+    random: bool = False  # whether the weights are, and top classes mean nothing
     calibration: Sequence[np.ndarray] = ()  # prepared images (1, 3, H, W), for formats with fewer bits
 
     @property
@@ -82,4 +83,4 @@ def open_subject(
         reparameterize_model(task.backbone, inplace=True)
     part = task.exportable(size)
     part.network.eval()
-    return Subject(task, part, dynamic_size, "random weights" if random else part.note)
+    return Subject(task, part, dynamic_size, "random weights" if random else part.note, random)
