@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +177,57 @@ def test_mistakes(exported: Path, images: list[Path]) -> None:
         export("conv2former_n", exported / "x", ExportOptions(("runtime",), images[:1], fuse=False), say=lambda _: None)
     with pytest.raises(UserError, match="resnet18 is none"):
         export("resnet18", exported / "x", ExportOptions(("runtime",), images[:1]), say=lambda _: None)
+
+
+# ---- the example server
+
+
+def _ask(address: str, content: bytes | None = None) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(address, content, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_the_server(exported: Path, images: list[Path]) -> None:
+    """What many clients get at once is what each would get alone; what is wrong is a 4xx."""
+    model = exported / "model.safetensors"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "examples" / "server" / "server.py", model, f"--port={port}", "--max-upload-mb=1"]
+    server = subprocess.Popen(command)
+    here = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(200):
+            try:
+                assert _ask(f"{here}/health")[1]["ok"]
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None
+                time.sleep(0.1)
+        with ThreadPoolExecutor(16) as clients:
+            asked = [path.read_bytes() for path in images[:20]]
+            answers = list(clients.map(lambda content: _ask(f"{here}/predict?top_k=3", content), asked))
+        wanted = conv2former_runtime.load(model).predict([str(path) for path in images[:20]], top_k=3)
+        for (status, answer), row in zip(answers, wanted, strict=True):
+            assert status == 200
+            for one, other in zip(answer["top"], row["top"], strict=True):
+                assert one["label"] == other["label"]
+                assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        for content, status, word in (
+            (b"no image", 422, "text"),
+            (b"", 422, "empty"),
+            (bytes(2_000_000), 413, "larger"),
+        ):
+            found, answer = _ask(f"{here}/predict", content)
+            assert found == status and word in answer["detail"] and "Traceback" not in str(answer)
+        assert _ask(f"{here}/nowhere")[0] == 404
+        assert server.poll() is None
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 # ---- wheels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -40,22 +40,8 @@ class Classifier(Model):
                 yield dict(ok=False, error=each.reason) if isinstance(each, BadImage) else self._top(next(rows), top_k)
 
     def prepare(self, image: Image.Image) -> Floats:
-        """An image as the network takes it, (3, H, W): resized, its middle, normalised."""
-        facts, (_, height, width) = self.facts, self.input_size
-        image = limit_aspect(image.convert("RGB"))
-        short = [math.floor(side / facts["crop_pct"]) for side in (height, width)]
-        if facts["crop_mode"] == "center":
-            longest, shortest = max(image.size), min(image.size)
-            sizes = {shortest: short[0], longest: int(short[0] * longest / shortest)}
-            size = sizes[image.width], sizes[image.height]
-        else:
-            size = short[1], short[0]
-        if size != image.size:
-            image = image.resize(size, Image.Resampling[facts["interpolation"].upper()])
-        left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32)
-        mean, std = (255 * np.array(facts[name], np.float32) for name in ("mean", "std"))
-        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+        """An image as the network takes it, (3, H, W)."""
+        return prepare(image, self.facts)
 
     def _prepared(self, image: Any) -> Floats | BadImage:
         try:
@@ -68,6 +54,29 @@ class Classifier(Model):
         best = np.argsort(-probabilities, kind="stable")[:count]
         top = [dict(label=self.labels[i], index=int(i), probability=float(probabilities[i])) for i in best]
         return dict(ok=True, top=top)
+
+
+def prepare(image: Image.Image, facts: Mapping[str, Any]) -> Floats:
+    """An image as a network takes it, (3, H, W): resized, its middle, normalised.
+
+    ``facts`` are those of an exported file: ``input_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``,
+    ``std``.
+    """
+    _, height, width = facts["input_size"]
+    image = limit_aspect(image.convert("RGB"))
+    short = [math.floor(side / facts["crop_pct"]) for side in (height, width)]
+    if facts["crop_mode"] == "center":
+        longest, shortest = max(image.size), min(image.size)
+        sizes = {shortest: short[0], longest: int(short[0] * longest / shortest)}
+        size = sizes[image.width], sizes[image.height]
+    else:
+        size = short[1], short[0]
+    if size != image.size:
+        image = image.resize(size, Image.Resampling[facts["interpolation"].upper()])
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32)
+    mean, std = (255 * np.array(facts[name], np.float32) for name in ("mean", "std"))
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
 def _softmax(logits: Floats) -> Floats:
