@@ -20,6 +20,7 @@ from PIL import Image
 
 from command import run_command
 from conv2former.data.images import decode
+from conv2former.engine.evaluate import evaluate
 from conv2former.engine.predict import predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError
@@ -303,3 +304,23 @@ def _rolled(load: Any) -> Any:
         return lambda batch: [np.roll(logits, 1, axis=1) for logits in runtime(batch)]
 
     return loaded
+
+
+def test_predict_and_evaluate_take_exported_files(finished: Path, data: Path, tmp_path: Path) -> None:
+    """They answer as the run does; a file that may run code, and one of another kind, are refused in a line."""
+    formats = ("onnx", "openvino", "openvino-bf16", "runtime", "torch")
+    run(finished, tmp_path, *formats)
+    given = sorted((data / "val").rglob("*.png"))[:6]
+    wanted, (figures, _) = list(predict(finished, given)), evaluate(finished, data=data / "val", workers=0)
+    for name in ("model.onnx", "model.xml", "model.bf16.xml", "model.safetensors"):
+        for one, other in zip(predict(tmp_path / name, given), wanted, strict=True):
+            near = 0.03 if "bf16" in name else 1e-4
+            assert one["file"] == other["file"] and one["top"][0]["label"] == other["top"][0]["label"]
+            assert one["top"][0]["probability"] == pytest.approx(other["top"][0]["probability"], abs=near)
+        found, report = evaluate(tmp_path / name, data=data / "val", workers=0)
+        assert report is None and found.metrics["top1"] == figures.metrics["top1"]
+    with pytest.raises(UserError, match="may run code"):
+        list(predict(tmp_path / "model.pt2", given))
+    (tmp_path / "other.onnx").write_bytes(b"no network")
+    with pytest.raises(UserError, match=r"other\.onnx cannot be opened"):
+        list(predict(tmp_path / "other.onnx", given))

@@ -61,7 +61,8 @@ DeviceOption = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
 FuseOption = Annotated[bool, Option("--fuse/--no-fuse", help="Re-parameterize for inference: the same, faster.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 CheckpointArgument = Annotated[
-    Path, Argument(help="Run folder (its best weights), saved model folder, or its model.safetensors.")
+    Path,
+    Argument(help="Run folder (its best weights), saved model folder, or model.safetensors, model.onnx, ..."),
 ]
 InputsArgument = Annotated[list[Path], Argument(help="Images, or folders of images.")]
 

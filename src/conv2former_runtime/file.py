@@ -71,6 +71,14 @@ def write(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Arra
             file.write(np.ascontiguousarray(array).data)
 
 
+def is_network(path: Path) -> bool:
+    """Whether a file has the header of one."""
+    try:
+        return KEY in _header(path)[0]["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[list[Array]]]:
     """The description and, for each step, its weights, mapped.
 

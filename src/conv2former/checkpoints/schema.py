@@ -77,6 +77,15 @@ class Preprocessing(BaseModel):
         return self
 
 
+class ExportedModel(Preprocessing):
+    """What an exported file says of its model."""
+
+    task: Text
+    architecture: Text
+    labels: list[Text]
+    input_size: Size
+
+
 class SavedModel(Preprocessing):
     """A whole ``config.json``, timm's or ours. Older files of timm's have the preprocessing at the top."""
 

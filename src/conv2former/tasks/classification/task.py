@@ -17,6 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from conv2former import checkpoints
+from conv2former.checkpoints.exported import ExportedNetwork, is_exported
 from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError, or_left_out
@@ -97,7 +98,9 @@ class ClassificationTask(Task):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """A classifier in timm's layout; raises UserError."""
+        """A classifier in timm's layout, or an exported one; raises UserError."""
+        if is_exported(path):
+            return cls.of(ExportedNetwork(path), name=str(path))
         task = cls.of(checkpoints.load_pretrained(path), name=str(path))
         args = checkpoints.saved_config(path).get("model_args", {})
         check_answers(task.model, task.data_config, args, str(path))
@@ -146,11 +149,9 @@ class ClassificationTask(Task):
     def eval_dataset(
         self, source: ImageSource, *, on_bad_image: Literal["error", "mask"], max_pixels: int
     ) -> ImageDataset:
-        """The middle of each image."""
         return ImageDataset(source, self.transform, on_bad_image=on_bad_image, max_pixels=max_pixels)
 
     def preprocess(self, image: Image.Image) -> Prepared:
-        """The middle of the image."""
         return Prepared(np.array(self.transform(image)), (image.height, image.width))
 
     def example_batch(self, count: int) -> Batch:
@@ -233,7 +234,6 @@ class ClassificationTask(Task):
             _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
 
     def scores(self) -> nn.Module:
-        """The network itself: its logits."""
         return self.model
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
+from conv2former.checkpoints.exported import compiled_for_openvino
 from conv2former.errors import UserError
-from conv2former.tools.runtimes import compiled_for_openvino
 
 # mode -> what must be installed for it
 MODES: dict[str, tuple[str, ...]] = {

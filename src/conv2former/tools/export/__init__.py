@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from conv2former import ops
+from conv2former.checkpoints.exported import Runtime
 from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, nearest_or_all, one_line
 from conv2former.tools.export.check import Comparison, compare, images_in, top1, validated_on
 from conv2former.tools.export.formats import FORMATS, Format, trace
-from conv2former.tools.export.subjects import Runtime, Subject, open_subject
+from conv2former.tools.export.subjects import Subject, open_subject
 from conv2former.tools.naming import read_name
 
 __all__ = ["FORMATS", "ExportOptions", "Exported", "export"]

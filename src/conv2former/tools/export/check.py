@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from conv2former.checkpoints.exported import Runtime
 from conv2former.data.images import decode, given_images
 from conv2former.data.sources import spread
 from conv2former.engine.evaluate import validation_set
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 from conv2former.tasks.classification.sources import ImageSource
-from conv2former.tools.export.subjects import Runtime, Subject
+from conv2former.tools.export.subjects import Subject
 
 BATCH = 4  # other than the exporter's example, so that a batch that is no constant shows
 

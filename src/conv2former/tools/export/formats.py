@@ -10,18 +10,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
+from conv2former.checkpoints.exported import (
+    KEY,
+    Runtime,
+    open_onnx,
+    open_openvino,
+    open_runtime,
+    open_torch,
+    torch_runtime,
+)
 from conv2former.errors import UserError, one_line
 from conv2former.tools.export.channels_first import channels_first
-from conv2former.tools.export.runtime import load_runtime, write_runtime
-from conv2former.tools.export.subjects import Runtime, Subject, torch_runtime
-from conv2former.tools.runtimes import compiled_for_openvino
+from conv2former.tools.export.runtime import write_runtime
+from conv2former.tools.export.subjects import Subject
 
 Program = Callable[[], ExportedProgram]  # traced when first asked for
-KEY = "conv2former"  # of the metadata in a file
 LEAST_OPEN = 96  # side at which a size is left open: 3 positions at stride 32, one would be taken for a constant
 MAX_BATCH = 1024  # of a compiled program
 
@@ -78,14 +84,6 @@ def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
     onnx.save(model, path)
 
 
-def _load_onnx(path: Path) -> Runtime:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda batch: session.run(None, {name: batch})
-
-
 def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: bool = False) -> None:
     import openvino
 
@@ -104,17 +102,8 @@ def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: boo
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _load_openvino(path: Path, *, precision: str = "f32") -> Runtime:
-    compiled = compiled_for_openvino(path, precision)
-    return lambda batch: [np.array(output) for output in compiled(batch).values()]
-
-
 def _write_torch(subject: Subject, program: Program, path: Path) -> None:
     torch.export.save(program(), path, extra_files={f"{KEY}.json": json.dumps(subject.metadata)})
-
-
-def _load_torch(path: Path) -> Runtime:
-    return torch_runtime(torch.export.load(path).module())
 
 
 def _write_aotinductor(subject: Subject, program: Program, path: Path) -> None:
@@ -131,12 +120,12 @@ def _load_aotinductor(path: Path) -> Runtime:
 
 
 _ONNX, _OPENVINO = ("onnx", "onnxscript", "onnxruntime"), ("openvino",)
-_write_int8, _load_bf16 = partial(_write_openvino, int8=True), partial(_load_openvino, precision="bf16")
+_write_int8, _load_bf16 = partial(_write_openvino, int8=True), partial(open_openvino, precision="bf16")
 FORMATS = {
     format.name: format
     for format in (
-        Format("onnx", "model.onnx", _ONNX, _write_onnx, _load_onnx, 1e-4, channels_first=True),
-        Format("openvino", "model.xml", _OPENVINO, _write_openvino, _load_openvino, 1e-4, channels_first=True),
+        Format("onnx", "model.onnx", _ONNX, _write_onnx, open_onnx, 1e-4, channels_first=True),
+        Format("openvino", "model.xml", _OPENVINO, _write_openvino, open_openvino, 1e-4, channels_first=True),
         Format(
             "openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1, 0.9, channels_first=True
         ),
@@ -145,14 +134,14 @@ FORMATS = {
             "model.int8.xml",
             (*_OPENVINO, "nncf"),
             _write_int8,
-            _load_openvino,
+            open_openvino,
             0.3,
             0.9,
             channels_first=True,
         ),
-        Format("torch", "model.pt2", (), _write_torch, _load_torch, 1e-4),
-        Format("runtime", "model.safetensors", (), write_runtime, load_runtime, 1e-4),
-        Format("runtime-bf16", "model.bf16.safetensors", (), partial(write_runtime, half=True), load_runtime, 0.1, 0.9),
+        Format("torch", "model.pt2", (), _write_torch, open_torch, 1e-4),
+        Format("runtime", "model.safetensors", (), write_runtime, open_runtime, 1e-4),
+        Format("runtime-bf16", "model.bf16.safetensors", (), partial(write_runtime, half=True), open_runtime, 0.1, 0.9),
         Format("aotinductor", "model.aoti.pt2", (), _write_aotinductor, _load_aotinductor, 1e-4),
     )
 }

@@ -16,10 +16,9 @@ from conv2former.models.conv2former import Conv2Former
 from conv2former.models.fused import FusedBlocks, FusedDownsample, FusedStem, fusable_head
 from conv2former.ops.cpu.inference import branches
 from conv2former.ops.cpu.packing import as_array
-from conv2former.tools.export.subjects import Runtime, Subject
+from conv2former.tools.export.subjects import Subject
 from conv2former_runtime import file
 from conv2former_runtime.library import load
-from conv2former_runtime.model import Model
 from conv2former_runtime.packing import Array, as_float, layout
 
 Step = tuple[dict[str, Any], list[list[Tensor]]]  # what the file says of a layer, and the weights of each tensor in it
@@ -114,9 +113,3 @@ def _stem(stem: Any, name: str) -> Step:
 
 def _unlike(name: str, part: str) -> UserError:
     return UserError(f"--format runtime needs {name} fused, and {part} is not the paper's (or --no-fuse was given)")
-
-
-def load_runtime(path: Path) -> Runtime:
-    """The file as the runtime computes it."""
-    model = Model(path)
-    return lambda batch: [found] if isinstance(found := model(batch), np.ndarray) else found

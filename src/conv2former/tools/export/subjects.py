@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from timm.utils.model import reparameterize_model
 
+from conv2former.checkpoints.exported import torch_runtime
 from conv2former.errors import UserError
 from conv2former.tasks.base import Exportable, Task
 from conv2former.tools.naming import open_task
 from conv2former.version import __version__
-
-Runtime = Callable[[np.ndarray], list[np.ndarray]]  # (B, 3, H, W) -> the outputs
 
 
 @dataclass
@@ -47,17 +46,6 @@ class Subject:
     def reference(self, batch: np.ndarray) -> list[np.ndarray]:
         """What PyTorch makes of a batch (B, 3, H, W)."""
         return torch_runtime(self.part.network)(batch)
-
-
-def torch_runtime(program: Callable[..., Any]) -> Runtime:
-    """A function of tensors as one of arrays."""
-
-    @torch.no_grad()
-    def run(batch: np.ndarray) -> list[np.ndarray]:
-        found = program(torch.from_numpy(batch))
-        return [output.numpy() for output in (found if isinstance(found, tuple | list) else (found,))]
-
-    return run
 
 
 def open_subject(

@@ -1,0 +1,160 @@
+"""Exported files, opened by their own runtimes: what ``conv2former export`` has written is read here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from conv2former.checkpoints.schema import ExportedModel, first_fault
+from conv2former.errors import UserError, one_line
+from conv2former.files import parse_json
+from conv2former_runtime import file as runtime_file
+from conv2former_runtime.model import Model
+
+Runtime = Callable[[np.ndarray], list[np.ndarray]]  # (B, 3, H, W) -> the outputs
+KEY = "conv2former"  # of the metadata in a file
+NEEDS = {".onnx": "onnxruntime", ".xml": "openvino"}
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a path is a file that ``export`` writes, by its name and, of safetensors, its header."""
+    if path.suffix in (*NEEDS, ".pt2"):
+        return True
+    return path.suffix == ".safetensors" and runtime_file.is_network(path)
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What a file says of its model, checked: ``task``, ``architecture``, ``labels``, the preprocessing.
+
+    Raises:
+        UserError: It cannot be read, or says nothing of that kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if (needed := NEEDS.get(path.suffix)) and importlib.util.find_spec(needed) is None:
+        raise UserError(f"{path} needs {needed}: pip install {needed}")
+    try:
+        text = _metadata(path)
+    except Exception as error:  # each runtime has its own
+        raise UserError(f"{path} cannot be opened: {one_line(error)[:300]}") from None
+    try:
+        return ExportedModel.model_validate(parse_json(text)).model_dump()
+    except ValidationError as error:
+        raise UserError(f"{path} is not from `conv2former export`: {first_fault(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not from `conv2former export`: {one_line(error)}") from None
+
+
+def _metadata(path: Path) -> str:
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    if path.suffix == ".xml":
+        import openvino
+
+        model = openvino.Core().read_model(path)
+        return model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else ""
+    if path.suffix == ".pt2":
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(f"extra/{KEY}.json")]
+            return archive.read(names[0]).decode() if names else ""
+    return json.dumps(runtime_file.read(path)[0])
+
+
+def open_file(path: Path) -> Runtime:
+    """The runtime of a file, on the CPU.
+
+    Raises:
+        UserError: It is a ``.pt2``: PyTorch reads pickles in it, which may run code.
+    """
+    if path.suffix == ".pt2":
+        raise UserError(f"{path} may run code when it is opened: give an .onnx, .xml or .safetensors file of the model")
+    if path.suffix == ".onnx":
+        return open_onnx(path)
+    if path.suffix == ".xml":
+        return open_openvino(path, precision="bf16" if path.name.endswith(".bf16.xml") else "f32")
+    return open_runtime(path)
+
+
+def open_onnx(path: Path) -> Runtime:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda batch: session.run(None, {name: batch})
+
+
+def open_openvino(path: Path, *, precision: str = "f32") -> Runtime:
+    compiled = compiled_for_openvino(path, precision)
+    return lambda batch: [np.array(output) for output in compiled(batch).values()]
+
+
+def open_runtime(path: Path) -> Runtime:
+    model = Model(path)
+    return lambda batch: [found] if isinstance(found := model(batch), np.ndarray) else found
+
+
+def open_torch(path: Path) -> Runtime:
+    return torch_runtime(torch.export.load(path).module())
+
+
+def torch_runtime(program: Callable[..., Any]) -> Runtime:
+    """A function of tensors as one of arrays."""
+
+    @torch.no_grad()
+    def run(batch: np.ndarray) -> list[np.ndarray]:
+        found = program(torch.from_numpy(batch))
+        return [output.numpy() for output in (found if isinstance(found, tuple | list) else (found,))]
+
+    return run
+
+
+def compiled_for_openvino(model: Any | Path, precision: str, **settings: Any) -> Any:
+    """A model of OpenVINO's, or of a file, compiled for the CPU with further properties of OpenVINO.
+
+    Raises:
+        UserError: It computes in another precision than 'f32' or 'bf16', as asked for, on this processor.
+    """
+    import openvino
+
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision} | settings)
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != precision:
+        raise UserError(f"OpenVINO computes in {taken} on this processor, not in {precision}")
+    return compiled
+
+
+class ExportedNetwork(nn.Module):
+    """An exported classifier in the place of timm's: it gives logits and cannot be trained.
+
+    Raises:
+        UserError: The file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.facts = facts_of(path)
+        try:
+            self.runtime = open_file(path)
+        except UserError:
+            raise
+        except Exception as error:  # each runtime has its own
+            raise UserError(f"{path} cannot be opened: {one_line(error)[:300]}") from None
+        self.num_classes = len(self.facts["labels"])
+        self.pretrained_cfg = self.facts | dict(label_names=self.facts["labels"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> logits (B, classes), computed on the CPU."""
+        (logits,) = self.runtime(images.float().contiguous().cpu().numpy())
+        return torch.from_numpy(np.ascontiguousarray(logits)).to(images.device)
