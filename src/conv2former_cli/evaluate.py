@@ -62,7 +62,7 @@ def evaluate(
     Example: conv2former evaluate runs/cifar --data cifar10
     """
     from conv2former.engine.evaluate import evaluate as run_evaluate
-    from conv2former.errors import UserError
+    from conv2former.errors import UserError, is_first
 
     if folder is not None and data is not None and folder != data:
         raise UserError(f"{folder} and --data {data} are two folders: give one of them")
@@ -80,6 +80,8 @@ def evaluate(
         multi_scale=multi_scale,
         settings=tuple(set_ or []),
     )
+    if not is_first():  # of several processes one reports
+        return
     if not json_ and evaluation.table:
         columns, *rows = evaluation.table
         if len(rows) > MOST_ROWS:

@@ -17,6 +17,10 @@ def predict(
     checkpoint: CheckpointArgument,
     inputs: InputsArgument,
     out: Annotated[Path | None, Option(help="Folder for an annotated copy of each image.")] = None,
+    out_file: Annotated[
+        Path | None,
+        Option(help="File for the lines; a command that was stopped goes on there, and torchrun's processes share it."),
+    ] = None,
     top_k: Annotated[int | None, Option(min=1, help="Classes that a classifier names (default: 5).")] = None,
     threshold: Annotated[float | None, Option(min=0, max=1, help="Least score of a detection (default: 0.3).")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Images a classifier sees at once (default: 16).")] = None,
@@ -37,6 +41,7 @@ def predict(
             checkpoint,
             inputs,
             out=out,
+            out_file=out_file,
             batch_size=batch_size,
             workers=workers,
             device=device,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from conv2former.config import EngineSection
 from conv2former.data import activity
 from conv2former.data.loading import Batches, checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import for_inference
+from conv2former.engine.distributed import Processes
+from conv2former.engine.launch import make_fabric, world_size
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
+from conv2former.engine.rows import place
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, one_line, or_left_out, say, say_once
 from conv2former.files import replace_text
@@ -25,6 +31,7 @@ from conv2former.recipes.load import with_settings
 from conv2former.tasks import TASKS, load, task_class, task_names
 from conv2former.tasks.base import Evaluation, Metric, Task
 
+STALL = 60.0  # seconds after which a process that does not advance is named, of several
 BATCH = 64  # images of a forward pass, of a task that takes several
 
 
@@ -65,6 +72,8 @@ def evaluate_task(
     workers: int = 0,
     on_bad_image: Literal["error", "skip"] = "error",
     max_pixels: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Evaluation:
     """Evaluates a model on all images of a source, on the device where it is.
 
@@ -75,6 +84,8 @@ def evaluate_task(
         workers: Processes that read images.
         on_bad_image: 'skip' leaves out those that cannot be read, and says which.
         max_pixels: Larger images count as such; the recipe's ``data.max_pixels`` unless given.
+        rank: This process.
+        world: Processes that share the images; all get the result.
 
     Raises:
         UserError: An image that cannot be read, or none that can.
@@ -86,10 +97,12 @@ def evaluate_task(
         max_pixels=max_pixels or task.recipe.data.max_pixels,
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
-    loader = eval_loader(dataset, EvalSampler(len(dataset)), batch_size=size, workers=workers, device=device)
+    loader = eval_loader(
+        dataset, EvalSampler(len(dataset), rank=rank, world=world), batch_size=size, workers=workers, device=device
+    )
     done = [0]  # batches
     with Ticker(lambda: f"evaluating, {done[0]} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
-        evaluation = evaluation_loop(task, _announced(loader, device, done), task.metric(source))
+        evaluation = evaluation_loop(task, _announced(loader, device, done), task.metric(source, distributed=world > 1))
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
     return evaluation
@@ -142,6 +155,8 @@ def evaluate(
         multi_scale: Whether a segmentation model sees every image at six scales and mirrored.
         settings: Changes ``data.key=value`` to the recipe of a detector or segmentation model.
 
+    Processes that torchrun or SLURM has started share the images; the first one writes the report.
+
     Returns:
         The evaluation, and the folder of its report if one was written.
 
@@ -163,15 +178,30 @@ def evaluate(
         images = task.eval_source(data)
     for line in notes(images):
         say_once(line)
-    for_inference(task, device, fuse=fuse)
-    evaluation = evaluate_task(
-        task, images, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_pixels=max_pixels
-    )
+    fabric = _launched(task, device)
+    for_inference(task, fabric.device if fabric else device, fuse=fuse)
+    options: Any = dict(batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_pixels=max_pixels)
+    with Processes(fabric, patience=STALL) if fabric else contextlib.nullcontext():
+        own: Any = dict(rank=fabric.global_rank, world=fabric.world_size) if fabric else {}
+        evaluation = evaluate_task(task, images, **options, **own)
+    if fabric and fabric.global_rank:
+        return evaluation, None
     folder = out or _report_folder(run, data, split, multi_scale=multi_scale)
     if folder:
         facts = dict(checkpoint=str(checkpoint), data=str(data) if data else None)
         write_report(task, evaluation, images, folder, **facts)
     return evaluation, folder
+
+
+def _launched(task: Task, device: str) -> L.Fabric | None:
+    """The processes that torchrun or SLURM has started, connected; None for one."""
+    accelerator: Any = "auto" if device == "auto" else torch.device(device).type
+    recipe = task.recipe.model_copy(update=dict(engine=EngineSection(accelerator=accelerator)))
+    if place()[1] == 1 or world_size(recipe) == 1:
+        return None
+    fabric = make_fabric(recipe)
+    fabric.launch()
+    return fabric
 
 
 def set_options(task: Task, **given: Any) -> None:
@@ -196,6 +226,9 @@ def write_report(task: Task, evaluation: Evaluation, source: Source, folder: Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
+        if place()[1] > 1:
+            say_once("no pictures are drawn: that needs all images in one process")
+            return
         with or_left_out("images of the report"):
             task.draw(evaluation, source, folder)
     except OSError as error:

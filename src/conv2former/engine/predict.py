@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,6 +16,7 @@ from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import for_inference
 from conv2former.engine.evaluate import set_options
+from conv2former.engine.rows import Rows, place
 from conv2former.errors import UserError, say
 from conv2former.files import free_name
 from conv2former.tasks import load
@@ -61,6 +63,7 @@ def run_predict(
     inputs: Sequence[Path],
     *,
     out: Path | None = None,
+    out_file: Path | None = None,
     top_k: int | None = None,
     threshold: float | None = None,
     batch_size: int | None = None,
@@ -68,22 +71,35 @@ def run_predict(
     device: str = "auto",
     fuse: bool = True,
 ) -> int:
-    """``predict`` for the command line: prints JSON lines, draws into ``out``; the exit status, 1 if a file failed.
+    """``predict`` for the command line: JSON lines, images drawn into ``out``; the exit status, 1 if a file failed.
+
+    The lines are printed, or written into ``out_file``, where a call that was stopped goes on and processes that
+    torchrun or SLURM has started share the files.
 
     Raises:
-        UserError: As ``predict``, or the images cannot be written.
+        UserError: As ``predict``, or something cannot be written.
     """
+    rank, world, local = place()
+    if world > 1 and out_file is None:
+        raise UserError(f"{world} processes share the images: say with --out-file where their rows go")
+    files = list(dict.fromkeys(given_images(inputs)))
+    rows = Rows(out_file, [_text(file) for file in files], rank=rank, world=world) if out_file else None
+    mine = files if rows is None else [files[i] for i in rows.left]
+    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local}"
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
-    total = failed = 0
-    taken: set[str] = set()
-    for file, found in predictions(task, inputs, batch_size=batch_size, workers=workers):
-        total += 1
+    failed, taken = 0, set[str]()
+    names = {file: free_name(file.stem, DRAWN, taken) for file in files} if out else {}  # also of those that are done
+    for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
         failed += isinstance(found, BadImage)
-        print(_json(_row(file, found)), flush=True)
-        if out and isinstance(found, Prediction):
-            _write(found.draw(decode(file)), out, free_name(file.stem, DRAWN, taken))
+        if out and isinstance(found, Prediction):  # before the row, after which the file counts as done
+            _write(found.draw(decode(file)), out, names[file])
+        rows.add(_row(file, found)) if rows else print(_json(_row(file, found)), flush=True)
     if failed:
-        say(f"{failed} of {total} files could not be read")
+        say(f"{failed} of {len(mine)} files could not be read")
+    if rows and rows.finish():
+        new = f", {len(mine)} of them new" if world == 1 and len(mine) < len(files) else ""
+        say(f"{len(files)} rows are in {out_file}{new}")
     return 1 if failed else 0
 
 
@@ -115,7 +131,12 @@ def predictions(
     Raises:
         UserError: There is no image in the inputs.
     """
-    files = given_images(inputs)
+    return _found(task, given_images(inputs), batch_size=batch_size, workers=workers)
+
+
+def _found(
+    task: Task, files: list[Path], *, batch_size: int | None, workers: int
+) -> Iterator[tuple[Path, Prediction | BadImage]]:
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = DataLoader(_Files(files, task.preprocess), batch_size=size, num_workers=workers, collate_fn=list)
     remaining = iter(files)
@@ -127,13 +148,17 @@ def predictions(
 
 
 def _row(file: Path, found: Prediction | BadImage) -> dict[str, Any]:
-    try:  # names are UTF-8 nearly everywhere, whatever the locale of this process
-        name = os.fsencode(file).decode("utf-8")
-    except UnicodeDecodeError:
-        name = str(file)
     if isinstance(found, BadImage):
-        return dict(file=name, ok=False, error=found.reason)
-    return dict(file=name, ok=True) | found.fields
+        return dict(file=_text(file), ok=False, error=found.reason)
+    return dict(file=_text(file), ok=True) | found.fields
+
+
+def _text(file: Path) -> str:
+    """A path as rows name it: names are UTF-8 nearly everywhere, whatever the locale of this process."""
+    try:
+        return os.fsencode(file).decode("utf-8")
+    except UnicodeDecodeError:
+        return str(file)
 
 
 def _json(row: dict[str, Any]) -> str:
