@@ -23,6 +23,7 @@ MOST_IMAGES = 16  # of one answer
 KEPT_SECONDS = 1800  # that an upload is kept
 SWEEP_SECONDS = 60  # between two looks for older ones
 WAITING = 500  # requests, before others are turned away; the page shows everyone's place
+SESSIONS = 8  # that Gradio remembers the page's values of; 10,000 unless told, and nothing here needs any
 OUR_FAULT = "Something went wrong here: the terminal that runs the demo says what."
 UNUSABLE = "This model cannot be used: the terminal that runs the demo says why."
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
@@ -128,6 +129,7 @@ def build_page(answers: Answers) -> gr.Blocks:
         )
         page.unload(_nothing)  # for which the page keeps a stream open, by which the gate knows that it is there
         page.queue(max_size=WAITING)
+        page.state_session_capacity = SESSIONS
     return page
 
 
