@@ -53,7 +53,7 @@ class Board:
         HEAD.pack_into(self.memory, start, os.getpid(), changes + 1, time.monotonic(), allowed, len(words))
 
     def read(self, slot: int) -> Activity:
-        """What a process has said last; half of a text where it is just saying it."""
+        """What a process has said last; a mixture of two where it is just saying it."""
         pid, changes, since, allowed, length = HEAD.unpack_from(self.memory, slot * SIZE)
         start = slot * SIZE + HEAD.size
         return Activity(pid, changes, since, allowed, self.memory[start : start + length].decode("utf-8", "replace"))
@@ -107,10 +107,14 @@ def current() -> Board | None:
     return _board
 
 
-def doing(text: str, patience: float = 0.0) -> None:
-    """Says what this process does from now on, and after how many times the patience it hangs (0: never)."""
+def doing(text: str, patience: float = 0.0, *, more: float = 0.0) -> None:
+    """Says what this process does from now on, and after how many times the patience it hangs (0: never).
+
+    ``more`` are seconds that come to these.
+    """
     if _board is not None:
-        _board.write(_slot, text, patience * _patience)
+        allowed = patience * _patience
+        _board.write(_slot, text, allowed + more if allowed else 0.0)
 
 
 def reading(name: str) -> None:
