@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -31,7 +32,7 @@ from conv2former.errors import UserError
 from conv2former.tasks.classification.task import ClassificationTask
 from conv2former_cli import main
 from digits import tiny_recipe, write_digits
-from runs import state, stop_at
+from runs import after_step, state, stop_at
 
 
 @pytest.fixture
@@ -250,44 +251,24 @@ def test_what_the_disk_refuses_is_said_with_its_remedy(
 def test_a_folder_of_checkpoints_that_is_gone_is_made_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine.Trainer._step
-
-    def step(self: engine.Trainer, *args: Any) -> None:
-        original(self, *args)
-        if self.state.step == 6:
-            shutil.rmtree(self.run.checkpoints)
-
-    monkeypatch.setattr(engine.Trainer, "_step", step)
+    after_step(monkeypatch, 6, lambda trainer: shutil.rmtree(trainer.run.checkpoints))
     train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert state(tmp_path / "run")["position"]["step"] == 12
 
 
 def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = engine.Trainer._step
-
-    def step(self: engine.Trainer, *args: Any) -> None:
-        original(self, *args)
-        if self.state.step == 6:
-            shutil.rmtree(self.run.path)
-
-    monkeypatch.setattr(engine.Trainer, "_step", step)
+    after_step(monkeypatch, 6, lambda trainer: shutil.rmtree(trainer.run.path))
     with pytest.raises(UserError, match=r"cannot (go on in the run folder|write) .*(No such file|folder is gone)"):
         train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_reader_that_is_killed_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import multiprocessing
+    def kill(trainer: engine.Trainer) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
-    original = engine.Trainer._step
-
-    def step(self: engine.Trainer, *args: Any) -> None:
-        original(self, *args)
-        if self.state.step == 2:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-
-    monkeypatch.setattr(engine.Trainer, "_step", step)
+    after_step(monkeypatch, 2, kill)
     with pytest.raises(UserError, match=r"a process that reads images was killed"):
         train(tiny_recipe("data.workers=2", "schedule.epochs=50"), data=data, out=tmp_path / "run")
 

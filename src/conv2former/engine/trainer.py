@@ -305,7 +305,8 @@ class Trainer:
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
         # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
         with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False):
-            evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric)
+            work: Any = dict(count=len(self.val_loader), pace=self.eval_pace)
+            evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric, **work)
         train_loss = state.loss_sum / state.loss_steps if state.loss_steps else None
         self.in_update = True  # until the weights of this evaluation are written
         state.loss_sum, state.loss_steps, state.evaluated = 0.0, 0, state.step
@@ -338,10 +339,7 @@ class Trainer:
             self.progress.evaluating(number, len(self.val_loader))
             micro_batches, error = self._fetch(batches, 1)
             self._agree(micro_batches, error)
-            self.eval_pace.begin(f"evaluating batch {number + 1} of {len(self.val_loader)}")
             yield micro_batches[0]
-            self.eval_pace.end()
-        activity.doing("computing the figures of the evaluation")
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
         """Writes the weights that were evaluated, those of the average where there is one."""
