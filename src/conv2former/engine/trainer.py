@@ -73,7 +73,7 @@ class Trainer:
         self.steps = 0 if recipe.model.fit_head == "only" else recipe.schedule.total(self.steps_per_epoch)
         # a head that was fitted is evaluated before the first step: nothing that comes may end below it
         first = -1 if recipe.model.fit_head else 0
-        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=first, keys=batch.keys)
+        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=first)
         engine = recipe.engine
         if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
             task.model.to(memory_format=torch.channels_last)
