@@ -116,13 +116,15 @@ class Trainer:
         if path:
             self.state = self.contents.read(path)
             self.saved_step = self.state.step
-        state = self.state
+        state, in_epochs = self.state, self.recipe.schedule.steps is None
         state.skipped_in_row = 0  # the limit is that of one attempt
         if self.fabric.is_global_zero:
             run.tidy()
+            if in_epochs:
+                run.renumber_rows(state.steps_per_epoch)  # whoever forced another batch may have been killed then
             run.drop_rows_after(state.step, evaluated=state.evaluated)
         if state.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
-            if self.recipe.schedule.steps is None:
+            if in_epochs:
                 state.rescale(self.steps_per_epoch)
                 if self.fabric.is_global_zero:
                     run.renumber_rows(self.steps_per_epoch)
