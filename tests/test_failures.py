@@ -273,6 +273,23 @@ def test_a_reader_that_is_killed_is_one_line(data: Path, tmp_path: Path, monkeyp
         train(tiny_recipe("data.workers=2", "schedule.epochs=50"), data=data, out=tmp_path / "run")
 
 
+def test_a_gpu_that_is_too_small_is_one_line_and_the_run_goes_on_with_smaller_batches(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(trainer: engine.Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings: Any = dict(data=data, out=tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"out of GPU memory: lower optim\.batch_size"):
+        after_step(patch, 6, refuse)
+        train(tiny_recipe("optim.global_batch=16"), **settings)
+    assert state(tmp_path / "run")["position"]["step"] == 4
+    smaller = tiny_recipe("optim.global_batch=16", "optim.batch_size=8")
+    train(smaller, **settings, resume=True, force=True)
+    assert state(tmp_path / "run")["position"]["step"] == 12
+    assert RunDir(tmp_path / "run").facts()["batch"]["micro_batches"] == 2
+
+
 def test_a_logger_that_fails_does_not_end_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

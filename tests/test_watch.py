@@ -217,6 +217,36 @@ def test_a_process_that_never_joins_is_named(watching: watchdog.Watchdog) -> Non
     assert watching.why == "process 2 has not joined the others within 61 s"
 
 
+def test_a_second_interrupt_ends_the_run(watching: watchdog.Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    for seconds, ends in ((0, False), (0.5, False), (2, True)):  # the second is the first, passed on by a launcher
+        monkeypatch.setattr(time, "monotonic", lambda at=watching.began + seconds: at)
+        ours.send(bytes([signal.SIGINT]))
+        watching._signalled(theirs)
+        assert (watching.deadline is not None) == ends
+    assert watching.why == "the training was interrupted twice"
+
+
+def test_a_process_that_stands_still_is_named(watching: watchdog.Watchdog) -> None:
+    watching.world, watching.peers[1] = 2, watchdog.Line(socket.socketpair()[0])
+    with subprocess.Popen(["sleep", "60"]) as process:
+        watching.pid = process.pid
+        os.kill(process.pid, signal.SIGSTOP)
+        while stat(process.pid)[0] != "T":
+            time.sleep(0.01)
+        for seconds in (1, 2 + watchdog.SILENCE):
+            watching.peers[1].heard = watching.began + seconds
+            watching._look(watching.began + seconds)
+        process.kill()
+    assert watching.why == "process 0 has been stopped by a signal for 30 s"
+
+
+def test_a_process_that_is_silent_is_named(watching: watchdog.Watchdog) -> None:
+    watching.world, watching.peers[1] = 2, watchdog.Line(socket.socketpair()[0])
+    watching._look(watching.began + watchdog.SILENCE + 1)
+    assert watching.why == "process 1 has sent no heartbeat for 30 s"
+
+
 def test_a_large_checkpoint_gets_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board, allowed = activity.Board(), []
     monkeypatch.setattr(checkpointing, "SLOWEST", 10)
