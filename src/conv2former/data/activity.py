@@ -1,7 +1,7 @@
 """What the processes of a run are doing, where a watchdog can read it even if none of them can answer any more.
 
 A few hundred bytes of shared memory for the training process and for each of its readers. The standard library alone:
-the watchdog reads this file without the rest of the package.
+the watchdog reads this file without the rest of the package, and is to start fast.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 import time
-from multiprocessing import reduction
 from typing import Any, NamedTuple
 
 SIZE, READERS = 512, 255
@@ -59,6 +57,8 @@ class Board:
         return Activity(pid, changes, since, allowed, self.memory[start : start + length].decode("utf-8", "replace"))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing import reduction
+
         return _received, (reduction.DupFd(self.handle),)  # type: ignore[attr-defined]
 
 
@@ -70,6 +70,8 @@ def _nameless() -> int:
     """A file in memory; on systems without such one in the temporary folder that has no name any more."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("conv2former")
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
