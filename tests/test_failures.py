@@ -34,6 +34,8 @@ from conv2former_cli import main
 from digits import tiny_recipe, write_digits
 from runs import after_step, state, stop_at
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
