@@ -8,10 +8,9 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from command import run_command
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine import trainer as engine
 from conv2former.engine.checkpointing import CheckpointManager
@@ -30,7 +30,6 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import Interrupted, train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.task import ClassificationTask
-from conv2former_cli import main
 from digits import tiny_recipe, write_digits
 from runs import after_step, state, stop_at
 
@@ -64,12 +63,14 @@ def test_broken_images_are_listed_and_passed_over(damaged: Path, tmp_path: Path)
     assert (tmp_path / "run" / "predictions.png").exists()
 
 
-def test_a_run_that_met_a_broken_image_goes_on_when_told_to_skip(damaged: Path, tmp_path: Path) -> None:
+def test_a_run_that_met_a_broken_image_goes_on_when_told_to_skip(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="cannot read"):
         train(tiny_recipe(), data=damaged, out=tmp_path / "run")
-    program = [sys.executable, "-m", "conv2former_cli", "train", f"--out={tmp_path / 'run'}", "--resume"]
-    answer = subprocess.run([*program, "--on-bad-image=skip"], capture_output=True, text=True)
-    assert answer.returncode == 0 and "of 15 images" in answer.stdout, answer.stderr
+    words = ["train", f"--out={tmp_path / 'run'}", "--resume", "--on-bad-image=skip"]
+    assert run_command(monkeypatch, *words) == 0
+    assert "of 15 images" in capfd.readouterr().out
 
 
 def test_too_many_broken_images_end_the_run(damaged: Path, tmp_path: Path) -> None:
@@ -166,9 +167,7 @@ def test_steps_that_are_skipped_replace_no_checkpoint(
     match = re.search(r"(conv2former train .*? --set optim\.base_lr=\S+)", str(error.value))
     assert match
     poison(monkeypatch, 1, 2)
-    monkeypatch.setattr(sys, "argv", shlex.split(match[1]))
-    with pytest.raises(SystemExit, match="0"):
-        main()
+    assert run_command(monkeypatch, *shlex.split(match[1])[1:]) == 0
     rows = RunDir(tmp_path / "run").rows("epoch")
     assert rows[-1]["step"] == 12 and rows[-1]["skipped"] == 2
 
@@ -210,17 +209,23 @@ def test_the_last_step_cannot_poison_the_checkpoint(
     assert state(tmp_path / "run")["position"]["step"] == 4
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A limit on the size of files stands for the disk."""
     train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
     newest = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()[0]
     content, size = newest.read_bytes(), newest.stat().st_size
-    arguments = ["conv2former", "train", f"--out={tmp_path / 'run'}", "--resume", "--force", "--set=schedule.epochs=5"]
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
-    program = f"{limit}; import sys, conv2former_cli; sys.argv = {arguments}; conv2former_cli.main()"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
-    assert answer.stderr.rstrip().splitlines()[-1].startswith("error: cannot write")
+    words = ["train", f"--out={tmp_path / 'run'}", "--resume", "--force", "--set=schedule.epochs=5"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        status = run_command(monkeypatch, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    errors = capfd.readouterr().err
+    assert status == 1 and "Traceback" not in errors, errors
+    assert errors.rstrip().splitlines()[-1].startswith("error: cannot write")
     assert newest.read_bytes() == content and not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
