@@ -196,11 +196,7 @@ class Watchdog:
         return f"process {self.rank}" if self.world > 1 else "the training"
 
     def _is_stopped(self) -> bool:
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):  # a system that has no such files
-            return False
-        return state in "Tt"
+        return _stat(self.pid)[:1] in (["T"], ["t"])
 
     def _is_saving(self, now: float) -> bool:
         own = self.board.read(0)
@@ -253,12 +249,10 @@ class Watchdog:
     # ------------------------------------------------------------------ the others
 
     def _listen(self) -> None:
-        if self.host in ("localhost", "127.0.0.1"):
-            listener = socket.create_server(("127.0.0.1", 0), backlog=self.world)
-        elif socket.has_dualstack_ipv6():
-            listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=self.world)
-        else:
-            listener = socket.create_server(("", 0), backlog=self.world)
+        here = self.host in ("localhost", "127.0.0.1")
+        both = not here and socket.has_dualstack_ipv6()
+        options: Any = dict(family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+        listener = socket.create_server(("127.0.0.1" if here else "", 0), backlog=self.world, **options)
         self.selector.register(listener, selectors.EVENT_READ, self._accept)
         self.control.send(port=listener.getsockname()[1])
 
@@ -358,6 +352,7 @@ def _printable(text: str) -> str:
 
 
 def _stat(pid: int) -> list[str]:
+    """State, parent, process group, session and so on; empty where there is no such process, or no such files."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
