@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,21 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGINT) -> None:
-    """The run is asked to stop as by a signal once ``step`` steps are done."""
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[engine.Trainer], None]) -> None:
+    """Something happens in the run once ``step`` steps are done."""
     original = engine.Trainer._step
 
     def stepping(self: engine.Trainer, *args: Any) -> None:
         original(self, *args)
         if self.state.step == step:
-            self.stop.signum = signum
+            happens(self)
 
     monkeypatch.setattr(engine.Trainer, "_step", stepping)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGINT) -> None:
+    """The run is asked to stop as by a signal once ``step`` steps are done."""
+    after_step(monkeypatch, step, lambda trainer: setattr(trainer.stop, "signum", signum))
 
 
 def stopped_run(recipe: Recipe, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, step: int = 5) -> None:

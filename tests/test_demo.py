@@ -34,11 +34,8 @@ pytest.importorskip("gradio", reason="needs gradio: pip install 'conv2former[dem
 from starlette.testclient import TestClient
 
 from conv2former.tools.demo import page as page_module
-from conv2former.tools.demo.gate import Gate
-from conv2former.tools.demo.page import MOST_IMAGES, OUR_FAULT, UNUSABLE, Answers, build_page, mounted
-
-LIMITS = dict(file_bytes=100_000, pixels=1_000_000)
-UPLOAD_BYTES = MOST_IMAGES * LIMITS["file_bytes"]
+from conv2former.tools.demo.page import MOST_IMAGES, OUR_FAULT, UNUSABLE, Answers
+from pages import LIMITS, META, UPLOAD_BYTES, answers_of, gated
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +125,7 @@ def test_random_weights_and_other_networks_say_so(picture: Image.Image) -> None:
 
 @pytest.fixture
 def answers(finished: Path, tmp_path: Path) -> Answers:
-    (tmp_path / "uploads").mkdir()
-    return Answers(Models([str(finished)], device="cpu"), folder=tmp_path / "uploads", **LIMITS)
+    return answers_of(finished, tmp_path / "uploads")
 
 
 def test_good_pictures_are_answered_beside_bad_ones(answers: Answers, tmp_path: Path) -> None:
@@ -198,9 +194,6 @@ def test_a_bug_is_a_sentence_on_the_page_and_a_traceback_in_the_terminal(
 @pytest.fixture
 def client(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """The page behind its gate, in this process, which cannot connect to anywhere."""
-    folder = tmp_path / "uploads"
-    folder.mkdir()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
     monkeypatch.setattr(page_module, "SWEEP_SECONDS", 1)
     monkeypatch.setattr(page_module, "KEPT_SECONDS", 1)
 
@@ -209,9 +202,7 @@ def client(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    models = Models([str(finished)], device="cpu")
-    app = mounted(build_page(Answers(models, folder=folder, **LIMITS)))
-    gate = Gate(app, folder=folder, upload_bytes=UPLOAD_BYTES, local=True)
+    gate = gated(finished, tmp_path / "uploads", monkeypatch)
     with TestClient(gate, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
 
@@ -293,17 +284,16 @@ def look(client: TestClient, *data: Any) -> str:
 
 def test_a_request_names_no_file_that_was_not_uploaded(client: TestClient, tmp_path: Path) -> None:
     outside = one_picture(tmp_path / "outside.png")
-    meta = dict(meta=dict(_type="gradio.FileData"))
     for path in (str(outside), "/etc/passwd", "https://example.org/a.png", "\0", "../outside.png"):
-        body = dict(data=[[dict(path=path) | meta], None, "finished", "", True], fn_index=0, session_hash="abc")
+        body = dict(data=[[dict(path=path) | META], None, "finished", "", True], fn_index=0, session_hash="abc")
         answer = client.post("/gradio_api/queue/join", json=body)
         assert (answer.status_code, answer.text) == (400, "The request names a file that was not uploaded."), path
     assert client.post("/gradio_api/queue/join", content=b"[" * 100_000).status_code == 400
     assert not [file for file in (tmp_path / "uploads").rglob("*") if file.is_file()]
-    gone = dict(path=str(tmp_path / "uploads" / "gone.png")) | meta
+    gone = dict(path=str(tmp_path / "uploads" / "gone.png")) | META
     assert "It is not here any more" in look(client, [gone], None, "finished", "", True)
     path = sent(client, "digit.png", outside.read_bytes())
-    assert "ms in the network" in look(client, [upload(Path(path)) | meta], None, "finished", "", True)
+    assert "ms in the network" in look(client, [upload(Path(path)) | META], None, "finished", "", True)
 
 
 def test_uploads_are_deleted_after_a_while(client: TestClient, tmp_path: Path) -> None:

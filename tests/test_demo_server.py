@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from conv2former.tools.demo.models import Models
 from conv2former.tools.demo.server import listen
 from digits import one_picture
 
@@ -23,11 +22,8 @@ import httpx
 import uvicorn
 
 from conv2former.tools.demo import clients, gate
-from conv2former.tools.demo.gate import Gate
-from conv2former.tools.demo.page import Answers, build_page, mounted
-
-UPLOAD_BYTES = 1_000_000
-META = dict(meta=dict(_type="gradio.FileData"))
+from conv2former.tools.demo.page import SESSIONS
+from pages import META, UPLOAD_BYTES, gated
 
 
 @dataclass
@@ -36,6 +32,7 @@ class Served:
 
     port: int
     folder: Path
+    app: gate.Gate
 
     @property
     def url(self) -> str:
@@ -69,18 +66,15 @@ class Served:
 @pytest.fixture
 def served(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     folder = tmp_path / "uploads"
-    folder.mkdir()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
     monkeypatch.setattr(gate, "GRACE_SECONDS", 1)
     monkeypatch.setattr(clients, "UNUSED_SECONDS", 5)
-    answers = Answers(Models([str(finished)], device="cpu"), folder=folder, file_bytes=100_000, pixels=1_000_000)
-    app = Gate(mounted(build_page(answers)), folder=folder, upload_bytes=UPLOAD_BYTES, local=True)
+    app = gated(finished, folder, monkeypatch)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=1))
     with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
         thread.start()
         eventually(lambda: server.started)
-        yield Served(listening.getsockname()[1], folder)
+        yield Served(listening.getsockname()[1], folder, app)
         server.should_exit = True
         thread.join(30)
 
@@ -135,7 +129,7 @@ def test_nothing_stays_of_an_upload_whose_client_leaves(served: Served, client: 
 def test_a_large_body_is_refused_before_it_is_written(served: Served, client: httpx.Client) -> None:
     with served.start(UPLOAD_BYTES + 1, PART) as connection:
         connection.settimeout(0.2)
-        for _ in range(20):
+        for _ in range(UPLOAD_BYTES // 50_000):
             assert served.files() == []
             connection.sendall(bytes(50_000))
         connection.settimeout(30)
@@ -206,6 +200,9 @@ def test_fifty_clients_get_their_answers_in_turn(served: Served, client: httpx.C
     places = [[m["rank"] for m in messages if m["msg"] == "estimation"] for messages, _ in found]
     assert all(places) and max(max(own) for own in places) > 10, "they are told their places"
     assert all(own == sorted(own, reverse=True) for own in places), "nobody is overtaken"
+    pages: Any = served.app.app
+    kept = next(route.app.state_holder for route in pages.routes if hasattr(route.app, "state_holder"))
+    assert 0 < len(kept.session_data) <= SESSIONS, "what Gradio keeps of a client goes with the next ones"
 
 
 def test_nobody_fills_the_queue_alone(served: Served, client: httpx.Client) -> None:

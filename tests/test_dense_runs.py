@@ -26,6 +26,9 @@ from digits import tiny_recipe
 from runs import assert_same_run, start, stopped_run, weights
 from scenes import small_detector, small_segmenter, write_coco, write_pairs
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 TASKS = ["detection", "segmentation"]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from command import run_command
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine import trainer as engine
 from conv2former.engine.checkpointing import CheckpointManager
@@ -29,9 +30,10 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import Interrupted, train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.task import ClassificationTask
-from conv2former_cli import main
 from digits import tiny_recipe, write_digits
-from runs import state, stop_at
+from runs import after_step, state, stop_at
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
@@ -61,12 +63,14 @@ def test_broken_images_are_listed_and_passed_over(damaged: Path, tmp_path: Path)
     assert (tmp_path / "run" / "predictions.png").exists()
 
 
-def test_a_run_that_met_a_broken_image_goes_on_when_told_to_skip(damaged: Path, tmp_path: Path) -> None:
+def test_a_run_that_met_a_broken_image_goes_on_when_told_to_skip(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="cannot read"):
         train(tiny_recipe(), data=damaged, out=tmp_path / "run")
-    program = [sys.executable, "-m", "conv2former_cli", "train", f"--out={tmp_path / 'run'}", "--resume"]
-    answer = subprocess.run([*program, "--on-bad-image=skip"], capture_output=True, text=True)
-    assert answer.returncode == 0 and "of 15 images" in answer.stdout, answer.stderr
+    words = ["train", f"--out={tmp_path / 'run'}", "--resume", "--on-bad-image=skip"]
+    assert run_command(monkeypatch, *words) == 0
+    assert "of 15 images" in capfd.readouterr().out
 
 
 def test_too_many_broken_images_end_the_run(damaged: Path, tmp_path: Path) -> None:
@@ -163,9 +167,7 @@ def test_steps_that_are_skipped_replace_no_checkpoint(
     match = re.search(r"(conv2former train .*? --set optim\.base_lr=\S+)", str(error.value))
     assert match
     poison(monkeypatch, 1, 2)
-    monkeypatch.setattr(sys, "argv", shlex.split(match[1]))
-    with pytest.raises(SystemExit, match="0"):
-        main()
+    assert run_command(monkeypatch, *shlex.split(match[1])[1:]) == 0
     rows = RunDir(tmp_path / "run").rows("epoch")
     assert rows[-1]["step"] == 12 and rows[-1]["skipped"] == 2
 
@@ -207,17 +209,23 @@ def test_the_last_step_cannot_poison_the_checkpoint(
     assert state(tmp_path / "run")["position"]["step"] == 4
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A limit on the size of files stands for the disk."""
     train(tiny_recipe("schedule.epochs=2"), data=data, out=tmp_path / "run")
     newest = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()[0]
     content, size = newest.read_bytes(), newest.stat().st_size
-    arguments = ["conv2former", "train", f"--out={tmp_path / 'run'}", "--resume", "--force", "--set=schedule.epochs=5"]
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
-    program = f"{limit}; import sys, conv2former_cli; sys.argv = {arguments}; conv2former_cli.main()"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
-    assert answer.stderr.rstrip().splitlines()[-1].startswith("error: cannot write")
+    words = ["train", f"--out={tmp_path / 'run'}", "--resume", "--force", "--set=schedule.epochs=5"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        status = run_command(monkeypatch, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    errors = capfd.readouterr().err
+    assert status == 1 and "Traceback" not in errors, errors
+    assert errors.rstrip().splitlines()[-1].startswith("error: cannot write")
     assert newest.read_bytes() == content and not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
@@ -250,46 +258,43 @@ def test_what_the_disk_refuses_is_said_with_its_remedy(
 def test_a_folder_of_checkpoints_that_is_gone_is_made_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine.Trainer._step
-
-    def step(self: engine.Trainer, *args: Any) -> None:
-        original(self, *args)
-        if self.state.step == 6:
-            shutil.rmtree(self.run.checkpoints)
-
-    monkeypatch.setattr(engine.Trainer, "_step", step)
+    after_step(monkeypatch, 6, lambda trainer: shutil.rmtree(trainer.run.checkpoints))
     train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert state(tmp_path / "run")["position"]["step"] == 12
 
 
 def test_a_folder_that_is_gone_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = engine.Trainer._step
-
-    def step(self: engine.Trainer, *args: Any) -> None:
-        original(self, *args)
-        if self.state.step == 6:
-            shutil.rmtree(self.run.path)
-
-    monkeypatch.setattr(engine.Trainer, "_step", step)
+    after_step(monkeypatch, 6, lambda trainer: shutil.rmtree(trainer.run.path))
     with pytest.raises(UserError, match=r"cannot (go on in the run folder|write) .*(No such file|folder is gone)"):
         train(tiny_recipe(), data=data, out=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_reader_that_is_killed_is_one_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import multiprocessing
+    def kill(trainer: engine.Trainer) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
-    original = engine.Trainer._step
-
-    def step(self: engine.Trainer, *args: Any) -> None:
-        original(self, *args)
-        if self.state.step == 2:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-
-    monkeypatch.setattr(engine.Trainer, "_step", step)
+    after_step(monkeypatch, 2, kill)
     with pytest.raises(UserError, match=r"a process that reads images was killed"):
         train(tiny_recipe("data.workers=2", "schedule.epochs=50"), data=data, out=tmp_path / "run")
+
+
+def test_a_gpu_that_is_too_small_is_one_line_and_the_run_goes_on_with_smaller_batches(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(trainer: engine.Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings: Any = dict(data=data, out=tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"out of GPU memory: lower optim\.batch_size"):
+        after_step(patch, 6, refuse)
+        train(tiny_recipe("optim.global_batch=16"), **settings)
+    assert state(tmp_path / "run")["position"]["step"] == 4
+    smaller = tiny_recipe("optim.global_batch=16", "optim.batch_size=8")
+    train(smaller, **settings, resume=True, force=True)
+    assert state(tmp_path / "run")["position"]["step"] == 12
+    assert RunDir(tmp_path / "run").facts()["batch"]["micro_batches"] == 2
 
 
 def test_a_logger_that_fails_does_not_end_the_run(

@@ -153,9 +153,11 @@ def test_numbers_and_times_in_words() -> None:
     assert [duration(seconds) for seconds in (42, 600, 12_000)] == ["42 s", "10 min", "3 h 20 min"]
 
 
-def test_closed_streams(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "closed", [">&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-"))]
+)
+def test_closed_streams(finished: Path, tmp_path: Path, closed: str) -> None:
     one_picture(tmp_path / "one.png")
-    for closed in (">&-", "2>&-", ">&- 2>&-"):
-        words = f"{sys.executable} -m conv2former_cli predict {finished} {tmp_path} {closed}"
-        done = subprocess.run(["sh", "-c", words], capture_output=True, text=True)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    words = f"{sys.executable} -m conv2former_cli predict {finished} {tmp_path} {closed}"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

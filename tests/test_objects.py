@@ -32,6 +32,8 @@ from conv2former.tasks.detection.data import View, view_objects
 from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers
 from scenes import small_detector
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 DATA = DetectionDataSection(short_side=96, long_side=128)
 Edit = Callable[[dict[str, Any]], Any]
 

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from command import run_command
+from conv2former.data.activity import Pace
 from conv2former.data.loading import Normalizer
 from conv2former.engine.evaluate import evaluation_loop
 from conv2former.engine.state import TrainState
@@ -193,7 +194,8 @@ def test_a_metric_gives_an_evaluation_of_numbers() -> None:
     task: Any = SimpleNamespace(name="depth", monitor="delta1", normalizer=Normalizer((0.5,) * 3, (0.5,) * 3))
 
     def evaluated(result: Any) -> Evaluation:
-        return evaluation_loop(task, [], SimpleNamespace(to=lambda device: None, result=lambda: result))
+        metric: Any = SimpleNamespace(to=lambda device: None, result=lambda: result)
+        return evaluation_loop(task, [], metric, count=0, pace=Pace())
 
     with pytest.raises(UserError, match="the evaluation of depth is a dict"):
         evaluated(dict(delta1=1.0))

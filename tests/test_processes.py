@@ -63,12 +63,17 @@ def assert_same_figures(mine: Path, theirs: Path) -> None:
         torch.testing.assert_close(tensor, weights(theirs)[name], rtol=1e-3, atol=1e-5)
 
 
+def assert_all_are_counted(errors: str, out: Path) -> None:
+    """Every validation image once, in the loop and in the report."""
+    assert "of 19 images)" in errors and json.loads((out / "evaluation.json").read_text())["images"] == 19
+
+
+@pytest.mark.slow
 def test_two_processes_are_one(one: Path, uneven: Path, tmp_path: Path) -> None:
     errors = run(command(uneven, tmp_path / "two", *TWO))
     assert "batch 8 x 2 processes x 1 accumulated = 16" in errors
     assert_same_figures(one, tmp_path / "two")
-    # every validation image counted once, in the loop and in the report
-    assert "of 19 images)" in errors and json.loads((tmp_path / "two" / "evaluation.json").read_text())["images"] == 19
+    assert_all_are_counted(errors, tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -211,6 +216,7 @@ def test_slurm_starts_the_processes(one: Path, uneven: Path, tmp_path: Path) -> 
     assert [process.returncode for process in processes] == [0, 0], errors
     assert "batch 8 x 2 processes" in errors[0] and not errors[1].strip()
     assert_same_figures(one, tmp_path / "run")
+    assert_all_are_counted(errors[0], tmp_path / "run")
 
 
 @pytest.mark.parametrize("victim", [pytest.param("first", marks=pytest.mark.slow), "second"])

@@ -30,6 +30,8 @@ from runs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -337,6 +339,31 @@ def test_forced_to_go_on_with_another_recipe(data: Path, tmp_path: Path, monkeyp
     assert [row["epoch"] for row in run.rows("epoch")] == [1, 2, 3, 4]
     assert "epochs: 3" in (tmp_path / "run" / "recipes" / "recipe.1.yaml").read_text()
     assert "schedule.epochs: run 3, given 4" in (tmp_path / "run" / "history.jsonl").read_text()
+
+
+def test_killed_between_the_two_files_of_a_change(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is what it was before; what was forced can be forced again."""
+    run = RunDir(tmp_path / "run")
+    stopped_run(tiny_recipe(), data, run.path, monkeypatch, step=6)
+    changed: Any = dict(recipe=tiny_recipe("optim.batch_size=8"), data=None, resume=True, force=True)
+
+    class Killed(BaseException): ...
+
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunDir, "write_json", kill)
+        train(out=run.path, **changed)
+    assert "batch_size: 8" in (run.path / "recipe.yaml").read_text() and run.recipe() == tiny_recipe()
+    shutil.copytree(run.path, tmp_path / "again")
+    train(None, data=None, out=run.path, resume=True)
+    assert_same_run(finished, run.path)
+    train(out=tmp_path / "again", **changed)
+    assert [row["step"] for row in RunDir(tmp_path / "again").rows("epoch")] == [8, 16, 24]
+    assert RunDir(tmp_path / "again").recipe() == changed["recipe"]
 
 
 @pytest.mark.parametrize("batch", [8, 32])

@@ -21,6 +21,8 @@ from digits import tiny_recipe
 from runs import EVERYTHING
 from scenes import small_segmenter, write_pairs
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # whose answer a program on a GPU has to wait for; an index by a mask is one more
 WAITING = {
     *("aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select"),

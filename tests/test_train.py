@@ -19,6 +19,8 @@ from conv2former.models.conv2former import Conv2Former
 from digits import tiny_recipe, write_digits
 from runs import weights
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.name != ".lock"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from conv2former.data import activity
+from conv2former.engine import checkpointing, watchdog
+from conv2former.engine.checkpointing import CheckpointManager
 from runs import command, family, hooked, start, stat, state, training, wait_for
 
 PATIENCE = 4  # seconds
@@ -81,12 +85,12 @@ def test_a_process_that_is_stopped_is_named(data: Path, tmp_path: Path, victim: 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_machine_that_is_gone_is_noticed(data: Path, tmp_path: Path, victim: int) -> None:
-    """A process stopped with all that it has started, its watchdog too, gives no sign of life."""
+    """A process stopped with all that it has started, its watchdog too, sends no heartbeat."""
     run = Run(data, tmp_path / "run", *TWO)
     others = family(run.ranks[1])
     for pid in others if victim else set(run.members) - {*others}:
         os.kill(pid, signal.SIGSTOP)
-    assert f"process {victim} has given no sign of life for {PATIENCE} s" in run.end()
+    assert f"process {victim} has sent no heartbeat for {PATIENCE} s" in run.end()
 
 
 @pytest.mark.slow
@@ -146,3 +150,110 @@ def test_shared_memory_that_is_too_small_is_one_line(data: Path, tmp_path: Path,
     )
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
     assert re.search(r"^error: (/dev/shm|.*of /dev/shm).*--shm-size", answer.stderr.splitlines()[-1]), answer.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the watchdog alone
+
+KILLED = """
+import os, socket, subprocess, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import activity
+board, sleep = activity.Board(), ["sleep", "60"]
+members = [subprocess.Popen(sleep, start_new_session=True), subprocess.Popen(sleep)]
+for slot, member in enumerate(members, 1):
+    activity.HEAD.pack_into(board.memory, slot * activity.SIZE, member.pid, 1, 0.0, 0.0, 0)
+control, signals = socket.socketpair(), socket.socketpair()
+handles = (board.handle, control[1].fileno(), signals[1].fileno())
+subprocess.Popen([sys.executable, "-IS", sys.argv[2], *map(str, (*handles, os.getpid()))], pass_fds=handles)
+print(*(member.pid for member in members), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
+def test_readers_that_are_left_are_ended_and_nobody_else() -> None:
+    """A stranger that has got the number of a reader has the same parent as a reader that is left."""
+    words = [sys.executable, "-c", KILLED, activity.__file__, watchdog.__file__]
+    with start(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        stranger, reader = map(int, process.stdout.readline().split())
+        try:
+            deadline = time.monotonic() + 20
+            while stat(reader) and stat(reader)[0] != "Z":
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert stat(stranger) and stat(stranger)[0] != "Z"
+        finally:
+            os.kill(stranger, signal.SIGKILL)
+
+
+@pytest.fixture
+def watching() -> watchdog.Watchdog:
+    """A watchdog in this process, of the process that has started it."""
+    pairs = [socket.socketpair(), socket.socketpair()]
+    return watchdog.Watchdog(activity.Board().handle, *(pair[1].detach() for pair in pairs), os.getppid())
+
+
+def test_whoever_seems_to_hang_is_looked_at_again(watching: watchdog.Watchdog) -> None:
+    now, board = time.monotonic(), watching.board
+    board.write(0, "in step 1", 10)
+    watching._look(now)
+    watching._look(now + 11)
+    board.write(0, "in step 2", 10)
+    for seconds in (12, 13, 23):
+        watching._look(now + seconds)
+        assert watching.deadline is None
+    watching._look(now + 24)
+    assert watching.deadline is not None and "has been in step 2 for" in watching.why
+
+
+def test_a_process_that_never_joins_is_named(watching: watchdog.Watchdog) -> None:
+    watching.world, bound = 3, 2 * watchdog.SILENCE
+    watching.peers[1] = watchdog.Line(socket.socketpair()[0])
+    watching.peers[1].heard = watching.began + bound
+    watching._look(watching.began + bound - 1)
+    assert watching.deadline is None
+    watching._look(watching.began + bound + 1)
+    assert watching.why == "process 2 has not joined the others within 61 s"
+
+
+def test_a_second_interrupt_ends_the_run(watching: watchdog.Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    for seconds, ends in ((0, False), (0.5, False), (2, True)):  # the second is the first, passed on by a launcher
+        monkeypatch.setattr(time, "monotonic", lambda at=watching.began + seconds: at)
+        ours.send(bytes([signal.SIGINT]))
+        watching._signalled(theirs)
+        assert (watching.deadline is not None) == ends
+    assert watching.why == "the training was interrupted twice"
+
+
+def test_a_process_that_stands_still_is_named(watching: watchdog.Watchdog) -> None:
+    watching.world, watching.peers[1] = 2, watchdog.Line(socket.socketpair()[0])
+    with subprocess.Popen(["sleep", "60"]) as process:
+        watching.pid = process.pid
+        os.kill(process.pid, signal.SIGSTOP)
+        while stat(process.pid)[0] != "T":
+            time.sleep(0.01)
+        for seconds in (1, 2 + watchdog.SILENCE):
+            watching.peers[1].heard = watching.began + seconds
+            watching._look(watching.began + seconds)
+        process.kill()
+    assert watching.why == "process 0 has been stopped by a signal for 30 s"
+
+
+def test_a_process_that_is_silent_is_named(watching: watchdog.Watchdog) -> None:
+    watching.world, watching.peers[1] = 2, watchdog.Line(socket.socketpair()[0])
+    watching._look(watching.began + watchdog.SILENCE + 1)
+    assert watching.why == "process 1 has sent no heartbeat for 30 s"
+
+
+def test_a_large_checkpoint_gets_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board, allowed = activity.Board(), []
+    monkeypatch.setattr(checkpointing, "SLOWEST", 10)
+    monkeypatch.setattr(checkpointing, "flush", lambda path: allowed.append(board.read(0).allowed))
+    try:
+        activity.announce(board, patience=2)
+        CheckpointManager(tmp_path).write(1, lambda path: path.write_bytes(bytes(500)), first=True)
+    finally:
+        activity.announce(None)
+    assert allowed[0] == 5 * 2 + 50

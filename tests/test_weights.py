@@ -32,6 +32,9 @@ from digits import one_picture
 from hub import Hub
 from runs import assert_same_run, stopped_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 TINY_TIMM = "test_convnext.r160_in1k"  # the smallest network of which timm publishes weights
 TINY = ["model.name=conv2former_test", "data.input_size=32", "data.workers=0", "optim.batch_size=8"]
 

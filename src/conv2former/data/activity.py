@@ -1,7 +1,7 @@
 """What the processes of a run are doing, where a watchdog can read it even if none of them can answer any more.
 
 A few hundred bytes of shared memory for the training process and for each of its readers. The standard library alone:
-the watchdog reads this file without the rest of the package.
+the watchdog reads this file without the rest of the package, and is to start fast.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 import time
-from multiprocessing import reduction
 from typing import Any, NamedTuple
 
 SIZE, READERS = 512, 255
@@ -53,12 +51,14 @@ class Board:
         HEAD.pack_into(self.memory, start, os.getpid(), changes + 1, time.monotonic(), allowed, len(words))
 
     def read(self, slot: int) -> Activity:
-        """What a process has said last; half of a text where it is just saying it."""
+        """What a process has said last; a mixture of two where it is just saying it."""
         pid, changes, since, allowed, length = HEAD.unpack_from(self.memory, slot * SIZE)
         start = slot * SIZE + HEAD.size
         return Activity(pid, changes, since, allowed, self.memory[start : start + length].decode("utf-8", "replace"))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing import reduction
+
         return _received, (reduction.DupFd(self.handle),)  # type: ignore[attr-defined]
 
 
@@ -70,6 +70,8 @@ def _nameless() -> int:
     """A file in memory; on systems without such one in the temporary folder that has no name any more."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("conv2former")
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
@@ -107,10 +109,14 @@ def current() -> Board | None:
     return _board
 
 
-def doing(text: str, patience: float = 0.0) -> None:
-    """Says what this process does from now on, and after how many times the patience it hangs (0: never)."""
+def doing(text: str, patience: float = 0.0, *, more: float = 0.0) -> None:
+    """Says what this process does from now on, and after how many times the patience it hangs (0: never).
+
+    ``more`` are seconds that come to these.
+    """
     if _board is not None:
-        _board.write(_slot, text, patience * _patience)
+        allowed = patience * _patience
+        _board.write(_slot, text, allowed + more if allowed else 0.0)
 
 
 def reading(name: str) -> None:

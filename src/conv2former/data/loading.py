@@ -33,8 +33,8 @@ PATIENCE = 1.0  # seconds between looks at whatever may end the wait for a batch
 REPLACEMENTS = 16  # images tried in place of a broken one
 
 KILLED_READER = (
-    "a process that reads images was killed, by want of memory (or, in a container, of /dev/shm: docker run "
-    "--shm-size=8g) most likely: lower the number of workers or data.max_pixels; a training continues with --resume"
+    "a process that reads images was killed, most likely because memory ran out: lower the number of workers or "
+    "data.max_pixels, and start a container with docker run --shm-size=8g; a training continues with --resume"
 )
 NO_SHARED_MEMORY = (
     "/dev/shm has no room for the images: lower --set data.workers=N or optim.batch_size, or start the container with "

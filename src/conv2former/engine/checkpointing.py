@@ -18,6 +18,7 @@ from conv2former.errors import UserError, one_line
 from conv2former.files import cause, flush, remedy, replace_text
 
 KEEP = 2
+SLOWEST = 20e6  # bytes a second of the slowest disk that is waited for
 _NAME = re.compile(r"save-(\d+)-step-\d+\.ckpt")
 
 
@@ -82,9 +83,10 @@ class CheckpointManager:
                 self.folder.mkdir(exist_ok=True)
             save(partial)
             if first:
-                activity.doing(activity.SAVING, 5)
+                seconds = partial.stat().st_size / SLOWEST
+                activity.doing(activity.SAVING, 5, more=seconds)
                 flush(partial)
-                activity.doing(activity.SAVING, 5)
+                activity.doing(activity.SAVING, 5, more=seconds)
                 digest = _digest(partial)
                 partial.replace(path)
                 flush(self.folder)

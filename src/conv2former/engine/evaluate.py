@@ -35,17 +35,24 @@ STALL = 60.0  # seconds after which a process that does not advance is named, of
 BATCH = 64  # images of a forward pass, of a task that takes several
 
 
-def evaluation_loop(task: Task, batches: Iterable[Any], metric: Metric) -> Evaluation:
+def evaluation_loop(
+    task: Task, batches: Iterable[Any], metric: Metric, *, count: int, pace: activity.Pace
+) -> Evaluation:
     """Every batch of ``task.eval_dataset`` once.
 
     Args:
         task: In evaluation mode, on the device of the batches.
         batches: Of this process.
         metric: A new one; to be called on all processes that share the images.
+        count: The number of the batches.
+        pace: How long they take, for the watchdog.
     """
     metric.to(task.normalizer.mean.device)
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        pace.begin(f"evaluating batch {number} of {count}")
         task.count(batch, lambda: metric)
+        pace.end()
+    activity.doing("computing the figures of the evaluation")
     return _checked(task, metric.result())
 
 
@@ -97,12 +104,13 @@ def evaluate_task(
         max_pixels=max_pixels or task.recipe.data.max_pixels,
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
-    loader = eval_loader(
-        dataset, EvalSampler(len(dataset), rank=rank, world=world), batch_size=size, workers=workers, device=device
-    )
+    sampler = EvalSampler(len(dataset), rank=rank, world=world)
+    loader = eval_loader(dataset, sampler, batch_size=size, workers=workers, device=device)
     done = [0]  # batches
     with Ticker(lambda: f"evaluating, {done[0]} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
-        evaluation = evaluation_loop(task, _announced(loader, device, done), task.metric(source, distributed=world > 1))
+        batches, pace = _announced(loader, device, done), activity.Pace()
+        metric = task.metric(source, distributed=world > 1)
+        evaluation = evaluation_loop(task, batches, metric, count=len(loader), pace=pace)
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
     return evaluation
@@ -110,17 +118,14 @@ def evaluate_task(
 
 def _announced(loader: DataLoader, device: torch.device, done: list[int]) -> Iterator[Any]:
     """The batches of a loader on a device, counted in ``done``; images that are left out are named."""
-    pace, batches = activity.Pace(), Batches(loader, device)
-    for number in range(len(loader)):
+    batches = Batches(loader, device)
+    for _ in range(len(loader)):
         activity.doing(activity.WAITING, 1)
         batch = checked(next(batches))
         for error in batch.bad:
             say(f"skipping: {error}")
-        pace.begin(f"evaluating batch {number + 1} of {len(loader)}")
         yield batch
-        pace.end()
         done[0] += 1
-    activity.doing("computing the figures of the evaluation")
 
 
 def evaluate(

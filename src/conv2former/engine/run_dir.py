@@ -20,12 +20,14 @@ detections.json         a detector's results in COCO's form
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -148,11 +150,13 @@ class RunDir:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def change(self, recipe: Recipe, facts: dict[str, Any]) -> None:
-        """Goes on with another recipe, images or processes; a recipe of before is kept beside the new one."""
-        number, text = 1, (self.path / "recipe.yaml").read_text(encoding="utf-8")
-        while (before := self.path / "recipes" / f"recipe.{number}.yaml").exists():
-            number += 1
+        """Goes on with another recipe, images or processes; a recipe of before is kept beside the new one.
+
+        ``run.json`` is written last: until then the run has the recipe of before (see ``recipe``).
+        """
+        text = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         if text != recipe.to_yaml():
+            *_, before = self._recipes_before()
             before.parent.mkdir(exist_ok=True)
             replace_text(before, text)
             replace_text(self.path / "recipe.yaml", recipe.to_yaml())
@@ -189,9 +193,20 @@ class RunDir:
             raise UserError(f"cannot remove {self.path}: {one_line(error)}") from None
 
     def recipe(self) -> Recipe:
-        """The run's resolved recipe; raises UserError where the file is damaged."""
-        path = self.path / "recipe.yaml"
-        return parse_recipe(read_raw_recipe(path), str(path))
+        """The run's resolved recipe: the one that ``run.json`` names; raises UserError where a file is damaged."""
+        found, named = _parsed(self.path / "recipe.yaml"), self.facts().get("recipe_hash")
+        *_, before, _ = [None, *self._recipes_before()]
+        if before and named != found.digest():  # a change may have been interrupted
+            with contextlib.suppress(UserError):  # an older version's
+                found = kept if (kept := _parsed(before)).digest() == named else found
+        return found
+
+    def _recipes_before(self) -> Iterator[Path]:
+        """The recipes that the run had before this one, and then the place of the next."""
+        for number in itertools.count(1):
+            yield (path := self.path / "recipes" / f"recipe.{number}.yaml")
+            if not path.exists():
+                return
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says; raises UserError where the file is damaged."""
@@ -274,3 +289,7 @@ class RunDir:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.metrics_csv)
+
+
+def _parsed(path: Path) -> Recipe:
+    return parse_recipe(read_raw_recipe(path), str(path))

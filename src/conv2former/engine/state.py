@@ -34,7 +34,6 @@ class TrainState:
         skipped: Steps whose loss was not finite.
         skipped_in_row: Those of them that came last.
         seconds: Time spent training, evaluations and the checkpoints behind them not counted.
-        keys: What the random choices were made by (``engine.batch``).
     """
 
     step: int = 0
@@ -48,7 +47,6 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     seconds: float = 0.0
-    keys: int = 1
 
     def add_loss(self, loss: float) -> None:
         """Counts the loss of a step."""
@@ -113,7 +111,8 @@ class Contents:
         self.fabric.load(path, contents, weights_only=True)
         for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(settings)  # the recipe's of now, which may have been forced to others than the checkpoint's
-        state = TrainState(**contents["position"])
+        known = TrainState.__dataclass_fields__
+        state = TrainState(**{name: value for name, value in contents["position"].items() if name in known})
         if contents["scaler"]:
             self.fabric.strategy.precision.load_state_dict(contents["scaler"])
         if self.sharded:

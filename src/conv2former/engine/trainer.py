@@ -74,7 +74,7 @@ class Trainer:
         self.steps = 0 if recipe.model.fit_head == "only" else recipe.schedule.total(self.steps_per_epoch)
         # a head that was fitted is evaluated before the first step: nothing that comes may end below it
         first = -1 if recipe.model.fit_head else 0
-        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=first, keys=batch.keys)
+        self.state = TrainState(steps_per_epoch=self.steps_per_epoch, evaluated=first)
         engine = recipe.engine
         if engine.channels_last and engine.strategy != "fsdp":  # which shards weights that lie in order alone
             task.model.to(memory_format=torch.channels_last)
@@ -117,13 +117,15 @@ class Trainer:
         if path:
             self.state = self.contents.read(path)
             self.saved_step = self.state.step
-        state = self.state
+        state, in_epochs = self.state, self.recipe.schedule.steps is None
         state.skipped_in_row = 0  # the limit is that of one attempt
         if self.fabric.is_global_zero:
             run.tidy()
+            if in_epochs:
+                run.renumber_rows(state.steps_per_epoch)  # whoever forced another batch may have been killed then
             run.drop_rows_after(state.step, evaluated=state.evaluated)
         if state.steps_per_epoch != self.steps_per_epoch:  # forced to another batch or other images
-            if self.recipe.schedule.steps is None:
+            if in_epochs:
                 state.rescale(self.steps_per_epoch)
                 if self.fabric.is_global_zero:
                     run.renumber_rows(self.steps_per_epoch)
@@ -306,7 +308,8 @@ class Trainer:
         # not inference_mode: FSDP keeps the tensors that it makes at the first pass
         # no search for the fastest convolutions: whole images of detection and segmentation have many sizes
         with torch.no_grad(), self.fabric.autocast(), cudnn_benchmark(False), fused_copy(self.task):
-            evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric)
+            work: Any = dict(count=len(self.val_loader), pace=self.eval_pace)
+            evaluation = evaluation_loop(self.wrapped, self._agreed_batches(), metric, **work)
         train_loss = state.loss_sum / state.loss_steps if state.loss_steps else None
         self.in_update = True  # until the weights of this evaluation are written
         state.loss_sum, state.loss_steps, state.evaluated = 0.0, 0, state.step
@@ -339,10 +342,7 @@ class Trainer:
             self.progress.evaluating(number, len(self.val_loader))
             micro_batches, error = self._fetch(batches, 1)
             self._agree(micro_batches, error)
-            self.eval_pace.begin(f"evaluating batch {number + 1} of {len(self.val_loader)}")
             yield micro_batches[0]
-            self.eval_pace.end()
-        activity.doing("computing the figures of the evaluation")
 
     def _export(self, folders: tuple[Path, ...], row: dict[str, Any]) -> None:
         """Writes the weights that were evaluated, those of the average where there is one."""

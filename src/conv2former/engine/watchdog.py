@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-BEAT = 1.0  # seconds between looks and signs of life
-SILENCE = 30.0  # seconds without one after which a process is taken for dead
+BEAT = 1.0  # seconds between two looks at the training process, and between two heartbeats to the other watchdogs
+SILENCE = 30.0  # seconds without a heartbeat after which a process is taken for dead
 GRACE = 3.0  # seconds that a training process has to end by itself
 REPEAT = 1.0  # a second Ctrl-C within this many seconds is the first, passed on by a launcher
 LONGEST = 65536  # bytes of a message
@@ -91,7 +91,8 @@ class Watchdog:
         self.peers: dict[int, Line] = {}  # of the first: all others; of the others: the first
         self.identities: dict[int, dict[str, Any]] = {}
         self.done: set[int] = set()
-        self.changes, self.changed = 0, time.monotonic()
+        self.changes, self.changed, self.suspected = 0, time.monotonic(), False
+        self.began = time.monotonic()  # of the first: when the others could join
         self.stopped_since: float | None = None
         self.interrupted: float | None = None
         self.deadline: float | None = None  # when the training process is to be gone
@@ -131,6 +132,7 @@ class Watchdog:
                     self._listen()
             elif "join" in message:
                 port, self.token = message["join"]
+                self.began = time.monotonic()
                 if self.rank:
                     self._join(port)
             elif "failed" in message:
@@ -161,7 +163,10 @@ class Watchdog:
             return
         for rank, line in [*self.peers.items()]:
             if rank not in self.done and now - line.heard > self.silence:
-                self._fail(f"process {rank} has given no sign of life for {self.silence:.0f} s", dead=rank)
+                self._fail(f"process {rank} has sent no heartbeat for {self.silence:.0f} s", dead=rank)
+        missing = sorted({*range(1, self.world)} - self.peers.keys()) if self.rank == 0 else []
+        if missing and now - self.began > self.silence + SILENCE:  # it may try to connect for so long
+            self._fail(f"process {missing[0]} has not joined the others within {now - self.began:.0f} s")
         readers = [self.board.read(slot) for slot in range(1, 1 + self.activity.READERS)]
         own = self.board.read(0)
         changes = own.changes + sum(reader.changes for reader in readers)
@@ -175,7 +180,10 @@ class Watchdog:
                 return self._fail(f"{self._name()} has been stopped by a signal for {self.silence:.0f} s", stuck=True)
         else:
             self.stopped_since = None
-            if own.allowed and now - self.changed > own.allowed:
+            late = own.allowed > 0 and now - self.changed > own.allowed
+            # seen at two looks: the first may fall into the moment at which the process says something else
+            self.suspected, again = late, late and self.suspected
+            if again:
                 # one whose readers hang can end by itself, and save before
                 self._fail(self._complaint(own, readers, now), stuck=own.text != self.activity.WAITING)
 
@@ -188,11 +196,7 @@ class Watchdog:
         return f"process {self.rank}" if self.world > 1 else "the training"
 
     def _is_stopped(self) -> bool:
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):  # a system that has no such files
-            return False
-        return state in "Tt"
+        return _stat(self.pid)[:1] in (["T"], ["t"])
 
     def _is_saving(self, now: float) -> bool:
         own = self.board.read(0)
@@ -200,7 +204,8 @@ class Watchdog:
         return saving and now - own.since < (own.allowed or 10 * SILENCE)
 
     def _forgive(self, now: float) -> None:
-        self.changed, self.stopped_since = now, None
+        self.changed = self.began = now
+        self.stopped_since = None
         for line in self.peers.values():
             line.heard = now
 
@@ -233,7 +238,7 @@ class Watchdog:
         """Kills readers that hang: nobody else would end them."""
         for slot in range(1, 1 + self.activity.READERS):
             pid = self.board.read(slot).pid
-            if pid and _parent(pid) in (self.pid, 1, os.getppid()):
+            if pid and _is_sibling(pid):
                 _kill(pid)
 
     def _say(self) -> None:
@@ -244,12 +249,10 @@ class Watchdog:
     # ------------------------------------------------------------------ the others
 
     def _listen(self) -> None:
-        if self.host in ("localhost", "127.0.0.1"):
-            listener = socket.create_server(("127.0.0.1", 0), backlog=self.world)
-        elif socket.has_dualstack_ipv6():
-            listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=self.world)
-        else:
-            listener = socket.create_server(("", 0), backlog=self.world)
+        here = self.host in ("localhost", "127.0.0.1")
+        both = not here and socket.has_dualstack_ipv6()
+        options: Any = dict(family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+        listener = socket.create_server(("127.0.0.1" if here else "", 0), backlog=self.world, **options)
         self.selector.register(listener, selectors.EVENT_READ, self._accept)
         self.control.send(port=listener.getsockname()[1])
 
@@ -349,15 +352,20 @@ def _printable(text: str) -> str:
 
 
 def _stat(pid: int) -> list[str]:
+    """State, parent, process group, session and so on; empty where there is no such process, or no such files."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
 
 
-def _parent(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else None
+def _is_sibling(pid: int) -> bool:
+    """Whether a process was started by the training process, as this one was: whoever adopts one adopts both.
+
+    A stranger that has got the number of a reader may have the same parent, in a container above all, but belongs to
+    another process group or session.
+    """
+    return _stat(pid)[1:4] == [str(number) for number in (os.getppid(), os.getpgrp(), os.getsid(0))]
 
 
 def _born(pid: int) -> str | None:

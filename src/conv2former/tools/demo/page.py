@@ -6,8 +6,10 @@ Gradio gets images to the server and HTML back to the page, and nothing more: wh
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ MOST_IMAGES = 16  # of one answer
 KEPT_SECONDS = 1800  # that an upload is kept
 SWEEP_SECONDS = 60  # between two looks for older ones
 WAITING = 500  # requests, before others are turned away; the page shows everyone's place
+SESSIONS = 8  # that Gradio remembers the page's values of; 10,000 unless told, and nothing here needs any
 OUR_FAULT = "Something went wrong here: the terminal that runs the demo says what."
 UNUSABLE = "This model cannot be used: the terminal that runs the demo says why."
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
@@ -98,6 +101,12 @@ def _reported() -> str:
 def build_page(answers: Answers) -> gr.Blocks:
     """The page with its one action, which every change starts."""
     names = answers.models.names
+    # Gradio's threads come and go, and each leaves memory behind that the next cannot use
+    worker = ThreadPoolExecutor(1, "answers")
+
+    async def answer(*inputs: Any) -> str:
+        return await asyncio.get_running_loop().run_in_executor(worker, answers, *inputs)
+
     words = f"up to {MOST_IMAGES} images of {answers.file_bytes / 1e6:g} MB and {answers.pixels / 1e6:g} megapixels"
     with gr.Blocks(
         analytics_enabled=False, title="Conv2Former", fill_width=True, delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)
@@ -118,7 +127,7 @@ def build_page(answers: Answers) -> gr.Blocks:
         answered = gr.HTML(answers(None, None, None, None, None), elem_id="answers")
         gr.on(
             [files.change, camera.change, first.input, second.input, maps.input],
-            answers,
+            answer,
             inputs=inputs,
             outputs=answered,
             preprocess=False,
@@ -128,6 +137,7 @@ def build_page(answers: Answers) -> gr.Blocks:
         )
         page.unload(_nothing)  # for which the page keeps a stream open, by which the gate knows that it is there
         page.queue(max_size=WAITING)
+        page.state_session_capacity = SESSIONS
     return page
 
 
