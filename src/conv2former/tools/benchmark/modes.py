@@ -21,6 +21,7 @@ import conv2former  # noqa: F401  registers the names
 from conv2former import ops
 from conv2former.checkpoints.exported import compiled_for_openvino
 from conv2former.errors import UserError
+from conv2former.tools.export.channels_first import channels_first
 
 # mode -> what must be installed for it
 MODES: dict[str, tuple[str, ...]] = {
@@ -82,6 +83,8 @@ def prepare(c: Configuration) -> Step:
     if c.fuse:
         model = reparameterize_model(model, inplace=True)
     if c.mode in EXPORTED:
+        if c.mode != "aotinductor":  # as `export` writes it
+            model = channels_first(model)
         make = dict(onnxruntime=_onnxruntime_step, aotinductor=_aotinductor_step).get(c.mode, _openvino_step)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing's, about sizes that are constants here

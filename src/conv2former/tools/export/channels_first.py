@@ -85,7 +85,8 @@ class _Block(nn.Module):
         parts = block_weights(block.weights, block.dim, block.hidden, block.kernel_size)
         parts = [part[..., None, None] if part.ndim == 2 else part for part in parts]
         w, w_bias, dw_weight, dw_bias, proj, proj_bias = parts[:6]
-        u, v = F.conv2d(normalised(x, block.eps), w, w_bias).chunk(2, dim=1)
+        h = normalised(x, block.eps)  # two products: a runtime may then do GELU and the product with v on the way
+        u, v = (F.conv2d(h, *half) for half in zip(w.chunk(2), w_bias.chunk(2), strict=True))
         a = F.conv2d(F.gelu(u), dw_weight, dw_bias, padding=block.kernel_size // 2, groups=block.dim)
         x = x + F.conv2d(a * v, proj, proj_bias)
         fc1, fc1_bias, dw_weight, dw_bias, fc2, fc2_bias = parts[6:]
