@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := -m pip install --quiet --no-compile --constraint constraints.txt
 INSTALL := $(BIN)/python $(PIP)
 
-.PHONY: quickstart test test-torch clients soak parity parity-data lint format docs docs-tables constraints clean help
+.PHONY: quickstart test test-torch clients wheels soak parity parity-data lint format docs docs-tables constraints clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,12 @@ test-torch: $(TRIED)/.installed ## the tests under another release of PyTorch: m
 
 clients: $(CLIENTS)/.installed ## try the libraries that people put around timm models, write docs/clients.md (4 minutes)
 	$(CLIENTS)/bin/python tests/clients/run.py
+
+wheels: $(VENV)/.installed-dev ## both wheels with compiled kernels, into dist/ (2 minutes)
+	rm -rf build src/conv2former_runtime/build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . src/conv2former_runtime
+	rm -rf build src/conv2former_runtime/build src/conv2former_runtime/*.egg-info
+	@ls dist/*.whl
 
 soak: $(VENV)/.installed-dev ## 200 faults at random moments, runs that end equal (hours; goes on where it was stopped)
 	$(BIN)/python tests/soak.py --folder soak --summary docs/results/soak.md

@@ -18,7 +18,7 @@ from conv2former.errors import UserError, nearest
 from conv2former.models.meta import build_on_meta
 from conv2former.ops import backend
 from conv2former.ops.triton import Maps
-from conv2former_runtime import build
+from conv2former_runtime import build, library
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
 PROCESSES = 8  # that compile, at most
@@ -38,7 +38,7 @@ def report() -> list[str]:
         f"{', '.join(_features()) or 'none'}",
         f"C++ compiler: {compiler or 'none'}",
         *(f"operations on {device}: {_operations(device, why)}" for device, why in reasons.items()),
-        f"compiled kernels are kept in {build.cache()}",
+        f"compiled kernels: {reasons['cpu'] or library.built()}",
         f"downloaded weights are kept in {constants.HF_HUB_CACHE}"
         + (", and nothing is downloaded (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""),
     ]

@@ -22,6 +22,7 @@ from conv2former import ops
 from conv2former.checkpoints.exported import compiled_for_openvino
 from conv2former.errors import UserError
 from conv2former.tools.export.channels_first import channels_first
+from conv2former.tools.export.formats import left_in_float
 
 # mode -> what must be installed for it
 MODES: dict[str, tuple[str, ...]] = {
@@ -137,7 +138,8 @@ def _openvino_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
         import nncf
 
         with contextlib.redirect_stdout(sys.stderr):  # its progress
-            program = nncf.quantize(program, nncf.Dataset([images.numpy()]), subset_size=1)
+            scope = left_in_float(model)
+            program = nncf.quantize(program, nncf.Dataset([images.numpy()]), subset_size=1, ignored_scope=scope)
     settings = dict(INFERENCE_NUM_THREADS=c.threads, PERFORMANCE_HINT="LATENCY")
     compiled = compiled_for_openvino(program, "bf16" if c.dtype == "bfloat16" else "f32", **settings)
     request, array = compiled.create_infer_request(), images.numpy()
