@@ -63,6 +63,7 @@ def _command(words: list[Any], *, processes: int = 1) -> list[str]:
     return [*program, "conv2former_cli", *map(str, words)]
 
 
+@pytest.mark.slow  # the tests above do the same without processes
 def test_a_command_that_was_killed_goes_on(finished: Path, data: Path, tmp_path: Path) -> None:
     rows, images = tmp_path / "rows.jsonl", data / "val"
     words = ["predict", finished, images, "--batch-size=1", "--out-file", rows, "--out", tmp_path / "drawn"]

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a file of --format runtime or onnx")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="that compute")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compute")
     parser.add_argument("--batch", type=int, default=8, help="images computed together, at most")
     parser.add_argument("--waiting", type=int, default=256, help="images that may wait; more get 503")
     parser.add_argument("--timeout", type=float, default=30, help="seconds for an upload and its answer; then 503")

@@ -195,6 +195,10 @@ def cache() -> Path:
 @functools.cache
 def _own_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="conv2former-"))
+    _log.warning(
+        "the user's cache cannot be written, or others can write to it: the C++ kernels are compiled anew for every "
+        "process; set XDG_CACHE_HOME to a folder of your own, or install a wheel, which brings them"
+    )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -44,7 +44,7 @@ class Model:
         self.facts, weights = files.read(Path(path))
         self.labels: list[str] = list(self.facts["labels"])
         self.input_size: tuple[int, ...] = tuple(self.facts["input_size"])
-        self.threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+        self.threads = threads or _threads()
         self._half = self.facts["dtype"] == "bfloat16"
         self._library, self._layout = library, layout(self._half)
         self.steps = [step["op"] for step in self.facts["steps"]]
@@ -137,6 +137,14 @@ class Model:
         numbers = (ctypes.c_long * len(shape))(*shape)
         if getattr(self._library, f"conv2former_{name}")(int(self._half), numbers, *given, self.threads):
             raise MemoryError("no memory for the kernels: give fewer images at once")
+
+
+def _threads() -> int:
+    """OMP_NUM_THREADS, or the processors of this process."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _STEPS: dict[str, Callable[..., Array]] = dict(
