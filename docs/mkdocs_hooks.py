@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/onnx_classify.py")
+FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/onnx_classify.py", "examples/onnx_detect.py")
 
 
 def on_files(files: Files, config: Any) -> Files:
