@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,9 +178,9 @@ def test_a_whole_detector(kind: str, data: Path, tmp_path: Path) -> None:
     choice = f"detector.kind={kind}" if masks else "detector.masks=false"
     source = certain(tmp_path / "model", choice, "detector.max_detections=20")
     said: list[str] = []
-    options = ExportOptions(size=(64, 96), images=[data / "val"])
-    (found,) = export(str(source), tmp_path / "out", options, say=said.append)
-    assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
+    options = ExportOptions(formats=["onnx", "openvino"], size=(64, 96), images=[data / "val"])
+    for found in export(str(source), tmp_path / "out", options, say=said.append):
+        assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
     session = open_onnx(tmp_path / "out" / "model.onnx")
     size = np.array([50, 96])
     boxes, scores, labels, *rest = session(np.zeros((1, 3, 64, 96), np.float32), size)
@@ -200,6 +201,45 @@ def test_a_detector_that_finds_nothing(detector: Path, tmp_path: Path) -> None:
         np.zeros((1, 3, 64, 96), np.float32), np.array([64, 96])
     )
     assert not boxes.any() and not scores.any() and (labels == -1).all() and not masks.any()
+
+
+@pytest.mark.slow
+def test_the_example_draws_what_predict_finds(detector: Path, tmp_path: Path) -> None:
+    """Neither torch nor this package is needed; boxes are in the pixels of the photo."""
+    source = certain(tmp_path / "model")
+    photo = tmp_path / "photo.png"
+    Image.open(next((detector.parent / "data" / "val2017").iterdir())).convert("RGB").save(photo)  # 128 x 96
+    export(str(source), tmp_path, ExportOptions(size=(96, 128), images=[photo]), say=lambda line: None)
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'timm', 'torchvision', 'conv2former'): sys.modules[name] = None\n"
+        f"sys.argv = ['x', {str(tmp_path / 'model.onnx')!r}, {str(photo)!r}]\n"
+        f"runpy.run_path({str(EXAMPLE.with_name('onnx_detect.py'))!r}, run_name='__main__')"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    (ours,) = predict(source, [photo])
+    lines = answer.stdout.splitlines()[1:]
+    assert len(lines) == len(ours["objects"]) > 0
+    for line, found in zip(lines, ours["objects"], strict=True):
+        label, score, *_ = line.split()
+        box = json.loads(line[line.index("[") :])
+        assert label == found["label"] and float(score) == pytest.approx(found["score"], abs=2e-3)
+        assert box == pytest.approx(found["box"], abs=0.5)
+    assert Image.open(tmp_path / "photo.found.png").size == (128, 96)
+    assert len(EXAMPLE.with_name("onnx_detect.py").read_text().splitlines()) < 80
+
+
+COCO = Path(os.environ.get("COCO_VAL", "none"))  # a folder of photographs, and a run of a trained detector
+RUN = Path(os.environ.get("COCO_RUN", "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (COCO.is_dir() and RUN.is_dir()), reason="set COCO_VAL and COCO_RUN")
+def test_a_trained_detector_on_twenty_photographs(tmp_path: Path) -> None:
+    for found in run(RUN, tmp_path, "onnx", "openvino", images=[COCO], count=20).values():
+        assert found.ok and found.comparison.pictures == 20
+        assert found.comparison.agreement == 1.0 and found.comparison.difference < 1e-4
 
 
 def test_detections_are_matched() -> None:

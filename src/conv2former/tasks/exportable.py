@@ -45,7 +45,7 @@ class Exportable:
         part: What of the model this is, where it is not all.
         note: What of the model is left out, and why.
         one: For a network that takes one image at a time; None for one that takes batches.
-        in_onnx: More of the model, which ONNX can say and the other formats cannot; None where there is no more.
+        in_onnx: More of the model, which ONNX can say and most other formats cannot; None where there is no more.
     """
 
     network: nn.Module

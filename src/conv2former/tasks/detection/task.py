@@ -31,8 +31,8 @@ from conv2former.viz.drawing import objects as draw_objects
 SHOWN = 0.3  # least score of what is drawn
 SHEET_IMAGES = 6
 EXPORT_NOTE = (
-    "of a detector the backbone and the pyramid alone: only --format onnx has an operation for the non-maximum "
-    "suppression that stands behind them"
+    "of a detector the backbone and the pyramid alone: only --format onnx and openvino have an operation "
+    "for the non-maximum suppression that stands behind them"
 )
 
 

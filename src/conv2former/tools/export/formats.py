@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -95,6 +96,13 @@ def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
 def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: bool = False) -> None:
     import openvino
 
+    if subject.part.one:  # OpenVINO knows operators of ours by their form in ONNX
+        with TemporaryDirectory(dir=path.parent) as folder:
+            _write_onnx(subject, program, Path(folder) / "model.onnx")
+            model = openvino.convert_model(Path(folder) / "model.onnx")
+            model.set_rt_info(json.dumps(subject.metadata), [KEY])
+            openvino.save_model(model, path, compress_to_fp16=False)
+        return
     model = openvino.convert_model(program())
     if not subject.dynamic_size:
         model.reshape([-1, 3, *subject.part.size])
@@ -133,7 +141,9 @@ FORMATS = {
     format.name: format
     for format in (
         Format("onnx", "model.onnx", _ONNX, _write_onnx, open_onnx, 1e-4, channels_first=True, onnx=True),
-        Format("openvino", "model.xml", _OPENVINO, _write_openvino, open_openvino, 1e-4, channels_first=True),
+        Format(
+            "openvino", "model.xml", _OPENVINO, _write_openvino, open_openvino, 1e-4, channels_first=True, onnx=True
+        ),
         Format(
             "openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1, 0.9, channels_first=True
         ),

@@ -140,11 +140,12 @@ def _best(kept: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _pool(maps: Sequence[Tensor], boxes: Tensor, side: int) -> Tensor:
-    """``box_head.pool`` of one image: every box on every map, at the others' as one without area, which gives zeros."""
+    """``box_head.pool`` of one image: each map sees the boxes of the others as points, whose features are not taken."""
     level = box_head.levels(boxes)
-    features = []
-    for number, (x, stride) in enumerate(zip(maps[: box_head.LEVELS], STRIDES, strict=False)):
-        own = torch.where((level == number).unsqueeze(1), boxes, 0.0)
-        rois = F.pad(own, (1, 0))  # the index of the image
-        features.append(roi_align(x, rois, side, spatial_scale=1 / stride, sampling_ratio=0, aligned=True))
-    return torch.stack(features).sum(dim=0)
+    pooled = torch.zeros(())
+    for number, stride in enumerate(STRIDES[: box_head.LEVELS]):
+        own = level == number
+        rois = F.pad(torch.where(own.unsqueeze(1), boxes, 0.0), (1, 0))  # before each box the index of the image
+        found = roi_align(maps[number], rois, side, spatial_scale=1 / stride, sampling_ratio=0, aligned=True)
+        pooled = torch.where(own.view(-1, 1, 1, 1), found, pooled)  # a runtime may give NaN for a point
+    return pooled
