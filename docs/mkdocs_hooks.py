@@ -8,7 +8,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/onnx_classify.py", "examples/server/server.py")
+FROM_ROOT = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "examples/onnx_classify.py",
+    "examples/onnx_detect.py",
+    "examples/server/server.py",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,15 @@ import torch
 from PIL import Image
 
 from command import run_command
+from conv2former.checkpoints.exported import open_onnx
 from conv2former.data.images import decode
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.predict import predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.ops import use_backend
-from conv2former.tasks.detection.task import EXPORT_NOTE
+from conv2former.tasks.detection.export import compare as compare_detections
+from conv2former.tasks.detection.task import EXPORT_NOTE, DetectionTask
 from conv2former.tools.export import FORMATS, Exported, ExportOptions, export
 from conv2former.tools.export.channels_first import channels_first
 from conv2former.tools.export.check import compare
@@ -150,10 +153,111 @@ def test_a_segmenter(segmenter: Path, tmp_path: Path) -> None:
 
 def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    (found,) = export(str(detector), tmp_path, ExportOptions(size=(64, 96)), say=said.append)
+    (found,) = export(str(detector), tmp_path, ExportOptions(formats=["torch"], size=(64, 96)), say=said.append)
     assert said == [f"note: {EXPORT_NOTE}"] and found.ok and found.comparison.agreement is None
-    names = [output.name for output in onnx.load(tmp_path / "model.onnx").graph.output]
-    assert names == ["p2", "p3", "p4", "p5", "p6"]
+    assert len(FORMATS["torch"].load(tmp_path / "model.pt2")(np.zeros((1, 3, 64, 96), np.float32))) == 5
+
+
+def certain(folder: Path, *overrides: str) -> Path:
+    """A saved detector with new weights, whose scores lie far apart; those of a barely trained one are almost equal."""
+    torch.manual_seed(3)
+    task = DetectionTask.build(small_detector(*overrides), ["disc", "block"])
+    model = task.model
+    for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    for stage in model.stages:
+        torch.nn.init.normal_(stage.box_head.classes.weight, std=1.0)
+        torch.nn.init.normal_(stage.box_head.offsets.weight, std=0.3)
+    task.save(folder, state=model.state_dict(), note={})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn", "boxes alone"])
+def test_a_whole_detector(kind: str, data: Path, tmp_path: Path) -> None:
+    masks = kind != "boxes alone"
+    choice = f"detector.kind={kind}" if masks else "detector.masks=false"
+    source = certain(tmp_path / "model", choice, "detector.max_detections=20")
+    said: list[str] = []
+    options = ExportOptions(formats=["onnx", "openvino"], size=(64, 96), images=[data / "val"])
+    for found in export(str(source), tmp_path / "out", options, say=said.append):
+        assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
+    session = open_onnx(tmp_path / "out" / "model.onnx")
+    size = np.array([50, 96])
+    boxes, scores, labels, *rest = session(np.zeros((1, 3, 64, 96), np.float32), size)
+    assert boxes.shape == (20, 4) and scores.shape == labels.shape == (20,)
+    assert [part.shape for part in rest] == ([(20, 28, 28)] if masks else [])
+    assert boxes.min() >= 0 and boxes[:, 3].max() <= 50 and set(labels) <= {-1, 0, 1}
+    assert ((labels >= 0) == (scores > 0.05)).all()
+
+
+def test_a_detector_that_finds_nothing(detector: Path, tmp_path: Path) -> None:
+    """One that was hardly trained is sure of nothing: rows without a box, and a note that little was compared."""
+    said: list[str] = []
+    source = certain(tmp_path / "model", "detector.score_threshold=0.9999999")
+    options = ExportOptions(size=(64, 96), images=[next((detector.parent / "data" / "val2017").iterdir())])
+    (found,) = export(str(source), tmp_path / "out", options, say=said.append)
+    assert found.ok and found.comparison.agreement is None and "nothing was found" in said[0]
+    boxes, scores, labels, masks = open_onnx(tmp_path / "out" / "model.onnx")(
+        np.zeros((1, 3, 64, 96), np.float32), np.array([64, 96])
+    )
+    assert not boxes.any() and not scores.any() and (labels == -1).all() and not masks.any()
+
+
+@pytest.mark.slow
+def test_the_example_draws_what_predict_finds(detector: Path, tmp_path: Path) -> None:
+    """Neither torch nor this package is needed; boxes are in the pixels of the photo."""
+    source = certain(tmp_path / "model")
+    photo = tmp_path / "photo.png"
+    Image.open(next((detector.parent / "data" / "val2017").iterdir())).convert("RGB").save(photo)  # 128 x 96
+    export(str(source), tmp_path, ExportOptions(size=(96, 128), images=[photo]), say=lambda line: None)
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'timm', 'torchvision', 'conv2former'): sys.modules[name] = None\n"
+        f"sys.argv = ['x', {str(tmp_path / 'model.onnx')!r}, {str(photo)!r}]\n"
+        f"runpy.run_path({str(EXAMPLE.with_name('onnx_detect.py'))!r}, run_name='__main__')"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    (ours,) = predict(source, [photo])
+    lines = answer.stdout.splitlines()[1:]
+    assert len(lines) == len(ours["objects"]) > 0
+    for line, found in zip(lines, ours["objects"], strict=True):
+        label, score, *_ = line.split()
+        box = json.loads(line[line.index("[") :])
+        assert label == found["label"] and float(score) == pytest.approx(found["score"], abs=2e-3)
+        assert box == pytest.approx(found["box"], abs=0.5)
+    assert Image.open(tmp_path / "photo.found.png").size == (128, 96)
+    assert len(EXAMPLE.with_name("onnx_detect.py").read_text().splitlines()) < 80
+
+
+COCO = Path(os.environ.get("COCO_VAL", "none"))  # a folder of photographs, and a run of a trained detector
+RUN = Path(os.environ.get("COCO_RUN", "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (COCO.is_dir() and RUN.is_dir()), reason="set COCO_VAL and COCO_RUN")
+def test_a_trained_detector_on_twenty_photographs(tmp_path: Path) -> None:
+    for found in run(RUN, tmp_path, "onnx", "openvino", images=[COCO], count=20).values():
+        assert found.ok and found.comparison.pictures == 20
+        assert found.comparison.agreement == 1.0 and found.comparison.difference < 1e-4
+
+
+def test_detections_are_matched() -> None:
+    """By hand, of an image of 100 pixels: order does not matter, class and place do."""
+    boxes = np.array([[0, 0, 50, 50], [20, 20, 90, 90], [0, 0, 0, 0]], np.float32)
+    scores, labels = np.array([0.9, 0.5, 0], np.float32), np.array([1, 0, -1])
+    ours = [boxes, scores, labels]
+    turned = [part[[1, 0, 2]] for part in ours]
+    assert compare_detections(ours, turned, 100) == (0.0, 2, 2)
+    moved = [boxes + np.float32([1, 0, 1, 0]), scores + np.float32(0.002), labels]
+    assert compare_detections(ours, moved, 100) == (pytest.approx(0.01), 2, 2)
+    other = [boxes, scores, np.array([1, 1, -1])]
+    assert compare_detections(ours, other, 100) == (0.0, 1, 3)
+    nothing = [0 * boxes, 0 * scores, np.full(3, -1)]
+    assert compare_detections(ours, nothing, 100) == (0.0, 0, 2)
+    assert compare_detections(nothing, nothing, 100) == (0.0, 0, 0)
+    assert compare_detections(ours, [boxes, scores * np.nan, labels], 100)[0] == float("inf")
+    assert compare_detections(ours, [boxes[:2], scores, labels], 100)[0] == float("inf")
 
 
 @pytest.mark.slow

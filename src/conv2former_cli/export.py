@@ -34,7 +34,8 @@ def export(
     fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Re-parameterize for inference.")] = True,
     limit: Annotated[float | None, Option(min=0, help="Tolerance, as a fraction of the largest output.")] = None,
     agreement: Annotated[
-        float | None, Option(min=0, max=1, help="Least fraction of images with the same top class.")
+        float | None,
+        Option(min=0, max=1, help="Least fraction of images with the same top class, or of objects."),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -63,7 +64,7 @@ def export(
     if json_:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:
-        columns = ["format", "file", "MB", "difference", "tolerance", "same top class", "top-1 in PyTorch", "top-1"]
+        columns = ["format", "file", "MB", "difference", "tolerance", "same answers", "top-1 in PyTorch", "top-1"]
         cells = [
             [
                 one.format,

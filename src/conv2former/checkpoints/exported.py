@@ -20,7 +20,7 @@ from conv2former.files import parse_json
 from conv2former_runtime import file as runtime_file
 from conv2former_runtime.model import Model
 
-Runtime = Callable[[np.ndarray], list[np.ndarray]]  # (B, 3, H, W) -> the outputs
+Runtime = Callable[..., list[np.ndarray]]  # (B, 3, H, W), or what else the file takes -> the outputs
 KEY = "conv2former"  # of the metadata in a file
 NEEDS = {".onnx": "onnxruntime", ".xml": "openvino"}
 
@@ -91,13 +91,13 @@ def open_onnx(path: Path) -> Runtime:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda batch: session.run(None, {name: batch})
+    names = [entry.name for entry in session.get_inputs()]
+    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
 def open_openvino(path: Path, *, precision: str = "f32") -> Runtime:
     compiled = compiled_for_openvino(path, precision)
-    return lambda batch: [np.array(output) for output in compiled(batch).values()]
+    return lambda *arrays: [np.array(output) for output in compiled(arrays).values()]
 
 
 def open_runtime(path: Path) -> Runtime:
@@ -113,8 +113,8 @@ def torch_runtime(program: Callable[..., Any]) -> Runtime:
     """A function of tensors as one of arrays."""
 
     @torch.no_grad()
-    def run(batch: np.ndarray) -> list[np.ndarray]:
-        found = program(torch.from_numpy(batch))
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        found = program(*map(torch.from_numpy, arrays))
         return [output.numpy() for output in (found if isinstance(found, tuple | list) else (found,))]
 
     return run

@@ -24,6 +24,7 @@ PAPER = """```bibtex
 }
 ```"""
 MAX_CLASSES = 50  # named in a card
+EXAMPLES = {"timm": "onnx_classify.py", "object-detection": "onnx_detect.py"}  # by a tag of the task
 MARK = "<!-- Written by conv2former. A card without this line is somebody's own and is left alone. -->"
 
 
@@ -123,9 +124,10 @@ def _use(task: type[Task], exported: Sequence[dict[str, Any]]) -> str:
             "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
             "the metadata key `conv2former`."
         )
-        if "timm" in task.words.tags and any(row["format"] == "onnx" for row in exported):
+        examples = [name for tag, name in EXAMPLES.items() if tag in task.words.tags]
+        if examples and any(row["format"] == "onnx" for row in exported):
             text += (
-                " For `model.onnx` the project's `examples/onnx_classify.py` shows the whole way with numpy, Pillow "
+                f" For `model.onnx` the project's `examples/{examples[0]}` shows the whole way with numpy, Pillow "
                 "and onnxruntime alone."
             )
         return text

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from conv2former.config import ModelSection, Recipe
 from conv2former.data.loading import KeyedDataset, Normalizer
 from conv2former.data.sources import Source, Splits
+from conv2former.tasks.exportable import Exportable
 
 
 @dataclass(frozen=True)
@@ -130,29 +131,6 @@ class Words:
     unknown: str
     heading: str
     nothing: str = "Nothing found."
-
-
-@dataclass
-class Exportable:
-    """The part of a model that other runtimes can take.
-
-    Attributes:
-        network: Normalised images (B, 3, H, W) of float32 -> one tensor for each of ``outputs``.
-        outputs: Their names; ``logits`` are compared by the top class, too.
-        size: (H, W) that it takes.
-        resize: Image to image of that size.
-        config: What a user of the file has to know of the preprocessing, beside the size.
-        part: What of the model this is, where it is not all.
-        note: What of the model is left out, and why.
-    """
-
-    network: nn.Module
-    outputs: list[str]
-    size: tuple[int, int]
-    resize: Callable[[Image.Image], Image.Image]
-    config: dict[str, Any] = field(default_factory=dict)
-    part: str = ""
-    note: str = ""
 
 
 class Task(nn.Module, ABC):

@@ -87,7 +87,7 @@ class DenseTask(Task):
         """A view (h, w, 3) as a batch of one, padded at the right and below with zeros, the mean colour."""
         return padded(super().inputs(pixels))
 
-    def exported(self, network: nn.Module, outputs: list[str], size: tuple[int, int], **options: str) -> Exportable:
+    def exported(self, network: nn.Module, outputs: list[str], size: tuple[int, int], **options: Any) -> Exportable:
         """An export whose images are brought to a size, whatever their sides; ``options`` are ``part`` and ``note``."""
 
         data = self.recipe.data

@@ -22,6 +22,7 @@ from conv2former.tasks.dense import DIVISOR, DenseTask, padded_with_mean, to_mul
 from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionRecipe
 from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainObjects, View, eval_view, object_mask
+from conv2former.tasks.detection.export import whole
 from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
 from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
 from conv2former.viz.drawing import colour, own_colours, side_by_side
@@ -30,8 +31,8 @@ from conv2former.viz.drawing import objects as draw_objects
 SHOWN = 0.3  # least score of what is drawn
 SHEET_IMAGES = 6
 EXPORT_NOTE = (
-    "of a detector the backbone and the pyramid alone: torch.export cannot follow torchvision's non-maximum "
-    "suppression, which branches on how many boxes there are"
+    "of a detector the backbone and the pyramid alone: only --format onnx and openvino have an operation "
+    "for the non-maximum suppression that stands behind them"
 )
 
 
@@ -150,13 +151,15 @@ class DetectionTask(DenseTask):
             _sheet(evaluation.records, source, self.recipe.data.max_pixels).save(folder / "predictions.png")
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
-        """Backbone and pyramid."""
+        """Backbone and pyramid; for ONNX everything."""
         data = self.recipe.data
         height, width = size or (to_multiple(data.short_side), to_multiple(data.long_side))
         if height % DIVISOR or width % DIVISOR:
             raise UserError(f"--size {height} {width}: a detector takes multiples of {DIVISOR}")
         outputs = ["p2", "p3", "p4", "p5", "p6"]
-        return self.exported(Maps(self.model), outputs, (height, width), part="backbone and pyramid", note=EXPORT_NOTE)
+        part = self.exported(Maps(self.model), outputs, (height, width), part="backbone and pyramid", note=EXPORT_NOTE)
+        part.in_onnx = whole(self.model, data, (height, width))
+        return part
 
 
 class Maps(nn.Module):

@@ -21,7 +21,7 @@ from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, nearest_or_all, one_line
 from conv2former.tools.export.check import Comparison, compare, images_in, top1, validated_on
-from conv2former.tools.export.formats import FORMATS, Format, trace
+from conv2former.tools.export.formats import FORMATS, Format, Program, trace
 from conv2former.tools.export.subjects import Subject, open_subject
 from conv2former.tools.naming import read_name
 
@@ -44,7 +44,8 @@ class ExportOptions:
         dynamic_size: Whether the file takes any size.
         fuse: Whether the network is re-parameterized before.
         tolerance: Largest difference that is no error; None for the format's.
-        agreement: Least fraction of images with the same top class that is no error; None for the format's.
+        agreement: Least fraction of images with the same top class, or of a detector's objects that both find, that is
+            no error; None for the format's.
     """
 
     formats: Sequence[str] = ("onnx",)
@@ -69,7 +70,7 @@ class Exported:
         size: Bytes of all.
         comparison: With PyTorch.
         tolerance: For its difference.
-        agreement: Least fraction of images with the same top class; 0 where the weights are random.
+        agreement: Least fraction of equal classes or objects, as above; 0 where the weights are random.
         top1: Percent in PyTorch and in the file's runtime, and images; None where no folder was given.
     """
 
@@ -94,7 +95,9 @@ class Exported:
             said = f"differs by {difference:.1e} of the largest output, the tolerance is {self.tolerance:g}"
             return f"{self.format} {said}: the file is not kept; raise --limit where that is good enough"
         if agreement is not None and agreement < self.agreement:
-            said = f"names the same top class on {agreement:.1%} of the images, the least is {self.agreement:.0%}"
+            said = (
+                f"finds {agreement:.1%} of the classes or objects that PyTorch finds, the least is {self.agreement:.0%}"
+            )
             return f"{self.format} {said}: the file is not kept; lower --agreement where that is good enough"
         return ""
 
@@ -132,20 +135,28 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     with ops.use_backend("reference"):  # our own operators are known to no other runtime
         named = read_name(source)
         subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
-        if subject.note:
-            say(f"note: {subject.note}")
         if options.data and subject.task.one_at_a_time:
             raise UserError(f"--data counts top-1, {source} holds a {subject.task.name} model: leave it out")
-        images = calibration = _images(named, options, subject)
+        subjects = _subjects(subject, formats)
+        for each in subjects.values():
+            if each.note:
+                say(f"note: {each.note}")
+            each.images = _images(named, options, each)
+            each.calibration = [image[None] for image in each.images]
         if options.calibration and any(format.name.endswith("int8") for format in formats):
             calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
+            subject.calibration = [image[None] for image in calibration]
         labelled: Any = subject.task.eval_source(options.data) if options.data else None
-        subject.calibration = [image[None] for image in calibration]
-        program = functools.cache(lambda first: trace(subject, first=first))
+        program = functools.cache(lambda whole, first: trace(subjects[whole], first=first))
         with _workshop(out) as folder:
             found, runtimes = [], []
             for format in formats:
-                exported, runtime = _exported(format, subject, program, images, folder)
+                whole = _whole(format, subject)
+                exported, runtime = _exported(
+                    format, subjects[whole], functools.partial(program, whole, format.channels_first), folder
+                )
+                if subjects[whole].part.one and exported.comparison.agreement is None:
+                    say("note: nothing was found on the images, so little was compared: name others with --pictures")
                 tolerance = exported.tolerance if options.tolerance is None else options.tolerance
                 least = 0.0 if subject.random else exported.agreement
                 least = least if options.agreement is None else options.agreement
@@ -167,16 +178,24 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     return found
 
 
-def _exported(
-    format: Format, subject: Subject, program: Any, images: Sequence[np.ndarray], folder: Path
-) -> tuple[Exported, Runtime]:
+def _whole(format: Format, subject: Subject) -> bool:
+    """Whether a format takes more of the model than others do."""
+    return format.onnx and subject.part.in_onnx is not None
+
+
+def _subjects(subject: Subject, formats: Sequence[Format]) -> dict[bool, Subject]:
+    """What the formats are written from, by ``_whole``."""
+    return {whole: subject.in_onnx() if whole else subject for whole in {_whole(format, subject) for format in formats}}
+
+
+def _exported(format: Format, subject: Subject, program: Program, folder: Path) -> tuple[Exported, Runtime]:
     """A file in a folder, compared with PyTorch, and its runtime; raises UserError."""
     files = format.files(folder)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # some report their progress
-            format.write(subject, functools.partial(program, format.channels_first), files[0])
+            format.write(subject, program, files[0])
         runtime = format.load(files[0])
-        comparison = compare(runtime, subject, images)
+        comparison = compare(runtime, subject, subject.images)
     except UserError:
         raise
     except Exception as error:  # each exporter has its own

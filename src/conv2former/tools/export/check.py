@@ -16,6 +16,7 @@ from conv2former.engine.evaluate import validation_set
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
 from conv2former.tasks.classification.sources import ImageSource
+from conv2former.tasks.exportable import OneImage
 from conv2former.tools.export.subjects import Subject
 
 BATCH = 4  # other than the exporter's example, so that a batch that is no constant shows
@@ -29,7 +30,8 @@ class Comparison:
     # the largest of any output, as a fraction of that output's largest value in PyTorch; infinite where shapes differ
     # or one of the two gives no finite number
     difference: float
-    # fraction of images (of pixels, for a segmentation model) whose top class is the same; None for features
+    # fraction of images (of pixels, for a segmentation model) whose top class is the same; of a detector's objects the
+    # fraction that both find; None for features, and where nothing is found
     agreement: float | None
 
 
@@ -53,6 +55,8 @@ def validated_on(run: RunDir, count: int, subject: Subject) -> list[np.ndarray]:
 
 def compare(runtime: Runtime, subject: Subject, images: Sequence[np.ndarray]) -> Comparison:
     """Runs both over the images in batches, over the first image alone, and over another size if the size is free."""
+    if subject.part.one:
+        return _one_by_one(runtime, subject.part.one, images)
     count = len(subject.part.outputs)
     largest, scale = np.zeros(count), np.zeros(count)
     same = total = 0
@@ -73,6 +77,15 @@ def compare(runtime: Runtime, subject: Subject, images: Sequence[np.ndarray]) ->
             same, total = same + int(equal.sum()), total + equal.size
     differences = largest / np.where(scale > 0, scale, 1)
     return Comparison(len(images), float(differences.max()), same / total if total else None)
+
+
+def _one_by_one(runtime: Runtime, one: OneImage, images: Sequence[np.ndarray]) -> Comparison:
+    difference, same, total = 0.0, 0, 0
+    for image in images:
+        inputs = one.feed(image)
+        largest, both, either = one.compare(one.reference(*inputs), runtime(*inputs))
+        difference, same, total = max(difference, largest), same + both, total + either
+    return Comparison(len(images), difference, same / total if total else None)
 
 
 def top1(runtimes: Sequence[Runtime], subject: Subject, source: ImageSource) -> list[int]:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
@@ -46,6 +48,7 @@ class Format:
     tolerance: float
     agreement: float = 0.99  # least fraction of equal top classes of a classifier, as ``tolerance``
     channels_first: bool = False  # the form in which it is written
+    onnx: bool = False  # whether it can take what only ONNX can say (``Exportable.in_onnx``)
 
     def files(self, folder: Path) -> list[Path]:
         """All that the export writes into a folder; the first is the one to open."""
@@ -63,9 +66,11 @@ def trace(subject: Subject, *, first: bool) -> ExportedProgram:
     if subject.dynamic_size:
         size = max(size[0], LEAST_OPEN), max(size[1], LEAST_OPEN)
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    example = torch.zeros(2, 3, *size)  # two images: a batch of one would be taken for a constant
+    example = [torch.zeros(2, 3, *size)]  # two images: a batch of one would be taken for a constant
+    if one := subject.part.one:
+        example = [*map(torch.from_numpy, one.feed(np.zeros((3, *size), np.float32)))]
     try:
-        return torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
+        return torch.export.export(network, tuple(example), dynamic_shapes=None if one else (free,), strict=False)
     except Exception as error:  # PyTorch names dozens of kinds
         name = subject.metadata["architecture"]
         raise UserError(f"torch.export cannot follow {name}: {one_line(error)[:300]}") from error
@@ -74,9 +79,13 @@ def trace(subject: Subject, *, first: bool) -> ExportedProgram:
 def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
     import onnx
 
+    names: Any = dict(input_names=["images"], output_names=subject.part.outputs)
+    if one := subject.part.one:
+        from conv2former.tools.export.onnx_ops import translations
+
+        names |= dict(input_names=one.inputs, custom_translation_table=translations())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names: Any = dict(input_names=["images"], output_names=subject.part.outputs)
         made = torch.onnx.export(program(), (), verbose=False, **names)
     assert made is not None
     model = made.model_proto
@@ -88,6 +97,13 @@ def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
 def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: bool = False) -> None:
     import openvino
 
+    if subject.part.one:  # OpenVINO knows operators of ours by their form in ONNX
+        with TemporaryDirectory(dir=path.parent) as folder:
+            _write_onnx(subject, program, Path(folder) / "model.onnx")
+            model = openvino.convert_model(Path(folder) / "model.onnx")
+            model.set_rt_info(json.dumps(subject.metadata), [KEY])
+            openvino.save_model(model, path, compress_to_fp16=False)
+        return
     model = openvino.convert_model(program())
     if not subject.dynamic_size:
         model.reshape([-1, 3, *subject.part.size])
@@ -134,8 +150,10 @@ _write_int8, _load_bf16 = partial(_write_openvino, int8=True), partial(open_open
 FORMATS = {
     format.name: format
     for format in (
-        Format("onnx", "model.onnx", _ONNX, _write_onnx, open_onnx, 1e-4, channels_first=True),
-        Format("openvino", "model.xml", _OPENVINO, _write_openvino, open_openvino, 1e-4, channels_first=True),
+        Format("onnx", "model.onnx", _ONNX, _write_onnx, open_onnx, 1e-4, channels_first=True, onnx=True),
+        Format(
+            "openvino", "model.xml", _OPENVINO, _write_openvino, open_openvino, 1e-4, channels_first=True, onnx=True
+        ),
         Format(
             "openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1, 0.9, channels_first=True
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from timm.utils.model import reparameterize_model
 
 from conv2former.checkpoints.exported import torch_runtime
 from conv2former.errors import UserError
-from conv2former.tasks.base import Exportable, Task
+from conv2former.tasks.base import Task
+from conv2former.tasks.exportable import Exportable
 from conv2former.tools.naming import open_task
 from conv2former.version import __version__
 
@@ -28,7 +29,8 @@ class Subject:
     dynamic_size: bool  # whether the file takes any size
     note: str = ""  # what the user should know
     random: bool = False  # whether the weights are, and top classes mean nothing
-    calibration: Sequence[np.ndarray] = ()  # prepared images (1, 3, H, W), for formats with fewer bits
+    images: Sequence[np.ndarray] = ()  # prepared images (3, H, W) to compare on
+    calibration: Sequence[np.ndarray] = ()  # likewise (1, 3, H, W), for formats with fewer bits
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -39,13 +41,18 @@ class Subject:
         return facts | dict(dynamic_size=self.dynamic_size)
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """(3, H, W) of float32, as the network takes it."""
+        """(3, H, W) of float32, as the network takes it, or its ``OneImage.feed``."""
         pixels = torch.from_numpy(np.array(self.part.resize(image.convert("RGB")))).permute(2, 0, 1)[None]
         return self.task.normalizer(pixels)[0].contiguous().numpy()
 
     def reference(self, batch: np.ndarray) -> list[np.ndarray]:
         """What PyTorch makes of a batch (B, 3, H, W)."""
         return torch_runtime(self.part.network)(batch)
+
+    def in_onnx(self) -> Subject:
+        """The same model with all of it that ONNX can take."""
+        part = self.part.in_onnx
+        return replace(self, part=part, note="random weights" if self.random else part.note) if part else self
 
 
 def open_subject(

@@ -110,17 +110,20 @@ class RPN(nn.Module):
             Proposals of each image, (at most ``train_proposals`` or ``TEST_PROPOSALS``, 4), best first and without
             gradient, and the losses ``rpn_class`` and ``rpn_box``.
         """
-        logits, offsets = self.head(maps)
-        # (B, anchors of the map) and (B, anchors of the map, 4) for each map, in the order of `anchors`
-        logits = [x.float().permute(0, 2, 3, 1).flatten(1) for x in logits]
-        offsets = [x.float().permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in offsets]
-        grids = [anchors(_shape(x), stride, x.device) for x, stride in zip(maps, STRIDES, strict=True)]
+        logits, offsets, grids = self.predicted(maps)
         proposals = self._propose(logits, offsets, grids, sizes)
         if gt_boxes is None:
             return proposals, {}
         grid = torch.cat(grids)
         usable = [self._usable(grid, [_shape(x) for x in maps], size) for size in sizes]
         return proposals, self._losses(torch.cat(logits, 1), torch.cat(offsets, 1), grid, usable, gt_boxes)
+
+    def predicted(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of each map the logits (B, N) and offsets (B, N, 4) of its N anchors, and these, (N, 4), in their order."""
+        logits, offsets = self.head(maps)
+        logits = [x.float().permute(0, 2, 3, 1).flatten(1) for x in logits]
+        offsets = [x.float().permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in offsets]
+        return logits, offsets, [anchors(_shape(x), stride, x.device) for x, stride in zip(maps, STRIDES, strict=True)]
 
     def _usable(self, grid: Tensor, shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
         """Indices of the anchors that an image of ``size`` can be learned from."""
