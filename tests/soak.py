@@ -228,10 +228,17 @@ def images(order: Path) -> list[Any]:
     return sorted(found.items())
 
 
-KINDS = [
-    *("kill_rank", "kill_all", "kill_reader", "stop_rank", "hang_reading", "fill_disk", "lose_folder", "damage"),
-    "full_tmp",
-]
+KINDS = dict(
+    kill_rank="one process gets SIGKILL",
+    kill_all="all processes get SIGKILL",
+    kill_reader="a process that reads images gets SIGKILL",
+    stop_rank="a process is stopped (SIGSTOP)",
+    hang_reading="reading an image takes for ever",
+    fill_disk="the disk is full",
+    lose_folder="the run folder is gone, and comes back",
+    damage="SIGKILL, and the newest checkpoint has a flipped bit or is cut off",
+    full_tmp="SIGKILL, with a temporary folder that has no room",
+)
 
 
 def soak(folder: Path, faults: int, seed: int | None, each: int) -> list[dict[str, Any]]:
@@ -250,7 +257,7 @@ def soak(folder: Path, faults: int, seed: int | None, each: int) -> list[dict[st
         met = 0
         while met < each:
             done = [row["kind"] for row in rows if "kind" in row]
-            kind = min(chance.sample(KINDS, len(KINDS)), key=done.count)
+            kind = min(chance.sample([*KINDS], len(KINDS)), key=done.count)
             if kind == "stop_rank" and campaign.processes == 1 and not campaign.changing:
                 kind = "kill_all"
             rows.append(campaign.meet(kind))
@@ -276,24 +283,25 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """A table by kind of fault."""
     met = [row for row in rows if "kind" in row and not row["over"]]
     ends = [row for row in rows if "end" in row]
-    lines = [
-        "| fault | times | longest time to the end, s | processes | a line that it ended with |",
-        "|---|---|---|---|---|",
-    ]
-    for kind in KINDS:
+    lines = ["| what happened | times | seconds to the end, at most | a line that it ended with |", "|---|---|---|---|"]
+    for kind, words in KINDS.items():
         own = [row for row in met if row["kind"] == kind]
         if own:
-            counts = ", ".join(f"{sum(r['processes'] == n for r in own)} on {n}" for n in sorted(set(PROCESSES)))
             line = next((row["line"] for row in reversed(own) if row["line"]), "")
             line = re.sub(r"/\S*/", ".../", line).replace("|", "/")
-            lines.append(f"| {kind} | {len(own)} | {max(row['seconds'] for row in own)} | {counts} | {line} |")
+            lines.append(f"| {words} | {len(own)} | {max(row['seconds'] for row in own)} | {line} |")
     same = sum(not row["changing"] for row in ends)
-    total = (
-        f"Faults: {len(met)}. Runs taken to their end and compared: {len(ends)}. Of these {same} had the same "
-        f"number of processes throughout and were equal bit for bit; {len(ends) - same} had changing numbers, and the "
-        "same images in the same order."
+    on = ", ".join(f"{sum(row['processes'] == n for row in met)} on {n}" for n in sorted(set(PROCESSES)))
+    faults = (
+        f"{len(met)} faults ({on} processes). Each ended the run, or was survived, within a minute, with one line at "
+        "most, and left no process and no temporary file."
     )
-    return "\n".join([total, "", *lines]) + "\n"
+    compared = (
+        f"{len(ends)} runs were taken to their end and compared with a run that nobody touched. {same} of them had the "
+        f"same number of processes throughout: their weights and metrics are equal bit for bit. {len(ends) - same} had "
+        "changing numbers: every optimizer step had the same images in the same order."
+    )
+    return "\n".join([faults, "", compared, "", *lines]) + "\n"
 
 
 def main() -> None:
