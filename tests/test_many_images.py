@@ -24,7 +24,13 @@ def _names(count: int) -> list[str]:
 
 def _write(rows: Rows, *, until: int | None = None) -> None:
     for index in rows.left[:until]:
-        rows.add(dict(file=rows.names[index], ok=True, number=index))
+        name = rows.names[index].decode("utf-8", "surrogateescape")
+        rows.add(dict(file=name, ok=True, number=index))
+
+
+def _killed(rows: Rows) -> None:
+    rows.file.close()
+    rows.lock.release()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 1), (3, 2)])
@@ -35,11 +41,11 @@ def test_every_file_once_whatever_the_number_of_processes(before: int, after: in
         rows = Rows(path, names, rank=rank, world=before)
         _write(rows, until=4)
         rows.file.write(b'{"file": "image')
-        rows.file.close()
+        _killed(rows)
     all_rows = [Rows(path, names, rank=rank, world=after) for rank in range(after)]
     for rows in all_rows:
         _write(rows)
-        assert rows.finish() == (rows is all_rows[-1])
+        assert (rows.finish() is not None) == (rows is all_rows[-1])
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["file"] for row in found] == names and [row["number"] for row in found] == [*range(20)]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -48,12 +54,33 @@ def test_every_file_once_whatever_the_number_of_processes(before: int, after: in
 
 def test_a_file_of_something_else_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "configuration"}')
+    with pytest.raises(UserError, match="no rows of predictions"):
+        Rows(path, _names(3))
+    assert path.read_text() == '{"a": "configuration"}'
     path.write_text("a letter\nthat somebody wrote\n")
     with pytest.raises(UserError, match="no rows of predictions"):
         Rows(path, _names(3))
     assert path.read_text().startswith("a letter")
     with pytest.raises(UserError, match="cannot write"):
         Rows(tmp_path / "rows.jsonl" / "deeper", _names(3))
+
+
+def test_rows_of_others_and_odd_names_are_kept(tmp_path: Path) -> None:
+    """Separators of lines in a name, bytes that are no text, wildcards in the file's own name."""
+    names = ["a\u2028b.png", "c\x85.png", os.fsdecode(b"\xff.png")]
+    path = tmp_path / "rows[1]*.jsonl"
+    for rank in range(2):
+        rows = Rows(path, names, rank=rank, world=2)
+        _write(rows)
+        found = rows.finish()
+    assert found is not None and [row["file"] for row in found] == names
+    with pytest.raises(UserError, match="rows of 3 other images"):
+        Rows(path, _names(2))
+    rows = Rows(path, names)
+    with pytest.raises(UserError, match="another command writes"):
+        Rows(path, names)
+    assert rows.finish() is not None
 
 
 def _command(words: list[Any], *, processes: int = 1) -> list[str]:

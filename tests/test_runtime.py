@@ -67,7 +67,8 @@ def test_the_isotropic_network_and_maps(tmp_path: Path, images: list[Path]) -> N
         wanted = model.forward_intermediates(x, intermediates_only=True)
     steps = list(writer._steps(model.fuse(), "conv2former_t"))
     arrays = {f"{i}.{j}": each for i, s in enumerate(steps) for j, each in enumerate(writer._arrays(*s, half=False))}
-    facts = dict(labels=[], input_size=(3, 64, 64), min_size=32)
+    facts = dict(labels=[], input_size=(3, 64, 64), min_size=32, mean=[0.5] * 3, std=[0.5] * 3)
+    facts |= dict(crop_pct=1.0, crop_mode="center", interpolation="bicubic")
     file.write(tmp_path / "maps", file.describe("float32", [step for step, _ in steps], **facts), arrays)
     maps = conv2former_runtime.load(tmp_path / "maps")
     for one, other, again in zip(maps(x.numpy()), wanted, maps.features(x.numpy()), strict=True):
@@ -151,6 +152,13 @@ DAMAGES = {
     "a text as a size": lambda b: _damaged(b, r"\"sizes\": [24, 96, 5]", r"\"sizes\": \"24,96,5\""),
     "negative": lambda b: _damaged(b, r"\"sizes\": [24, 96, 5]", r"\"sizes\": [24, -9, 5]"),
     "other vectors": lambda b: _damaged(b, r"\"lanes\": ", r"\"lanes\":9"),
+    "a stem that skips images": lambda b: _damaged(b, r"\"strides\": [2, 1]", r"\"strides\": [9, 9]"),
+    "smaller images": lambda b: _damaged(b, r"\"min_size\": 32", r"\"min_size\": 10"),
+    "weights of another kind": lambda b: _damaged(b, '"dtype": "U8"', '"dtype":"F32"'),
+    "no eps": lambda b: _damaged(b, r"\"eps\": 1e-06", r"\"eps\": 10.06"),
+    "a crop of nothing": lambda b: _damaged(b, r"\"crop_pct\": 0.9", r"\"crop_pct\": 0.0"),
+    "an unknown interpolation": lambda b: _damaged(b, r"\"bicubic\"", r"\"bycubic\""),
+    "no mean": lambda b: _damaged(b, r"\"mean\":", r"\"moan\":"),
     "another version": lambda b: _damaged(b, r"\"version\": 1", r"\"version\": 2"),
 }
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from starlette.requests import ClientDisconnect
 
 from conv2former_runtime.classifier import prepare
 from conv2former_runtime.errors import UserError
@@ -36,8 +37,13 @@ def open_network(path: Path, threads: int) -> tuple[Network, dict[str, Any]]:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        facts = json.loads(session.get_modelmeta().custom_metadata_map["conv2former"])
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            facts = json.loads(session.get_modelmeta().custom_metadata_map["conv2former"])
+        except Exception as error:  # the runtime has many
+            raise UserError(f"{path} is no file of `conv2former export --format onnx`: {error}") from None
+        if facts.get("crop_mode") not in ("center", "squash"):
+            raise UserError(f"{path}: images cannot be prepared as its crop_mode {facts.get('crop_mode')!r} says")
         return lambda images: session.run(None, {"images": images})[0], facts
     model = Model(path, threads=threads)
     if model.steps[-1] != "head":
@@ -67,7 +73,8 @@ class Batcher:
                 taken.append(self.queue.get_nowait())
             taken = [(image, answer) for image, answer in taken if not answer.cancelled()]
             try:
-                rows = await loop.run_in_executor(self.thread, self.network, np.stack([image for image, _ in taken]))
+                rows = [*await loop.run_in_executor(self.thread, self.network, np.stack([image for image, _ in taken]))]
+                assert len(rows) == len(taken)
             except Exception as error:  # memory, most likely: the next batch may be smaller
                 rows = [error] * len(taken)
             for (_, answer), row in zip(taken, rows, strict=True):
@@ -112,7 +119,9 @@ def make_app(path: Path, given: argparse.Namespace) -> FastAPI:
                 logits = await batcher.logits(image)
         except BadImage as error:
             raise HTTPException(422, str(error)) from None
-        except (asyncio.QueueFull, TimeoutError):
+        except ClientDisconnect:
+            raise HTTPException(400, "the client has left") from None
+        except (asyncio.QueueFull, TimeoutError, MemoryError):
             said = "the upload is too slow, or too many images wait: try again later"
             raise HTTPException(503, said, {"Retry-After": "1"}) from None
         powers = np.exp(logits - logits.max())
@@ -140,7 +149,7 @@ def main() -> None:
         app = make_app(given.model, given)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
+    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", limit_concurrency=given.waiting + 32)
 
 
 if __name__ == "__main__":

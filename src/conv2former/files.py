@@ -26,10 +26,15 @@ PLAIN = re.compile(r"tag:yaml\.org,2002:(str|int|float|bool|null|seq|map|merge|v
 
 
 def replace_text(path: Path, text: str) -> None:
+    """``replace_bytes`` with a text in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Writes a file under another name, then renames it: a reader never sees half of it."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -31,6 +31,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: {error or 'there is not enough memory'}", file=sys.stderr)
+        return 2
     if failed:
         print(printable(f"{failed} of {len(given.images)} files could not be read"), file=sys.stderr)
     return 1 if failed else 0

@@ -83,6 +83,7 @@ def compile_kernels(program: str, flags: list[str], target: Path) -> None:
             list(pool.map(_run, commands))
         made = Path(scratch) / "kernels.so"
         _run([program, *LINK, *objects, "-o", str(made)])
+        made.chmod(0o755)  # whatever the umask: a file that others can write is not loaded (`_sound`)
         made.replace(target)
 
 
@@ -154,11 +155,11 @@ def cached(program: str, flags: list[str]) -> Path:
 def _sound(path: Path) -> bool:
     """Whether a compiled file is this user's own and whole."""
     try:
-        facts, wanted = path.lstat(), _digest_of(path).read_text()
+        facts, wanted = path.lstat(), _digest_of(path).read_bytes()
     except OSError:
         return False
     own = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
-    return own and digest(path) == wanted
+    return own and digest(path).encode() == wanted
 
 
 def _digest_of(path: Path) -> Path:

@@ -30,6 +30,8 @@ class Classifier(Model):
         Raises:
             UserError: The network has no classifier.
         """
+        if isinstance(images, str | bytes):
+            raise TypeError("predict takes a list of images, not one")
         if self.steps[-1] != "head":
             raise UserError("the file holds a network without a classifier: it gives maps, not classes")
         for start in range(0, len(images), BATCH):

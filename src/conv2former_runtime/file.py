@@ -35,6 +35,10 @@ VERSION = 1
 MAX_HEADER = 16 << 20  # bytes
 MAX_SIDE = 1 << 16  # of any size in a description
 DTYPES = ("float32", "bfloat16")
+MAX_KERNEL = 21  # of a modulation
+MAX_IMAGE = 4096  # side of images that are prepared, pixels
+SIZES = dict(stem=3, patches=3, blocks=3, downsample=2, head=3)  # how many each layer has
+EPS = ("blocks", "downsample", "head")
 FIRST = ("stem", "patches")  # layers that take an image
 LAYOUTS = [Layout(lanes, 2 * lanes, together) for lanes in (4, 8, 16) for together in (1, 2)]
 _NAMES = {"U8": np.uint8, "F32": np.float32}
@@ -126,7 +130,7 @@ def _count(step: Mapping[str, Any]) -> int:
 def _tensor(data: Array, entry: Mapping[str, Any]) -> Array:
     kind, (begin, end), shape = _NAMES[entry["dtype"]], entry["data_offsets"], entry["shape"]
     if not 0 <= begin <= end <= data.size or math.prod(shape) * np.dtype(kind).itemsize != end - begin:
-        raise ValueError("its tensors lie beyond its end")
+        raise ValueError("its tensors are not where it says")
     found = data[begin:end]
     if found.ctypes.data % ALIGNMENT:
         raise ValueError("its tensors are not aligned")
@@ -144,8 +148,10 @@ def _for_here(description: Mapping[str, Any], arrays: list[list[Array]], path: P
             and tensors[0].size < (step["sizes"][0] * step["sizes"][1] ** 2 + 1) * step["sizes"][2]
         ):
             raise ValueError("its weights are not those of its network")
+        if step["op"] == "patches" and tensors[0].dtype != np.float32:
+            raise ValueError("its weights are of another kind")
         for i, parts in enumerate(step_parts(step)):
-            if tensors[i].nbytes != there.size(parts):
+            if tensors[i].nbytes != there.size(parts) or tensors[i].dtype != np.uint8 or tensors[i].ndim != 1:
                 raise ValueError("its weights are not those of its network")
             if here != there:
                 tensors[i] = here.pack(parts, list(there.unpack(parts, tensors[i])))
@@ -158,20 +164,48 @@ def describe(dtype: str, steps: Sequence[Mapping[str, Any]], **facts: Any) -> di
 
 
 def _check(description: Mapping[str, Any]) -> None:
-    """Raises ValueError or KeyError where the kernels would read beyond their tensors."""
+    """Raises ValueError or KeyError where the kernels would read or write beyond their arrays, or images be refused."""
     if description["dtype"] not in DTYPES or Layout(**description["layout"]) not in LAYOUTS:
         raise ValueError("its numbers are of an unknown kind")
-    channels = None
+    channels, stride = None, 1
     for step in description["steps"]:
         op, sizes = step["op"], step["sizes"]
-        if any(type(size) is not int or not 1 <= size <= MAX_SIDE for size in [*sizes, *step.get("strides", ())]):
+        if op not in SIZES:
+            raise ValueError(f"it has a layer {str(op)[:40]!r}")
+        if len(sizes) != SIZES[op] or not all(_is_size(size, MAX_SIDE) for size in sizes):
             raise ValueError("its sizes are out of range")
         if (channels is None) != (op in FIRST) or channels not in (None, sizes[0]):
             raise ValueError("its layers do not fit each other")
-        if op == "blocks" and (sizes[2] % 2 == 0 or sizes[2] > 21 or not 1 <= step["count"] <= MAX_SIDE):
+        if op in EPS and not (isinstance(step["eps"], float) and 0 < step["eps"] < 1):
+            raise ValueError("a normalisation has no eps")
+        if op == "blocks" and not (sizes[2] % 2 and sizes[2] <= MAX_KERNEL and _is_size(step["count"], MAX_SIDE)):
             raise ValueError("its kernels are out of range")
-        if op == "head" and step is not description["steps"][-1]:
-            raise ValueError("its classifier is not its last layer")
+        if op == "stem" and (len(step["strides"]) != 2 or any(each not in (1, 2, 4) for each in step["strides"])):
+            raise ValueError("its strides are out of range")
+        if op == "head" and (step is not description["steps"][-1] or sizes[2] != len(description["labels"])):
+            raise ValueError("its classifier does not fit")
+        stride *= {"stem": 2 * math.prod(step.get("strides", ())), "patches": sizes[1], "downsample": 2}.get(op, 1)
         channels = sizes[0] if op == "blocks" else sizes[-1]
-        if op not in (*FIRST, "blocks", "downsample", "head"):
-            raise ValueError(f"it has a layer {op!r}")
+    if channels is None or not _is_size(description["min_size"], MAX_SIDE) or description["min_size"] < stride:
+        raise ValueError("it has no layers, or takes images that are too small for them")
+    _check_preprocessing(description, description["steps"][0]["sizes"][0])
+
+
+def _check_preprocessing(facts: Mapping[str, Any], channels: int) -> None:
+    size, numbers = facts["input_size"], (facts["mean"], facts["std"])
+    if len(size) != 3 or size[0] != channels or not all(_is_size(side, MAX_IMAGE) for side in size):
+        raise ValueError("the size of its images is out of range")
+    if any(
+        len(each) != channels or not all(isinstance(x, float | int) and abs(x) < 1e6 for x in each) for each in numbers
+    ):
+        raise ValueError("its mean or std is no list of numbers")
+    if min(facts["std"]) <= 0 or not 0.05 <= facts["crop_pct"] <= 1 or facts["crop_mode"] not in ("center", "squash"):
+        raise ValueError("its preprocessing is out of range")
+    if facts["interpolation"] not in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"):
+        raise ValueError("its interpolation is unknown")
+    if not all(isinstance(label, str) for label in facts["labels"]):
+        raise ValueError("its labels are no texts")
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most

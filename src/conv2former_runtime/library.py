@@ -31,7 +31,7 @@ class Unusable(Exception):
 @functools.cache
 def load() -> Any:  # ctypes.CDLL or str
     """The library, or why there is none."""
-    if os.name != "posix":
+    if not hasattr(os, "getuid"):
         return "the C++ kernels are made for Linux and macOS"
     try:
         path = _packaged() or _compiled()

@@ -41,6 +41,8 @@ class Model:
         library = load_library()
         if isinstance(library, str):
             raise UserError(f"this processor cannot run the network: {library}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads}: it must be 1 or more")
         self.facts, weights = files.read(Path(path))
         self.labels: list[str] = list(self.facts["labels"])
         self.input_size: tuple[int, ...] = tuple(self.facts["input_size"])
@@ -131,7 +133,7 @@ class Model:
         return self._layout.views(files.step_parts(step)[0], weights[0])
 
     def _call(self, name: str, shape: Sequence[int], *arguments: Any) -> None:
-        if math.prod(shape) == 0:
+        if math.prod(shape) == 0 or arguments[-1].size == 0:
             return
         given = [ctypes.c_void_p(each.ctypes.data) if isinstance(each, np.ndarray) else each for each in arguments]
         numbers = (ctypes.c_long * len(shape))(*shape)

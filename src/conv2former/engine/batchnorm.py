@@ -37,6 +37,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     It makes a run on several CPU processes equal to that on one.
     """
 
+    plain_in_evaluation = True  # then it is batch norm like any other, and may be fused (``models.fused``)
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if not self.training:

@@ -18,7 +18,7 @@ from conv2former.data import activity
 from conv2former.data.loading import Batches, checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
-from conv2former.engine.devices import for_inference
+from conv2former.engine.devices import for_inference, pick_device
 from conv2former.engine.distributed import Processes
 from conv2former.engine.launch import make_fabric, world_size
 from conv2former.engine.progress import Ticker
@@ -194,15 +194,19 @@ def evaluate(
     folder = out or _report_folder(run, data, split, multi_scale=multi_scale)
     if folder:
         facts = dict(checkpoint=str(checkpoint), data=str(data) if data else None)
-        write_report(task, evaluation, images, folder, **facts)
+        if fabric:
+            say("no pictures are drawn: that needs all images in one process")
+        write_report(task, evaluation, images, folder, draw=fabric is None, **facts)
     return evaluation, folder
 
 
 def _launched(task: Task, device: str) -> L.Fabric | None:
     """The processes that torchrun or SLURM has started, connected; None for one."""
-    accelerator: Any = "auto" if device == "auto" else torch.device(device).type
+    if place()[1] == 1:
+        return None
+    accelerator: Any = "auto" if device == "auto" else pick_device(device).type
     recipe = task.recipe.model_copy(update=dict(engine=EngineSection(accelerator=accelerator)))
-    if place()[1] == 1 or world_size(recipe) == 1:
+    if world_size(recipe) == 1:
         return None
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -226,16 +230,20 @@ def set_options(task: Task, **given: Any) -> None:
         setattr(task, name, value)
 
 
-def write_report(task: Task, evaluation: Evaluation, source: Source, folder: Path, **facts: str | None) -> None:
-    """``evaluation.json`` (with ``facts``) and the task's images; raises UserError where they cannot be written."""
+def write_report(
+    task: Task, evaluation: Evaluation, source: Source, folder: Path, *, draw: bool = True, **facts: str | None
+) -> None:
+    """``evaluation.json`` (with ``facts``) and, with ``draw``, the task's images.
+
+    Raises:
+        UserError: They cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
-        if place()[1] > 1:
-            say_once("no pictures are drawn: that needs all images in one process")
-            return
         with or_left_out("images of the report"):
-            task.draw(evaluation, source, folder)
+            if draw:
+                task.draw(evaluation, source, folder)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None
 

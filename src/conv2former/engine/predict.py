@@ -82,11 +82,12 @@ def run_predict(
     rank, world, local = place()
     if world > 1 and out_file is None:
         raise UserError(f"{world} processes share the images: say with --out-file where their rows go")
-    files = list(dict.fromkeys(given_images(inputs)))
+    files = given_images(inputs)
+    files = list(dict.fromkeys(files)) if out_file else files
     rows = Rows(out_file, [_text(file) for file in files], rank=rank, world=world) if out_file else None
     mine = files if rows is None else [files[i] for i in rows.left]
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local}"
+        device = f"cuda:{local % torch.cuda.device_count()}"
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
     failed, taken = 0, set[str]()
     names = {file: free_name(file.stem, DRAWN, taken) for file in files} if out else {}  # also of those that are done
@@ -95,11 +96,15 @@ def run_predict(
         if out and isinstance(found, Prediction):  # before the row, after which the file counts as done
             _write(found.draw(decode(file)), out, names[file])
         rows.add(_row(file, found)) if rows else print(_json(_row(file, found)), flush=True)
+    if rows:
+        there = rows.finish()
+        if there is None:
+            say(f"process {rank} of {world} has written its {len(mine)} rows; those of the others are missing yet")
+            return 1 if failed else 0
+        failed, mine = sum(not row["ok"] for row in there), files
+        say(f"{len(files)} rows are in {out_file}")
     if failed:
         say(f"{failed} of {len(mine)} files could not be read")
-    if rows and rows.finish():
-        new = f", {len(mine)} of them new" if world == 1 and len(mine) < len(files) else ""
-        say(f"{len(files)} rows are in {out_file}{new}")
     return 1 if failed else 0
 
 

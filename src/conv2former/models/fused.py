@@ -21,7 +21,11 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from conv2former.models.layers import channels_last, check_image_size
 from conv2former.ops import blocks, downsample, guard, join_block_weights, stem
 
-_WITH_STATISTICS = nn.BatchNorm2d, FrozenBatchNorm2d  # the latter where detectors keep the norms of their weights
+_WITH_STATISTICS = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    FrozenBatchNorm2d,
+)  # the last where detectors keep the norms of their weights
 
 torch.fx.wrap("blocks")
 torch.fx.wrap("downsample")
@@ -31,7 +35,7 @@ torch.fx.wrap("stem")
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Factor and offset of each channel, (C,) float64 each, behind a LayerNorm's normalisation or of a BatchNorm."""
     scale, offset = norm.weight.detach().double(), norm.bias.detach().double()
-    if isinstance(norm, _WITH_STATISTICS):
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d):
         assert norm.running_mean is not None and norm.running_var is not None
         scale = scale / (norm.running_var.double() + norm.eps).sqrt()
         offset = offset - norm.running_mean.double() * scale
@@ -222,7 +226,8 @@ def fusable_head(head: Any) -> bool:
 
 def _batch_norm(norm: nn.Module) -> type:
     """The class that a stem's norm must have."""
-    return type(norm) if type(norm) in _WITH_STATISTICS else nn.BatchNorm2d
+    known = type(norm) in _WITH_STATISTICS or getattr(norm, "plain_in_evaluation", False)
+    return type(norm) if known else nn.BatchNorm2d
 
 
 def other(layers: Iterable[tuple[Any, type]]) -> str:

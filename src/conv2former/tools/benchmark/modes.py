@@ -19,10 +19,7 @@ from torch.nn import functional as F
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
-from conv2former.checkpoints.exported import compiled_for_openvino
 from conv2former.errors import UserError
-from conv2former.tools.export.channels_first import channels_first
-from conv2former.tools.export.formats import left_in_float
 
 # mode -> what must be installed for it
 MODES: dict[str, tuple[str, ...]] = {
@@ -85,6 +82,8 @@ def prepare(c: Configuration) -> Step:
         model = reparameterize_model(model, inplace=True)
     if c.mode in EXPORTED:
         if c.mode != "aotinductor":  # as `export` writes it
+            from conv2former.tools.export.channels_first import channels_first  # with pydantic, which eager needs not
+
             model = channels_first(model)
         make = dict(onnxruntime=_onnxruntime_step, aotinductor=_aotinductor_step).get(c.mode, _openvino_step)
         with warnings.catch_warnings():
@@ -132,6 +131,9 @@ def _openvino_step(model: nn.Module, images: Tensor, c: Configuration) -> Step:
     if int8 and c.dtype != "float32":
         raise UserError("it has a precision of its own: it is measured beside float32 alone")
     import openvino
+
+    from conv2former.checkpoints.exported import compiled_for_openvino
+    from conv2former.tools.export.formats import left_in_float
 
     program = openvino.convert_model(model, example_input=images, input=list(images.shape))
     if int8:
