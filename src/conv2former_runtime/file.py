@@ -138,24 +138,36 @@ def _tensor(data: Array, entry: Mapping[str, Any]) -> Array:
 
 
 def _for_here(description: Mapping[str, Any], arrays: list[list[Array]], path: Path) -> list[list[Array]]:
-    """The weights in the order of this processor's kernels; raises ValueError where there are more or fewer."""
+    """The weights of each step in the order of this processor's kernels.
+
+    Raises:
+        ValueError: There are more or fewer, or they are of another kind.
+    """
     here, there = layout(description["dtype"] == "bfloat16"), Layout(**description["layout"])
     if here != there:
         _log.warning(f"{path} was written for another kind of processor: its weights are packed anew, in memory")
-    for step, tensors in zip(description["steps"], arrays, strict=True):
-        if (
-            step["op"] == "patches"
-            and tensors[0].size < (step["sizes"][0] * step["sizes"][1] ** 2 + 1) * step["sizes"][2]
-        ):
-            raise ValueError("its weights are not those of its network")
-        if step["op"] == "patches" and tensors[0].dtype != np.float32:
-            raise ValueError("its weights are of another kind")
-        for i, parts in enumerate(step_parts(step)):
-            if tensors[i].nbytes != there.size(parts) or tensors[i].dtype != np.uint8 or tensors[i].ndim != 1:
-                raise ValueError("its weights are not those of its network")
-            if here != there:
-                tensors[i] = here.pack(parts, list(there.unpack(parts, tensors[i])))
-    return arrays
+    return [
+        _step_for_here(step, tensors, here, there) for step, tensors in zip(description["steps"], arrays, strict=True)
+    ]
+
+
+def _step_for_here(step: Mapping[str, Any], tensors: list[Array], here: Layout, there: Layout) -> list[Array]:
+    parts = step_parts(step)
+    if not parts:  # the weights of `patches` are not packed
+        ins, side, outs = step["sizes"]
+        sound = tensors[0].dtype == np.float32 and tensors[0].size >= (ins * side**2 + 1) * outs
+    else:
+        sound = all(
+            tensor.dtype == np.uint8 and tensor.shape == (there.size(part),)
+            for part, tensor in zip(parts, tensors, strict=True)
+        )
+    if not sound:
+        raise ValueError("its weights are not those of its network")
+    if here != there:
+        tensors = [
+            here.pack(part, list(there.unpack(part, tensor))) for part, tensor in zip(parts, tensors, strict=True)
+        ] or tensors
+    return tensors
 
 
 def describe(dtype: str, steps: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:

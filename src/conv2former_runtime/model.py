@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from conv2former_runtime import file as files
+from conv2former_runtime import layers
 from conv2former_runtime.errors import UserError
-from conv2former_runtime.library import load as load_library
+from conv2former_runtime.library import load
 from conv2former_runtime.packing import Array, as_bfloat16, as_float, layout
 
 Floats = npt.NDArray[np.float32]
@@ -38,9 +37,8 @@ class Model:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        library = load_library()
-        if isinstance(library, str):
-            raise UserError(f"this processor cannot run the network: {library}")
+        if isinstance(why := load(), str):
+            raise UserError(f"this processor cannot run the network: {why}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: it must be 1 or more")
         self.facts, weights = files.read(Path(path))
@@ -48,9 +46,9 @@ class Model:
         self.input_size: tuple[int, ...] = tuple(self.facts["input_size"])
         self.threads = threads or _threads()
         self._half = self.facts["dtype"] == "bfloat16"
-        self._library, self._layout = library, layout(self._half)
         self.steps = [step["op"] for step in self.facts["steps"]]
-        self._steps = [(step, *each) for step, each in zip(self.facts["steps"], weights, strict=True)]
+        steps = zip(self.facts["steps"], weights, strict=True)
+        self._steps = [(step, self._as_layers_take_them(step, tensors)) for step, tensors in steps]
 
     def __call__(self, images: Floats) -> Any:
         """Normalised images (B, 3, H, W) -> logits (B, classes), or a list of maps (B, C, H / stride, W / stride).
@@ -73,7 +71,7 @@ class Model:
         if min(images.shape[2:]) < least:
             raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels: the network needs {least}")
         x = self._numbers(np.ascontiguousarray(images.transpose(0, 2, 3, 1), np.float32))
-        for step, *weights in self._steps:
+        for step, weights in self._steps:
             if step["op"] == "head" and maps:
                 return
             x = _STEPS[step["op"]](self, x, step, weights)
@@ -82,18 +80,20 @@ class Model:
         if not maps:
             yield as_float(x)
 
+    def _as_layers_take_them(self, step: Mapping[str, Any], tensors: list[Array]) -> list[Array]:
+        """A tensor for each branch of the blocks; of other layers, whose weights lie in one tensor, each by itself."""
+        parts = files.step_parts(step)
+        return layout(self._half).views(parts[0], tensors[0]) if len(parts) == 1 else tensors
+
     def _numbers(self, x: Floats) -> Array:
         return as_bfloat16(x) if self._half else x
 
     # ---- the layers, on maps (B, H, W, C)
 
     def _stem(self, x: Array, step: Mapping[str, Any], weights: Sequence[Array]) -> Array:
-        stride1, stride2 = step["strides"]
-        height, width = ((side - 1) // stride1 + 1 for side in x.shape[1:3])
-        height, width = (((side - 1) // stride2 + 1) // 2 for side in (height, width))
-        out = self._empty(len(x), height, width, step["sizes"][2])
-        shape = (*x.shape, *step["sizes"][1:], stride1, stride2)
-        self._call("stem", shape, x, *self._parts(step, weights), out)
+        _, mid, outs = step["sizes"]
+        out = self._empty(*layers.stem_shape(x.shape, outs, step["strides"]))
+        layers.stem(x, weights, out, half=self._half, mid=mid, strides=step["strides"], threads=self.threads)
         return out
 
     def _patches(self, x: Array, step: Mapping[str, Any], weights: Sequence[Array]) -> Array:
@@ -108,37 +108,23 @@ class Model:
     def _blocks(self, x: Array, step: Mapping[str, Any], weights: Sequence[Array]) -> Array:
         _, hidden, kernel_size = step["sizes"]
         out, between = self._empty(*x.shape), self._empty(*x.shape)
-        addresses = (ctypes.c_void_p * len(weights))(*(branch.ctypes.data for branch in weights))
-        shape = (*x.shape, hidden, kernel_size, step["count"])
-        self._call("blocks", shape, x, ctypes.c_float(step["eps"]), addresses, between, out)
+        sizes: dict[str, Any] = dict(hidden=hidden, kernel_size=kernel_size, eps=step["eps"])
+        layers.blocks(x, weights, between, out, half=self._half, **sizes, threads=self.threads)
         return out
 
     def _downsample(self, x: Array, step: Mapping[str, Any], weights: Sequence[Array]) -> Array:
-        outs = step["sizes"][1]
-        out = self._empty(len(x), x.shape[1] // 2, x.shape[2] // 2, outs)
-        eps = ctypes.c_float(step["eps"])
-        self._call("downsample", (*x.shape, outs), x, eps, *self._parts(step, weights), out)
+        out = self._empty(len(x), x.shape[1] // 2, x.shape[2] // 2, step["sizes"][1])
+        layers.downsample(x, weights, out, half=self._half, eps=step["eps"], threads=self.threads)
         return out
 
     def _head(self, x: Array, step: Mapping[str, Any], weights: Sequence[Array]) -> Array:
-        out = self._empty(len(x), step["sizes"][2])
-        shape = (len(x), x.shape[1] * x.shape[2], *step["sizes"])
-        self._call("head", shape, x, ctypes.c_float(step["eps"]), *self._parts(step, weights), out)
+        _, hidden, classes = step["sizes"]
+        out = self._empty(len(x), classes)
+        layers.head(x, weights, out, half=self._half, hidden=hidden, eps=step["eps"], threads=self.threads)
         return out
 
     def _empty(self, *shape: int) -> Array:
         return np.empty(shape, np.uint16 if self._half else np.float32)
-
-    def _parts(self, step: Mapping[str, Any], weights: Sequence[Array]) -> list[Array]:
-        return self._layout.views(files.step_parts(step)[0], weights[0])
-
-    def _call(self, name: str, shape: Sequence[int], *arguments: Any) -> None:
-        if math.prod(shape) == 0 or arguments[-1].size == 0:
-            return
-        given = [ctypes.c_void_p(each.ctypes.data) if isinstance(each, np.ndarray) else each for each in arguments]
-        numbers = (ctypes.c_long * len(shape))(*shape)
-        if getattr(self._library, f"conv2former_{name}")(int(self._half), numbers, *given, self.threads):
-            raise MemoryError("no memory for the kernels: give fewer images at once")
 
 
 def _threads() -> int:

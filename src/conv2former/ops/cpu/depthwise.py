@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from conv2former.ops.cpu.calls import call, pointer, strided
+from conv2former.ops.cpu.calls import settings, strided
+from conv2former_runtime.layers import call
 from conv2former_runtime.library import load
 
 
@@ -20,10 +21,10 @@ def modulation(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor, keep: bool) -
     z = u.new_empty(u.shape)
     a = u.new_empty(u.shape if keep else (0,))
     if z.numel():
-        (u, *at_u), (v, *at_v) = strided(u), strided(v)
+        at_u, at_v = strided(u), strided(v)
         weight, bias = _floats(weight), _floats(bias)
-        arguments = (*at_u, *at_v, pointer(weight), pointer(bias), pointer(z), pointer(a if keep else None))
-        call("modulation", u.dtype, (*u.shape, weight.shape[-1]), *arguments)
+        arguments = (*at_u, *at_v, weight, bias, z, a if keep else None)
+        call("modulation", (*u.shape, weight.shape[-1]), *arguments, **settings(u))
     return z, a
 
 
@@ -36,19 +37,19 @@ def modulation_backward(
     du, dv = u.new_empty(u.shape), v.new_empty(v.shape)
     sums = _partial_sums(u, weight)
     if du.numel():
-        (u, *at_u), (v, *at_v) = strided(u), strided(v)
+        at_u, at_v = strided(u), strided(v)
         g, a, dw_weight = g.contiguous(), a.contiguous(), _floats(weight)
-        arguments = (pointer(g), *at_u, *at_v, pointer(a), pointer(dw_weight), pointer(du), pointer(dv), pointer(sums))
-        call("modulation_backward", u.dtype, (*u.shape, weight.shape[-1]), *arguments)
+        arguments = (g, *at_u, *at_v, a, dw_weight, du, dv, sums)
+        call("modulation_backward", (*u.shape, weight.shape[-1]), *arguments, **settings(u))
     return du, dv, *_weight_and_bias(sums, weight)
 
 
 def mlp_middle(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = u.new_empty(u.shape)
     if out.numel():
-        u, *at_u = strided(u)
+        at_u = strided(u)
         weight, bias = _floats(weight), _floats(bias)
-        call("mlp_middle", u.dtype, (*u.shape, 3), *at_u, pointer(weight), pointer(bias), pointer(out))
+        call("mlp_middle", (*u.shape, 3), *at_u, weight, bias, out, **settings(u))
     return out
 
 
@@ -57,10 +58,10 @@ def mlp_middle_backward(g: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> t
     du = u.new_empty(u.shape)
     sums = _partial_sums(u, weight)
     if du.numel():
-        u, *at_u = strided(u)
+        at_u = strided(u)
         g, dw_weight, offsets = g.contiguous(), _floats(weight), _floats(bias)
-        arguments = (pointer(g), *at_u, pointer(dw_weight), pointer(offsets), pointer(du), pointer(sums))
-        call("mlp_middle_backward", u.dtype, (*u.shape, 3), *arguments)
+        arguments = (g, *at_u, dw_weight, offsets, du, sums)
+        call("mlp_middle_backward", (*u.shape, 3), *arguments, **settings(u))
     return du, *_weight_and_bias(sums, weight)
 
 

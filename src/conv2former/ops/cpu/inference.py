@@ -1,8 +1,7 @@
-"""The operations of evaluation: ``stem.cpp``, ``blocks.cpp``, ``downsample.cpp``, ``head.cpp``."""
+"""The operations of evaluation, on tensors: ``conv2former_runtime.layers``."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +9,17 @@ import torch
 from torch import Tensor
 
 from conv2former.ops.blocks import block_weights
-from conv2former.ops.cpu.calls import address, call, pointer
+from conv2former.ops.cpu.calls import settings
 from conv2former.ops.cpu.packing import pack, packed
+from conv2former_runtime import layers
 from conv2former_runtime.packing import Array, block_parts, downsample_parts, head_parts, stem_parts
 
 
 def blocks(x: Tensor, weights: list[Tensor], dim: int, hidden: int, kernel_size: int, eps: float) -> Tensor:
     x = x.contiguous()
     out, between = torch.empty_like(x), torch.empty_like(x)
-    if out.numel():
-        found = packed(weights, _packed_branches, dim, hidden, kernel_size)
-        shape = *x.shape, hidden, kernel_size, len(weights)
-        addresses = (ctypes.c_void_p * len(found))(*(branch.ctypes.data for branch in found))
-        call("blocks", x.dtype, shape, pointer(x), ctypes.c_float(eps), addresses, pointer(between), pointer(out))
+    found = packed(weights, _packed_branches, dim, hidden, kernel_size)
+    layers.blocks(x, found, between, out, hidden=hidden, kernel_size=kernel_size, eps=eps, **settings(x))
     return out
 
 
@@ -44,24 +41,19 @@ def stem(x: Tensor, *rest: Any) -> Tensor:
     *weights, stride1, stride2 = rest
     weight1, _, _, _, weight3, _ = weights
     x = x.permute(0, 2, 3, 1).contiguous()
-    height, width = ((side - 1) // stride1 + 1 for side in x.shape[1:3])
-    height, width = (((side - 1) // stride2 + 1) // 2 for side in (height, width))
-    out = x.new_empty(len(x), height, width, len(weight3))
-    if out.numel():
-        sizes = x.shape[-1], len(weight1), len(weight3)
-        parts = packed(weights, lambda weights: pack(stem_parts(*sizes), weights))
-        call("stem", x.dtype, (*x.shape, *sizes[1:], stride1, stride2), pointer(x), *map(address, parts), pointer(out))
+    ins, mid, outs, strides = x.shape[-1], len(weight1), len(weight3), (stride1, stride2)
+    out = x.new_empty(layers.stem_shape(tuple(x.shape), outs, strides))
+    parts = packed(weights, lambda weights: pack(stem_parts(ins, mid, outs), weights))
+    layers.stem(x, parts, out, mid=mid, strides=strides, **settings(x))
     return out.permute(0, 3, 1, 2)
 
 
 def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(len(x), x.shape[1] // 2, x.shape[2] // 2, len(weight))
-    if out.numel():
-        sizes = x.shape[-1], len(weight)
-        parts = packed((weight, bias), lambda weights: pack(downsample_parts(*sizes), weights))
-        arguments = (pointer(x), ctypes.c_float(eps), *map(address, parts), pointer(out))
-        call("downsample", x.dtype, (*x.shape, len(weight)), *arguments)
+    sizes = x.shape[-1], len(weight)
+    parts = packed((weight, bias), lambda weights: pack(downsample_parts(*sizes), weights))
+    layers.downsample(x, parts, out, eps=eps, **settings(x))
     return out
 
 
@@ -70,9 +62,7 @@ def head(x: Tensor, *rest: Any) -> Tensor:
     weight1, _, _, _, weight2, _ = weights
     x = x.contiguous()
     out = x.new_empty(len(x), len(weight2))
-    if out.numel():
-        sizes = x.shape[-1], len(weight1), len(weight2)
-        parts = packed(weights, lambda weights: pack(head_parts(*sizes), weights))
-        shape = len(x), x.shape[1] * x.shape[2], *sizes
-        call("head", x.dtype, shape, pointer(x), ctypes.c_float(eps), *map(address, parts), pointer(out))
+    sizes = x.shape[-1], len(weight1), len(weight2)
+    parts = packed(weights, lambda weights: pack(head_parts(*sizes), weights))
+    layers.head(x, parts, out, hidden=len(weight1), eps=eps, **settings(x))
     return out

@@ -44,5 +44,5 @@ def pack(parts: Sequence[Part], weights: Sequence[Tensor]) -> list[Array]:
 
 
 def as_array(x: Tensor) -> Array:
-    """The tensor's memory; the bits of bfloat16 as uint16."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    """The memory of a tensor; the bits of bfloat16 as uint16."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()

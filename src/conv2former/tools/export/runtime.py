@@ -56,7 +56,7 @@ def write_runtime(subject: Subject, program: Any, path: Path, *, half: bool = Fa
 def _arrays(step: dict[str, Any], weights: Sequence[Sequence[Tensor]], *, half: bool) -> Iterator[Array]:
     parts = file.step_parts(step)
     for i, each in enumerate(weights):
-        arrays = [as_array(weight.detach()) for weight in each]
+        arrays = [as_array(weight) for weight in each]
         if parts:
             yield layout(half).pack(parts[i], arrays)
         else:
