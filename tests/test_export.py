@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from command import run_command
-from conv2former.checkpoints.exported import open_onnx
+from conv2former.checkpoints.exported import open_runtime
 from conv2former.data.images import decode
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.predict import predict
@@ -181,7 +181,7 @@ def test_a_whole_detector(kind: str, data: Path, tmp_path: Path) -> None:
     options = ExportOptions(formats=["onnx", "openvino"], size=(64, 96), images=[data / "val"])
     for found in export(str(source), tmp_path / "out", options, say=said.append):
         assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
-    session = open_onnx(tmp_path / "out" / "model.onnx")
+    session = open_runtime(tmp_path / "out" / "model.onnx")
     size = np.array([50, 96])
     boxes, scores, labels, *rest = session(np.zeros((1, 3, 64, 96), np.float32), size)
     assert boxes.shape == (20, 4) and scores.shape == labels.shape == (20,)
@@ -197,7 +197,7 @@ def test_a_detector_that_finds_nothing(detector: Path, tmp_path: Path) -> None:
     options = ExportOptions(size=(64, 96), images=[next((detector.parent / "data" / "val2017").iterdir())])
     (found,) = export(str(source), tmp_path / "out", options, say=said.append)
     assert found.ok and found.comparison.agreement is None and "nothing was found" in said[0]
-    boxes, scores, labels, masks = open_onnx(tmp_path / "out" / "model.onnx")(
+    boxes, scores, labels, masks = open_runtime(tmp_path / "out" / "model.onnx")(
         np.zeros((1, 3, 64, 96), np.float32), np.array([64, 96])
     )
     assert not boxes.any() and not scores.any() and (labels == -1).all() and not masks.any()

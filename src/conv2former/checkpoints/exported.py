@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,77 +31,62 @@ def is_exported(path: Path) -> bool:
     return path.suffix == ".safetensors" and runtime_file.is_network(path)
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """What a file says of its model, checked: ``task``, ``architecture``, ``labels``, the preprocessing.
+def open_exported(path: Path) -> tuple[dict[str, Any], Runtime]:
+    """What a file says of its model, checked (``task``, ``architecture``, ``labels``, the preprocessing); its runtime.
 
     Raises:
-        UserError: It cannot be read, or says nothing of that kind.
+        UserError: It cannot be opened, or says nothing of that kind. It is a ``.pt2``: PyTorch reads pickles in it,
+            which may run code.
     """
+    if path.suffix == ".pt2":
+        raise UserError(f"{path} may run code when it is opened: give an .onnx, .xml or .safetensors file of the model")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if (needed := NEEDS.get(path.suffix)) and importlib.util.find_spec(needed) is None:
         raise UserError(f"{path} needs {needed}: pip install {needed}")
     try:
-        text = _metadata(path)
+        text, runtime = _OPEN[path.suffix](path)
+    except UserError:
+        raise
     except Exception as error:  # each runtime has its own
         raise UserError(f"{path} cannot be opened: {one_line(error)[:300]}") from None
     try:
-        return ExportedModel.model_validate(parse_json(text)).model_dump()
+        return ExportedModel.model_validate(parse_json(text)).model_dump(), runtime
     except ValidationError as error:
         raise UserError(f"{path} is not from `conv2former export`: {first_fault(error)}") from None
     except ValueError as error:
         raise UserError(f"{path} is not from `conv2former export`: {one_line(error)}") from None
 
 
-def _metadata(path: Path) -> str:
-    if path.suffix == ".onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return session.get_modelmeta().custom_metadata_map.get(KEY, "")
-    if path.suffix == ".xml":
-        import openvino
-
-        model = openvino.Core().read_model(path)
-        return model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else ""
-    if path.suffix == ".pt2":
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"extra/{KEY}.json")]
-            return archive.read(names[0]).decode() if names else ""
-    return json.dumps(runtime_file.read(path)[0])
-
-
-def open_file(path: Path) -> Runtime:
-    """The runtime of a file, on the CPU.
-
-    Raises:
-        UserError: It is a ``.pt2``: PyTorch reads pickles in it, which may run code.
-    """
-    if path.suffix == ".pt2":
-        raise UserError(f"{path} may run code when it is opened: give an .onnx, .xml or .safetensors file of the model")
-    if path.suffix == ".onnx":
-        return open_onnx(path)
-    if path.suffix == ".xml":
-        return open_openvino(path, precision="bf16" if path.name.endswith(".bf16.xml") else "f32")
-    return open_runtime(path)
-
-
-def open_onnx(path: Path) -> Runtime:
+def _onnx(path: Path) -> tuple[str, Runtime]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
-    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+    text = session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    return text, lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def open_openvino(path: Path, *, precision: str = "f32") -> Runtime:
-    compiled = compiled_for_openvino(path, precision)
-    return lambda *arrays: [np.array(output) for output in compiled(arrays).values()]
+def _openvino(path: Path) -> tuple[str, Runtime]:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    compiled = compiled_for_openvino(model, "bf16" if path.name.endswith(".bf16.xml") else "f32")
+    text = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else ""
+    return text, lambda *arrays: [np.array(output) for output in compiled(arrays).values()]
+
+
+def _runtime(path: Path) -> tuple[str, Runtime]:
+    model = Model(path)
+    return json.dumps(model.facts), lambda batch: [found] if isinstance(found := model(batch), np.ndarray) else found
+
+
+_OPEN: dict[str, Callable[[Path], tuple[str, Runtime]]] = {".onnx": _onnx, ".xml": _openvino, ".safetensors": _runtime}
 
 
 def open_runtime(path: Path) -> Runtime:
-    model = Model(path)
-    return lambda batch: [found] if isinstance(found := model(batch), np.ndarray) else found
+    """The runtime alone of a file that was just written: whatever it raises is raised."""
+    return _OPEN[path.suffix](path)[1]
 
 
 def open_torch(path: Path) -> Runtime:
@@ -144,13 +128,11 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.facts = facts_of(path)
-        try:
-            self.runtime = open_file(path)
-        except UserError:
-            raise
-        except Exception as error:  # each runtime has its own
-            raise UserError(f"{path} cannot be opened: {one_line(error)[:300]}") from None
+        self.facts, self.runtime = open_exported(path)
+        if (task := self.facts["task"]) != "classification":
+            raise UserError(
+                f"{path} holds a {task} model; of exported files only classifiers are computed: give the run"
+            )
         self.num_classes = len(self.facts["labels"])
         self.pretrained_cfg = self.facts | dict(label_names=self.facts["labels"])
 

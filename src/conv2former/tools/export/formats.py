@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +17,6 @@ from torch.export import Dim, ExportedProgram
 from conv2former.checkpoints.exported import (
     KEY,
     Runtime,
-    open_onnx,
-    open_openvino,
     open_runtime,
     open_torch,
     torch_runtime,
@@ -43,11 +40,11 @@ class Format:
     file: str  # its name in the folder
     needs: tuple[str, ...]  # packages that must be installed
     write: Callable[[Subject, Program, Path], None]
-    load: Callable[[Path], Runtime]
     # largest difference to PyTorch, as a fraction of the largest value; above it the export has failed
     tolerance: float
     agreement: float = 0.99  # least fraction of equal top classes of a classifier, as ``tolerance``
     channels_first: bool = False  # the form in which it is written
+    load: Callable[[Path], Runtime] = open_runtime
     onnx: bool = False  # whether it can take what only ONNX can say (``Exportable.in_onnx``)
 
     def files(self, folder: Path) -> list[Path]:
@@ -98,18 +95,17 @@ def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: boo
     import openvino
 
     if subject.part.one:  # OpenVINO knows operators of ours by their form in ONNX
-        with TemporaryDirectory(dir=path.parent) as folder:
-            _write_onnx(subject, program, Path(folder) / "model.onnx")
-            model = openvino.convert_model(Path(folder) / "model.onnx")
-            model.set_rt_info(json.dumps(subject.metadata), [KEY])
-            openvino.save_model(model, path, compress_to_fp16=False)
-        return
-    model = openvino.convert_model(program())
-    if not subject.dynamic_size:
-        model.reshape([-1, 3, *subject.part.size])
-    model.inputs[0].set_names({"images"})
-    for output, name in zip(model.outputs, subject.part.outputs, strict=True):
-        output.set_names({name})
+        source = path.with_name(FORMATS["onnx"].file)  # which may have been written for itself
+        if not source.exists():
+            _write_onnx(subject, program, source)
+        model = openvino.convert_model(source)
+    else:
+        model = openvino.convert_model(program())
+        if not subject.dynamic_size:
+            model.reshape([-1, 3, *subject.part.size])
+        model.inputs[0].set_names({"images"})
+        for output, name in zip(model.outputs, subject.part.outputs, strict=True):
+            output.set_names({name})
     if int8:
         import nncf
 
@@ -146,30 +142,19 @@ def _load_aotinductor(path: Path) -> Runtime:
 
 
 _ONNX, _OPENVINO = ("onnx", "onnxscript", "onnxruntime"), ("openvino",)
-_write_int8, _load_bf16 = partial(_write_openvino, int8=True), partial(open_openvino, precision="bf16")
+_LIKE_ONNX: Any = dict(channels_first=True, onnx=True)
+_FEW_BITS: Any = dict(agreement=0.9, channels_first=True)
+_write_int8, _write_half = partial(_write_openvino, int8=True), partial(write_runtime, half=True)
 FORMATS = {
     format.name: format
     for format in (
-        Format("onnx", "model.onnx", _ONNX, _write_onnx, open_onnx, 1e-4, channels_first=True, onnx=True),
-        Format(
-            "openvino", "model.xml", _OPENVINO, _write_openvino, open_openvino, 1e-4, channels_first=True, onnx=True
-        ),
-        Format(
-            "openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, _load_bf16, 0.1, 0.9, channels_first=True
-        ),
-        Format(
-            "openvino-int8",
-            "model.int8.xml",
-            (*_OPENVINO, "nncf"),
-            _write_int8,
-            open_openvino,
-            0.3,
-            0.9,
-            channels_first=True,
-        ),
-        Format("torch", "model.pt2", (), _write_torch, open_torch, 1e-4),
-        Format("runtime", "model.safetensors", (), write_runtime, open_runtime, 1e-4),
-        Format("runtime-bf16", "model.bf16.safetensors", (), partial(write_runtime, half=True), open_runtime, 0.1, 0.9),
-        Format("aotinductor", "model.aoti.pt2", (), _write_aotinductor, _load_aotinductor, 1e-4),
+        Format("onnx", "model.onnx", _ONNX, _write_onnx, 1e-4, **_LIKE_ONNX),
+        Format("openvino", "model.xml", _OPENVINO, _write_openvino, 1e-4, **_LIKE_ONNX),
+        Format("openvino-bf16", "model.bf16.xml", _OPENVINO, _write_openvino, 0.1, **_FEW_BITS),
+        Format("openvino-int8", "model.int8.xml", (*_OPENVINO, "nncf"), _write_int8, 0.3, **_FEW_BITS),
+        Format("torch", "model.pt2", (), _write_torch, 1e-4, load=open_torch),
+        Format("runtime", "model.safetensors", (), write_runtime, 1e-4),
+        Format("runtime-bf16", "model.bf16.safetensors", (), _write_half, 0.1, agreement=0.9),
+        Format("aotinductor", "model.aoti.pt2", (), _write_aotinductor, 1e-4, load=_load_aotinductor),
     )
 }
