@@ -202,7 +202,7 @@ def test_fifty_clients_get_their_answers_in_turn(served: Served, client: httpx.C
     assert all(own == sorted(own, reverse=True) for own in places), "nobody is overtaken"
     pages: Any = served.app.app
     kept = next(route.app.state_holder for route in pages.routes if hasattr(route.app, "state_holder"))
-    assert 0 < len(kept.session_data) <= SESSIONS, "what Gradio keeps of a client goes with the next ones"
+    assert 0 < len(kept.session_data) <= SESSIONS, "Gradio keeps the newest clients' values alone"
 
 
 def test_nobody_fills_the_queue_alone(served: Served, client: httpx.Client) -> None:

@@ -24,8 +24,7 @@ def _names(count: int) -> list[str]:
 
 def _write(rows: Rows, *, until: int | None = None) -> None:
     for index in rows.left[:until]:
-        name = rows.names[index].decode("utf-8", "surrogateescape")
-        rows.add(dict(file=name, ok=True, number=index))
+        rows.add(dict(file=rows.names[index], ok=True, number=index))
 
 
 def _killed(rows: Rows) -> None:
@@ -75,6 +74,10 @@ def test_rows_of_others_and_odd_names_are_kept(tmp_path: Path) -> None:
         _write(rows)
         found = rows.finish()
     assert found is not None and [row["file"] for row in found] == names
+    assert [json.loads(line)["file"] for line in path.read_text(encoding="utf-8").splitlines()] == names
+    other = Rows(tmp_path / f"{path.name}0", names)  # whose lock has a name that begins alike
+    assert Rows(path, names).finish() == found and Path(other.lock.lock_file).exists()
+    other.finish()
     with pytest.raises(UserError, match="rows of 3 other images"):
         Rows(path, _names(2))
     rows = Rows(path, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -60,6 +61,10 @@ def test_the_isotropic_network_and_maps(tmp_path: Path, images: list[Path]) -> N
     name = "conv2former_is:dim=48,depth=2,num_classes=5"
     (found,) = export(name, tmp_path, ExportOptions(("runtime",), images[:2], size=(64, 64)), say=lambda _: None)
     assert found.comparison.difference < 1e-5
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(_damaged(path.read_bytes(), r"\"sizes\": [3, 16, 48]", r"\"sizes\": [3, 12, 48]"))
+    with pytest.raises(UserError, match="weights are not those"):
+        conv2former_runtime.load(path)
     model = timm.create_model("conv2former_t", dims=(24, 40, 48, 72), depths=(1, 1, 1, 1), num_classes=0).eval()
     assert isinstance(model, Conv2Former)
     x = torch.randn(2, 3, 72, 100)
@@ -138,6 +143,14 @@ def _damaged(content: bytes, old: str, new: str) -> bytes:
     return content.replace(old.encode(), new.encode(), 1)
 
 
+def _in_fours(content: bytes) -> bytes:
+    """The same bytes, said to be a fourth as many numbers of four bytes."""
+    found = re.search(rb'"dtype": "U8", "shape": \[(\d+)\]', content)
+    assert found
+    words = b'"dtype":"F32", "shape": [%d]' % (int(found[1]) // 4)
+    return content.replace(found[0], words.ljust(len(found[0])), 1)
+
+
 DAMAGES = {
     "empty": lambda b: b"",
     "no header": lambda b: b"\xff" * 100,
@@ -154,7 +167,8 @@ DAMAGES = {
     "other vectors": lambda b: _damaged(b, r"\"lanes\": ", r"\"lanes\":9"),
     "a stem that skips images": lambda b: _damaged(b, r"\"strides\": [2, 1]", r"\"strides\": [9, 9]"),
     "smaller images": lambda b: _damaged(b, r"\"min_size\": 32", r"\"min_size\": 10"),
-    "weights of another kind": lambda b: _damaged(b, '"dtype": "U8"', '"dtype":"F32"'),
+    "weights of another size": lambda b: _damaged(b, '"dtype": "U8"', '"dtype":"F32"'),
+    "weights of another kind": lambda b: _in_fours(b),
     "no eps": lambda b: _damaged(b, r"\"eps\": 1e-06", r"\"eps\": 10.06"),
     "a crop of nothing": lambda b: _damaged(b, r"\"crop_pct\": 0.9", r"\"crop_pct\": 0.0"),
     "an unknown interpolation": lambda b: _damaged(b, r"\"bicubic\"", r"\"bycubic\""),

@@ -22,18 +22,24 @@ def main() -> None:
     given = parser.parse_args()
     contents = [path.read_bytes() for path in given.images]
     seconds: list[float] = []
-    states: Counter[int] = Counter()
+    states: Counter[int | str] = Counter()
     end = time.monotonic() + given.seconds
 
     def client(number: int) -> None:
         connection = http.client.HTTPConnection(urlsplit(given.server).netloc, timeout=120)
         while (began := time.monotonic()) < end:
-            connection.request("POST", "/predict", contents[number % len(contents)])
-            answer = connection.getresponse()
-            answer.read()
+            number += given.clients
+            try:
+                connection.request("POST", "/predict", contents[number % len(contents)])
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()  # the next request opens it again
+                states[type(error).__name__] += 1
+                time.sleep(0.1)
+                continue
             seconds.append(time.monotonic() - began)
             states[answer.status] += 1
-            number += given.clients
 
     began = time.monotonic()
     clients = [threading.Thread(target=client, args=(number,)) for number in range(given.clients)]
@@ -41,6 +47,8 @@ def main() -> None:
         thread.start()
     for thread in clients:
         thread.join()
+    if not seconds:
+        raise SystemExit(f"error: no answer from {given.server} ({', '.join(map(str, states))}): is the server up?")
     took, ordered = time.monotonic() - began, sorted(seconds)
     rate = states[200] / took
     milliseconds = {

@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from starlette.requests import ClientDisconnect
 
-from conv2former_runtime.classifier import prepare
+from conv2former_runtime.classifier import prepare, top_classes
 from conv2former_runtime.errors import UserError
 from conv2former_runtime.images import BadImage, decode
 from conv2former_runtime.model import Model
@@ -33,8 +33,10 @@ Network = Callable[[np.ndarray], np.ndarray]  # (B, 3, H, W) -> logits
 def open_network(path: Path, threads: int) -> tuple[Network, dict[str, Any]]:
     """The network, and what the file says of it."""
     if path.suffix == ".onnx":
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UserError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         try:
@@ -118,17 +120,15 @@ def make_app(path: Path, given: argparse.Namespace) -> FastAPI:
                 image = await asyncio.get_running_loop().run_in_executor(readers, read, bytes(content))
                 logits = await batcher.logits(image)
         except BadImage as error:
-            raise HTTPException(422, str(error)) from None
+            wrapped = request.headers.get("content-type", "").startswith("multipart/")
+            hint = "; send the file's bytes themselves: curl --data-binary @photo.jpg" * wrapped
+            raise HTTPException(422, f"{error}{hint}") from None
         except ClientDisconnect:
             raise HTTPException(400, "the client has left") from None
         except (asyncio.QueueFull, TimeoutError, MemoryError):
             said = "the upload is too slow, or too many images wait: try again later"
             raise HTTPException(503, said, {"Retry-After": "1"}) from None
-        powers = np.exp(logits - logits.max())
-        best = np.argsort(-logits, kind="stable")[:top_k]
-        labels = facts["labels"]
-        rows = [dict(label=labels[i], index=int(i), probability=float(powers[i] / powers.sum())) for i in best]
-        return dict(top=rows)
+        return dict(top=top_classes(logits, facts["labels"], top_k))
 
     return app
 
@@ -149,6 +149,7 @@ def main() -> None:
         app = make_app(given.model, given)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    print(f"serving {given.model} at http://{given.host}:{given.port}/predict; Ctrl-C ends it", flush=True)
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning", limit_concurrency=given.waiting + 32)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 import conv2former_runtime
-from conv2former_runtime.errors import UserError, printable
+from conv2former_runtime.errors import UserError, json_line
 
 
 def main() -> int:
@@ -26,8 +25,7 @@ def main() -> int:
         model = conv2former_runtime.load(given.file, threads=given.threads)
         for image, row in zip(given.images, model.predict(given.images, top_k=given.top_k), strict=True):
             failed += not row["ok"]
-            line = json.dumps(dict(file=image) | row, ensure_ascii=False)
-            print(line if line.isprintable() else json.dumps(dict(file=image) | row), flush=True)
+            print(json_line(dict(file=image) | row), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -35,7 +33,7 @@ def main() -> int:
         print(f"error: {error or 'there is not enough memory'}", file=sys.stderr)
         return 2
     if failed:
-        print(printable(f"{failed} of {len(given.images)} files could not be read"), file=sys.stderr)
+        print(f"{failed} of {len(given.images)} files could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 

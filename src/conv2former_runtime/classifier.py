@@ -37,9 +37,12 @@ class Classifier(Model):
         for start in range(0, len(images), BATCH):
             prepared = [self._prepared(image) for image in images[start : start + BATCH]]
             good = [each for each in prepared if not isinstance(each, BadImage)]
-            rows = iter(_softmax(self(np.stack(good))) if good else ())
+            rows = iter(self(np.stack(good)) if good else ())
             for each in prepared:
-                yield dict(ok=False, error=each.reason) if isinstance(each, BadImage) else self._top(next(rows), top_k)
+                if isinstance(each, BadImage):
+                    yield dict(ok=False, error=each.reason)
+                else:
+                    yield dict(ok=True, top=top_classes(next(rows), self.labels, top_k))
 
     def prepare(self, image: Image.Image) -> Floats:
         """An image as the network takes it, (3, H, W)."""
@@ -51,11 +54,6 @@ class Classifier(Model):
             return self.prepare(decode(image) if known else image)  # type: ignore[arg-type]
         except BadImage as error:
             return error
-
-    def _top(self, probabilities: Floats, count: int) -> dict[str, Any]:
-        best = np.argsort(-probabilities, kind="stable")[:count]
-        top = [dict(label=self.labels[i], index=int(i), probability=float(probabilities[i])) for i in best]
-        return dict(ok=True, top=top)
 
 
 def prepare(image: Image.Image, facts: Mapping[str, Any]) -> Floats:
@@ -81,6 +79,9 @@ def prepare(image: Image.Image, facts: Mapping[str, Any]) -> Floats:
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
-def _softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+def top_classes(logits: Floats, labels: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The most probable classes of an image, from its logits (classes,)."""
+    powers = np.exp(logits - logits.max())
+    probabilities = powers / powers.sum()
+    best = np.argsort(-probabilities, kind="stable")[:count]
+    return [dict(label=labels[i], index=int(i), probability=float(probabilities[i])) for i in best]

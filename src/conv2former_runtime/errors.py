@@ -1,4 +1,7 @@
-"""The exception for a user's mistake."""
+"""The exception for a user's mistake, and texts of files that a terminal is to see."""
+
+import json
+from typing import Any
 
 LONGEST = 2000  # characters of a message
 
@@ -19,3 +22,9 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """Escapes line ends, control characters and the undecodable bytes of file names: no terminal is to see them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row as JSON in one line; escaped if a name holds what no terminal is to see, or bytes that are no text."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(row)

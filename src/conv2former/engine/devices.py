@@ -53,9 +53,8 @@ def fused_copy(task: Task) -> Iterator[None]:
     if plain and not torch.is_autocast_enabled("cpu"):
         place = next(name for name, module in task.model.named_modules() if module is task.backbone)
         copied = copy.deepcopy(task.evaluated).eval()
-        part = copied.get_submodule(place)
-        fused = reparameterize_model(part, inplace=True)
-        task.fused = (copied if place else fused,)
+        reparameterize_model(copied.get_submodule(place), inplace=True)
+        task.fused = (copied,)
     try:
         yield
     finally:

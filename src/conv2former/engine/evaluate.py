@@ -18,12 +18,11 @@ from conv2former.data import activity
 from conv2former.data.loading import Batches, checked, eval_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
-from conv2former.engine.devices import for_inference, pick_device
+from conv2former.engine.devices import for_inference
 from conv2former.engine.distributed import Processes
-from conv2former.engine.launch import make_fabric, world_size
+from conv2former.engine.launch import make_fabric, place, world_size
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
-from conv2former.engine.rows import place
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, one_line, or_left_out, say, say_once
 from conv2former.files import replace_text
@@ -201,13 +200,16 @@ def evaluate(
 
 
 def _launched(task: Task, device: str) -> L.Fabric | None:
-    """The processes that torchrun or SLURM has started, connected; None for one."""
-    if place()[1] == 1:
+    """The processes that torchrun or SLURM has started, connected; None for one. Raises UserError."""
+    _, count, _ = place()
+    if count == 1:
         return None
-    accelerator: Any = "auto" if device == "auto" else pick_device(device).type
+    accelerator: Any = device.partition(":")[0]  # each process takes its own GPU
+    if accelerator not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device} is for one process: use auto, cpu or cuda")
     recipe = task.recipe.model_copy(update=dict(engine=EngineSection(accelerator=accelerator)))
-    if world_size(recipe) == 1:
-        return None
+    if world_size(recipe) != count:
+        raise UserError(f"{count} processes were started that cannot be connected: start them by torchrun or sbatch")
     fabric = make_fabric(recipe)
     fabric.launch()
     return fabric
@@ -241,8 +243,8 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
-        with or_left_out("images of the report"):
-            if draw:
+        if draw:
+            with or_left_out("images of the report"):
                 task.draw(evaluation, source, folder)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None

@@ -22,6 +22,20 @@ PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-m
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
 
 
+# How torchrun and srun tell a process which one it is, and of how many. A batch script of SLURM, which is one process,
+# has SLURM_NTASKS too: only srun sets the number of tasks of a step.
+PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+
+
+def place() -> tuple[int, int, int]:
+    """This process's number, that of all processes, and its number on this machine."""
+    for names in PLACES:
+        if all(os.environ.get(name, "").isdecimal() for name in names):
+            rank, world, local = (int(os.environ[name]) for name in names)
+            return rank, world, local
+    return 0, 1, 0
+
+
 def make_fabric(recipe: Recipe) -> L.Fabric:
     """Lightning Fabric for a recipe, not launched yet.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,13 @@ from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import for_inference
 from conv2former.engine.evaluate import set_options
-from conv2former.engine.rows import Rows, place
+from conv2former.engine.launch import place
+from conv2former.engine.rows import Rows
 from conv2former.errors import UserError, say
 from conv2former.files import free_name
 from conv2former.tasks import load
 from conv2former.tasks.base import Prediction, Task
+from conv2former_runtime.errors import json_line
 
 BATCH = 16  # images of a forward pass, of a task that takes several
 
@@ -95,7 +96,7 @@ def run_predict(
         failed += isinstance(found, BadImage)
         if out and isinstance(found, Prediction):  # before the row, after which the file counts as done
             _write(found.draw(decode(file)), out, names[file])
-        rows.add(_row(file, found)) if rows else print(_json(_row(file, found)), flush=True)
+        rows.add(_row(file, found)) if rows else print(json_line(_row(file, found)), flush=True)
     if rows:
         there = rows.finish()
         if there is None:
@@ -164,12 +165,6 @@ def _text(file: Path) -> str:
         return os.fsencode(file).decode("utf-8")
     except UnicodeDecodeError:
         return str(file)
-
-
-def _json(row: dict[str, Any]) -> str:
-    """A line of JSON in UTF-8; escaped where a name holds what a terminal is not to see, or bytes that are no text."""
-    text = json.dumps(row, ensure_ascii=False)
-    return text if text.isprintable() else json.dumps(row)
 
 
 def _write(image: Image.Image, folder: Path, name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,9 @@ from filelock import FileLock, Timeout
 
 from conv2former.errors import UserError, one_line
 from conv2former.files import replace_bytes
+from conv2former_runtime.errors import json_line
 
-# How torchrun and srun tell a process which one it is, and of how many. A batch script of SLURM, which is one process,
-# has SLURM_NTASKS too: only srun sets the number of tasks of a step.
-PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 START = b'{"file": '  # of every row
-
-
-def place() -> tuple[int, int, int]:
-    """This process's number, that of all processes, and its number on this machine."""
-    for names in PLACES:
-        if all(os.environ.get(name, "").isdecimal() for name in names):
-            rank, world, local = (int(os.environ[name]) for name in names)
-            return rank, world, local
-    return 0, 1, 0
 
 
 class Rows:
@@ -44,8 +32,8 @@ class Rows:
     """
 
     def __init__(self, path: Path, names: Sequence[str], *, rank: int = 0, world: int = 1) -> None:
-        self.path, self.names = path, [*map(_key, names)]
-        self.own = path if world == 1 else path.with_name(f"{path.name}.part-{rank}-of-{world}")
+        self.path, self.names = path, list(names)
+        self.own = path if world == 1 else self._named(f"part-{rank}-of-{world}")
         self.lock = FileLock(self.own.with_name(f"{self.own.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +52,7 @@ class Rows:
     def add(self, row: dict[str, Any]) -> None:
         """Writes a row; raises UserError."""
         try:
-            self.file.write(_line(row) + b"\n")
+            self.file.write(_line(row))
             self.file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.own}: {one_line(error)}; the same command goes on there") from None
@@ -73,27 +61,36 @@ class Rows:
         """Puts all rows into ``path`` if they are there; the rows, or None. Raises UserError."""
         self.file.close()
         try:
-            with FileLock(self.path.with_name(f"{self.path.name}.merge.lock")):
+            with FileLock(self._named("merge.lock")):
                 known = self._known()
-                done = all(name in known for name in self.names)
-                if done:
-                    replace_bytes(self.path, b"".join(known[name] + b"\n" for name in self.names))
+                rows = [known[name] for name in self.names if name in known]
+                done = len(rows) == len(self.names)
+                if done and self._parts():
+                    replace_bytes(self.path, b"".join(map(_line, rows)))
                     for part in self._parts():
                         part.unlink(missing_ok=True)
             self.lock.release()
-            for file in self.path.parent.glob(f"{glob.escape(self.path.name)}*.lock") if done else ():
-                file.unlink(missing_ok=True)
-            return [_read(known[name]) for name in self.names] if done else None
+            for lock in [*self._locks()] if done else ():
+                lock.unlink(missing_ok=True)
+            return rows if done else None
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {one_line(error)}") from None
+
+    def _named(self, end: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{end}")
+
+    def _locks(self) -> Iterator[Path]:
+        """All files that are there for locking alone."""
+        yield from (self._named("lock"), self._named("merge.lock"))
+        yield from self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*-of-*.lock")
 
     def _parts(self) -> list[Path]:
         found = self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*-of-*")
         return sorted(part for part in found if part.suffix != ".lock")
 
-    def _known(self) -> dict[bytes, bytes]:
+    def _known(self) -> dict[str, dict[str, Any]]:
         """The rows that are written, by the names of their files."""
-        return {name: line for file in (self.path, *self._parts()) for name, line in _rows(file)}
+        return {row["file"]: row for file in (self.path, *self._parts()) for row in _rows(file)}
 
     def _cut_off_half_a_line(self) -> None:
         """A process that was killed may have left half a line, which would spoil the next. Raises UserError."""
@@ -106,29 +103,24 @@ class Rows:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return json_line(row).encode() + b"\n"
 
 
-def _read(line: bytes) -> dict[str, Any]:
-    row: dict[str, Any] = json.loads(line.decode("utf-8", "surrogateescape"))
-    return row
-
-
-def _key(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _rows(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Names and lines of a file; half a line at its end is left out. Raises UserError."""
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; half a line at its end is left out. Raises UserError."""
     try:
         *lines, _ = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return
     for line in lines:
         try:
-            yield _key(_read(line)["file"]), line
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise _foreign(path) from None
+            row = json.loads(line)
+            known = isinstance(row["file"], str)
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise _foreign(path)
+        yield row
 
 
 def _foreign(path: Path) -> UserError:

@@ -194,11 +194,12 @@ class RunDir:
 
     def recipe(self) -> Recipe:
         """The run's resolved recipe: the one that ``run.json`` names; raises UserError where a file is damaged."""
-        found, named = _parsed(self.path / "recipe.yaml"), self.facts().get("recipe_hash")
-        *_, before, _ = [None, *self._recipes_before()]
-        if before and named != found.digest():  # a change may have been interrupted
-            with contextlib.suppress(UserError):  # an older version's
-                found = kept if (kept := _parsed(before)).digest() == named else found
+        found, (*earlier, _) = _parsed(self.path / "recipe.yaml"), self._recipes_before()
+        if not earlier or (named := self.facts().get("recipe_hash")) == found.digest():
+            return found
+        with contextlib.suppress(UserError):  # an older version's
+            if (kept := _parsed(earlier[-1])).digest() == named:  # a change was interrupted
+                return kept
         return found
 
     def _recipes_before(self) -> Iterator[Path]:

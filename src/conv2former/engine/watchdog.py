@@ -25,6 +25,8 @@ SILENCE = 30.0  # seconds without a heartbeat after which a process is taken for
 GRACE = 3.0  # seconds that a training process has to end by itself
 REPEAT = 1.0  # a second Ctrl-C within this many seconds is the first, passed on by a launcher
 LONGEST = 65536  # bytes of a message
+# signals that the watchdog ignores; Windows lacks some
+FOR_TRAINING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
 HELP = "what was saved is kept: continue with --resume"
 
 
@@ -380,6 +382,6 @@ def _kill(pid: int) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are for the training process
+    for number in FOR_TRAINING:
+        signal.signal(number, signal.SIG_IGN)
     Watchdog(*map(int, sys.argv[1:])).run()

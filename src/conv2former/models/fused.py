@@ -35,7 +35,7 @@ torch.fx.wrap("stem")
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Factor and offset of each channel, (C,) float64 each, behind a LayerNorm's normalisation or of a BatchNorm."""
     scale, offset = norm.weight.detach().double(), norm.bias.detach().double()
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d):
+    if isinstance(norm, _WITH_STATISTICS):
         assert norm.running_mean is not None and norm.running_var is not None
         scale = scale / (norm.running_var.double() + norm.eps).sqrt()
         offset = offset - norm.running_mean.double() * scale
@@ -120,8 +120,11 @@ class FusedStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / stride, W / stride), channels last in memory."""
         check_image_size(x, self.min_size)
-        weights = self.weight1, self.scale, self.offset, self.weight2, self.weight3, self.bias3
-        return stem(channels_last(x), *weights, self.stride1, self.stride2)
+        return stem(channels_last(x), *self.weights(), self.stride1, self.stride2)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As ``ops.stem`` takes them."""
+        return self.weight1, self.scale, self.offset, self.weight2, self.weight3, self.bias3
 
 
 class FusedDownsample(nn.Module):

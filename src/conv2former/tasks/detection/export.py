@@ -62,7 +62,7 @@ def compare(ours: Arrays, theirs: Arrays, side: int) -> tuple[float, int, int]:
     The difference is the largest of scores, of mask probabilities, and of the corners of boxes in units of ``side``.
     """
     for one, other in zip(ours, theirs, strict=True):
-        if one.shape != other.shape or not np.isfinite(other).all():
+        if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
             return float("inf"), 0, 1
     kept = [[column[parts[2] >= 0] for column in parts] for parts in (ours, theirs)]
     (boxes, _, labels, *_), (other_boxes, _, other_labels, *_) = kept

@@ -137,25 +137,24 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
         subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
         if options.data and subject.task.one_at_a_time:
             raise UserError(f"--data counts top-1, {source} holds a {subject.task.name} model: leave it out")
-        subjects = _subjects(subject, formats)
-        for each in subjects.values():
+        subjects = {format.name: subject.in_onnx if format.onnx else subject for format in formats}
+        for each in {id(each): each for each in subjects.values()}.values():
             if each.note:
                 say(f"note: {each.note}")
             each.images = _images(named, options, each)
-            each.calibration = [image[None] for image in each.images]
         if options.calibration and any(format.name.endswith("int8") for format in formats):
-            calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
-            subject.calibration = [image[None] for image in calibration]
+            subject.calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
         labelled: Any = subject.task.eval_source(options.data) if options.data else None
-        program = functools.cache(lambda whole, first: trace(subjects[whole], first=first))
+        programs: dict[tuple[int, bool], Any] = {}  # by what is traced, and its form
         with _workshop(out) as folder:
             found, runtimes = [], []
             for format in formats:
-                whole = _whole(format, subject)
-                exported, runtime = _exported(
-                    format, subjects[whole], functools.partial(program, whole, format.channels_first), folder
+                each, first = subjects[format.name], format.channels_first
+                program = programs.setdefault(
+                    (id(each), first), functools.cache(functools.partial(trace, each, first=first))
                 )
-                if subjects[whole].part.one and exported.comparison.agreement is None:
+                exported, runtime = _exported(format, each, program, folder)
+                if each.part.one and exported.comparison.agreement is None:
                     say("note: nothing was found on the images, so little was compared: name others with --pictures")
                 tolerance = exported.tolerance if options.tolerance is None else options.tolerance
                 least = 0.0 if subject.random else exported.agreement
@@ -176,16 +175,6 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
         run = RunDir(named)
         write_card(out, named, run if run.exists() else None, exported=rows)
     return found
-
-
-def _whole(format: Format, subject: Subject) -> bool:
-    """Whether a format takes more of the model than others do."""
-    return format.onnx and subject.part.in_onnx is not None
-
-
-def _subjects(subject: Subject, formats: Sequence[Format]) -> dict[bool, Subject]:
-    """What the formats are written from, by ``_whole``."""
-    return {whole: subject.in_onnx() if whole else subject for whole in {_whole(format, subject) for format in formats}}
 
 
 def _exported(format: Format, subject: Subject, program: Program, folder: Path) -> tuple[Exported, Runtime]:

@@ -17,15 +17,13 @@ from torch.nn import functional as F
 from conv2former.models.classifier import Head
 from conv2former.models.conv2former import Stage
 from conv2former.models.fused import FusedBlocks, FusedDownsample, FusedStem, fusable_head
+from conv2former.ops import stem
 from conv2former.ops.blocks import block_weights
 
 
 def channels_first(network: nn.Module) -> nn.Module:
     """A copy of a network whose fused parts compute on NCHW; it has the same weights in memory."""
     made = copy.deepcopy(network, {id(weight): weight for weight in network.parameters()})
-    found = _replaced(made)
-    if found is not None:
-        return found
     for parent in list(made.modules()):
         for name, child in parent.named_children():
             if (other := _replaced(child)) is not None:
@@ -53,16 +51,12 @@ def normalised(x: Tensor, eps: float) -> Tensor:
 
 
 class _Stem(nn.Module):
-    def __init__(self, stem: FusedStem) -> None:
+    def __init__(self, fused: FusedStem) -> None:
         super().__init__()
-        self.stem = stem
+        self.stem = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        stem = self.stem
-        x = F.gelu(F.conv2d(x, stem.weight1, stride=stem.stride1, padding=1))
-        x = x * stem.scale.view(-1, 1, 1) + stem.offset.view(-1, 1, 1)
-        x = F.gelu(F.conv2d(x, stem.weight2, stride=stem.stride2, padding=1))
-        return F.conv2d(x, stem.weight3, stem.bias3, stride=2)
+        return stem(x, *self.stem.weights(), self.stem.stride1, self.stem.stride2)
 
 
 class _Downsample(nn.Module):

@@ -110,8 +110,9 @@ def _write_openvino(subject: Subject, program: Program, path: Path, *, int8: boo
         import nncf
 
         # not as ModelType.TRANSFORMER: its smooth quantization made the error several times larger on a trained network
-        options: Any = dict(subset_size=len(subject.calibration), ignored_scope=left_in_float(subject.task.backbone))
-        model = nncf.quantize(model, nncf.Dataset(subject.calibration), **options)
+        images = [image[None] for image in subject.calibration or subject.images]
+        options: Any = dict(subset_size=len(images), ignored_scope=left_in_float(subject.task.backbone))
+        model = nncf.quantize(model, nncf.Dataset(images), **options)
     model.set_rt_info(json.dumps(subject.metadata), [KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
 

@@ -99,7 +99,7 @@ def _steps(network: Any, name: str) -> Iterator[Step]:
 
 def _stem(stem: Any, name: str) -> Step:
     if isinstance(stem, FusedStem):
-        weights: list[Tensor] = [stem.weight1, stem.scale, stem.offset, stem.weight2, stem.weight3, stem.bias3]
+        weights = list(stem.weights())
         sizes = [weights[0].shape[1], weights[0].shape[0], weights[4].shape[0]]
         return dict(op="stem", sizes=sizes, strides=[stem.stride1, stem.stride2]), [weights]
     conv = getattr(stem, "proj", None)

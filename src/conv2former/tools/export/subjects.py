@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.utils.model import reparameterize_model
 
 from conv2former.checkpoints.exported import torch_runtime
+from conv2former.engine.devices import for_inference
 from conv2former.errors import UserError
 from conv2former.tasks.base import Task
 from conv2former.tasks.exportable import Exportable
@@ -27,10 +28,14 @@ class Subject:
     task: Task
     part: Exportable  # what of it is exported, in evaluation mode
     dynamic_size: bool  # whether the file takes any size
-    note: str = ""  # what the user should know
-    random: bool = False  # whether the weights are, and top classes mean nothing
+    random: bool  # whether the weights are, and top classes mean nothing
     images: Sequence[np.ndarray] = ()  # prepared images (3, H, W) to compare on
-    calibration: Sequence[np.ndarray] = ()  # likewise (1, 3, H, W), for formats with fewer bits
+    calibration: Sequence[np.ndarray] = ()  # likewise, for formats with fewer bits; none for those that are compared
+
+    @property
+    def note(self) -> str:
+        """What the user should know."""
+        return "random weights" if self.random else self.part.note
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -49,10 +54,10 @@ class Subject:
         """What PyTorch makes of a batch (B, 3, H, W)."""
         return torch_runtime(self.part.network)(batch)
 
+    @functools.cached_property
     def in_onnx(self) -> Subject:
-        """The same model with all of it that ONNX can take."""
-        part = self.part.in_onnx
-        return replace(self, part=part, note="random weights" if self.random else part.note) if part else self
+        """The same model with all of it that ONNX can take; itself where that is no more."""
+        return replace(self, part=self.part.in_onnx) if self.part.in_onnx else self
 
 
 def open_subject(
@@ -73,9 +78,7 @@ def open_subject(
     task, random = open_task(named, source)
     if dynamic_size and task.one_at_a_time:  # whose decoders and pyramids take multiples of 32 alone
         raise UserError(f"--dynamic-size is for classification, {source} holds a {task.name} model: leave it out")
-    task.eval().requires_grad_(False)
-    if fuse:
-        reparameterize_model(task.backbone, inplace=True)
+    for_inference(task.requires_grad_(False), "cpu", fuse=fuse)
     part = task.exportable(size)
     part.network.eval()
-    return Subject(task, part, dynamic_size, "random weights" if random else part.note, random)
+    return Subject(task, part, dynamic_size, random)
