@@ -15,7 +15,10 @@ MODES = "eager, compile, cudagraphs, onnxruntime, openvino, openvino-int8, aotin
 
 @app.command()
 def benchmark(
-    models: Annotated[list[str], Argument(help="Any timm models; they are compared with the first.")],
+    models: Annotated[list[str] | None, Argument(help="Any timm models; they are compared with the first.")] = None,
+    frontier: Annotated[
+        bool, Option("--frontier", help="In place of MODELS: ours beside today's models for CPUs, with their accuracy.")
+    ] = False,
     mode: Annotated[list[str] | None, Option(help=f"{MODES}; repeatable (default: first two).")] = None,
     train: Annotated[bool, Option("--train", help="Training steps instead of inference.")] = False,
     dtype: Annotated[list[str] | None, Option(help="float32, bfloat16; repeatable (default: float32).")] = None,
@@ -38,16 +41,18 @@ def benchmark(
 
     Example: conv2former benchmark conv2former_t convnext_tiny --dtype bfloat16 --mode compile --mode openvino
     """
+    from conv2former.errors import UserError
+    from conv2former.tools.benchmark import frontier as front
     from conv2former.tools.benchmark import report
     from conv2former.tools.benchmark.measure import benchmark as run_benchmark
     from conv2former.tools.benchmark.options import BenchmarkOptions
 
     options = BenchmarkOptions(
-        models=models,
+        models=models or (),
         modes=mode or (),
         training=train,
-        dtypes=dtype or ("float32",),
-        batch_sizes=batch_size or (8,),
+        dtypes=dtype or (("float32", "bfloat16") if frontier else ("float32",)),
+        batch_sizes=batch_size or ((8, 1) if frontier else (8,)),
         image_sizes=size or (),
         rounds=rounds,
         threads=threads,
@@ -57,13 +62,20 @@ def benchmark(
         profile=profile,
         out=out,
     )
-    rows = run_benchmark(options)
-    files = report.write(rows, out) if out else []
+    if frontier == bool(models):
+        raise UserError("give the names of models, or --frontier without names")
+    rows = (front.frontier if frontier else run_benchmark)(options)
+    files = (front.write if frontier else report.write)(rows, out) if out else []
     if json_:
         print(json.dumps([row.to_json() for row in rows], indent=2))
         return
     tell(report.conditions(rows))
-    print_table(report.columns(rows), [report.cells(row) for row in rows], right=report.RIGHT)
+    if frontier:
+        head, *lines = front.table(rows)
+        print_table(head, lines, right=range(3, len(head)))
+        tell(front.steadiness(rows))
+    else:
+        print_table(report.columns(rows), [report.cells(row) for row in rows], right=report.RIGHT)
     if profile:
         tell("", *report.profiles(rows).split("\n"))
     if out:

@@ -5,6 +5,7 @@
     worker.py     the process that holds one configuration, times and profiles its steps
     measure.py    workers in turn, statistics, rows
     report.py     the rows as a table and in files; plots.py draws them
+    frontier.py   our models beside today's models for CPUs
 
 Each worker imports this package, so nothing is imported here: the entry is ``measure.benchmark``.
 """

@@ -81,6 +81,11 @@ def profiles(rows: Sequence[Row]) -> str:
     return "\n\n".join(tables)
 
 
+def append_rows(rows: Sequence[Row], path: Path) -> None:
+    for row in rows:
+        append_line(path, row.to_json())
+
+
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the files of ``--out`` into a folder that exists, and returns them; raises UserError.
 
@@ -91,8 +96,7 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     jsonl, table, text = (folder / name for name in ("benchmark.jsonl", "benchmark.md", "profile.txt"))
     files = [jsonl, table]
     try:
-        for row in rows:
-            append_line(jsonl, row.to_json())
+        append_rows(rows, jsonl)
         replace_text(table, to_markdown(rows))
         if operations := profiles(rows):
             replace_text(text, operations + "\n")
