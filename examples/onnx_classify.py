@@ -1,6 +1,6 @@
-"""Classes of pictures by an exported model: numpy, Pillow and onnxruntime alone.
+"""Classes of images by an exported classifier: numpy, Pillow and ONNX Runtime alone.
 
-python onnx_classify.py model.onnx PICTURES...
+python onnx_classify.py model.onnx IMAGES...
 """
 
 import json
@@ -10,23 +10,32 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python onnx_classify.py model.onnx IMAGES...")
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-about = json.loads(session.get_modelmeta().custom_metadata_map["conv2former"])
+about = json.loads(session.get_modelmeta().custom_metadata_map.get("conv2former", "{}"))
+if "labels" not in about or "crop_pct" not in about:
+    sys.exit(f"{sys.argv[1]} is not a classifier from `conv2former export`")
 side, resample = about["input_size"][1], Image.Resampling[about["interpolation"].upper()]
 
 
 def prepare(path: str) -> np.ndarray:
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     short = int(side / about["crop_pct"])
-    width, height = (int(short * length / min(picture.size)) for length in picture.size)
+    width, height = (int(short * length / min(image.size)) for length in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
-    picture = picture.resize((width, height), resample).crop((left, top, left + side, top + side))
-    pixels = (np.asarray(picture, np.float32) / 255 - about["mean"]) / about["std"]
+    image = image.resize((width, height), resample).crop((left, top, left + side, top + side))
+    pixels = (np.asarray(image, np.float32) / 255 - about["mean"]) / about["std"]
     return pixels.transpose(2, 0, 1).astype(np.float32)
 
 
 for path in sys.argv[2:]:
-    (logits,) = session.run(None, {"images": prepare(path)[None]})
-    shares = np.exp(logits[0] - logits[0].max())
-    best = int(shares.argmax())
-    print(f"{path}: {about['labels'][best]} {shares[best] / shares.sum():.4f}")
+    try:
+        prepared = prepare(path)
+    except OSError as error:
+        print(f"{path}: cannot be read ({error})", file=sys.stderr)
+        continue
+    (logits,) = session.run(None, {"images": prepared[None]})
+    powers = np.exp(logits[0] - logits[0].max())
+    best = int(powers.argmax())
+    print(f"{path}: {about['labels'][best]} {powers[best] / powers.sum():.4f}")

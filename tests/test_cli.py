@@ -98,7 +98,7 @@ BAD = [
     (["train", "--out", "{run}", "--resume", "--recipe", "cifar"], "made with other settings"),
     (["train", "--out", "{run}", "--model", "conv2former_t"], "holds a run: continue it with --resume"),
     (["train", "--out", "{run}", "--resume", "auto", "--overwrite"], "exclude each other"),
-    ([*QUICK, "--force"], "--force requires --resume"),
+    ([*QUICK, "--force"], "--force can only be used together with --resume"),
     ([*QUICK, "--dry-run", "--overwrite"], "leave --resume and --overwrite out"),
     (["train", "--dry-run"], "--dry-run plans a recipe: name it with --recipe"),
     (["plot", "{empty}"], "is not a run folder"),

@@ -20,7 +20,21 @@ from digits import tiny_recipe, write_digits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-REPRODUCED: tuple[str, ...] = runpy.run_path(str(ROOT / "docs/tables.py"))["REPRODUCED"]
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
+MAX_CODE = 100  # characters of a line of code: what a page shows without wrapping
+# words that DESIGN's readers had to read twice; all else is found by reading
+BANNED = (
+    "peer",
+    "rival",
+    "headline",
+    "signs of life",
+    "by heart",
+    "goes with",
+    "label map",
+    "by chance",
+    "shall",
+    "mend",
+)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,7 +52,18 @@ def test_the_table_of_recipes_is_what_the_command_prints(capsys: pytest.CaptureF
     assert (ROOT / "docs/results/recipes.md").read_text() == capsys.readouterr().out, "run `make docs-tables`"
 
 
-@pytest.mark.parametrize("name", REPRODUCED)
+@pytest.mark.parametrize("name", TABLES["PAGES"])
+def test_the_reference_is_what_the_package_says(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == TABLES["PAGES"][name](), "run `make docs-tables`"
+
+
+def test_every_setting_and_option_says_what_it_means() -> None:
+    for name in TABLES["PAGES"]:
+        rows = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("| `")]
+        assert len(rows) > 100 and not [row for row in rows if row.endswith("|  |")]
+
+
+@pytest.mark.parametrize("name", TABLES["REPRODUCED"])
 def test_the_tables_of_rows_are_what_the_command_writes(name: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs/results/rows.jsonl", tmp_path)
     _, files = reproduce(Request(name, out=tmp_path))
@@ -108,3 +133,34 @@ def test_the_paper_map_names_real_tests_and_models() -> None:
     assert tests and all((ROOT / "tests" / name).exists() for name in tests)
     recipes = {word for word in re.findall(r"`(\w+)`", text) if word.startswith(("imagenet", "coco", "ade20k"))}
     assert recipes <= set(recipe_names())
+
+
+PROSE = [document for document in DOCUMENTS if document.name not in ("log.md", "CONTRIBUTING.md")]
+
+
+@pytest.mark.parametrize("document", PROSE, ids=lambda path: path.name)
+def test_pages_render_and_read_well(document: Path) -> None:
+    """Lists stand apart from the paragraph before, no line of code is too long to be seen, no word is private."""
+    before, code = "", False
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        where = f"{document.name}:{number}: {line}"
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif code:
+            assert len(line) <= MAX_CODE, where
+        else:
+            item, above = re.match(r"\s*(?:[-*]|\d+\.) ", line), before.strip()
+            assert not item or not above or re.match(r"\s*(?:[-*]|\d+\.) |\s{2,}", before), (
+                f"an empty line is missing: {where}"
+            )
+            words = re.sub(r"`[^`]*`|\(http[^)]*\)", "", line).lower()
+            assert not [word for word in BANNED if re.search(rf"\b{word}s?\b", words)], where
+        before = line
+
+
+def test_messages_of_troubleshooting_are_those_of_the_package() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    together = re.sub(r'"\s*f?"', "", sources)  # texts over several lines
+    rows = (ROOT / "docs/troubleshooting.md").read_text().split("## By message")[1]
+    found = re.findall(r"^\| `([^`]+)`", rows, re.M)
+    assert len(found) > 15 and not [text for text in found if text not in together]

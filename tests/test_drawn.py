@@ -15,7 +15,7 @@ from conv2former.engine.evaluate import evaluate
 from conv2former.engine.train import train
 from conv2former.tasks.segmentation.task import draw_classes
 from conv2former.viz import plots
-from conv2former.viz.drawing import colour, objects, outline, own_colours, with_bars
+from conv2former.viz.drawing import colour, objects, outline, with_bars
 from digits import tiny_recipe
 
 NAMES = [
@@ -48,11 +48,10 @@ def test_names_of_every_kind_are_drawn(tmp_path: Path) -> None:
 
 
 def test_objects_of_one_class_are_told_apart() -> None:
-    assert own_colours([4, 4, 4]) == [0, 1, 2] and own_colours([4, 1]) == [4, 1] and own_colours([]) == []
     left, right = (np.zeros((40, 60), np.uint8) for _ in range(2))
     left[5:35, 5:30], right[5:35, 30:55] = 1, 1  # side by side
     blank = Image.new("RGB", (60, 40), (128, 128, 128))
-    drawn = np.asarray(objects(blank, [(5, 5, 30, 35), (30, 5, 55, 35)], ["", ""], own_colours([0, 0]), [left, right]))
+    drawn = np.asarray(objects(blank, [(5, 5, 30, 35), (30, 5, 55, 35)], ["", ""], [0, 1], [left, right]))
     assert tuple(drawn[20, 15]) != tuple(drawn[20, 45]), "the fillings differ"
     same = np.asarray(objects(blank, [], [], [], [])).copy()
     assert (same == 128).all()

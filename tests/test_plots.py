@@ -73,7 +73,7 @@ def test_one_run_is_drawn_into_its_folder(tmp_path: Path, drawn: list[Figure]) -
 def test_the_end_of_a_run_draws_the_same(tmp_path: Path, drawn: list[Figure]) -> None:
     run = write_run(tmp_path / "run")
     plot_runs([run], out=tmp_path / "one.png")
-    plots.learning_curves(RunDir(run).rows(), run / "learning_curves.png")
+    plots.draw_curves({RunDir(run).title(): RunDir(run).rows()}, run / "learning_curves.png", "epoch")
     assert (run / "learning_curves.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 

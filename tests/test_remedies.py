@@ -1,4 +1,4 @@
-"""The table "what happened, what to do, what is lost" of docs/training.md: every line of it is held by a test."""
+"""The table "what happened, what to do, what is lost" of docs/resume.md: every line of it is held by a test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-TABLE = (TESTS.parent / "docs/training.md").read_text().split("| what happened |")[1].split("\n\n")[0]
+TABLE = (TESTS.parent / "docs/resume.md").read_text().split("| what happened |")[1].split("\n\n")[0]
 
 # the first column, and the tests; of those that stand together the later ones are slow, and closer to life
 HELD = {
@@ -19,8 +19,8 @@ HELD = {
     "SIGKILL, a crash, no power": ["test_resume.test_a_killed_process_continues_bit_for_bit"],
     "the newest checkpoint is damaged": ["test_resume.test_a_damaged_newest_checkpoint_gives_way_to_the_one_before"],
     "all checkpoints are damaged or gone": ["test_resume.test_a_run_without_readable_checkpoints_is_not_trained_anew"],
-    "a checkpoint has no `.sha256` beside it": ["test_resume.test_a_checkpoint_without_its_digest_is_said"],
-    "the disk is full, or may not be written to": [
+    "a checkpoint has no `.sha256` file": ["test_resume.test_a_checkpoint_without_its_digest_is_said"],
+    "the disk is full or may not be written to": [
         "test_failures.test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before",
         "test_failures.test_what_the_disk_refuses_is_said_with_its_remedy",
     ],
@@ -51,7 +51,7 @@ HELD = {
     ],
     "another number of GPUs": ["test_processes.test_a_run_goes_on_with_another_number_of_processes"],
     "other images than before": ["test_resume.test_other_images_are_refused_unless_forced"],
-    "the run shall be longer": ["test_resume.test_forced_to_go_on_with_another_recipe"],
+    "the run should be longer": ["test_resume.test_forced_to_go_on_with_another_recipe"],
     "the run is finished": [
         "test_resume.test_a_finished_run_resumes_to_its_report",
         "test_resume.test_a_finished_run_without_checkpoints_is_evaluated",

@@ -83,8 +83,12 @@ class ImagesSection(Section):
     )
     max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
     max_pixels: PositiveInt = Field(default=1 << 27, description="larger images count as images that cannot be read")
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    mean: tuple[float, float, float] = Field(
+        default=IMAGENET_MEAN, description="of red, green and blue, subtracted from values of 0 to 1"
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        default=IMAGENET_STD, description="what the difference is divided by"
+    )
 
 
 class AnnotatedSection(ImagesSection):
@@ -102,7 +106,7 @@ class OptimSection(Section):
 
     name: str = Field(default="adamw", description="an optimizer that timm knows")
     base_lr: float = Field(default=1e-3, gt=0, description="learning rate for an effective batch of base_batch")
-    base_batch: PositiveInt = 1024
+    base_batch: PositiveInt = Field(default=1024, description="effective batch that base_lr is meant for")
     batch_size: PositiveInt = Field(default=128, description="images per process and forward pass")
     accumulate: PositiveInt = Field(default=1, description="forward passes per optimizer step")
     global_batch: PositiveInt | None = Field(
@@ -110,7 +114,7 @@ class OptimSection(Section):
         description="images per optimizer step over all processes; accumulate then follows from it, and batch_size is "
         "the most that a process takes at once",
     )
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, description="of weights; norms, biases and layer scales have none")
     betas: tuple[float, float] | None = Field(default=None, description="None for the optimizer's own")
     eps: float | None = Field(default=None, gt=0, description="None for the optimizer's own")
     clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
@@ -135,10 +139,12 @@ class ScheduleSection(Section):
     Lengths are in epochs; whoever counts optimizer steps gives ``steps``, ``warmup_steps`` and ``eval_every_steps``.
     """
 
-    kind: Literal["cosine", "multistep", "polynomial"] = "cosine"
-    epochs: PositiveInt = 300
+    kind: Literal["cosine", "multistep", "polynomial"] = Field(
+        default="cosine", description="how the learning rate falls after the warm-up"
+    )
+    epochs: PositiveInt = Field(default=300, description="length in epochs")
     steps: PositiveInt | None = Field(default=None, description="length in optimizer steps; epochs is then not used")
-    warmup_epochs: float = Field(default=0, ge=0)
+    warmup_epochs: float = Field(default=0, ge=0, description="epochs in which the learning rate rises from near 0")
     warmup_steps: int | None = Field(default=None, ge=0, description="warm-up in optimizer steps, for warmup_epochs")
     warmup_lr: float = Field(default=1e-6, ge=0, description="learning rate at step 0 of the warm-up")
     min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end of the cosine or polynomial")
@@ -198,11 +204,11 @@ class LoggerSection(Section):
 class EngineSection(Section):
     """How it is computed."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="all random numbers follow from it")
     precision: Literal["64", "32", "bf16", "16"] = Field(
         default="32", description="autocast type; 64 computes in double precision, to compare runs"
     )
-    channels_last: bool = True
+    channels_last: bool = Field(default=True, description="memory in the order that the blocks work in")
     compile: bool | Literal["auto"] = Field(
         default=False, description="torch.compile; 'auto' is true on an NVIDIA GPU, decided when the run is started"
     )
@@ -216,8 +222,12 @@ class EngineSection(Section):
         default=False,
         description="cuDNN times its algorithms in training; a resumed run may then differ in the last bits",
     )
-    grad_checkpointing: bool = False
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    grad_checkpointing: bool = Field(
+        default=False, description="keep only the inputs of blocks and compute them twice: less memory, more time"
+    )
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="what to compute on; auto takes the GPUs if there are any"
+    )
     devices: PositiveInt | Literal["auto"] = Field(
         default="auto", description="processes on each machine; torchrun and SLURM say it themselves"
     )

@@ -17,7 +17,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # isort: off
 # each adds its command to the program; --help lists them in this order
 from conv2former_cli import (
-    train, plot, evaluate, predict, explain, demo, reproduce, export, push, models, recipes, convert, benchmark, doctor
+    train, plot, evaluate, predict, explain, demo, reproduce, export, push, models, recipes, convert, samples,
+    benchmark, doctor,
 )  # fmt: skip
 
 # isort: on

@@ -100,7 +100,7 @@ def field(
 ) -> None:
     """Measure effective receptive fields, stage by stage, as in RepLKNet's table; one figure on one scale.
 
-    Example: conv2former explain field conv2former_t:ls_init_value=1 resnet50d runs/cifar --data photos/ --out fields
+    Example: conv2former explain field conv2former_t:ls_init_value=1 runs/cifar --data photos/ --out fields
     """
     from conv2former.tools.explain import field_report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -85,7 +86,7 @@ def train(
     if overrides and recipe is None:
         raise UserError("--set and --model change a recipe: name it with --recipe")
     if force and not resume:
-        raise UserError("--force requires --resume: it goes on with a run")
+        raise UserError("--force can only be used together with --resume")
     loaded = load_recipe(recipe, overrides=overrides) if recipe else None
     if dry_run:
         from conv2former.engine.dry_run import dry_run as describe
@@ -108,3 +109,6 @@ def train(
         sys.exit(stop.code)
     if evaluation:
         tell(result_line(evaluation, "weights, metrics and plots", out))
+        run = shlex.quote(str(out))
+        say(f"look at {', '.join(sorted(path.name for path in out.glob('*.png')))} in {run}")
+        say(f"next: conv2former predict {run} IMAGES --out annotated", f"      conv2former demo {run}")

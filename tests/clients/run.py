@@ -90,7 +90,7 @@ def judged(row: Row, model: str, why: str) -> tuple[str, bool]:
 def page(cells: dict[tuple[Row, str], str]) -> str:
     """The document: the table, what to know, and the file that counts fused networks as it ran."""
     lines = [
-        "# Works with",
+        "# Libraries that work with it",
         "",
         "This page shows libraries that people use around timm models, run on a Conv2Former and on timm's ConvNeXt.",
         "*Works* means that the result was computed a second time without the library, and that both agree.",

@@ -84,6 +84,8 @@ def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
 class _Frozen:
     """Batch norm that never counts."""
 
+    plain_in_evaluation = True
+
     def train(self, mode: bool = True) -> Any:
         """Stays in evaluation mode."""
         return super().train(False)  # type: ignore[misc]

@@ -194,7 +194,7 @@ def evaluate(
     if folder:
         facts = dict(checkpoint=str(checkpoint), data=str(data) if data else None)
         if fabric:
-            say("no pictures are drawn: that needs all images in one process")
+            say("no images are drawn: that needs all images in one process")
         write_report(task, evaluation, images, folder, draw=fabric is None, **facts)
     return evaluation, folder
 

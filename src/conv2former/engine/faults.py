@@ -63,7 +63,7 @@ class Faults:
         return agreed(
             UserError(
                 f"{len(self.bad_images)} images cannot be read, more than data.max_bad_images: see "
-                f"{self.run.bad_images_jsonl}, raise the limit with --set and continue with --resume"
+                f"{self.run.bad_images_jsonl}, raise it with --set data.max_bad_images=1000 and continue with --resume"
             )
         )
 

@@ -16,6 +16,7 @@ from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import for_inference
 from conv2former.engine.evaluate import set_options
 from conv2former.engine.launch import place
+from conv2former.engine.progress import Ticker
 from conv2former.engine.rows import Rows
 from conv2former.errors import UserError, say
 from conv2former.files import free_name
@@ -92,15 +93,23 @@ def run_predict(
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
     failed, taken = 0, set[str]()
     names = {file: free_name(file.stem, DRAWN, taken) for file in files} if out else {}  # also of those that are done
-    for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
-        failed += isinstance(found, BadImage)
-        if out and isinstance(found, Prediction):  # before the row, after which the file counts as done
-            _write(found.draw(decode(file)), out, names[file])
-        rows.add(_row(file, found)) if rows else print(json_line(_row(file, found)), flush=True)
+    done = 0
+    try:
+        with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
+            for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
+                failed += isinstance(found, BadImage)
+                if out and isinstance(found, Prediction):  # before the row, after which the file counts as done
+                    _write(found.draw(decode(file)), out, names[file])
+                rows.add(_row(file, found)) if rows else print(json_line(_row(file, found)), flush=True)
+                done += 1
+    except KeyboardInterrupt:
+        if rows:
+            say(f"stopped, {done} of {len(mine)} rows are written: the same command continues there")
+        raise
     if rows:
         there = rows.finish()
         if there is None:
-            say(f"process {rank} of {world} has written its {len(mine)} rows; those of the others are missing yet")
+            say(f"process {rank} of {world} has written its {len(mine)} rows; the other processes are not done yet")
             return 1 if failed else 0
         failed, mine = sum(not row["ok"] for row in there), files
         say(f"{len(files)} rows are in {out_file}")

@@ -36,7 +36,7 @@ def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: tor
         with or_left_out("samples"):
             _write_samples(run, source)
     with or_left_out("learning curves"):
-        plots.learning_curves(run.rows(), run.path / "learning_curves.png")
+        plots.draw_curves({run.title(): run.rows()}, run.path / "learning_curves.png", "epoch")
     with or_left_out("the model card"):
         write_card(run.best, run.best, run)
     return evaluation

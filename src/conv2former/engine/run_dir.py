@@ -213,6 +213,11 @@ class RunDir:
         """What ``run.json`` says; raises UserError where the file is damaged."""
         return read_facts(self.path / "run.json")
 
+    def title(self) -> str:
+        """Name, network and data, for the head of a figure; raises UserError where a file is damaged."""
+        recipe, data = self.recipe(), self.facts().get("data")
+        return f"{self.path.absolute().name}: {recipe.model.name}" + f" on {Path(str(data)).name}" * bool(data)
+
     def recorded(self, reported: Sequence[Reported]) -> list[tuple[Reported, float]]:
         """What the report says, the first metric first; none where there is no report.
 

@@ -30,6 +30,7 @@ def plot_runs(paths: Sequence[Path], *, out: Path | None = None, x: str = "epoch
     runs = {}
     for path, name in zip(paths, _distinct_names(paths), strict=True):
         run = RunDir.open(path)
+        name = run.title() if len(paths) == 1 else name
         try:
             runs[name] = run.rows()
         except OSError as error:

@@ -23,6 +23,12 @@ def colour(index: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def over_grey(index: int) -> tuple[int, int, int]:
+    """The colour of a class as an overlay shows it, on the grey of a middling image."""
+    red, green, blue = (round(STRENGTH * part + (1 - STRENGTH) * 128) for part in colour(index))
+    return red, green, blue
+
+
 def label_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
     """The image with its classes (H, W) in colour; pixels of no class (255) stay as they are."""
     palette = np.array([colour(index) for index in range(256)], np.uint8)
@@ -46,7 +52,7 @@ def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image
     sheet = Image.new("RGB", (width, LINE * (row + 1) + 4), "white")
     canvas = ImageDraw.Draw(sheet)
     for (left, top), (index, name) in zip(positions, names, strict=True):
-        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=colour(index))
+        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=over_grey(index))
         canvas.text((left + 19, top), name, fill="black", font=font)
     return sheet
 
@@ -64,11 +70,6 @@ def side_by_side(images: Sequence[Image.Image], *, vertical: bool = False, gap: 
         sheet.paste(image, (0, at) if vertical else (at, 0))
         at += gap + (image.height if vertical else image.width)
     return sheet
-
-
-def own_colours(labels: Sequence[int]) -> list[int]:
-    """Numbers for ``colour``: of their classes, or of the objects where all are of one class."""
-    return list(range(len(labels))) if len({*labels}) == 1 else list(labels)
 
 
 def outline(inside: np.ndarray, width: int) -> np.ndarray:

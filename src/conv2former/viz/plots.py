@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from conv2former.errors import UserError, printable
@@ -20,13 +21,8 @@ MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
-def learning_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses, accuracies, learning rate and speed over epochs, from a run's rows into an image in its folder."""
-    draw_curves({path.absolute().parent.name: rows}, path, "epoch")
-
-
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
-    """The same for runs by name, over one of ``X_AXES``."""
+    """Losses, metrics, learning rate and speed of runs by name, over one of ``X_AXES``."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (loss, accuracy), (lr, speed) = figure.subplots(2, 2, sharex=True)
     waiting = speed.twinx()
@@ -55,12 +51,13 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         lr.plot(at_steps, _column(steps, "lr"), **dots)
         speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
         waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
-        legend[drawable(f"{name}: {_best(epochs)}")] = line
+        legend[drawable(_best(epochs) if alone else f"{name}: {_best(epochs)}")] = line
     if alone:
         loss.legend()
         accuracy.legend()
     loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
     accuracy.set_title("validation metrics" if alone else f"validation {' or '.join(sorted(titles))}")
+    figure.suptitle(drawable(next(iter(runs))) if alone else "Learning curves", fontweight="bold")
     lr.set_title("learning rate")
     speed.set_title("training speed, images/s")
     if any(np.isfinite(line.get_ydata()).any() for line in waiting.lines):
@@ -72,6 +69,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         axes.set_xlabel(X_AXES[x])
         axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=x != "minutes"))
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=1 if len(runs) < 7 else 2)
     figure.savefig(path, dpi=110)
 

@@ -22,7 +22,7 @@ class DataSection(ImagesSection):
     )
     val_fraction: float = Field(default=0.0, ge=0, lt=1, description="fraction held out where there is no val/ folder")
     crop_pct: float = Field(default=0.9, gt=0, le=1, description="fraction of the resized image kept in evaluation")
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = Field(default="bicubic", description="how images are resized")
 
     @model_validator(mode="after")
     def _few_pixels(self) -> DataSection:
@@ -49,14 +49,14 @@ class AugmentSection(Section):
 
     scale: tuple[float, float] = Field(default=(0.08, 1.0), description="area of the random crop")
     ratio: tuple[float, float] = Field(default=(0.75, 1.3333333), description="aspect ratio of the random crop")
-    hflip: float = Field(default=0.5, ge=0, le=1)
+    hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirrored image")
     color_jitter: float = Field(default=0.0, ge=0, description="used where auto_augment is not")
     auto_augment: str | None = Field(default=None, description="timm's policy string, rand-m9-mstd0.5-inc1 for example")
-    random_erasing: float = Field(default=0.0, ge=0, le=1)
+    random_erasing: float = Field(default=0.0, ge=0, le=1, description="probability that a rectangle is erased")
     mixup: float = Field(default=0.0, ge=0, description="alpha of MixUp")
     cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix")
     mix_prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed at all")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="fraction of the target that all classes share")
 
 
 class ClassificationRecipe(Recipe):

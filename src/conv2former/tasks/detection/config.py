@@ -12,10 +12,12 @@ from conv2former.config import MOST_SIDE, AnnotatedSection, Choices, Recipe, Sec
 class DetectionDataSection(AnnotatedSection):
     """Images with COCO annotations. Paths are below the folder given with ``--data``."""
 
-    train_images: str = "train2017"
-    train_annotations: str = "annotations/instances_train2017.json"
-    val_images: str = "val2017"
-    val_annotations: str = "annotations/instances_val2017.json"
+    train_images: str = Field(default="train2017", description="folder of the training images, below --data")
+    train_annotations: str = Field(
+        default="annotations/instances_train2017.json", description="their annotations in COCO's format"
+    )
+    val_images: str = Field(default="val2017", description="folder of the validation images")
+    val_annotations: str = Field(default="annotations/instances_val2017.json", description="their annotations")
     short_side: int = Field(
         default=800, ge=32, le=MOST_SIDE, description="short side of an image in evaluation, pixels"
     )
@@ -35,7 +37,7 @@ class DetectionAugmentSection(Section):
     crop_sizes: tuple[Side, Side] = Field(
         default=(384, 600), description="least and most height and width of that crop, pixels"
     )
-    hflip: float = Field(default=0.5, ge=0, le=1)
+    hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirrored image")
 
     @model_validator(mode="after")
     def _there_are_sizes(self) -> DetectionAugmentSection:
@@ -49,7 +51,9 @@ class DetectionAugmentSection(Section):
 class DetectorSection(Section):
     """What stands on the backbone; the defaults are those of Mask R-CNN in the paper's toolbox."""
 
-    kind: Literal["mask_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
+    kind: Literal["mask_rcnn", "cascade_mask_rcnn"] = Field(
+        default="mask_rcnn", description="one box head, or three that refine boxes one after the other"
+    )
     masks: bool = Field(
         default=True,
         description="whether objects get masks; without them it is a Faster R-CNN or its cascade ('auto', and where "

@@ -25,7 +25,7 @@ from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainO
 from conv2former.tasks.detection.export import whole
 from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
 from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
-from conv2former.viz.drawing import colour, own_colours, side_by_side
+from conv2former.viz.drawing import colour, side_by_side
 from conv2former.viz.drawing import objects as draw_objects
 
 SHOWN = 0.3  # least score of what is drawn
@@ -135,7 +135,7 @@ class DetectionTask(DenseTask):
         rows = coco_rows(found, size=(height, width), original=prepared.size)
         rows = [row for row in rows if row["score"] >= self.threshold]
         objects, lines = [], []
-        for row, tint in zip(rows, own_colours([row["label"] for row in rows]), strict=True):
+        for tint, row in enumerate(rows):
             label, (left, top, across, down) = self.classes[row["label"]], row["bbox"]
             box = [left, top, left + across, top + down]
             objects.append(
@@ -175,10 +175,9 @@ class Maps(nn.Module):
 
 
 def draw_rows(image: Image.Image, rows: list[dict[str, Any]], classes: list[str]) -> Image.Image:
-    """The image with ``coco_rows``, the least certain first, so that the others lie on top."""
-    tints = own_colours([row["label"] for row in rows])
-    order = sorted(range(len(rows)), key=lambda index: rows[index]["score"])
-    rows, tints = [rows[index] for index in order], [tints[index] for index in order]
+    """The image with ``coco_rows``, a colour for each, the least certain first, so that the others lie on top."""
+    tints = sorted(range(len(rows)), key=lambda index: rows[index]["score"])
+    rows = [rows[index] for index in tints]
     boxes = [(x, y, x + width, y + height) for x, y, width, height in (row["bbox"] for row in rows)]
     captions = [f"{classes[row['label']]} {row['score']:.0%}" for row in rows]
     masks = (decode_mask(row["segmentation"]) if "segmentation" in row else None for row in rows)
@@ -198,7 +197,7 @@ def _sheet(results: list[dict[str, Any]], source: CocoSource, max_pixels: int) -
         own = [labels[entry["category_id"]] for entry in single]
         whole = View((0, 0, *image.size), image.size)
         masks = [object_mask(entry["segmentation"], whole) if "segmentation" in entry else None for entry in single]
-        truth = draw_objects(image, boxes, [source.classes[label] for label in own], own_colours(own), masks)
+        truth = draw_objects(image, boxes, [source.classes[label] for label in own], range(len(own)), masks)
         number = source.entries[int(index)].id
         found = [
             row | dict(label=labels[row["category_id"]])

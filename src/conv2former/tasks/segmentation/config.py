@@ -76,7 +76,7 @@ class SegmentationAugmentSection(Section):
     max_class_share: float = Field(
         default=0.75, gt=0, le=1, description="most of a crop that one class may fill; ten crops are tried"
     )
-    hflip: float = Field(default=0.5, ge=0, le=1)
+    hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirrored image")
     photometric: float = Field(
         default=0.5, ge=0, le=1, description="probability of each change of brightness, contrast, saturation and hue"
     )

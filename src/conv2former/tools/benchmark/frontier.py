@@ -8,13 +8,16 @@ steady the machine was.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from conv2former.errors import UserError, in_markdown, markdown_row, one_line, say
 from conv2former.files import replace_text
@@ -150,25 +153,54 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
     cells = columns(rows)
     across = min(len(cells), 2)
     down = -(-len(cells) // across)
-    figure = Figure(figsize=(7 * across, 5.2 * down), layout="constrained")
+    figure = Figure(figsize=(8 * across, 6 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (title, own) in zip(panels, cells.items(), strict=False):
-        points = sorted(
-            (row.images_per_second or 0, MODELS[name].top1 or 0, name) for name, row in own.items() if MODELS[name].top1
-        )
+        rated = {name: row.images_per_second or 0 for name, row in own.items() if MODELS[name].top1}
+        points = sorted((speed, MODELS[name].top1 or 0, name) for name, speed in rated.items())
         front = [p for p in points if not any(q[0] > p[0] and q[1] > p[1] for q in points)]
-        axes.plot([p[0] for p in front], [p[1] for p in front], color="0.7", zorder=0)
+        axes.plot([p[0] for p in front], [p[1] for p in front], color="0.75", zorder=0)
         for x, y, name in points:
-            ours = name.startswith("conv2former")
-            axes.plot(x, y, marker="o" if MODELS[name].data == "1k" else "s", color="C3" if ours else "C0")
-            weight = "bold" if ours else "normal"
-            axes.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=9, weight=weight)
-        axes.margins(x=0.2, y=0.1)
+            colour = "C3" if name.startswith("conv2former") else "C0"
+            axes.plot(x, y, marker="o" if MODELS[name].data == "1k" else "s", color=colour, markersize=7)
         axes.set(title=title, xlabel="images per second, fastest runtime", ylabel="published ImageNet-1k top-1, %")
-        axes.set(xscale="log")
+        axes.set(xscale="log", xlim=(0.7 * points[0][0], 2 * points[-1][0]))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.1)
         axes.grid(alpha=0.3)
+        _name(axes, points)
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
     figure.suptitle("Squares: trained with more images or a teacher. The line: no other model beats these in both.")
     figure.savefig(folder / "frontier.png", dpi=DPI)
     return folder / "frontier.png"
+
+
+def _name(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside points, each at the first of some places that no other name or point has taken."""
+    ratio = axes.get_xlim()[1] / axes.get_xlim()[0]
+    low, high = axes.get_ylim()
+
+    def pixels(x: float, y: float) -> tuple[float, float]:  # roughly, of a panel
+        return 720 * math.log(x / axes.get_xlim()[0]) / math.log(ratio), 560 * (y - low) / (high - low)
+
+    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in (pixels(x, y) for x, y, _ in points)]
+    for x, y, name in points:
+        shown = name.removesuffix("_bfrobust").replace("mobilenetv4_conv_large", "mobilenetv4_large")
+        (px, py), width = pixels(x, y), 7.2 * len(shown)
+        places = [(right, up) for up in (0, 13, -13, 26, -26) for right in (10, -10 - width)]
+        boxes = [(px + a, py + b - 6, px + a + width, py + b + 6) for a, b in places]
+        free = [not any(_meet(box, other) for other in taken) for box in boxes]
+        best = free.index(True) if True in free else 0
+        taken.append(boxes[best])
+        weight = "bold" if name.startswith("conv2former") else "normal"
+        right, up = places[best]
+        axes.annotate(
+            shown, (x, y), (0.72 * right, 0.72 * up), textcoords="offset points", fontsize=9, weight=weight, va="center"
+        )
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -14,7 +14,7 @@ from conv2former.errors import UserError, in_markdown, one_line
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.jobs import Job, Request
-from conv2former.tools.reproduce.scales import at_scale, in_words
+from conv2former.tools.reproduce.scales import at_scale, in_words, where
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
 
 COLUMNS = ["row", "parameters", "paper", "ours", "std", "seeds", "ours - paper", "paper, to last", "ours, to last"]
@@ -131,7 +131,7 @@ def to_csv(found: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def draw(table: PaperTable, found: Sequence[Line], path: Path) -> None:
+def draw(table: PaperTable, found: Sequence[Line], path: Path, *, ours_on: str) -> None:
     """Two panels over the same rows: the paper's number; ours, a dot for each seed and a bar for their mean."""
     from matplotlib.figure import Figure  # needed here alone
 
@@ -148,7 +148,7 @@ def draw(table: PaperTable, found: Sequence[Line], path: Path) -> None:
         else:
             ours.text(0.02, y, line.note, transform=ours.get_yaxis_transform(), va="center", color=PAPER)
     paper.set_yticks(list(heights), [line.row.label for line in shown])
-    ours.set_title("ours (dots: seeds, bar: mean)")
+    ours.set_title(f"ours, {ours_on} (dots: seeds, bar: mean)")
     paper.set_title("paper")
     for axes in (paper, ours):
         for upper, lower, y in zip(shown, shown[1:], heights[1:], strict=False):
@@ -173,7 +173,7 @@ def write(request: Request, table: PaperTable, found: Sequence[Job], done: dict[
         if not done:
             files[2].unlink(missing_ok=True)  # of other settings
             return files[:2]
-        draw(table, shown, files[2])
+        draw(table, shown, files[2], ours_on=where(table.task, request.scale))
     except OSError as error:
         raise UserError(f"cannot write to {request.out}: {one_line(error)}") from None
     return files

@@ -33,6 +33,13 @@ SMALL = dict(
         ],
     ),
 )
+# what these recipes are for, for the titles of figures
+SMALL_DATA = dict(classification="CIFAR-10", segmentation="CamVid", detection="other data")
+
+
+def where(task: str, scale: Scale) -> str:
+    """What our rows were trained on, in words."""
+    return "at full scale" if scale == "full" else f"small networks on {SMALL_DATA[task]}"
 
 
 def at_scale(name: str, model: str | None, scale: Scale, settings: Sequence[str]) -> Recipe | None:
