@@ -1,13 +1,21 @@
-"""Draws the pictures of docs/concepts.md: ``python docs/drawings.py``."""
+"""Draws the figures of docs/concepts.md, and the tutorials' data: ``python docs/drawings.py``.
+
+``python docs/drawings.py RUNS`` also takes the figures of the tutorials' runs out of their folder RUNS.
+"""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
+
+from conv2former.tools.samples import PARTS, write_samples
 
 IMAGES = Path(__file__).parent / "images"
 BLUE, GREEN, ORANGE, RED, GREY = "#dfe3f7", "#d9efe3", "#fbe6c8", "#f8d7da", "#eceff1"
@@ -214,9 +222,57 @@ def fusing() -> Figure:
     return figure
 
 
+def sheet(files: list[Path], name: str) -> None:
+    """Images side by side."""
+    images = [Image.open(file).convert("RGB") for file in files]
+    whole = Image.new("RGB", (sum(image.width + 6 for image in images) - 6, images[0].height), "white")
+    for number, image in enumerate(images):
+        whole.paste(image, (number * (image.width + 6), 0))
+    whole.save(IMAGES / name, quality=88)
+
+
+def samples() -> None:
+    """What `conv2former samples` draws."""
+    with TemporaryDirectory() as place:
+        for kind in ("classification", "segmentation", "detection"):
+            write_samples(kind, Path(place) / kind, count=10)
+        folder = Path(place)
+        sheet(
+            [next((folder / "classification/train" / name).iterdir()) for name in PARTS], "tutorial_classify_data.jpg"
+        )
+        pairs = [[f"images/{number:03d}.jpg", f"masks/{number:03d}.png"] for number in (0, 2)]
+        sheet([folder / "segmentation" / file for pair in pairs for file in pair], "tutorial_segment_data.jpg")
+        sheet(sorted((folder / "detection/train").iterdir())[:4], "tutorial_detect_data.jpg")
+
+
+# figure of a run -> file in docs/images, and its width there
+FROM_RUNS = {
+    "quickstart/learning_curves.png": ("quickstart_curves.png", 900),
+    "quickstart/predictions.png": ("quickstart.png", 900),
+    "parts/confusion_matrix.png": ("tutorial_classify_matrix.png", 480),
+    "parts/predictions.png": ("tutorial_classify.png", 900),
+    "cracks/learning_curves.png": ("tutorial_segment_curves.png", 900),
+    "cracks/predictions.png": ("tutorial_segment.png", 900),
+    "bench/predictions.png": ("tutorial_detect.png", 900),
+    "../comparison.png": ("tutorial_compare.png", 900),
+}
+
+
+def from_runs(runs: Path) -> None:
+    """The figures of the tutorials' runs, smaller and in fewer colours."""
+    for source, (name, width) in FROM_RUNS.items():
+        image = Image.open(runs / source).convert("RGB")
+        if image.width > width:
+            image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+        image.quantize(192).save(IMAGES / name, optimize=True)
+
+
 def main() -> None:
     for draw in (block, network, package, keys, fusing):
         draw().savefig(IMAGES / f"{draw.__name__}.png", dpi=120)
+    samples()
+    if len(sys.argv) > 1:
+        from_runs(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":
