@@ -26,7 +26,7 @@ def commands_page() -> str:
 
     import conv2former_cli
 
-    lines = ["# Commands", "", "All commands and their options. `conv2former COMMAND --help` shows the same.", ""]
+    lines = ["# Commands", "", "All commands and their options, as `--help` behind a command shows them.", ""]
     lines += [
         "`--import MODULE` stands before the command: it imports a module of yours first, which may add a task.",
         "",

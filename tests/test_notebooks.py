@@ -1,0 +1,53 @@
+"""The tutorials as notebooks: what a cell is, and that the cells run as a reader would run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+MAKER = runpy.run_path(str(DOCS / "notebooks.py"))
+
+
+@pytest.mark.parametrize("page", MAKER["TUTORIALS"], ids=lambda path: path.stem)
+def test_a_page_becomes_cells(page: Path) -> None:
+    notebook = json.loads(MAKER["notebook"](page))
+    assert notebook["nbformat"] == 4 and len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    code = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    text = "".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    assert code and text.startswith("# ")
+    assert not [source for source in code if "needs:" in source]
+    assert all(source.startswith("%%bash") or "import" in source for source in code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", MAKER["TUTORIALS"], ids=lambda path: path.stem)
+def test_the_cells_run(page: Path, tmp_path: Path) -> None:
+    """In order, in one folder, after the quick start. Python that needs what was not run is left out."""
+    path = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+
+    def run(*command: str) -> None:
+        answer = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PATH=path), capture_output=True, text=True)
+        assert answer.returncode == 0, f"{command}\n{answer.stdout}\n{answer.stderr}"
+
+    run("conv2former", "train", "--recipe", "quickstart", "--out", "runs/quickstart", "--set", "schedule.epochs=1")
+    there = page.read_text()
+    for cell in json.loads(MAKER["notebook"](page))["cells"]:
+        source = cell["source"]
+        if cell["cell_type"] == "code" and source.startswith("%%bash"):
+            run("bash", "-ec", source.partition("\n")[2])
+        elif cell["cell_type"] == "code" and all((tmp_path / name).exists() for name in _named(source, there)):
+            run(sys.executable, "-c", source)
+
+
+def _named(source: str, page: str) -> list[str]:
+    """The runs, files and images that Python reads."""
+    words = [word.strip("\"'[](),") for word in source.split()]
+    return [word for word in words if word.startswith(("runs/", "data/", "exported/")) or word == "photo.jpg"]
