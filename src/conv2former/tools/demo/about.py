@@ -17,12 +17,12 @@ from timm.data import ImageNetInfo
 from conv2former.checkpoints.hub import CARD_FILE, RUN_FOLDERS, find_model
 from conv2former.data.images import BadImage, decode, find_images
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, printable, some
 from conv2former.files import parse_yaml, read_within
 from conv2former.tasks.base import Task
 
 CLASSES = 5  # that the title names
-EXAMPLES, EXAMPLE_SIDE, EXAMPLE_BYTES = 8, 640, 20_000_000
+EXAMPLES, EXAMPLE_SIDE, EXAMPLE_BYTES = 8, 512, 20_000_000
 PIXELS = 96  # images up to this side are kept exactly, and shown with their pixels visible
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's label of a class
 
@@ -102,7 +102,7 @@ def _examples(folder: Path) -> list[tuple[str, str]]:
     for file in find_images([folder]) if folder.is_dir() else []:
         with contextlib.suppress(OSError, BadImage):
             if file.resolve().is_relative_to(folder.resolve()) and file.stat().st_size <= EXAMPLE_BYTES:
-                found.append((file.name, data_url(decode(file.read_bytes()), EXAMPLE_SIDE)))
+                found.append((printable(file.name), data_url(decode(file.read_bytes()), EXAMPLE_SIDE)))
         if len(found) == EXAMPLES:
             break
     return found
