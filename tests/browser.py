@@ -111,17 +111,17 @@ class Visit:
 
     def choose(self, chooser: str, name: str) -> None:
         """Takes an entry of the first or the second list of models."""
+        self.page.wait_for_function("() => !document.querySelector('[role=option]')")  # the other list has closed
         self.page.click(f"#{chooser} input")
         self.page.get_by_role("option", name=name, exact=True).click()
 
     @contextlib.contextmanager
     def answered(self) -> Iterator[None]:
         """Waits until what is done inside has changed the answers."""
-        before = self.page.inner_html("#answers .prose")
+        shown = "[...document.querySelectorAll('#about .prose, #answers .prose')].map(e => e.innerHTML).join()"
+        before = self.page.evaluate(shown)
         yield
-        self.page.wait_for_function(
-            "before => document.querySelector('#answers .prose').innerHTML !== before", arg=before, timeout=PATIENCE
-        )
+        self.page.wait_for_function(f"before => {shown} !== before", arg=before, timeout=PATIENCE)
         # what is being replaced is pale, and what replaces it at first as well
         self.page.wait_for_function(
             "() => { for (let e = document.querySelector('#answers .prose'); e; e = e.parentElement)"
@@ -132,6 +132,16 @@ class Visit:
         """The data of the first answer's image."""
         source = self.page.get_attribute(".answer img", "src")
         return base64.b64decode(source.partition("base64,")[2])
+
+    def set_slider(self, name: str, value: object) -> None:
+        """Types a value."""
+        with self.answered():
+            self.page.fill(f"#{name} input[type=number]", str(value))
+
+    def take_example(self, name: str) -> None:
+        """Clicks an example, and waits for the answer to it; meanwhile there is none."""
+        self.page.click(f"#examples button[data-name='{name}']")
+        self.page.wait_for_selector(f".card h2:has-text('{name}')")
 
     def download(self, words: str) -> tuple[str, bytes]:
         """Name and content of the file behind the first link with these words."""
@@ -203,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", help="as for conv2former demo; the second is compared")
     parser.add_argument("--image", type=Path, action="append", help="an example of the run unless given")
     parser.add_argument("--tick", action="append", default=[], help="a box of the page: cam, maps")
+    parser.add_argument("--set", action="append", default=[], metavar="SLIDER=VALUE", help="top_k, threshold, opacity")
     parser.add_argument("--width", type=int, default=1360)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -214,11 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.image:
             seen.upload(*given.image)
         else:
-            with seen.answered():
-                seen.page.click("#examples button")
+            seen.take_example(seen.page.get_attribute("#examples button", "data-name"))
         for box in given.tick:
             with seen.answered():
                 seen.page.click(f"#{box} input")
+        for slider, _, value in (setting.partition("=") for setting in given.set):
+            seen.set_slider(slider, value)
         seen.page.mouse.move(0, 0)
         shot = Image.open(io.BytesIO(seen.page.screenshot(full_page=True)))
     shot.convert("RGB").quantize(COLOURS).save(given.out, optimize=True)

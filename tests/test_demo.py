@@ -145,7 +145,7 @@ def test_a_run_says_what_it_is_and_keeps_examples(finished: Path, tmp_path: Path
     task, network, classes, data, metrics = found.facts
     assert (task, network, classes) == ("Classification", "conv2former_test", f"4 classes: {DIGITS}")
     assert re.fullmatch(r"trained on 64 images of digits\d*", data), data
-    assert re.fullmatch(r"top-1, % [\d.]+, top-5, % 100.0 on 16 validation images", metrics), metrics
+    assert re.fullmatch(r"top-1 [\d.]+%, top-5 100.0% on 16 validation images", metrics), metrics
     (run / "run.json").write_text("{")
     assert Models([str(run)], device="cpu").get("run").about.facts == [task, network, classes]
 
@@ -154,7 +154,7 @@ def test_a_saved_model_says_what_its_card_says(finished: Path, tmp_path: Path) -
     saved = tmp_path / "saved"
     shutil.copytree(finished / "best", saved)
     facts = Models([str(saved)], device="cpu").get("saved").about.facts
-    assert facts[3].startswith("trained on digits") and facts[4].startswith("top-1, % ")
+    assert facts[3].startswith("trained on digits") and facts[4].startswith("top-1 ")
     for text in ("", "---\n---\n", "---\nmodel-index: [1]\n---\n", "---\n{\n---\n", "---\nmodel-index: {}\n---\n"):
         (saved / "README.md").write_text(text)
         assert len(Models([str(saved)], device="cpu").get("saved").about.facts) == 3

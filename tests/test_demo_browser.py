@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,11 +78,10 @@ def test_a_classifier_names_what_is_on_several_images(page: Visit, finished: Pat
 
 def test_the_title_says_what_the_model_is_and_examples_are_uploads(page: Visit) -> None:
     title = page.page.inner_text("#about")
-    assert "digits" in title and "4 classes: digit-0, digit-1" in title and "top-1, %" in title
+    assert "digits" in title and "4 classes: digit-0, digit-1" in title and "top-1 " in title
     assert page.page.locator(".banner").count() == 0
     for name in ("example-3.png", "example-4.png"):
-        with page.answered():
-            page.page.click(f"#examples button[data-name='{name}']")
+        page.take_example(name)
         (card,) = page.cards()
         assert card["name"].startswith(name) and card["answers"][0]["lines"] and card["errors"] == []
     with page.answered():
@@ -111,38 +108,33 @@ def test_two_models_on_the_same_image(page: Visit, tmp_path: Path) -> None:
     assert classes["images"] == objects["images"] == [128]
 
 
-def set_slider(page: Visit, name: str, value: float) -> None:
-    """As somebody types it."""
-    with page.answered():
-        page.page.fill(f"#{name} input[type=number]", str(value))
-        page.page.press(f"#{name} input[type=number]", "Enter")
-
-
 def test_controls_change_what_is_shown(page: Visit, tmp_path: Path) -> None:
     assert [page.page.is_visible(f"#{name}") for name in ("top_k", "threshold", "opacity", "layers")] == [1, 0, 0, 0]
     scene(5)[0].save(tmp_path / "scene.png")
     page.upload(tmp_path / "scene.png")
-    set_slider(page, "top_k", 2)
+    page.set_slider("top_k", 2)
     assert len(page.cards()[0]["answers"][0]["lines"]) == 2
     with page.answered():
         page.choose("first", "detector")
     assert [page.page.is_visible(f"#{name}") for name in ("top_k", "threshold", "opacity", "layers")] == [0, 1, 1, 1]
+    page.set_slider("threshold", 0.9)
     (before,) = (card["answers"][0] for card in page.cards())
-    set_slider(page, "threshold", 0.05)
+    page.set_slider("threshold", 0.05)
     (after,) = (card["answers"][0] for card in page.cards())
-    assert len(after["lines"]) > len(before["lines"]) and all(float(share[:-1]) >= 5 for _, share in after["lines"])
+    assert before["lines"] == [] and before["notes"] == ["Nothing has a score as high as the threshold."]
+    assert after["lines"] and all(float(share[:-1]) >= 5 for _, share in after["lines"])
     seen = {page.shown()}
     for layer in ("Labels", "Boxes"):
         with page.answered():
             page.page.click(f"#layers label:has-text('{layer}')")
         seen.add(page.shown())
-    set_slider(page, "opacity", 0.1)
+    page.set_slider("opacity", 0.1)
     seen.add(page.shown())
     with page.answered():
         page.page.click("#layers label:has-text('Masks')")
     assert page.cards()[0]["answers"][0]["time"] == after["time"], "the network need not run for a drawing"
     bare = Image.open(io.BytesIO(page.shown())).convert("RGB")
-    assert len(seen) == 4 and np.abs(np.asarray(bare, int) - np.asarray(scene(5)[0], int)).mean() < 4
+    assert len(seen) == 4 and np.abs(np.asarray(bare, int) - np.asarray(scene(5)[0], int)).mean() < 10
 
 
 def test_class_activation_and_agreement(page: Visit, tmp_path: Path) -> None:
@@ -160,7 +152,9 @@ def test_class_activation_and_agreement(page: Visit, tmp_path: Path) -> None:
     assert page.page.get_attribute("#status [role=status], #status[role=status]", "role") == "status"
 
 
-def test_downloads_and_the_lines_of_python(page: Visit, finished: Path, tmp_path: Path) -> None:
+def test_downloads_and_the_lines_of_python(
+    page: Visit, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = one_picture(tmp_path / "photo.jpg", 1)
     page.upload(file)
     name, image = page.download("Download image")
@@ -174,12 +168,13 @@ def test_downloads_and_the_lines_of_python(page: Visit, finished: Path, tmp_path
     code = page.page.inner_text("#code pre")
     assert "top_k=5" in code and str(finished.parent) not in code
     shutil.copytree(finished, tmp_path / "digits")
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert f"'label': '{expected['top'][0]['label']}'" in ran.stdout, ran.stderr
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert f"'label': '{expected['top'][0]['label']}'" in capsys.readouterr().out
 
 
 def test_a_phone_needs_no_sideways_scrolling(page: Visit, tmp_path: Path) -> None:
-    scene(5)[0].resize((1280, 960)).save(tmp_path / f"{'long name ' * 20}.png")
+    scene(5)[0].resize((1280, 960)).save(tmp_path / f"{'long name ' * 20}.jpg")
     page.page.set_viewport_size(dict(width=PHONE, height=844))
     try:
         assert page.too_wide() == []
@@ -187,7 +182,7 @@ def test_a_phone_needs_no_sideways_scrolling(page: Visit, tmp_path: Path) -> Non
             page.choose("first", "segmenter")
         with page.answered():
             page.choose("second", "detector")
-        page.upload(tmp_path / f"{'long name ' * 20}.png")
+        page.upload(tmp_path / f"{'long name ' * 20}.jpg")
         for box in ("cam", "maps"):
             with page.answered():
                 page.page.click(f"#{box} input")
@@ -207,17 +202,20 @@ def test_the_keyboard_reaches_everything_in_order(page: Visit) -> None:
             .map(e => e.outerHTML.slice(0, 200))"""
     )
     assert unnamed == []
+    wanted = ["first", "files", "examples", "code-part", "second", "top_k", "cam", "maps", "camera-part"]
     reached = []
     for _ in range(40):
         page.page.keyboard.press("Tab")
-        part = page.page.evaluate("() => document.activeElement.closest('[id]:not(button):not(input)')?.id ?? ''")
-        reached += [part] if part not in reached else []
-    wanted = ["first", "files", "examples", "second", "top_k", "cam", "maps", "camera-part", "code-part"]
-    assert [part for part in reached if part in wanted] == wanted
+        parts = ", ".join(f"#{part}" for part in wanted)
+        reached.append(page.page.evaluate("parts => document.activeElement.closest(parts)?.id ?? ''", parts))
+    assert [*filter(None, dict.fromkeys(reached))] == wanted
+    page.page.focus("#top_k input[type=range]")
+    page.page.keyboard.press("ArrowRight")
+    assert page.page.input_value("#top_k input[type=number]") == "6"
     page.page.focus("#examples button")
-    with page.answered():
-        page.page.keyboard.press("Enter")
-    assert page.page.inner_text("#status") == "1 image."
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_selector(".card h2")
+    assert page.page.text_content("#status p") == "1 image."
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

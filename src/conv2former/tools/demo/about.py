@@ -79,9 +79,15 @@ def _of_run(run: RunDir, task: Task, *, best: bool) -> list[str]:
         count = f"{images['train']:,} images of " if "train" in images else ""
         found.append(f"trained on {count}{data}")
         on = f" on {images['val']:,} validation images" if "val" in images else ""
-        metrics = [f"{metric.title} {value:.1f}" for metric, value in run.recorded(task.reported)] if best else []
+        metrics = [_metric(metric.title, value) for metric, value in run.recorded(task.reported)] if best else []
         found += [", ".join(metrics) + on] if metrics else []
     return found
+
+
+def _metric(title: str, value: float) -> str:
+    """In a card a title ends with its unit, as in "top-1, %"."""
+    name, comma, unit = title.rpartition(", ")
+    return f"{name} {value:.1f}{unit}" if comma else f"{title} {value:.1f}"
 
 
 def _of_card(path: Path) -> list[str]:
@@ -91,7 +97,8 @@ def _of_card(path: Path) -> list[str]:
         results = front["model-index"][0]["results"]
         data = str(results[0]["dataset"]["name"])
         metrics = [metric for result in results for metric in result["metrics"]]
-        return [f"trained on {data}", ", ".join(f"{metric['name']} {float(metric['value']):.1f}" for metric in metrics)]
+        words = [_metric(str(metric["name"]), float(metric["value"])) for metric in metrics]
+        return [f"trained on {data}", ", ".join(words)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
 

@@ -133,7 +133,7 @@ class Model:
             return None, f"No class activation: {error}."
         finally:
             self.task.zero_grad(set_to_none=True)  # the gradients of the weights, which nobody needs
-        words = "Red is where the last stage answers most; this task's map knows no class."
+        words = "Red is where the last stage responds most, whatever the class."
         if index is not None:
             words = f"Red is where the image speaks most for the class {readable(self.task.classes[index])}."
         return (words, over(view, values)), ""

@@ -168,10 +168,13 @@ def build_page(answers: Answers) -> gr.Blocks:
             with gr.Column(elem_id="input"):
                 first = gr.Dropdown(names, value=names[0], label="Model", elem_id="first")
                 files = gr.File(file_count="multiple", label="Images", height=150, elem_id="files")
+                gr.HTML(_limits(answers), elem_id="limits", js_on_load=style.MEND_UPLOAD)
                 examples = gr.HTML(start.examples, elem_id="examples", js_on_load=style.TAKE_EXAMPLE)
             with gr.Column(elem_id="results"):
                 status = gr.HTML("", elem_id="status", js_on_load=style.SAY_STATUS)
                 answered = gr.HTML(start.answers, elem_id="answers", js_on_load=style.GIVE_IMAGE)
+                with gr.Accordion("Use it in Python", open=False, elem_id="code-part"):
+                    code = gr.HTML(start.code, elem_id="code", js_on_load=None)
             with gr.Column(elem_id="options"):
                 second = gr.Dropdown([("none", ""), *names], value="", label="Compare with", elem_id="second")
                 sliders, boxes = _controls()
@@ -179,13 +182,9 @@ def build_page(answers: Answers) -> gr.Blocks:
                     camera = gr.Image(
                         sources=["webcam"], type="filepath", label="Camera", height=214, elem_id="camera", buttons=[]
                     )
-                with gr.Accordion("Use it in Python", open=False, elem_id="code-part"):
-                    code = gr.HTML(start.code, elem_id="code", js_on_load=None)
-                gr.Markdown(_limits(answers), elem_id="limits")
         gr.on(
             [files.change, camera.change, first.input, second.input]
-            + [slider.release for slider in sliders]
-            + [box.input for box in boxes],
+            + [control.input for control in (*sliders, *boxes)],  # not release, which the keyboard does not cause
             answer,
             inputs=[files, camera, first, second, *sliders, *boxes],
             outputs=[answered, status, about, examples, code],
@@ -226,7 +225,7 @@ def _controls() -> tuple[list[gr.Slider], list[gr.CheckboxGroup | gr.Checkbox]]:
 
 def _limits(answers: Answers) -> str:
     file, pixels = answers.file_bytes / 1e6, answers.pixels / 1e6
-    return f"Up to {MOST_IMAGES} images at a time, {file:g} MB and {pixels:g} megapixels each."
+    return results.paragraph("limits", f"Up to {MOST_IMAGES} images of {file:g} MB and {pixels:g} megapixels.")
 
 
 def _nothing() -> None:

@@ -23,8 +23,8 @@ RANDOM = "random weights: it has learned nothing, so its answers mean nothing."
 
 
 def paragraph(kind: str, sentence: str) -> str:
-    """A 'notice' above the results, a 'hint' instead of results, or an 'error', which says why there is no answer."""
-    role = "" if kind == "hint" else ' role="alert"'
+    """A 'notice' above the results, a 'hint' in their place, an 'error' in place of an answer, or the 'limits'."""
+    role = ' role="alert"' if kind in ("notice", "error") else ""
     return f'<p class="{kind}"{role}>{escape(sentence)}</p>'
 
 
@@ -59,10 +59,9 @@ def code(snippets: Sequence[str]) -> str:
 
 def status(count: int, agreed: Agreement | None) -> str:
     """A sentence on all images, which a screen reader reads out."""
-    words = f"{count} images." if count > 1 else "1 image."
     if agreed and count > 1:
-        words += f" {agreed}"
-    return f"<p>{escape(words)}</p>"
+        return f"<p>{count} images. {escape(str(agreed))}</p>"
+    return f'<p class="unseen">{count} {"images" if count > 1 else "image"}.</p>'
 
 
 def card(name: str, size: tuple[int, int] | None, answers: list[str], agreement: str = "") -> str:
