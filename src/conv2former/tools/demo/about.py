@@ -20,6 +20,7 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, printable, some
 from conv2former.files import parse_yaml, read_within
 from conv2former.tasks.base import Task
+from conv2former.tools.naming import read_name
 
 CLASSES = 5  # that the title names
 EXAMPLES, EXAMPLE_SIDE, EXAMPLE_BYTES = 8, 512, 20_000_000
@@ -155,8 +156,6 @@ def in_python(name: str, source: Path | str, task: Task, options: dict[str, Any]
 
 
 def _timm_in_python(name: str, top_k: int) -> str:
-    from conv2former.tools.naming import read_name
-
     model_name, args = read_name(name)  # type: ignore[misc]  # it is no path
     given = "".join(f", {key}={value!r}" for key, value in args.items())
     return (
