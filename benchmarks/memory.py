@@ -109,7 +109,8 @@ def demo(run: Path, minutes: float) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}/gradio_api", timeout=60, trust_env=False) as client:
             path = client.post("/upload", files=dict(files=("a.png", image))).json()[0]
             files = [dict(path=path, orig_name="a.png", meta=dict(_type="gradio.FileData"))]
-            question = dict(data=[files, None, run.name, "", False], fn_index=0, session_hash=session)
+            controls = [5, 0.3, 0.55, ["boxes", "masks", "labels"], False, False]  # as they are at first
+            question = dict(data=[files, None, run.name, "", *controls], fn_index=0, session_hash=session)
             client.post("/queue/join", json=question).raise_for_status()
             with client.stream("GET", "/queue/data", params=dict(session_hash=session)) as stream:
                 answers[0] += any("process_completed" in line for line in stream.iter_lines())

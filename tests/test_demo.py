@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,10 +24,17 @@ import conv2former_cli
 from browser import demo
 from command import run_command
 from conv2former.data.images import decode
+from conv2former.data.rle import encode_mask
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks import load
+from conv2former.tasks.base import Line
+from conv2former.tasks.classification.task import ClassificationTask
+from conv2former.tasks.detection.task import DetectionTask
+from conv2former.tools.demo.about import in_python, readable
+from conv2former.tools.demo.agreement import Agreement, agreement, total
 from conv2former.tools.demo.models import KEPT, Models
+from conv2former.tools.demo.options import Options
 from conv2former.tools.demo.server import listen
 from digits import one_picture
 from scenes import scene, small_detector, small_segmenter, write_coco, write_pairs
@@ -35,7 +44,9 @@ from starlette.testclient import TestClient
 
 from conv2former.tools.demo import page as page_module
 from conv2former.tools.demo.page import MOST_IMAGES, OUR_FAULT, UNUSABLE, Answers
-from pages import LIMITS, META, UPLOAD_BYTES, answers_of, gated
+from pages import LIMITS, META, UPLOAD_BYTES, answers_of, gated, inputs
+
+DIGITS = "digit-0, digit-1, digit-2, digit-3"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +93,7 @@ def test_few_models_stay_in_memory(finished: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_says_what_predict_says(finished: Path, picture: Image.Image) -> None:
     model = Models([str(finished)], device="cpu").get("finished")
-    look = model.look(picture, maps=True)
+    look = model.look(picture, Options(maps=True))
     task = load(finished)
     (found,) = task.predict([task.preprocess(picture)])
     assert [(line.label, line.value) for line in look.lines] == [
@@ -91,7 +102,8 @@ def test_a_classifier_says_what_predict_says(finished: Path, picture: Image.Imag
     assert look.milliseconds > 0 and look.image is picture
     assert [name.split("\n")[0] for name, _ in look.maps] == [str(block) for block in model.blocks] and look.maps
     assert [title.split(",")[0] for title, _ in look.maps[0][1]] == ["A", "A", "A * V"]
-    assert model.look(picture, maps=False).maps == []
+    assert model.look(picture, Options()).maps == [] and model.look(picture, Options()).fields == found.fields
+    assert len(model.look(picture, Options(top_k=2)).lines) == 2
 
 
 def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> None:
@@ -103,7 +115,7 @@ def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> 
     photograph = scene(5)[0]
     for name in ("detector", "segmenter"):
         model = models.get(name)
-        look = model.look(photograph, maps=True)
+        look = model.look(photograph, Options(threshold=0.05, maps=True))
         assert look.image.size == photograph.size and look.image.tobytes() != photograph.tobytes()
         assert look.lines and all(line.colour for line in look.lines)
         assert [line.value for line in look.lines] == sorted((line.value for line in look.lines), reverse=True)
@@ -113,11 +125,85 @@ def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> 
 def test_random_weights_and_other_networks_say_so(picture: Image.Image) -> None:
     models = Models(["conv2former_test", "test_resnet", "conv2former_test:kernel_size=5"], device="cpu")
     assert models.get("conv2former_test:kernel_size=5").blocks[0].mod.dwconv.kernel_size == (5, 5)
-    assert "learned nothing" in models.get("conv2former_test").note
-    look = models.get("test_resnet").look(picture, maps=True)
+    assert models.get("conv2former_test").about.random
+    look = models.get("test_resnet").look(picture, Options(maps=True))
     assert look.maps == [] and "ResNet has no modulation" in look.no_maps
-    again = Models(["conv2former_test"], device="cpu").get("conv2former_test").look(picture, maps=False)
-    assert again.lines == models.get("conv2former_test").look(picture, maps=False).lines, "the same for every start"
+    again = Models(["conv2former_test"], device="cpu").get("conv2former_test").look(picture, Options())
+    assert again.lines == models.get("conv2former_test").look(picture, Options()).lines, "the same for every start"
+
+
+def test_a_run_says_what_it_is_and_keeps_examples(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "samples").mkdir()
+    one_picture(run / "samples" / "a.png")
+    (run / "samples" / "b.png").write_bytes(b"no image")
+    (run / "samples" / "c.png").symlink_to(one_picture(tmp_path / "elsewhere.png"))
+    (run / "samples" / "d.txt").write_text("no image")
+    found = Models([str(run)], device="cpu").get("run").about
+    assert [name for name, _ in found.examples] == ["a.png"] and not found.random
+    task, network, classes, data, metrics = found.facts
+    assert (task, network, classes) == ("Classification", "conv2former_test", f"4 classes: {DIGITS}")
+    assert re.fullmatch(r"trained on 64 images of digits\d*", data), data
+    assert re.fullmatch(r"top-1 [\d.]+%, top-5 100.0% on 16 validation images", metrics), metrics
+    (run / "run.json").write_text("{")
+    assert Models([str(run)], device="cpu").get("run").about.facts == [task, network, classes]
+
+
+def test_a_saved_model_says_what_its_card_says(finished: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    shutil.copytree(finished / "best", saved)
+    facts = Models([str(saved)], device="cpu").get("saved").about.facts
+    assert facts[3].startswith("trained on digits") and facts[4].startswith("top-1 ")
+    for text in ("", "---\n---\n", "---\nmodel-index: [1]\n---\n", "---\n{\n---\n", "---\nmodel-index: {}\n---\n"):
+        (saved / "README.md").write_text(text)
+        assert len(Models([str(saved)], device="cpu").get("saved").about.facts) == 3
+
+
+def test_imagenet_ids_are_words() -> None:
+    assert [readable(label) for label in ("n01440764", "n00004475", "n99999999", "cat")] == [
+        *("tench", "organism", "n99999999", "cat")
+    ]
+
+
+def test_what_a_request_says_of_options_is_made_to_fit() -> None:
+    assert Options.read(3, 0.5, 0.25, ["masks"], True, 1) == Options(3, 0.5, 0.25, frozenset({"masks"}), True, True)
+    assert Options.read(1e9, -1, 7, ["x", [], {}], 0, "") == Options(10, 0.05, 1, frozenset())
+    assert Options.read(math.nan, "x", None, "boxes", [], {}) == Options.read(True, {}, [], 7, None, 0) == Options()
+    assert (Options.threshold, Options.top_k) == (DetectionTask.threshold, ClassificationTask.top_k)
+
+
+def test_agreement_counts() -> None:
+    def line(label: str, box: list[float] | None = None, mask: list[list[int]] | None = None) -> Line:
+        return Line(label, 0.5, box=box, mask=mask and encode_mask(np.array(mask)))
+
+    car, bus = line("car", [0, 0, 10, 10]), line("bus", [0, 0, 10, 10])
+    near, far = line("car", [1, 0, 10, 10]), line("car", [20, 20, 30, 30])
+    assert agreement("objects", [car, near, bus], [near, far]) == Agreement("objects", 1, 4)
+    assert agreement("objects", [car, near], [near, car]) == Agreement("objects", 2, 2)
+    assert agreement("objects", [], [far]) == Agreement("objects", 0, 1)
+    assert str(agreement("objects", [], [])) == "Neither model finds an object."
+    first = [line("a", mask=[[1, 1, 0, 0]]), line("b", mask=[[0, 0, 1, 1]])]
+    second = [line("b", mask=[[0, 1, 1, 1]]), line("c", mask=[[1, 0, 0, 0]])]
+    assert str(agreement("pixels", first, second)) == "Same class: 50.0% of the pixels."
+    both = [agreement("classes", [car], [other]) for other in (near, bus)]
+    assert str(both[0]) == "The two models name the same top class." and str(total(both)).startswith(
+        "Same top class: 1 of 2"
+    )
+
+
+@pytest.mark.parametrize("source", ["conv2former_test:num_classes=4,kernel_size=5", "run"])
+def test_the_lines_of_python_do_the_same(
+    source: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "best", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    one_picture(Path("photo.jpg"))
+    model = Models([source], device="cpu").get(source)
+    look = model.look(decode(Path("photo.jpg").read_bytes()), Options(top_k=2))
+    exec(in_python(source, model.source, model.task, dict(top_k=2)), {})
+    said = capsys.readouterr().out
+    assert all(f"{line.value:.3f}"[:-1] in said for line in look.lines), said
 
 
 # --------------------------------------------------------------------------------------------------------- answers
@@ -141,7 +227,7 @@ def test_good_pictures_are_answered_beside_bad_ones(answers: Answers, tmp_path: 
     lost += [Path("/etc/passwd"), Path("\0"), answers.folder, Path("http://127.0.0.1:1/a.png")]
     files = [upload(answers.folder / f"{name}.png", name) for name in ("large", "bomb", "text", "damaged")]
     files += [upload(path, "lost") for path in lost] + [dict(path=7), dict(), upload(good, '<img src=x onerror="a()">')]
-    found = answers(files, None, "finished", "", True)
+    found = answers(*inputs(files, maps=True)).answers
     cards = found.split("<article")[1:]
     sentences = [text(card.split("<p")[1].split(">", 1)[1]).strip() for card in cards[:-1]]
     assert sentences[0] == "Its 0.1 MB are more than the limit of 0.1 MB."
@@ -155,11 +241,11 @@ def test_good_pictures_are_answered_beside_bad_ones(answers: Answers, tmp_path: 
 
 def test_too_many_pictures_and_models_that_are_not_offered(answers: Answers, finished: Path) -> None:
     good = upload(one_picture(answers.folder / "good.png"))
-    found = answers([good] * (MOST_IMAGES + 1), None, "finished", "finished", False)
+    found = answers(*inputs([good] * (MOST_IMAGES + 1), second="finished")).answers
     assert found.count("<article") == found.count("ms in the network") == MOST_IMAGES
     assert f"the first {MOST_IMAGES} are shown" in found
-    assert UNUSABLE in answers([good], good, str(finished / ".."), None, True)
-    assert "answers appear here" in answers(None, None, ["x"], {}, 3)
+    assert UNUSABLE in answers([good], good, str(finished / ".."), None).answers
+    assert "answers appear here" in answers(None, None, ["x"], {}, 3, "x", math.nan, {}, [], 1).answers
 
 
 def test_a_damaged_model_spoils_no_other(
@@ -168,7 +254,7 @@ def test_a_damaged_model_spoils_no_other(
     shutil.copytree(finished / "best", tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"x")
     answers.models = Models([str(finished), str(tmp_path / "broken")], device="cpu")
-    found = answers([upload(one_picture(answers.folder / "good.png"))], None, "finished", "broken", False)
+    found = answers([upload(one_picture(answers.folder / "good.png"))], None, "finished", "broken").answers
     assert found.count("ms in the network") == 1 and UNUSABLE in found and str(tmp_path) not in found
     assert str(tmp_path / "broken") in capsys.readouterr().err
 
@@ -181,10 +267,10 @@ def test_a_bug_is_a_sentence_on_the_page_and_a_traceback_in_the_terminal(
 
     good = upload(one_picture(answers.folder / "good.png"))
     monkeypatch.setattr("conv2former.tools.demo.models.Model.look", fail)
-    found = answers([good], None, "finished", "", True)
+    found = answers([good], None, "finished", "").answers
     assert OUR_FAULT in found and "secret" not in found and "secret detail" in capsys.readouterr().err
     monkeypatch.setattr(page_module, "decode", fail)
-    found = answers([good], None, "finished", "", True)
+    found = answers([good], None, "finished", "").answers
     assert OUR_FAULT in found and "secret" not in found and "Traceback" in capsys.readouterr().err
 
 
@@ -285,15 +371,15 @@ def look(client: TestClient, *data: Any) -> str:
 def test_a_request_names_no_file_that_was_not_uploaded(client: TestClient, tmp_path: Path) -> None:
     outside = one_picture(tmp_path / "outside.png")
     for path in (str(outside), "/etc/passwd", "https://example.org/a.png", "\0", "../outside.png"):
-        body = dict(data=[[dict(path=path) | META], None, "finished", "", True], fn_index=0, session_hash="abc")
+        body = dict(data=inputs([dict(path=path) | META]), fn_index=0, session_hash="abc")
         answer = client.post("/gradio_api/queue/join", json=body)
         assert (answer.status_code, answer.text) == (400, "The request names a file that was not uploaded."), path
     assert client.post("/gradio_api/queue/join", content=b"[" * 100_000).status_code == 400
     assert not [file for file in (tmp_path / "uploads").rglob("*") if file.is_file()]
     gone = dict(path=str(tmp_path / "uploads" / "gone.png")) | META
-    assert "It is not here any more" in look(client, [gone], None, "finished", "", True)
+    assert "It is not here any more" in look(client, *inputs([gone]))
     path = sent(client, "digit.png", outside.read_bytes())
-    assert "ms in the network" in look(client, [upload(Path(path)) | META], None, "finished", "", True)
+    assert "ms in the network" in look(client, *inputs([upload(Path(path)) | META]))
 
 
 def test_uploads_are_deleted_after_a_while(client: TestClient, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import uvicorn
 
 from conv2former.tools.demo import clients, gate
 from conv2former.tools.demo.page import SESSIONS
-from pages import META, UPLOAD_BYTES, gated
+from pages import META, NUMBER_OF_INPUTS, UPLOAD_BYTES, gated, inputs
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Served:
 
     def ask(self, client: httpx.Client, session: str, path: str | None, **changes: Any) -> httpx.Response:
         files = [dict(path=path, orig_name="a.png") | META] if path else None
-        body = dict(data=[files, None, "finished", "", False], fn_index=0, session_hash=session) | changes
+        body = dict(data=inputs(files), fn_index=0, session_hash=session) | changes
         return client.post(f"{self.url}/queue/join", json=body)
 
     def messages(self, client: httpx.Client, session: str) -> list[dict[str, Any]]:
@@ -144,7 +144,8 @@ def test_what_is_no_request_of_the_page_is_a_line(
     for changes, status in (
         *((dict(fn_index=number), 404) for number in (1, 2, 99, -1)),
         *((dict(fn_index=value), 400) for value in (None, "x", [0], {}, 10**30)),
-        *((dict(data=value), 400) for value in (None, [], {}, 1, [None] * 4, [None] * 6)),
+        *((dict(data=value), 400) for value in (None, [], {}, 1)),
+        *((dict(data=[None] * (NUMBER_OF_INPUTS + more)), 400) for more in (-1, 1)),
         *((dict(session_hash=value), 400) for value in (None, 1, "", "../x", "x" * 1000)),
         (dict(trigger_id="x"), 400),
     ):

@@ -147,10 +147,13 @@ def test_class_activation_and_the_demo_take_it(
     pytest.importorskip("gradio")
     from conv2former.tools.demo import results
     from conv2former.tools.demo.models import Models
+    from conv2former.tools.demo.options import Options
 
     model = Models([str(trained)], device="cpu").get("depth")
-    page = results.answer("depth", model.note, model.look(Image.open(image), maps=True))
+    look = model.look(Image.open(image), Options(maps=True, cam=True))
+    page = results.answer("depth", model.about, look, "a.png")
     assert "From near, dark, to far, bright." in page and "Modulation weights A" in page
+    assert "whatever the class" in page and "delta-1 " in results.title([("depth", model.about)], [])
 
 
 @pytest.mark.slow

@@ -75,11 +75,15 @@ class Line:
         label: Of the class.
         value: Probability, score or fraction of the pixels, 0 to 1.
         colour: In which it is drawn, (red, green, blue); None where it is not.
+        box: Where it is, x0, y0, x1, y1 in the pixels of the file.
+        mask: Its pixels, as COCO's compressed run lengths (``size``, ``counts``).
     """
 
     label: str
     value: float
     colour: tuple[int, int, int] | None = None
+    box: Sequence[float] | None = None
+    mask: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ class Task(nn.Module, ABC):
         reported: The metrics of model cards and tables, the monitored one first.
         words: For model cards and the demo.
         options: Attributes that ``evaluate`` and ``predict`` may set.
+        layers: What its predictions have in their lines: 'boxes', 'masks'; the demo draws these one by one.
         one_at_a_time: Whether evaluation and prediction take images one by one, because their sizes differ.
         assumed_classes: Classes of a dry run that knows no data; 1 where there is nothing to tell apart.
         model: The network.
@@ -160,6 +165,7 @@ class Task(nn.Module, ABC):
     reported: ClassVar[tuple[Reported, ...]]
     words: ClassVar[Words]
     options: ClassVar[frozenset[str]] = frozenset()
+    layers: ClassVar[tuple[str, ...]] = ()
     one_at_a_time: ClassVar[bool] = True
     assumed_classes: ClassVar[int] = 1
 

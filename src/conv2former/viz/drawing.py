@@ -92,25 +92,51 @@ def objects(
 
     A mask's outline is drawn in the full colour, by which neighbours are told apart.
     """
-    pixels, side = np.array(image), max(image.size)
+    pixels = np.array(image)
     for mask, index in zip(masks, colours, strict=True):
         if mask is not None:
-            inside = mask.astype(bool)
-            pixels[inside] = (pixels[inside] * (1 - STRENGTH) + np.array(colour(index)) * STRENGTH).astype(np.uint8)
-            pixels[outline(inside, max(1, side // 400))] = colour(index)
+            tint(pixels, mask.astype(bool), colour(index), outlined=True)
     sheet = Image.fromarray(pixels)
-    canvas = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(max(12, side // 50))
-    for box, caption, index in zip(boxes, map(printable, captions), colours, strict=True):
-        left, top, right, bottom = (float(value) for value in box)
-        corners = left, top, max(right, left), max(bottom, top)
-        canvas.rectangle(corners, outline=colour(index), width=max(2, side // 400))
-        frame = canvas.textbbox((left, top), caption, font=font)
-        high = frame[3] - frame[1] + 6
-        above = max(top - high, 0)
-        canvas.rectangle((left, above, left + frame[2] - frame[0] + 6, above + high), fill=colour(index))
-        canvas.text((left + 3, above), caption, fill="white", font=font)
+    for box, caption, index in zip(boxes, captions, colours, strict=True):
+        frame(sheet, box, colour(index))
+        label(sheet, box, caption, colour(index))
     return sheet
+
+
+def tint(
+    pixels: np.ndarray,
+    inside: np.ndarray,
+    rgb: tuple[int, int, int],
+    *,
+    strength: float = STRENGTH,
+    outlined: bool = False,
+) -> None:
+    """Colours the pixels (H, W, 3) of a mask (H, W) of bool, in place."""
+    pixels[inside] = (pixels[inside] * (1 - strength) + np.array(rgb) * strength).astype(np.uint8)
+    if outlined:
+        pixels[outline(inside, max(1, max(inside.shape) // 400))] = rgb
+
+
+def frame(image: Image.Image, box: Sequence[float], rgb: tuple[int, int, int]) -> None:
+    """Draws a box (x0, y0, x1, y1) into the image."""
+    left, top, right, bottom = box
+    corners = left, top, max(right, left), max(bottom, top)
+    ImageDraw.Draw(image).rectangle(corners, outline=rgb, width=max(2, max(image.size) // 400))
+
+
+def label(image: Image.Image, box: Sequence[float], caption: str, rgb: tuple[int, int, int]) -> None:
+    """Writes above a box, into the image, what it holds."""
+    canvas, caption, font = (
+        ImageDraw.Draw(image),
+        printable(caption),
+        ImageFont.load_default(max(12, max(image.size) // 50)),
+    )
+    left, top = box[:2]
+    extent = canvas.textbbox((left, top), caption, font=font)
+    high = extent[3] - extent[1] + 6
+    above = max(top - high, 0)
+    canvas.rectangle((left, above, left + extent[2] - extent[0] + 6, above + high), fill=rgb)
+    canvas.text((left + 3, above), caption, fill="white", font=font)
 
 
 def with_bars(image: Image.Image, bars: Sequence[tuple[str, float]]) -> Image.Image:

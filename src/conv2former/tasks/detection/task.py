@@ -55,9 +55,10 @@ class DetectionTask(DenseTask):
         purpose="to find objects of its classes on an image, each with a box, and a mask if it was trained with masks",
         unknown="it may be taken for something else, or be passed over",
         heading="Objects",
-        nothing="Nothing found with a score of 30% or more.",
+        nothing="Nothing has a score as high as the threshold.",
     )
     options = DenseTask.options | {"threshold"}
+    layers = ("boxes", "masks")
     assumed_classes = 80
     threshold: float = SHOWN
 
@@ -141,7 +142,7 @@ class DetectionTask(DenseTask):
             objects.append(
                 dict(label=label, index=row["label"], score=row["score"], box=box, mask=row.get("segmentation"))
             )
-            lines.append(Line(label, row["score"], colour(tint)))
+            lines.append(Line(label, row["score"], colour(tint), box, row.get("segmentation")))
         return Prediction(dict(objects=objects), partial(draw_rows, rows=rows, classes=self.classes), lines)
 
     def draw(self, evaluation: Evaluation, source: CocoSource, folder: Path) -> None:

@@ -52,6 +52,7 @@ class SegmentationTask(DenseTask):
         heading="Fraction of the pixels",
     )
     options = DenseTask.options | {"multi_scale"}
+    layers = ("masks",)
     assumed_classes = 150
     multi_scale: bool = False
 
@@ -132,8 +133,9 @@ class SegmentationTask(DenseTask):
         found, lines = [], []
         for index, count in sorted(zip(indices.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]):
             label, fraction = self.classes[index], count / mask.size
-            found.append(dict(label=label, index=index, share=fraction, mask=encode_mask(mask == index)))
-            lines.append(Line(label, fraction, colour(index)))
+            encoded = encode_mask(mask == index)
+            found.append(dict(label=label, index=index, share=fraction, mask=encoded))
+            lines.append(Line(label, fraction, colour(index), mask=encoded))
         return Prediction(dict(classes=found), partial(draw_classes, mask=mask, classes=self.classes), lines)
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:

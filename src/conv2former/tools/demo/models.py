@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from conv2former import checkpoints
+from conv2former.data.rle import decode_mask
 from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError
 from conv2former.tasks.base import Line, Task, Words
+from conv2former.tools.demo.about import about, readable
+from conv2former.tools.demo.agreement import Kind, kind_of
+from conv2former.tools.demo.options import Options
+from conv2former.tools.explain.cams import ActivationMaps
 from conv2former.tools.explain.maps import map_panels
 from conv2former.tools.explain.opening import Block, Explained, choose_blocks
+from conv2former.tools.explain.sheets import over
 from conv2former.tools.naming import open_task, read_name
+from conv2former.viz import drawing
 
 KEPT = 3  # models in memory at a time: two to compare, and the one before
+FOUND = 16  # answers of a model that are kept, so that drawing them anew does not need the network
+LARGE = 1024  # longest side of an image on the page
 
 Panels = list[tuple[str, list[tuple[str, np.ndarray]]]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the network says of an image."""
+
+    fields: dict[str, Any]  # for the JSON file
+    lines: list[Line]  # the most important first
+    drawn: Image.Image | None  # by the task, where it has no layers
+    milliseconds: float
 
 
 @dataclass(frozen=True)
@@ -32,22 +53,28 @@ class Look:
     """What a model makes of an image."""
 
     words: Words  # of the model's task
+    kind: Kind | None  # what its agreement with another model is counted in
     image: Image.Image  # with boxes and masks, or classes in colour; of a classifier the image itself
+    fields: dict[str, Any]  # for the JSON file
     lines: list[Line]  # what was found, the most important first
     milliseconds: float  # in the network
     maps: Panels  # a name for each block, and its maps with their titles; none where they were not asked for
     no_maps: str = ""  # why this model has none
+    cam: tuple[str, np.ndarray] | None = None  # class activation: a sentence and the map, where it was asked for
+    no_cam: str = ""  # why there is none
 
 
 class Model:
-    """A model in memory, with a note on its answers; maps are shown of ``blocks``, the last of each stage."""
+    """A model in memory, with what is known ``about`` it; maps are shown of ``blocks``, the last of each stage."""
 
     def __init__(self, name: str, source: Path | str, device: str) -> None:
         named = source if isinstance(source, Path) else read_name(source)
+        self.source = source
         self.task, random = open_task(named, str(source))
         self.task.to(pick_device(device))
-        self.note = "random weights: it has learned nothing" if random else ""
+        self.about = about(self.task, source, random=random)
         self.warm = False  # it has seen no image; the first takes longer
+        self._found: OrderedDict[Any, Found] = OrderedDict()
         # called by its name on the page, which must not show paths of the server
         self.explained = Explained(name, self.task)
         self.blocks: list[Block] = []
@@ -58,21 +85,83 @@ class Model:
             network = type(self.task.backbone).__name__
             self.no_maps = f"No modulation maps: {network} has no modulation, Conv2Former has."
 
-    def look(self, image: Image.Image, *, maps: bool) -> Look:
+    def look(self, image: Image.Image, options: Options) -> Look:
         """The model's prediction on an image, the time of the network alone, and its maps where asked for."""
-        prepared = self.task.preprocess(image)
-        if not self.warm:
-            self.task.predict([prepared])
-            self.warm = True
-        with _timed(self.task) as seconds:
-            (found,) = self.task.predict([prepared])
-        # as large as the image: a legend below it would be too small to read, and the lines have the colours
-        drawn = image if found.plain else found.draw(image).crop((0, 0, *image.size))
+        found = self._predicted(image, options)
+        drawn = found.drawn or image
+        if self.task.layers:
+            drawn = layered(image, found.lines, options)
         panels: Panels = []
-        if maps and self.blocks:
+        if options.maps and self.blocks:
             # without the first panel of each row, the image
             panels = [(name, row[1:]) for name, row in map_panels(self.explained, image, self.blocks, channels=1)]
-        return Look(self.task.words, drawn, found.lines, seconds[0] * 1000, panels, self.no_maps if maps else "")
+        cam, no_cam = self._activation(image) if options.cam else (None, "")
+        return Look(
+            *(self.task.words, kind_of(self.task), drawn, found.fields, found.lines, found.milliseconds),
+            *(panels, self.no_maps if options.maps else "", cam, no_cam),
+        )
+
+    def _predicted(self, image: Image.Image, options: Options) -> Found:
+        """From memory where the network has seen the image with these options."""
+        own = options.of(self.task)
+        key = hashlib.sha256(image.tobytes()).digest(), image.size, tuple(own.values())
+        if key not in self._found:
+            for name, value in own.items():
+                setattr(self.task, name, value)
+            prepared = self.task.preprocess(image)
+            if not self.warm:
+                self.task.predict([prepared])
+                self.warm = True
+            with _timed(self.task) as seconds:
+                (found,) = self.task.predict([prepared])
+            drawn = None
+            if not found.plain and not self.task.layers:
+                # as large as the image: a legend below it would be too small to read, and the lines have the colours
+                drawn = found.draw(image).crop((0, 0, *image.size))
+                drawn.thumbnail((LARGE, LARGE))
+            while len(self._found) >= FOUND:
+                self._found.popitem(last=False)
+            self._found[key] = Found(found.fields, found.lines, drawn, seconds[0] * 1000)
+        self._found.move_to_end(key)
+        return self._found[key]
+
+    def _activation(self, image: Image.Image) -> tuple[tuple[str, np.ndarray] | None, str]:
+        """The class activation map of the last stage with a sentence, or why there is none."""
+        try:
+            view, values, index, _ = ActivationMaps(self.explained, method=None, target=None, stage=None).compute(image)
+        except UserError as error:
+            return None, f"No class activation: {error}."
+        finally:
+            self.task.zero_grad(set_to_none=True)  # the gradients of the weights, which nobody needs
+        words = "Red is where the last stage responds most, whatever the class."
+        if index is not None:
+            words = f"Red is where the image speaks most for the class {readable(self.task.classes[index])}."
+        return (words, over(view, values)), ""
+
+
+def layered(image: Image.Image, lines: Sequence[Line], options: Options) -> Image.Image:
+    """What was found, drawn on the image as large as the page shows it; the most certain lies on top."""
+    sheet = image.copy()
+    sheet.thumbnail((LARGE, LARGE))
+    scale = sheet.width / image.width
+    boxes = [None if line.box is None else [scale * value for value in line.box] for line in lines]
+    pixels = np.array(sheet)
+    for line in reversed(lines) if "masks" in options.layers else ():
+        if line.mask is not None and line.colour is not None:
+            mask = Image.fromarray(decode_mask(line.mask)).resize(sheet.size, Image.Resampling.NEAREST)
+            drawing.tint(
+                *(pixels, np.asarray(mask) > 0, line.colour),
+                strength=options.opacity,
+                outlined=line.box is not None,  # by which neighbours of one class are told apart
+            )
+    sheet = Image.fromarray(pixels)
+    for line, box in zip(reversed(lines), reversed(boxes), strict=True):
+        if box is not None and line.colour is not None:
+            if "boxes" in options.layers:
+                drawing.frame(sheet, box, line.colour)
+            if "labels" in options.layers:
+                drawing.label(sheet, box, f"{readable(line.label)} {line.value:.0%}", line.colour)
+    return sheet
 
 
 @contextlib.contextmanager

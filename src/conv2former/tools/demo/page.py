@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
 
 from conv2former.data.images import BadImage, decode
 from conv2former.errors import UserError, say
-from conv2former.tools.demo import results
-from conv2former.tools.demo.models import Models
+from conv2former.tools.demo import results, style
+from conv2former.tools.demo.about import in_python
+from conv2former.tools.demo.agreement import Agreement, agreement, total
+from conv2former.tools.demo.models import Look, Model, Models
+from conv2former.tools.demo.options import LAYERS, MOST_CLASSES, Options
 
 MOST_IMAGES = 16  # of one answer
 KEPT_SECONDS = 1800  # that an upload is kept
@@ -28,7 +30,17 @@ WAITING = 500  # requests, before others are turned away; the page shows everyon
 SESSIONS = 8  # that Gradio remembers the page's values of; 10,000 unless told, and nothing here needs any
 OUR_FAULT = "Something went wrong here: the terminal that runs the demo says what."
 UNUSABLE = "This model cannot be used: the terminal that runs the demo says why."
-FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # Gradio's are on the network
+HINT = "Choose images, or take one with the camera: the answers appear here."
+
+
+class Page(NamedTuple):
+    """The HTML of the parts of the page."""
+
+    answers: str
+    status: str
+    about: str
+    examples: str
+    code: str
 
 
 class Answers:
@@ -40,31 +52,52 @@ class Answers:
     def __init__(self, models: Models, *, folder: Path, file_bytes: int, pixels: int) -> None:
         self.models, self.folder, self.file_bytes, self.pixels = models, folder.resolve(), file_bytes, pixels
 
-    def __call__(self, files: Any, camera: Any, first: Any, second: Any, maps: Any) -> str:
+    def __call__(self, files: Any, camera: Any, first: Any, second: Any, *options: Any) -> Page:
         """HTML for what the page's components hold; whatever goes wrong is a sentence in it."""
+        chosen = [*dict.fromkeys(name for name in (first, second) if isinstance(name, str) and name)]
+        asked = Options.read(*options) if options else Options()
         try:
-            return "".join(self._parts(files, camera, [first, second], maps=bool(maps)))
+            about, examples, code = self._about(chosen, asked)
+            answers, status = self._answers(_uploads(files, camera), camera, chosen, asked)
+            return Page(answers, status, about, examples, code)
         except Exception:
-            return results.paragraph("notice", _reported())
+            return Page(results.paragraph("notice", _reported()), "", "", "", "")
 
-    def _parts(self, files: Any, camera: Any, names: list[Any], *, maps: bool) -> Iterator[str]:
-        given = [*(files if isinstance(files, list) else [files]), camera]
-        uploads = [upload for upload in given if isinstance(upload, dict)]
+    def _about(self, names: list[str], options: Options) -> tuple[str, str, str]:
+        """What the models are, their examples, and the lines of Python."""
+        models = [(name, model) for name in names if (model := self._model(name))]
+        abouts = [(name, model.about) for name, model in models]
+        uses = {use for _, model in models for use in (*model.task.options, *model.task.layers)}
+        snippets = [in_python(name, model.source, model.task, options.of(model.task)) for name, model in models]
+        return (
+            results.title(abouts, sorted(uses)),
+            results.examples([about for _, about in abouts]),
+            results.code(snippets),
+        )
+
+    def _answers(
+        self, uploads: list[dict[str, Any]], camera: Any, names: list[str], options: Options
+    ) -> tuple[str, str]:
+        """A card for each upload, and a sentence on all of them."""
         if not uploads:
-            yield results.paragraph("hint", "Choose images or take one with the camera: the answers appear here.")
-            return
+            return results.paragraph("hint", HINT), ""
+        cards, agreements = [], []
         if len(uploads) > MOST_IMAGES:
-            yield results.paragraph("notice", f"These are {len(uploads)} images: the first {MOST_IMAGES} are shown.")
-        chosen = [name for name in dict.fromkeys(names) if isinstance(name, str) and name]
+            sentence = f"These are {len(uploads)} images: the first {MOST_IMAGES} are shown."
+            cards.append(results.paragraph("notice", sentence))
         for upload in uploads[:MOST_IMAGES]:
             name = "camera" if upload is camera else str(upload.get("orig_name") or "image")[:200]
             try:
                 image = self._image(upload.get("path"))
             except BadImage as error:
                 sentence = f"{error.reason[:1].upper()}{error.reason[1:]}."
-                yield results.card(name, None, [results.paragraph("error", sentence)])
-            else:
-                yield results.card(name, image.size, [self._answer(model, image, maps=maps) for model in chosen])
+                cards.append(results.card(name, None, [results.paragraph("error", sentence)]))
+                continue
+            found = [self._answer(model, image, options, name) for model in names]
+            agreed = _agreement([look for _, look in found])
+            agreements += [agreed] if agreed else []
+            cards.append(results.card(name, image.size, [html for html, _ in found], str(agreed or "")))
+        return "".join(cards), results.status(min(len(uploads), MOST_IMAGES), total(agreements))
 
     def _image(self, path: Any) -> Image.Image:
         """The image of an upload; raises BadImage."""
@@ -80,16 +113,35 @@ class Answers:
             raise BadImage("upload", f"its {size / 1e6:.1f} MB are more than the limit of {most / 1e6:g} MB")
         return decode(file.read_bytes(), max_pixels=self.pixels)
 
-    def _answer(self, name: str, image: Image.Image, *, maps: bool) -> str:
+    def _model(self, name: str) -> Model | None:
+        """None where it cannot be used, which the terminal says more of."""
         try:
-            try:
-                model = self.models.get(name)
-            except UserError as error:  # which says where the model lies
-                say(f"error: {error}")
-                return results.paragraph("error", UNUSABLE)
-            return results.answer(name, model.note, model.look(image, maps=maps))
+            return self.models.get(name)
+        except UserError as error:  # which says where the model lies
+            say(f"error: {error}")
+            return None
+
+    def _answer(self, name: str, image: Image.Image, options: Options, file: str) -> tuple[str, Look | None]:
+        try:
+            model = self._model(name)
+            if model is None:
+                return results.paragraph("error", UNUSABLE), None
+            look = model.look(image, options)
+            return results.answer(name, model.about, look, file), look
         except Exception:
-            return results.paragraph("error", _reported())
+            return results.paragraph("error", _reported()), None
+
+
+def _uploads(files: Any, camera: Any) -> list[dict[str, Any]]:
+    given = [*(files if isinstance(files, list) else [files]), camera]
+    return [upload for upload in given if isinstance(upload, dict)]
+
+
+def _agreement(looks: list[Look | None]) -> Agreement | None:
+    """Of two models that answered in the same kind."""
+    if len(looks) != 2 or looks[0] is None or looks[1] is None or looks[0].kind != looks[1].kind or not looks[0].kind:
+        return None
+    return agreement(looks[0].kind, looks[0].lines, looks[1].lines)
 
 
 def _reported() -> str:
@@ -100,36 +152,42 @@ def _reported() -> str:
 
 def build_page(answers: Answers) -> gr.Blocks:
     """The page with its one action, which every change starts."""
-    names = answers.models.names
     # Gradio's threads come and go, and each leaves memory behind that the next cannot use
     worker = ThreadPoolExecutor(1, "answers")
 
-    async def answer(*inputs: Any) -> str:
+    async def answer(*inputs: Any) -> Page:
         return await asyncio.get_running_loop().run_in_executor(worker, answers, *inputs)
 
-    words = f"up to {MOST_IMAGES} images of {answers.file_bytes / 1e6:g} MB and {answers.pixels / 1e6:g} megapixels"
+    names = answers.models.names
+    start = answers(None, None, names[0], None)
     with gr.Blocks(
         analytics_enabled=False, title="Conv2Former", fill_width=True, delete_cache=(SWEEP_SECONDS, KEPT_SECONDS)
     ) as page:
-        gr.HTML("<h1>Conv2Former</h1>", elem_id="heading")
-        with gr.Row(equal_height=True):
-            with gr.Column(min_width=240):
+        about = gr.HTML(start.about, elem_id="about", js_on_load=None)
+        with gr.Column(elem_id="layout"):
+            with gr.Column(elem_id="input"):
                 first = gr.Dropdown(names, value=names[0], label="Model", elem_id="first")
+                files = gr.File(file_count="multiple", label="Images", height=150, elem_id="files")
+                gr.HTML(_limits(answers), elem_id="limits", js_on_load=style.MEND_UPLOAD)
+                examples = gr.HTML(start.examples, elem_id="examples", js_on_load=style.TAKE_EXAMPLE)
+            with gr.Column(elem_id="results"):
+                status = gr.HTML("", elem_id="status", js_on_load=style.SAY_STATUS)
+                answered = gr.HTML(start.answers, elem_id="answers", js_on_load=style.GIVE_IMAGE)
+                with gr.Accordion("Use it in Python", open=False, elem_id="code-part"):
+                    code = gr.HTML(start.code, elem_id="code", js_on_load=None)
+            with gr.Column(elem_id="options"):
                 second = gr.Dropdown([("none", ""), *names], value="", label="Compare with", elem_id="second")
-                maps = gr.Checkbox(True, label="Modulation maps", elem_id="maps")
-            with gr.Column(scale=2, min_width=300):
-                files = gr.File(file_count="multiple", label=f"Images: {words}", height=214, elem_id="files")
-            with gr.Column(min_width=240):
-                camera = gr.Image(
-                    sources=["webcam"], type="filepath", label="Camera", height=214, elem_id="camera", buttons=[]
-                )
-        inputs = [files, camera, first, second, maps]
-        answered = gr.HTML(answers(None, None, None, None, None), elem_id="answers")
+                sliders, boxes = _controls()
+                with gr.Accordion("Camera", open=False, elem_id="camera-part"):
+                    camera = gr.Image(
+                        sources=["webcam"], type="filepath", label="Camera", height=214, elem_id="camera", buttons=[]
+                    )
         gr.on(
-            [files.change, camera.change, first.input, second.input, maps.input],
+            [files.change, camera.change, first.input, second.input]
+            + [control.input for control in (*sliders, *boxes)],  # not release, which the keyboard does not cause
             answer,
-            inputs=inputs,
-            outputs=answered,
+            inputs=[files, camera, first, second, *sliders, *boxes],
+            outputs=[answered, status, about, examples, code],
             preprocess=False,
             api_visibility="private",
             trigger_mode="always_last",
@@ -139,6 +197,35 @@ def build_page(answers: Answers) -> gr.Blocks:
         page.queue(max_size=WAITING)
         page.state_session_capacity = SESSIONS
     return page
+
+
+def _controls() -> tuple[list[gr.Slider], list[gr.CheckboxGroup | gr.Checkbox]]:
+    """In the order of ``Options.read``."""
+    start = Options()
+    options: Any = dict(buttons=[])
+    sliders = [
+        gr.Slider(1, MOST_CLASSES, start.top_k, step=1, label="Top classes", elem_id="top_k", **options),
+        gr.Slider(0.05, 0.95, start.threshold, step=0.05, label="Lowest score", elem_id="threshold", **options),
+        gr.Slider(0, 1, start.opacity, step=0.05, label="Opacity of masks", elem_id="opacity", **options),
+    ]
+    layers = gr.CheckboxGroup(
+        [(layer.capitalize(), layer) for layer in LAYERS], value=[*LAYERS], label="Show", elem_id="layers"
+    )
+    cam = gr.Checkbox(
+        start.cam, label="Class activation", info="Where the image speaks for the top class.", elem_id="cam"
+    )
+    maps = gr.Checkbox(
+        start.maps,
+        label="Modulation maps",
+        info="Where each stage of a Conv2Former strengthens its features.",
+        elem_id="maps",
+    )
+    return sliders, [layers, cam, maps]
+
+
+def _limits(answers: Answers) -> str:
+    file, pixels = answers.file_bytes / 1e6, answers.pixels / 1e6
+    return results.paragraph("limits", f"Up to {MOST_IMAGES} images of {file:g} MB and {pixels:g} megapixels.")
 
 
 def _nothing() -> None:
@@ -153,8 +240,8 @@ def mounted(page: gr.Blocks) -> Any:
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,
         path="/",
-        theme=gr.themes.Default(**FONTS),  # type: ignore[arg-type]
-        css=results.STYLE,
+        theme=gr.themes.Default(**style.FONTS),  # type: ignore[arg-type]
+        css=style.STYLE,
         footer_links=[],
         run_history=False,
         show_error=False,

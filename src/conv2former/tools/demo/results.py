@@ -3,73 +3,87 @@
 from __future__ import annotations
 
 import base64
-import io
+import json
+import re
+from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from PIL import Image
 
-from conv2former.tools.demo.models import Look
+from conv2former.errors import printable
+from conv2former.tools.demo.about import PIXELS, About, data_url, readable
+from conv2former.tools.demo.agreement import Agreement
+from conv2former.tools.demo.models import LARGE, Look
 
-LARGE, SMALL = 1024, 320  # longest sides of images and of maps on the page
-PIXELS = 96  # images up to this side are enlarged with their pixels visible
+SMALL = 320  # longest side of maps on the page
 LINES = 12  # that are shown of what was found
 KEY = "From the lowest value, blue, to the highest, red; of one channel blue is below 0, red above."
-
-STYLE = """
-#heading .html-container, #answers .html-container { padding: 0; }
-#answers { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
-.picture { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 14px 18px; margin-bottom: 16px;
-  background: var(--block-background-fill); }
-.picture h3 { margin: 0 0 4px; font-size: 1.05rem; overflow-wrap: anywhere; }
-.picture h3 small, .picture .note { font-weight: normal; color: var(--quiet); }
-.picture .answer { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 3fr) minmax(0, 5fr); gap: 8px 24px;
-  padding: 12px 0; align-items: start; }
-.picture .answer + .answer { border-top: 1px solid var(--border-color-primary); }
-.picture .title { grid-column: 1 / -1; display: flex; gap: 14px; align-items: baseline; flex-wrap: wrap; }
-.picture .title b { font-size: 1rem; overflow-wrap: anywhere; }
-.picture .time { font-variant-numeric: tabular-nums; }
-.picture h4 { margin: 0 0 6px; font-size: .85rem; color: var(--quiet); font-weight: 600; }
-.picture img { display: block; max-width: 100%; margin: 0; border-radius: 3px; }
-.picture img.large { max-height: 460px; }
-.picture img.tiny { width: 100%; max-width: 320px; image-rendering: pixelated; }
-.picture .lines { list-style: none; margin: 0; padding: 0; }
-.picture .lines li { margin: 0 0 7px; padding: 0; }
-.picture .lines .row { display: flex; justify-content: space-between; gap: 10px; }
-.picture .lines .share { font-variant-numeric: tabular-nums; }
-.picture .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
-.picture .bar { height: 5px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
-.picture .bar i { display: block; height: 100%; background: #3b82c4; }
-.picture .maps { display: grid; gap: 6px; grid-template-columns: 5.4em repeat(var(--columns), minmax(0, 1fr));
-  font-size: .78rem; align-items: center; }
-.picture .maps img { width: 100%; }
-.picture .maps .head { text-align: center; color: var(--quiet); }
-.picture .key { margin: 8px 0 0; font-size: .78rem; color: var(--quiet); }
-.picture .error, .notice { color: var(--error-text-color, #b91c1c); margin: 4px 0; overflow-wrap: anywhere; }
-.hint { color: var(--quiet); padding: 16px 0; }
-@media (max-width: 900px) { .picture .answer { grid-template-columns: minmax(0, 1fr); } }
-"""
+RANDOM = "random weights: it has learned nothing, so its answers mean nothing."
 
 
 def paragraph(kind: str, sentence: str) -> str:
-    """A 'notice' above the results, a 'hint' instead of results, or an 'error', which says why there is no answer."""
-    role = "" if kind == "hint" else ' role="alert"'
+    """A 'notice' above the results, a 'hint' in their place, an 'error' in place of an answer, or the 'limits'."""
+    role = ' role="alert"' if kind in ("notice", "error") else ""
     return f'<p class="{kind}"{role}>{escape(sentence)}</p>'
 
 
-def card(name: str, size: tuple[int, int] | None, answers: list[str]) -> str:
+def title(models: Sequence[tuple[str, About]], uses: Sequence[str]) -> str:
+    """What the models are, below a warning where weights are random; ``uses`` are the controls that they have."""
+    warnings = [
+        f'<p class="banner" role="alert"><b>{escape(name)}</b> has {RANDOM}</p>' for name, a in models if a.random
+    ]
+    heads = [
+        f'<div><h{1 + (number > 0)} class="name">{escape(name)}</h{1 + (number > 0)}>'
+        f'<ul class="facts">{"".join(f"<li>{escape(printable(fact))}</li>" for fact in about.facts)}</ul></div>'
+        for number, (name, about) in enumerate(models)
+    ]
+    shown = " ".join(f"has-{use}" for use in uses)
+    return f'{"".join(warnings)}<div class="models {shown}">{"".join(heads)}</div>'
+
+
+def examples(models: Sequence[About]) -> str:
+    """Buttons with images that the models' runs keep; empty where they keep none."""
+    found = dict(example for about in models for example in about.examples)
+    buttons = [
+        f'<button type="button" data-name="{escape(name)}"><img alt="{escape(name)}" src="{data}"></button>'
+        for name, data in found.items()
+    ]
+    return f'<h2>Or take an example</h2><div class="examples">{"".join(buttons)}</div>' if buttons else ""
+
+
+def code(snippets: Sequence[str]) -> str:
+    """Lines of Python, which the keyboard can scroll."""
+    return "".join(f'<pre tabindex="0" aria-label="Python">{escape(snippet)}</pre>' for snippet in snippets)
+
+
+def status(count: int, agreed: Agreement | None) -> str:
+    """A sentence on all images, which a screen reader reads out."""
+    if agreed and count > 1:
+        return f"<p>{count} images. {escape(str(agreed))}</p>"
+    return f'<p class="unseen">{count} {"images" if count > 1 else "image"}.</p>'
+
+
+def card(name: str, size: tuple[int, int] | None, answers: list[str], agreement: str = "") -> str:
     """An image with the name of its file, its (width, height) where it can be read, and what was answered."""
     pixels = f" <small>{size[0]} &times; {size[1]}</small>" if size else ""
-    return f'<article class="picture"><h3>{escape(name)}{pixels}</h3>{"".join(answers)}</article>'
+    agreed = f'<p class="agreement">{escape(agreement)}</p>' if agreement else ""
+    return (
+        f'<article class="card"><h2>{escape(name)}{pixels}</h2>{agreed}'
+        f'<div class="answers">{"".join(answers)}</div></article>'
+    )
 
 
-def answer(name: str, note: str, look: Look) -> str:
-    """A model's answer, under its name and a note on it: what it found, the time, the image, the maps."""
-    title = f"<b>{escape(name)}</b>"
-    title += f'<span class="time">{look.milliseconds:.1f} ms in the network</span>'
-    title += f'<span class="note">{escape(note)}</span>' if note else ""
+def answer(name: str, about: About, look: Look, file: str) -> str:
+    """A model's answer: its name, what it found, the image, the time, the files, the maps."""
+    random = '<span class="badge">random weights</span>' if about.random else ""
     drawn = _image(look.image, LARGE, f"what {name} found", "tiny" if max(look.image.size) <= PIXELS else "large")
-    found = f"<div><h4>{look.words.heading}</h4>{_lines(look)}</div>"
-    return f'<div class="answer"><div class="title">{title}</div><div>{drawn}</div>{found}{_maps(look, name)}</div>'
+    found = f"<div><h4>{look.words.heading}</h4>{_lines(look)}{_files(name, look, file)}</div>"
+    maps = f"{_cam(look, name)}{_maps(look, name)}"
+    return (
+        f'<section class="answer"><h3>{escape(name)}{random}</h3><div class="found"><div>{drawn}</div>{found}</div>'
+        f"{maps}</section>"
+    )
 
 
 def _lines(look: Look) -> str:
@@ -80,11 +94,34 @@ def _lines(look: Look) -> str:
         fill = "#" + bytes(line.colour).hex() if line.colour else ""
         swatch = f'<span class="swatch" style="background:{fill}"></span>' if fill else ""
         bar = f'<div class="bar"><i style="width:{line.value:.1%}{f";background:{fill}" if fill else ""}"></i></div>'
-        words = f'<span class="label">{swatch}{escape(line.label)}</span><span class="share">{line.value:.1%}</span>'
-        rows.append(f'<li><div class="row">{words}</div>{bar}</li>')
+        words = f'<span class="label">{swatch}{escape(readable(line.label))}</span>'
+        rows.append(f'<li><div class="row">{words}<span class="share">{line.value:.1%}</span></div>{bar}</li>')
     more = len(look.lines) - LINES
     rest = f'<p class="note">and {more} more</p>' if more > 0 else ""
     return f'<ul class="lines">{"".join(rows)}</ul>{rest}'
+
+
+def _files(name: str, look: Look, file: str) -> str:
+    """The time, and links to the image as it is shown and to what was found in the words of ``predict``."""
+    stem = re.sub(r"[^\w.-]+", "_", f"{Path(file).stem}.{name}")
+    row = json.dumps(dict(file=file, model=name, ok=True) | look.fields, indent=1)
+    data = f"data:application/json;base64,{base64.b64encode(row.encode()).decode()}"
+    kind = "png" if max(look.image.size) <= PIXELS else "jpg"
+    # the script of the page gives the first one the data of the image, which would be here twice
+    return (
+        f'<p class="files"><span class="time">{look.milliseconds:.1f} ms in the network</span>'
+        f'<a href="#" data-image download="{escape(stem)}.{kind}">Download image</a>'
+        f'<a href="{data}" download="{escape(stem)}.json">Download JSON</a></p>'
+    )
+
+
+def _cam(look: Look, name: str) -> str:
+    if look.cam is None:
+        return f'<p class="note">{escape(look.no_cam)}</p>' if look.no_cam else ""
+    words, values = look.cam
+    kind = "tiny" if max(values.shape) <= PIXELS else "large"
+    drawn = _image(Image.fromarray(values), LARGE // 2, f"{name}: class activation", kind)
+    return f'<div class="cam"><h4>Class activation</h4>{drawn}<p class="key">{escape(words)}</p></div>'
 
 
 def _maps(look: Look, name: str) -> str:
@@ -105,10 +142,4 @@ def _maps(look: Look, name: str) -> str:
 
 
 def _image(image: Image.Image, side: int, alt: str, kind: str) -> str:
-    """An image as a data URL: exact where it is small, else as JPEG."""
-    shown, stream = image.copy(), io.BytesIO()
-    shown.thumbnail((side, side))
-    coding = "png" if max(shown.size) <= PIXELS else "jpeg"
-    shown.save(stream, coding, quality=88)
-    data = f"data:image/{coding};base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return f'<img class="{kind}" alt="{escape(alt)}" title="{escape(alt)}" src="{data}">'
+    return f'<img class="{kind}" alt="{escape(alt)}" title="{escape(alt)}" src="{data_url(image, side)}">'
