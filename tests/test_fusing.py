@@ -13,6 +13,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 import conv2former  # noqa: F401  registers the names
+from conv2former.engine.batchnorm import freeze
 from conv2former.models.fused import FusedBlock
 from conv2former.ops import block_weights
 
@@ -52,6 +53,15 @@ def test_no_layer_scale(fill: Any) -> None:
     model, x = build("conv2former_test", fill, ls_init_value=None), torch.randn(1, 3, 64, 64)
     expected = model(x)
     torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_stem_is_fused(fill: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Fine-tuning on few images freezes batch norm; its evaluations are as fast as others."""
+    model, x = build("conv2former_test", fill), torch.randn(1, 3, 64, 64)
+    freeze(model)
+    expected = model(x)
+    torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-4, atol=1e-5)
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] and not caplog.records
 
 
 def test_timm_fuses_it_and_leaves_the_original(fill: Any) -> None:
