@@ -29,13 +29,16 @@ def prepare(path: str) -> np.ndarray:
     return pixels.transpose(2, 0, 1).astype(np.float32)
 
 
+failed = 0
 for path in sys.argv[2:]:
     try:
         prepared = prepare(path)
-    except OSError as error:
+    except Exception as error:  # Pillow has many for damaged files
+        failed += 1
         print(f"{path}: cannot be read ({error})", file=sys.stderr)
         continue
     (logits,) = session.run(None, {"images": prepared[None]})
     powers = np.exp(logits[0] - logits[0].max())
     best = int(powers.argmax())
     print(f"{path}: {about['labels'][best]} {powers[best] / powers.sum():.4f}")
+sys.exit(1 if failed else 0)

@@ -87,7 +87,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_line(
     def fail(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("no\nway")
 
-    for name in ("confusion_matrix", "learning_curves"):
+    for name in ("confusion_matrix", "draw_curves"):
         monkeypatch.setattr(plots, name, fail)
     recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0", "data.source=digits", "data.workers=0")
     train(recipe, data=None, out=tmp_path / "run")

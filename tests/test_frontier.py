@@ -76,9 +76,30 @@ def test_failed_rows_leave_a_gap(rows: list[Row]) -> None:
 
 def test_its_models_are_timms() -> None:
     assert len(frontier.MODELS) >= 20
-    assert [name for name in frontier.MODELS if not timm.is_model(name)] == []
+    if timm.is_model("cpubone_b3"):  # the newest family
+        assert [name for name in frontier.MODELS if not timm.is_model(name)] == []
+
+
+def test_what_this_timm_lacks_and_what_cannot_be_measured_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(options: BenchmarkOptions) -> list[Row]:
+        if options.models == ("convnext_tiny",):
+            raise UserError("nothing could be measured: broken")
+        return [measured(model=options.models[0])]
+
+    monkeypatch.setattr(frontier, "MODELS", {name: frontier.MODELS[name] for name in SPEEDS})
+    monkeypatch.setattr(frontier, "benchmark", refuse)
+    monkeypatch.setattr(timm, "is_model", lambda name: not name.startswith("cpubone"))
+    found = frontier.frontier(BenchmarkOptions(models=(), modes=("eager",)))
+    assert [row.model for row in found] == ["conv2former_t", "conv2former_t"]
+    said = capsys.readouterr().err
+    assert "left out: convnext_tiny" in said and "older than cpubone_b2_bfrobust" in said
+    monkeypatch.setattr(frontier, "benchmark", lambda options: refuse(BenchmarkOptions(models=("convnext_tiny",))))
+    with pytest.raises(UserError, match="nothing could be measured"):
+        frontier.frontier(BenchmarkOptions(models=(), modes=("eager",)))
 
 
 def test_it_does_not_train() -> None:
-    with pytest.raises(UserError, match="leave --train out"):
+    with pytest.raises(UserError, match="leave --train, --size"):
         frontier.frontier(BenchmarkOptions(models=(), training=True))

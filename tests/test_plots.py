@@ -65,9 +65,9 @@ def test_one_run_is_drawn_into_its_folder(tmp_path: Path, drawn: list[Figure]) -
     training, validation = shown["loss"].lines
     np.testing.assert_allclose(training.get_ydata(), 2 / np.arange(1, 13))
     np.testing.assert_allclose(validation.get_xydata(), [(1, 1), (2, 0.5)])
-    assert [line.get_label() for line in shown["validation"].lines] == ["top1", "top5"]
+    assert [line.get_label() for line in shown["validation"].lines] == ["top-1", "top-5"]
     np.testing.assert_allclose(shown["time"].lines[0].get_ydata(), [25, 25])
-    assert legend(drawn[0]) == ["run: best top1 52.00 at epoch 2"]
+    assert legend(drawn[0]) == ["best top-1 52.00 at epoch 2"]
 
 
 def test_the_end_of_a_run_draws_the_same(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -32,7 +32,8 @@ model: Any = timm.create_model("conv2former_atto")
 model.fuse()
 
 counted = dict.fromkeys(FUSED, add_for_thop)
-thop_macs, _ = thop.profile(model, (torch.randn(1, 3, 224, 224),), custom_ops=counted, verbose=False)
+inputs = (torch.randn(1, 3, 224, 224),)
+thop_macs, _ = thop.profile(model, inputs, custom_ops=counted, verbose=False)
 ptflops_macs, _ = ptflops.get_model_complexity_info(
     model,
     (3, 224, 224),

@@ -209,7 +209,10 @@ def _launched(task: Task, device: str) -> L.Fabric | None:
         raise UserError(f"--device {device} is for one process: use auto, cpu or cuda")
     recipe = task.recipe.model_copy(update=dict(engine=EngineSection(accelerator=accelerator)))
     if world_size(recipe) != count:
-        raise UserError(f"{count} processes were started that cannot be connected: start them by torchrun or sbatch")
+        raise UserError(
+            f"{count} processes were started that cannot be connected: start them by torchrun, or by "
+            "srun in a job of sbatch (not in an interactive one)"
+        )
     fabric = make_fabric(recipe)
     fabric.launch()
     return fabric

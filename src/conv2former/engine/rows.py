@@ -65,7 +65,8 @@ class Rows:
                 known = self._known()
                 rows = [known[name] for name in self.names if name in known]
                 done = len(rows) == len(self.names)
-                if done and self._parts():
+                in_order = [*known] == [*dict.fromkeys(self.names)]
+                if done and (self._parts() or not in_order):
                     replace_bytes(self.path, b"".join(map(_line, rows)))
                     for part in self._parts():
                         part.unlink(missing_ok=True)

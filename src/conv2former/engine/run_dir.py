@@ -214,9 +214,13 @@ class RunDir:
         return read_facts(self.path / "run.json")
 
     def title(self) -> str:
-        """Name, network and data, for the head of a figure; raises UserError where a file is damaged."""
-        recipe, data = self.recipe(), self.facts().get("data")
-        return f"{self.path.absolute().name}: {recipe.model.name}" + f" on {Path(str(data)).name}" * bool(data)
+        """Name, network and data, as far as they can be read, for the head of a figure."""
+        title = self.path.absolute().name
+        with contextlib.suppress(UserError):
+            title += f": {self.recipe().model.name}"
+            if data := self.facts().get("data"):
+                title += f" on {Path(str(data)).name}"
+        return title
 
     def recorded(self, reported: Sequence[Reported]) -> list[tuple[Reported, float]]:
         """What the report says, the first metric first; none where there is no report.

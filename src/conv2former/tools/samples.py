@@ -102,7 +102,8 @@ def _bench(random: Random) -> tuple[Image.Image, list[dict[str, Any]]]:
         low, high = inside.min(0), inside.max(0)
         box = [*low.round(2).tolist(), *(high - low).round(2).tolist()]
         polygon = [inside.round(2).ravel().tolist()]
-        area = round(box[2] * box[3], 2)
+        x, y = inside.T
+        area = round(abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2, 2)  # of the polygon
         entries.append(dict(category_id=kind + 1, bbox=box, area=area, iscrowd=0, segmentation=polygon))
     return image.resize((SIDE, SIDE), Image.Resampling.BOX), entries
 

@@ -18,6 +18,7 @@ from conv2former.errors import UserError, printable
 warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # of names in other alphabets: boxes will do
 X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time, minutes"}
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
+SPELLED = {"miou": "mIoU", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "top1": "top-1", "top5": "top-5"}
 GOOD, BAD = "#1b7f4b", "#b3261e"
 
 
@@ -56,7 +57,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         loss.legend()
         accuracy.legend()
     loss.set_title("loss" if alone else "loss (thin: training, dots: validation)")
-    accuracy.set_title("validation metrics" if alone else f"validation {' or '.join(sorted(titles))}")
+    accuracy.set_title("validation metrics, %" if alone else f"validation {' or '.join(sorted(titles))}")
     figure.suptitle(drawable(next(iter(runs))) if alone else "Learning curves", fontweight="bold")
     lr.set_title("learning rate")
     speed.set_title("training speed, images/s")
@@ -112,7 +113,8 @@ def _best(epochs: list[dict[str, Any]]) -> str:
 def _metrics(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The columns of a run's metrics, the monitored one first, with their titles."""
     keys = dict.fromkeys(key for row in epochs for key in row if key.startswith("val_") and key != "val_loss")
-    return [(key, key.removeprefix("val_").replace("_", " ")) for key in keys] or [("", "")]
+    words = {key: key.removeprefix("val_").split("_") for key in keys}
+    return [(key, " ".join(SPELLED.get(word, word) for word in own)) for key, own in words.items()] or [("", "")]
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:

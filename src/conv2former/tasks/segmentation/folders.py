@@ -352,6 +352,7 @@ def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
             raise UserError(
                 f"nothing says which classes there are: add {root / CLASS_FILES[0]}, one name a line, or "
                 "--set data.classes=NUMBER, or say what the values of the masks mean in data.mask_values"
+                + _hint(root, data)
             )
         names = [str(number) for number in range(data.classes)]
     if data.classes not in (None, len(names)):
@@ -362,6 +363,20 @@ def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
     if twice:
         raise UserError(f"the file in {root} names {some(twice, 3)} more than once: give every class its own name")
     return names
+
+
+def _hint(root: Path, data: SegmentationDataSection) -> str:
+    """What some masks hold where that is easily said, and the setting for masks of 0 and 255."""
+    values: set[int] = set()
+    for _, labels in _places(data.source, root).values():
+        for path in list(_files(labels, LABEL_EXTENSIONS, []).values())[:LOOKED_AT]:
+            try:
+                values |= {*np.unique(read_labels(path)).tolist()}
+            except BadImage:
+                return ""
+    if values == {0, 255}:
+        return f"; the masks hold 0 and 255: add {remedy([0, 255], ['background', 'object'])}"
+    return f"; the masks hold {some([str(value) for value in sorted(values)])}" if values else ""
 
 
 def _named_classes(root: Path) -> list[str] | None:

@@ -68,13 +68,15 @@ def frontier(options: BenchmarkOptions) -> list[Row]:
     """Measures the models of ``MODELS`` that this timm has; ``options.models`` and ``image_sizes`` are not looked at.
 
     Raises:
-        UserError: A mistake in the options, or a model that could not be measured.
+        UserError: A mistake in the options, or not one model that could be measured.
     """
-    if options.training:
-        raise UserError("--frontier is about inference: leave --train out")
+    if options.training or options.image_sizes or options.profile:
+        raise UserError(
+            "--frontier measures inference at the size of each accuracy: leave --train, --size and --profile out"
+        )
     given = [mode for mode in MODES if mode == "eager" or importlib.util.find_spec("nncf" if "int8" in mode else mode)]
     modes = options.modes or given
-    if len(given) < len(MODES):
+    if not options.modes and len(given) < len(MODES):
         say(f"OpenVINO or NNCF is not installed: measured by {', '.join(modes)} (pip install openvino nncf)")
     names = [name for name in MODELS if timm.is_model(name)]
     if missing := MODELS.keys() - names:
@@ -82,13 +84,19 @@ def frontier(options: BenchmarkOptions) -> list[Row]:
     rows: list[Row] = []
     for dtype in options.dtypes:
         own = [mode for mode in modes if dtype == "float32" or mode != "openvino-int8"]  # which has its own precision
-        for batch_size in options.batch_sizes:
+        for batch_size in options.batch_sizes if own else ():
             for name in (REFERENCE, *(name for name in names if name != REFERENCE), REFERENCE):
                 one = replace(options, models=(name,), modes=own, image_sizes=(MODELS[name].size,))
-                found = benchmark(replace(one, dtypes=(dtype,), batch_sizes=(batch_size,)))
+                try:
+                    found = benchmark(replace(one, dtypes=(dtype,), batch_sizes=(batch_size,)))
+                except UserError as error:  # of one model: the others are measured all the same
+                    say(f"left out: {name}: {error}")
+                    continue
                 rows += found
                 if options.out:  # at once: all of them take half an hour
                     append_rows(found, options.out / "frontier.jsonl")
+    if not rows:
+        raise UserError("nothing could be measured: see the reasons above")
     return rows
 
 
@@ -125,7 +133,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _runtime(row: Row) -> str:
-    ours = row.mode == "eager" and row.model.startswith("conv2former")
+    ours = row.mode == "eager" and row.model.startswith("conv2former") and row.ops != "reference"
     return "kernels" if ours else row.mode.removesuffix("-int8")
 
 
@@ -144,15 +152,15 @@ def steadiness(rows: Sequence[Row]) -> str:
         if row.model == REFERENCE and row.mode == "eager" and row.images_per_second:
             times.setdefault((row.dtype, row.batch_size), []).append(row.images_per_second)
     said = [f"{dtype}, batch size {size}: {own[0]:.1f} and {own[-1]:.1f}" for (dtype, size), own in times.items()]
-    return f"{REFERENCE} in our kernels, first and last of each column, images/s: {'; '.join(said)}."
+    return f"{REFERENCE} (eager), first and last of each column, images/s: {'; '.join(said)}." if said else ""
 
 
 def draw(rows: Sequence[Row], folder: Path) -> Path:
     """``frontier.png``: accuracy against images per second, a panel for each column; a line joins those that no other
     model beats in both."""
-    cells = columns(rows)
-    across = min(len(cells), 2)
-    down = -(-len(cells) // across)
+    cells = {title: own for title, own in columns(rows).items() if any(MODELS[name].top1 for name in own)}
+    across = max(min(len(cells), 2), 1)
+    down = max(-(-len(cells) // across), 1)
     figure = Figure(figsize=(8 * across, 6 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (title, own) in zip(panels, cells.items(), strict=False):

@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 
 from conv2former.data.rle import decode_mask
 from conv2former.tasks.base import Line, Task
+from conv2former.tools.demo.about import readable
 
 MATCHED = 0.5  # intersection over union of boxes that mean the same object
 
@@ -55,7 +56,7 @@ def kind_of(task: Task) -> Kind | None:
 def agreement(kind: Kind, first: Sequence[Line], second: Sequence[Line]) -> Agreement:
     """Of what two models found on one image."""
     if kind == "classes":
-        return Agreement(kind, int(first[0].label == second[0].label), 1)
+        return Agreement(kind, int(readable(first[0].label) == readable(second[0].label)), 1)
     if kind == "pixels":
         return _pixels(first, second)
     same = _matched(first, second)
@@ -71,12 +72,13 @@ def total(agreements: Sequence[Agreement]) -> Agreement | None:
 
 
 def _pixels(first: Sequence[Line], second: Sequence[Line]) -> Agreement:
-    others = {line.label: line.mask for line in second}
+    others = {readable(line.label): line.mask for line in second}
     same, size = 0, (1, 1)
     for line in first:
-        assert line.mask
+        if not line.mask:  # a task of somebody else
+            continue
         size = line.mask["size"]
-        if other := others.get(line.label):
+        if other := others.get(readable(line.label)):
             same += int((decode_mask(line.mask) & decode_mask(other)).sum())
     return Agreement("pixels", same, size[0] * size[1])
 
@@ -88,7 +90,9 @@ def _matched(first: Sequence[Line], second: Sequence[Line]) -> int:
     overlaps = box_iou(*(torch.tensor([line.box for line in lines], dtype=torch.float) for lines in (first, second)))
     free = set(range(len(second)))
     for row, line in zip(overlaps.tolist(), first, strict=True):
-        own = [index for index in free if second[index].label == line.label and row[index] >= MATCHED]
+        own = [
+            index for index in free if readable(second[index].label) == readable(line.label) and row[index] >= MATCHED
+        ]
         if own:
             free.remove(max(own, key=row.__getitem__))
     return len(second) - len(free)

@@ -55,8 +55,8 @@ class Answers:
     def __call__(self, files: Any, camera: Any, first: Any, second: Any, *options: Any) -> Page:
         """HTML for what the page's components hold; whatever goes wrong is a sentence in it."""
         chosen = [*dict.fromkeys(name for name in (first, second) if isinstance(name, str) and name)]
-        asked = Options.read(*options) if options else Options()
         try:
+            asked = Options.read(*options) if options else Options()
             about, examples, code = self._about(chosen, asked)
             answers, status = self._answers(_uploads(files, camera), camera, chosen, asked)
             return Page(answers, status, about, examples, code)
@@ -119,7 +119,9 @@ class Answers:
             return self.models.get(name)
         except UserError as error:  # which says where the model lies
             say(f"error: {error}")
-            return None
+        except Exception:  # of one model: the other answers
+            _reported()
+        return None
 
     def _answer(self, name: str, image: Image.Image, options: Options, file: str) -> tuple[str, Look | None]:
         try:

@@ -44,10 +44,10 @@ def title(models: Sequence[tuple[str, About]], uses: Sequence[str]) -> str:
 
 def examples(models: Sequence[About]) -> str:
     """Buttons with images that the models' runs keep; empty where they keep none."""
-    found = dict(example for about in models for example in about.examples)
+    found = dict.fromkeys(example for about in models for example in about.examples)
     buttons = [
         f'<button type="button" data-name="{escape(name)}"><img alt="{escape(name)}" src="{data}"></button>'
-        for name, data in found.items()
+        for name, data in found
     ]
     return f'<h2>Or take an example</h2><div class="examples">{"".join(buttons)}</div>' if buttons else ""
 

@@ -97,8 +97,12 @@ element.addEventListener("click", async event => {
   const image = await (await fetch(button.querySelector("img").src)).blob(), files = new DataTransfer();
   files.items.add(new File([image], button.dataset.name, { type: image.type }));
   document.querySelector("#files .icon-button:not(:has(input))")?.click();  // clears
-  await new Promise(done => setTimeout(done, 50));
-  const input = document.querySelector("#files input[type=file]");
+  let input = null;
+  for (let tries = 0; tries < 100 && !input; tries++) {  // until Gradio has drawn it again
+    await new Promise(done => setTimeout(done, 50));
+    input = document.querySelector("#files input[type=file]");
+  }
+  if (!input) return;
   input.files = files.files;
   input.dispatchEvent(new Event("change", { bubbles: true }));
 });
