@@ -86,8 +86,8 @@ APPENDED = (
     (r"benchmark ", "--mode eager --size 32 --rounds 1"),
     (r"explain maps (?!.*--channels)", "--channels 0"),
     (r"explain field", "--images 1"),
-    (r"export .*--pictures", "--count 2"),
-    (r"openvino-int8", "--limit 1"),  # of a network that has learned next to nothing
+    (r"export .*--images", "--count 2"),
+    (r"openvino-int8", "--tolerance 1"),  # of a network that has learned next to nothing
     (r"demo ", "--port 0 --device cpu"),
     (r"benchmarks/ops.py", "--model conv2former_test --size 64 --batch 1 --rounds 2"),
     (r"benchmarks/triton_build.py", "--target 90 --kernel-size 7"),

@@ -339,9 +339,9 @@ def test_a_name_that_is_both_is_refused(
 BAD = [
     (["{run}", "--format", "onx"], "did you mean 'onnx'"),
     (["nowhere"], "nowhere"),
-    (["conv2former_test"], "--pictures"),
-    (["{run}", "--pictures", "{empty}"], "no images in"),
-    (["{run}", "--pictures", "{broken}"], "broken.png"),
+    (["conv2former_test"], "--images"),
+    (["{run}", "--images", "{empty}"], "no images in"),
+    (["{run}", "--images", "{broken}"], "broken.png"),
     (["{run}", "--size", "16", "32"], "makes squares"),
     (["{run}", "--data", "{empty}"], "no images"),
     (["{segmenter}", "--dynamic-size"], "--dynamic-size is for classification"),

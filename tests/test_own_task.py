@@ -125,7 +125,7 @@ def test_all_other_commands_take_it(trained: Path, rooms: Path, tmp_path: Path, 
     assert row["nearest"] <= row["median"] <= row["farthest"] and (tmp_path / "drawn" / "0.predicted.png").is_file()
     planned = run("train", "--recipe", rooms / "depth.yaml", "--dry-run", "--verbose", "--out", tmp_path / "plan.png")
     assert "decoder" in planned and "activations" in planned and "alone" not in planned
-    exported = run("export", trained, "--format", "torch", "--pictures", image, "--out", tmp_path / "exported")
+    exported = run("export", trained, "--format", "torch", "--images", image, "--out", tmp_path / "exported")
     assert "model.pt2" in exported and "depth-estimation" in (tmp_path / "exported" / "README.md").read_text()
     run("explain", "maps", trained, image, "--out", tmp_path / "maps")
     refused = run("evaluate", trained, "--data", rooms, "--multi-scale", status=1)

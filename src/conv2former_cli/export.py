@@ -21,8 +21,9 @@ def export(
     format_: Annotated[
         list[str] | None, Option("--format", help=f"{FORMATS}; one or more, with commas (default: onnx).")
     ] = None,
-    pictures: Annotated[
-        list[Path] | None, Option(help="Images or folders to compare on (default: the run's); repeatable.")
+    images: Annotated[
+        list[Path] | None,
+        Option("--images", "--pictures", help="Images or folders to compare on (default: the run's); repeatable."),
     ] = None,
     count: Annotated[int, Option(min=1, help="How many of them.")] = 16,
     data: Annotated[Path | None, Option(help="Class folders to count top-1 on, before and after.")] = None,
@@ -32,7 +33,9 @@ def export(
     ] = None,
     dynamic_size: Annotated[bool, Option("--dynamic-size", help="Take other sizes, too (classifiers).")] = False,
     fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Re-parameterize for inference.")] = True,
-    limit: Annotated[float | None, Option(min=0, help="Tolerance, as a fraction of the largest output.")] = None,
+    tolerance: Annotated[
+        float | None, Option("--tolerance", "--limit", min=0, help="As a fraction of the largest output.")
+    ] = None,
     agreement: Annotated[
         float | None,
         Option(min=0, max=1, help="Least fraction of images with the same top class, or of objects."),
@@ -50,14 +53,14 @@ def export(
 
     options = ExportOptions(
         formats=[name.strip() for names in format_ or ["onnx"] for name in names.split(",")],
-        images=pictures or (),
+        images=images or (),
         count=count,
         data=data,
         calibration=calibration,
         size=size,
         dynamic_size=dynamic_size,
         fuse=fuse,
-        tolerance=limit,
+        tolerance=tolerance,
         agreement=agreement,
     )
     found = run_export(checkpoint, out, options, say=say)

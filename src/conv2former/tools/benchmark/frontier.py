@@ -71,9 +71,7 @@ def frontier(options: BenchmarkOptions) -> list[Row]:
         UserError: A mistake in the options, or not one model that could be measured.
     """
     if options.training or options.image_sizes or options.profile:
-        raise UserError(
-            "--frontier measures inference at the size of each accuracy: leave --train, --size and --profile out"
-        )
+        raise UserError("--frontier is about inference at set sizes: leave --train, --size and --profile out")
     given = [mode for mode in MODES if mode == "eager" or importlib.util.find_spec("nncf" if "int8" in mode else mode)]
     modes = options.modes or given
     if not options.modes and len(given) < len(MODES):

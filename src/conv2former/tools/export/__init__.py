@@ -93,7 +93,7 @@ class Exported:
         difference, agreement = self.comparison.difference, self.comparison.agreement
         if not difference <= self.tolerance:
             said = f"differs by {difference:.1e} of the largest output, the tolerance is {self.tolerance:g}"
-            return f"{self.format} {said}: the file is not kept; raise --limit where that is good enough"
+            return f"{self.format} {said}: the file is not kept; raise --tolerance where that is good enough"
         if agreement is not None and agreement < self.agreement:
             said = (
                 f"finds {agreement:.1%} of the classes or objects that PyTorch finds, the least is {self.agreement:.0%}"
@@ -155,7 +155,7 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
                 )
                 exported, runtime = _exported(format, each, program, folder)
                 if each.part.one and exported.comparison.agreement is None:
-                    say("note: nothing was found on the images, so little was compared: name others with --pictures")
+                    say("note: nothing was found on the images, so little was compared: name others with --images")
                 tolerance = exported.tolerance if options.tolerance is None else options.tolerance
                 least = 0.0 if subject.random else exported.agreement
                 least = least if options.agreement is None else options.agreement
@@ -213,5 +213,5 @@ def _images(named: Any, options: ExportOptions, subject: Subject) -> list[np.nda
         return images_in(chosen, options.count, subject)
     run = RunDir(named) if isinstance(named, Path) else None
     if run is None or not run.exists():
-        raise UserError("name images to compare the exported file on with --pictures (files or folders)")
+        raise UserError("name images to compare the exported file on with --images (files or folders)")
     return validated_on(run, options.count, subject)

@@ -47,7 +47,7 @@ def validated_on(run: RunDir, count: int, subject: Subject) -> list[np.ndarray]:
         source: Any = validation_set(run).val
     except UserError as error:
         reason = str(error).partition(":")[0]
-        raise UserError(f"{reason}: name images to compare on with --pictures (files or folders)") from None
+        raise UserError(f"{reason}: name images to compare on with --images (files or folders)") from None
     found = [source.load(index) for index in spread(len(source), count)]
     # those of a detector or segmentation model come with what is on them
     return [subject.prepare(item[0] if isinstance(item, tuple) else item) for item in found]
