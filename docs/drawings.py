@@ -245,6 +245,7 @@ def samples() -> None:
         sheet(sorted((folder / "detection/train").iterdir())[:4], "tutorial_detect_data.jpg")
 
 
+HIGHEST = 588  # pixels
 # figure of a run -> file in docs/images, and its width there
 FROM_RUNS = {
     "quickstart/learning_curves.png": ("quickstart_curves.png", 900),
@@ -264,6 +265,7 @@ def from_runs(runs: Path) -> None:
         image = Image.open(runs / source).convert("RGB")
         if image.width > width:
             image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+        image = image.crop((0, 0, image.width, min(image.height, HIGHEST)))  # three rows of a tall sheet
         image.quantize(192).save(IMAGES / name, optimize=True)
 
 
