@@ -85,7 +85,7 @@ def settings_page() -> str:
 def _sections(title: str, config: Any, names: set[str]) -> list[str]:
     lines = [f"## {title}", ""]
     schema = config.model_json_schema()
-    for name in config.model_fields:
+    for name in sorted(config.model_fields, key=lambda name: name == "claim"):  # which is the last
         place = schema["properties"][name]
         reference = place.get("$ref") or next((one["$ref"] for one in place.get("allOf", [])), "")
         fields = schema["$defs"].get(reference.rpartition("/")[2], {}).get("properties", {})
