@@ -24,6 +24,7 @@ from conv2former.checkpoints import authors_state_dict, convert, save_pretrained
 from conv2former.engine.train import train
 from conv2former.recipes import load_recipe, recipe_names
 from conv2former.recipes.load import parse_yaml
+from conv2former.tools.samples import write_samples
 from digits import one_picture, tiny_recipe, write_digits
 from runs import stopped_run
 from scenes import scene, small_detector, small_segmenter, write_ade20k, write_coco, write_pairs
@@ -148,9 +149,11 @@ def _write_data(root: Path) -> None:
         for photos in (root / "photos", root / "other_photos"):
             shutil.copytree(root / "coco" / split, photos / name / CLASSES[0], dirs_exist_ok=True)
             (photos / f"{name}.json").write_text(json.dumps(rows))
+    for kind, name in (("classification", "parts"), ("segmentation", "cracks"), ("detection", "bench")):
+        write_samples(kind, root / "data" / name, count=10)
     shutil.copytree(root / "coco" / "val2017", root / "coco" / "test")
     shutil.copy(root / "coco" / "annotations" / "instances_val2017.json", root / "coco" / "test.json")
-    for number, name in enumerate(("holiday", "new_pictures", "few_photos", "street")):
+    for number, name in enumerate(("holiday", "new_photos", "few_photos", "street")):
         (root / name).mkdir()
         for index in range(2):
             scene(10 * number + index)[0].save(root / name / f"{index}.jpg")

@@ -259,7 +259,7 @@ def make_room(place: Path, words: list[str]) -> None:
     made = None
     if words[0] == "train" and "--out" in words and not {"--resume", "--dry-run"} & set(words):
         made = words[words.index("--out") + 1]
-    elif words[0] == "convert":
+    elif words[0] in ("convert", "samples"):
         made = words[2]
     if made:
         shutil.rmtree(place / made, ignore_errors=True)
