@@ -117,7 +117,7 @@ def write_own_recipes(root: Path) -> None:
 def write_files(root: Path) -> None:
     """Small forms of the data, images, checkpoints and runs that the documents name; takes some ten seconds."""
     write_own_recipes(root)
-    for name in ("benchmarks", "tests", "Makefile", "constraints.txt"):
+    for name in ("benchmarks", "examples", "tests", "Makefile", "constraints.txt"):
         (root / name).symlink_to(ROOT / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
