@@ -52,3 +52,12 @@ def test_masks_are_where_it_is_dark(tmp_path: Path) -> None:
             seen += 1
             assert image[mask == 255].mean() < image[mask == 0].mean() - 15
     assert seen >= 8
+
+
+def test_masks_without_their_meaning_are_looked_at(tmp_path: Path) -> None:
+    write_samples("segmentation", tmp_path, count=12)
+    recipe = load_recipe("finetune_segmentation", overrides=["model.weights=null"])
+    with pytest.raises(
+        UserError, match=r"masks hold 0 and 255: add --set 'data\.mask_values=\{0: background, 255: object\}'"
+    ):
+        task_class(recipe.task).open_splits(recipe, tmp_path)
