@@ -187,6 +187,8 @@ def _write_runs(root: Path) -> None:
     train(tiny_recipe(*atto, *args), data=root / "cifar10", out=runs / "cifar")
     with pytest.MonkeyPatch.context() as patch:  # the run that training.md goes on with
         stopped_run(tiny_recipe(*atto, *args), root / "cifar10", runs / "t", patch, step=6)
+    short = ["schedule.epochs=1", "schedule.warmup_epochs=0", "data.workers=0", "engine.accelerator=cpu"]
+    train(load_recipe("quickstart", overrides=short), data=None, out=runs / "quickstart")
     train(small_detector("schedule.epochs=1"), data=root / "coco", out=runs / "objects")
     train(small_segmenter("schedule.epochs=1"), data=root / "photos", out=runs / "regions")
     as_ade20k = ("data.source=ade20k", "data.reduce_zero_label=true", "schedule.epochs=1")
