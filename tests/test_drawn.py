@@ -13,9 +13,10 @@ from PIL import Image
 
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.train import train
+from conv2former.tasks.segmentation.palettes import class_colours
 from conv2former.tasks.segmentation.task import draw_classes
 from conv2former.viz import plots
-from conv2former.viz.drawing import colour, objects, outline, with_bars
+from conv2former.viz.drawing import colour, label_overlay, objects, outline, with_bars
 from digits import tiny_recipe
 
 NAMES = [
@@ -94,3 +95,25 @@ def test_what_cannot_be_drawn_is_left_out_with_a_line(
     said = capsys.readouterr().err
     assert "left out: confusion_matrix.png: ZeroDivisionError: no way" in said and "left out: learning curves" in said
     assert (tmp_path / "run" / "predictions.png").is_file() and (tmp_path / "run" / "best" / "README.md").is_file()
+
+
+def test_classes_have_the_colours_of_their_data_set() -> None:
+    camvid = [
+        "Sky",
+        "Building",
+        "Pole",
+        "Road",
+        "Pavement",
+        "Tree",
+        "SignSymbol",
+        "Fence",
+        "Car",
+        "Pedestrian",
+        "Bicyclist",
+    ]
+    assert class_colours(camvid)[:3] == [(128, 128, 128), (128, 0, 0), (192, 192, 128)]
+    assert class_colours(["Background", "crack"]) == [(0, 0, 0), colour(1)]
+    assert class_colours(["wall", "Car"]) == [colour(0), colour(1)], "two names do not make a data set"
+    image = Image.new("RGB", (2, 1), "white")
+    found = np.asarray(label_overlay(image, np.array([[1, 255]], np.uint8), class_colours(camvid)))[0]
+    assert tuple(found[1]) == (255, 255, 255) and tuple(found[0]) == (185, 114, 114)

@@ -56,7 +56,7 @@ def test_the_first_lines_say_what_is_done(data: Path, tmp_path: Path, capfd: pyt
         r"64 training, 16 validation images, 4 classes",
         r"precision 32 on cpu, operations by \w+",
         r"learning rate 0.004 x \d+ / 64 = ",
-        r"\d+ steps: 1 epochs of \d+",
+        r"\d+ steps?: 1 epoch of \d+",
         r"writes to .*/a run; Ctrl-C stops it, and `conv2former train --out '.*/a run' --resume` goes on",
     ):
         assert re.search(part, said), part

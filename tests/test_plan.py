@@ -53,7 +53,7 @@ def test_images_batch_and_steps(text: str) -> None:
     assert section(text, "data").startswith("1,281,167 images of 1,000 classes, by the recipe's claim")
     lines = section(text, "batch").splitlines()
     assert lines[0].startswith("128 images per process x 8 processes")
-    assert lines[0].endswith("x 1 micro-batches = effective batch 1,024")
+    assert lines[0].endswith("x 1 micro-batch = effective batch 1,024")
     assert lines[1] == "learning rate: 0.001 x 1,024 / 1,024 = 0.001"
     assert [line.split() for line in lines[3:]] == [
         ["1", "128", "8", "1,024", "0.001", "1,251"],

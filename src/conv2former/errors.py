@@ -49,6 +49,11 @@ def some(items: Sequence[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
 def percent(value: float | None) -> str:
     """A cell of a table; empty where a number is not defined."""
     return "" if value is None else f"{value:.1f}"

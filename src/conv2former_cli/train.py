@@ -108,7 +108,8 @@ def train(
         say(str(stop))
         sys.exit(stop.code)
     if evaluation:
-        tell(result_line(evaluation, "weights, metrics and plots", out))
-        run = shlex.quote(str(out))
-        say(f"look at {', '.join(sorted(path.name for path in out.glob('*.png')))} in {run}")
+        pictures, run = sorted(path.name for path in out.glob("*.png")), shlex.quote(str(out))
+        tell(result_line(evaluation, f"weights, metrics{' and plots' if pictures else ''}", out))
+        if pictures:
+            say(f"look at {', '.join(pictures)} in {run}")
         say(f"next: conv2former predict {run} IMAGES --out annotated", f"      conv2former demo {run}")

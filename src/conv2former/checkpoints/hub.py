@@ -40,6 +40,7 @@ from conv2former.models.meta import build_on_meta
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
+FROM_FOLDER = f"a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
 HUB = re.compile(r"hf[-_]hub:/*(.*)")
 RUN_FOLDERS = ("best", "last")
 
@@ -224,7 +225,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
         return _downloaded(match[1])
     path = Path(os.fspath(path).removeprefix("local-dir:"))
     if not os.path.exists(path):
-        raise MissingWeights(f"{path} does not exist: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}")
+        raise MissingWeights(f"{path} does not exist: give {FROM_FOLDER}")
     if not path.is_dir():
         if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
             return path.parent, path
@@ -238,10 +239,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
                 if (folder / name).is_file():
                     return folder, folder / name
             raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: copy the weights as well")
-    raise UserError(
-        f"{path} has no {CONFIG_FILE}: give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}, or a run's folder with "
-        "best/ or last/ in it"
-    )
+    raise UserError(f"{path} has no {CONFIG_FILE}: give {FROM_FOLDER}, or a run's folder with best/ or last/ in it")
 
 
 @contextlib.contextmanager
@@ -280,14 +278,14 @@ def _downloaded(name: str) -> tuple[Path, Path]:
     raise UserError(f"hf-hub:{name} has no {WEIGHT_FILES[0]}: give a repository in timm's layout")
 
 
-def download_failure(what: str, error: Exception) -> UserError:
-    """The line for a download that did not work."""
+def download_failure(what: str, error: Exception, instead: str = FROM_FOLDER) -> UserError:
+    """The line for a download that did not work, with what to give in its place."""
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return UserError(f"{what} is not on the hub, or is private: check the name, or log in with `hf auth login`")
     why = one_line(error).split(". ")[0][:160]
     return UserError(
         f"{what}: neither in the cache nor to be downloaded ({why}): check the network, "
-        f"HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
+        f"HF_ENDPOINT and HF_HUB_OFFLINE, or give {instead}"
     )
 
 

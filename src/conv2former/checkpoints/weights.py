@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.folder import read_dense
 from conv2former.checkpoints.hub import (
+    FROM_FOLDER,
     download_failure,
     find_model,
     hub_if_reachable,
@@ -76,7 +77,8 @@ def _downloaded(name: str) -> dict[str, Tensor]:
         with hub_if_reachable():
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # of timm, the hub's client or the HTTP library beneath it
-        raise download_failure(f"timm's weights of {name}", error) from error
+        instead = f"--weights with {FROM_FOLDER}, or --from-scratch"
+        raise download_failure(f"timm's weights of {name}", error, instead) from error
 
 
 def open_weights(section: ModelSection) -> Weights | None:

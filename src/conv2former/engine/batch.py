@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conv2former.config import Recipe
-from conv2former.errors import UserError
+from conv2former.errors import UserError, counted
 
 # Which number seeds the random choices of a micro-batch. 1: its place in its process, and the process. 2: its place in
 # the optimizer step, whichever process takes it.
@@ -43,7 +43,10 @@ class BatchPlan:
         return self.per_process * self.world * self.accumulate
 
     def __str__(self) -> str:
-        return f"{self.per_process} x {self.world} processes x {self.accumulate} accumulated = {self.total}"
+        if self.micro_batches == 1:
+            return str(self.total)
+        processes = counted(self.world, "process", "processes")
+        return f"{self.per_process} x {processes} x {self.accumulate} accumulated = {self.total}"
 
 
 def recorded_batch(batch: BatchPlan) -> dict[str, int]:

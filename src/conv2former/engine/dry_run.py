@@ -27,7 +27,7 @@ from conv2former.engine.batch import BatchPlan, fitting_worlds, plan_batch
 from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
-from conv2former.errors import UserError, printable, some
+from conv2former.errors import UserError, counted, printable, some
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Task
@@ -91,7 +91,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
         _draw(recipe, optimizer, schedule, per_epoch, chart := _chart_path(recipe, out))
     steps = _steps(recipe, images.count, batch, per_epoch)
-    head = f"Dry run of {recipe.name}: nothing is trained and no run folder is made."
+    head = f"Dry run of {recipe.name}: nothing is trained."
     drawn = f"{chart} shows the learning rate" if chart else "--out FILE.png draws the learning rate"
     summary = [
         head,
@@ -315,8 +315,8 @@ def _steps_per_epoch(images: int, batch: BatchPlan) -> int:
 def _batch(recipe: Recipe, batch: BatchPlan) -> list[str]:
     optim = recipe.optim
     return [
-        f"{batch.per_process} images per process x {batch.world} processes (claim.processes) x {batch.accumulate} "
-        f"micro-batches = effective batch {batch.total:,}",
+        f"{batch.per_process} images per process x {counted(batch.world, 'process', 'processes')} (claim.processes) x "
+        f"{counted(batch.accumulate, 'micro-batch', 'micro-batches')} = effective batch {batch.total:,}",
         f"learning rate: {optim.base_lr:g} x {batch.total:,} / {optim.base_batch:,} = {scaled_lr(optim, batch):g}",
     ]
 

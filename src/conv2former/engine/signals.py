@@ -26,6 +26,7 @@ class Interrupted(Exception):
         state = "state saved"
         if saved_step not in (None, step):
             state = f"the losses since step {saved_step} are not finite, that step's state is kept"
+        state += f"; `predict` and `evaluate` take the best weights so far from {run}" * (run / "best").is_dir()
         saved = f"stopped at step {step}, {state}; continue with: {command}"
         super().__init__(saved if step is not None else "stopped before the first step: there is nothing to resume")
         self.code = 128 + signum if signum == signal.SIGINT else RESUME_ME

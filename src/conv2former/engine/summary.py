@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conv2former.errors import counted
+
 if TYPE_CHECKING:
     from conv2former.engine.trainer import Trainer
 
@@ -16,7 +18,8 @@ def summary(trainer: Trainer, out: Path) -> list[str]:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f"from {model.weights}" if model.weights else "from random weights"
     source, per_epoch = trainer.splits.train, trainer.steps_per_epoch
-    plan = f"{trainer.steps:,} steps: {trainer.steps / per_epoch:g} epochs of {per_epoch}"
+    epochs = f"{trainer.steps / per_epoch:g}"
+    plan = f"{counted(trainer.steps, 'step')}: {epochs} {'epoch' if epochs == '1' else 'epochs'} of {per_epoch}"
     operations = f", operations by {trainer.operations}" if trainer.operations else ""
     again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(out))} --resume` goes on"
     total = trainer.batch.total

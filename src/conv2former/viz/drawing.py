@@ -12,32 +12,34 @@ from conv2former.data.images import IGNORED
 from conv2former.errors import printable
 
 STRENGTH = 0.55  # of an overlay's colour
+RGB = tuple[int, int, int]
 LINE = 22  # height of a line of the legend, pixels
 BARS_SIDE = 512  # longer side of an image with bars below
 
 
-def colour(index: int) -> tuple[int, int, int]:
+def colour(index: int) -> RGB:
     """A colour for a class; neighbours differ (golden ratio over hues, with three strengths)."""
     hue, value = (index * 0.618034) % 1, (1.0, 0.75, 0.55)[index % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def over_grey(index: int) -> tuple[int, int, int]:
+def over_grey(rgb: RGB) -> RGB:
     """The colour of a class as an overlay shows it, on the grey of a middling image."""
-    red, green, blue = (round(STRENGTH * part + (1 - STRENGTH) * 128) for part in colour(index))
+    red, green, blue = (round(STRENGTH * part + (1 - STRENGTH) * 128) for part in rgb)
     return red, green, blue
 
 
-def label_overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The image with its classes (H, W) in colour; pixels of no class (255) stay as they are."""
-    palette = np.array([colour(index) for index in range(256)], np.uint8)
+def label_overlay(image: Image.Image, labels: np.ndarray, colours: Sequence[RGB]) -> Image.Image:
+    """The image with its classes (H, W) in their colours; pixels of no class (255) stay as they are."""
+    palette = np.zeros((IGNORED + 1, 3), np.uint8)
+    palette[: len(colours)] = colours
     pixels = np.asarray(image)
     mixed = (pixels * (1 - STRENGTH) + palette[labels] * STRENGTH).astype(np.uint8)
     return Image.fromarray(np.where((labels == IGNORED)[..., None], pixels, mixed))
 
 
-def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image.Image:
+def legend(classes: Sequence[str], colours: Sequence[RGB], shown: Iterable[int], *, width: int) -> Image.Image:
     """Names of some classes in their colours, as many a line as fit."""
     font = ImageFont.load_default(14)
     names = [(int(index), printable(classes[int(index)])) for index in shown if int(index) < len(classes)]
@@ -52,7 +54,7 @@ def legend(classes: Sequence[str], shown: Iterable[int], *, width: int) -> Image
     sheet = Image.new("RGB", (width, LINE * (row + 1) + 4), "white")
     canvas = ImageDraw.Draw(sheet)
     for (left, top), (index, name) in zip(positions, names, strict=True):
-        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=over_grey(index))
+        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=over_grey(colours[index]))
         canvas.text((left + 19, top), name, fill="black", font=font)
     return sheet
 
@@ -106,7 +108,7 @@ def objects(
 def tint(
     pixels: np.ndarray,
     inside: np.ndarray,
-    rgb: tuple[int, int, int],
+    rgb: RGB,
     *,
     strength: float = STRENGTH,
     outlined: bool = False,
@@ -117,14 +119,14 @@ def tint(
         pixels[outline(inside, max(1, max(inside.shape) // 400))] = rgb
 
 
-def frame(image: Image.Image, box: Sequence[float], rgb: tuple[int, int, int]) -> None:
+def frame(image: Image.Image, box: Sequence[float], rgb: RGB) -> None:
     """Draws a box (x0, y0, x1, y1) into the image."""
     left, top, right, bottom = box
     corners = left, top, max(right, left), max(bottom, top)
     ImageDraw.Draw(image).rectangle(corners, outline=rgb, width=max(2, max(image.size) // 400))
 
 
-def label(image: Image.Image, box: Sequence[float], caption: str, rgb: tuple[int, int, int]) -> None:
+def label(image: Image.Image, box: Sequence[float], caption: str, rgb: RGB) -> None:
     """Writes above a box, into the image, what it holds."""
     canvas, caption, font = (
         ImageDraw.Draw(image),

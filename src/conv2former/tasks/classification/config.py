@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from conv2former.config import MOST_SIDE, Choices, ImagesSection, ModelSection, Recipe, Section, Start
+from conv2former.errors import counted
 
 
 class DataSection(ImagesSection):
@@ -72,7 +73,9 @@ class ClassificationRecipe(Recipe):
         n, weights = start.images, start.weights
         images, begin = f"{n:,} training images", "from pretrained weights" if weights else "from random weights"
         few, many = n < 2_000, n >= 50_000
-        size = min(16 if n < 200 else 32 if few else 64, max(n // start.world, 1))
+        # of few images a batch that does not divide them leaves out many: 8 of 24, for 16
+        largest = max((16, 14, 12, 10, 8), key=lambda size: n - n % size) if n < 200 else 32 if few else 64
+        size = min(largest, max(n // start.world, 1))
         epochs = 60 if n < 200 else 30 if few else 10 if many else 20
         if not weights:
             epochs *= 2
@@ -83,7 +86,7 @@ class ClassificationRecipe(Recipe):
             "model.fit_head": (weights, begin),
             "model.freeze_batchnorm": (weights and few, f"{begin}, {images}"),
             "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
-            "optim.batch_size": (size, f"{images} make {n // (size * start.world)} steps an epoch"),
+            "optim.batch_size": (size, f"{images} make {counted(n // (size * start.world), 'step')} an epoch"),
             "optim.base_lr": (5e-4 if weights else 1e-3, begin),
             "optim.layer_decay": (0.9 if weights and not few else None, images),
             "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),

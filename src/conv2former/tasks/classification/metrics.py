@@ -112,8 +112,9 @@ class ClassificationMetric(Metric):
 
     def result(self) -> Evaluation:
         counts = self.compute()
-        line = f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']} images), "
-        line += f"top-5 {counts['top5']:.2f}%"
+        line = f"top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['images']} images)"
+        if len(self.classes) > 5:  # of five classes, all are among the first five
+            line += f", top-5 {counts['top5']:.2f}%"
         metrics = {key: counts[key] for key in ("loss", "top1", "top5")}
         columns = zip(*self.rows, strict=True)
         records = Records(*(torch.cat(column).cpu().numpy() for column in columns)) if self.rows else None

@@ -349,10 +349,14 @@ def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
         names = table_classes(data.mask_values)
     if names is None:
         if data.classes is None:
+            values = _values_of_some(root, data)
+            if values == [0, 255]:
+                add = remedy(values, ["background", "object"])
+                raise UserError(f"the masks hold 0 and 255, and nothing says which classes these are: add {add}")
+            seen = f" (the masks hold {some([str(value) for value in values])})" if values else ""
             raise UserError(
-                f"nothing says which classes there are: add {root / CLASS_FILES[0]}, one name a line, or "
+                f"nothing says which classes there are{seen}: add {root / CLASS_FILES[0]}, one name a line, or "
                 "--set data.classes=NUMBER, or say what the values of the masks mean in data.mask_values"
-                + _hint(root, data)
             )
         names = [str(number) for number in range(data.classes)]
     if data.classes not in (None, len(names)):
@@ -365,18 +369,16 @@ def _classes(root: Path, data: SegmentationDataSection) -> list[str]:
     return names
 
 
-def _hint(root: Path, data: SegmentationDataSection) -> str:
-    """What some masks hold where that is easily said, and the setting for masks of 0 and 255."""
+def _values_of_some(root: Path, data: SegmentationDataSection) -> list[int]:
+    """What the first masks hold; empty where one of them has other values than numbers of classes."""
     values: set[int] = set()
     for _, labels in _places(data.source, root).values():
         for path in list(_files(labels, LABEL_EXTENSIONS, []).values())[:LOOKED_AT]:
             try:
                 values |= {*np.unique(read_labels(path)).tolist()}
             except BadImage:
-                return ""
-    if values == {0, 255}:
-        return f"; the masks hold 0 and 255: add {remedy([0, 255], ['background', 'object'])}"
-    return f"; the masks hold {some([str(value) for value in sorted(values)])}" if values else ""
+                return []
+    return sorted(values)
 
 
 def _named_classes(root: Path) -> list[str] | None:

@@ -23,9 +23,10 @@ from conv2former.tasks.segmentation.folders import PairSource, PairSplits, open_
 from conv2former.tasks.segmentation.inference import probability_bands
 from conv2former.tasks.segmentation.losses import weighted_loss
 from conv2former.tasks.segmentation.metrics import SegmentationMetric
+from conv2former.tasks.segmentation.palettes import class_colours
 from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, resize
 from conv2former.viz import plots
-from conv2former.viz.drawing import colour, label_overlay, legend, side_by_side
+from conv2former.viz.drawing import label_overlay, legend, side_by_side
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation (Sec. 4.6)
 SHEET_IMAGES = 6
@@ -130,12 +131,12 @@ class SegmentationTask(DenseTask):
     def _predicted(self, prepared: Prepared) -> Prediction:
         mask = self.segment(prepared)
         indices, counts = np.unique(mask, return_counts=True)
-        found, lines = [], []
+        found, lines, colours = [], [], class_colours(self.classes)
         for index, count in sorted(zip(indices.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]):
             label, fraction = self.classes[index], count / mask.size
             encoded = encode_mask(mask == index)
             found.append(dict(label=label, index=index, share=fraction, mask=encoded))
-            lines.append(Line(label, fraction, colour(index), mask=encoded))
+            lines.append(Line(label, fraction, colours[index], mask=encoded))
         return Prediction(dict(classes=found), partial(draw_classes, mask=mask, classes=self.classes), lines)
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
@@ -193,14 +194,15 @@ class ClassSum(nn.Module):
 
 def draw_classes(image: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
     """The image with its classes in colour, and what the colours mean below."""
-    overlay = label_overlay(image, mask)
-    names = legend(classes, np.unique(mask), width=max(overlay.width, 240))
+    colours = class_colours(classes)
+    overlay = label_overlay(image, mask, colours)
+    names = legend(classes, colours, np.unique(mask), width=max(overlay.width, 240))
     return side_by_side([overlay, names], vertical=True)
 
 
 @torch.inference_mode()
 def _sheet(task: SegmentationTask, source: PairSource) -> Image.Image:
-    rows, seen = [], set()
+    rows, seen, colours = [], set(), class_colours(task.classes)
     for index in np.linspace(0, len(source) - 1, min(SHEET_IMAGES, len(source))).astype(int):
         try:
             image, truth = source.load(int(index), task.recipe.data.max_pixels)
@@ -210,7 +212,7 @@ def _sheet(task: SegmentationTask, source: PairSource) -> Image.Image:
         seen |= {*np.unique(truth), *np.unique(found)}
         small = image.copy()
         small.thumbnail((400, 400))
-        overlays = (label_overlay(image, mask).resize(small.size) for mask in (truth, found))
+        overlays = (label_overlay(image, mask, colours).resize(small.size) for mask in (truth, found))
         rows.append(side_by_side([small, *overlays]))
     sheet = side_by_side(rows, vertical=True)
-    return side_by_side([sheet, legend(task.classes, sorted(seen), width=sheet.width)], vertical=True)
+    return side_by_side([sheet, legend(task.classes, colours, sorted(seen), width=sheet.width)], vertical=True)

@@ -27,7 +27,7 @@ from conv2former.tasks.backbone import feature_info
 from conv2former.tools.explain.opening import Explained, open_explained
 from conv2former.tools.explain.sheets import NotShown, each_image, over, sheet
 from conv2former.tools.explain.subjects import stage_indices
-from conv2former.viz.drawing import label_overlay
+from conv2former.viz.drawing import colour, tint
 
 # our name -> the library's class: Selvaraju et al. 2017, Chattopadhay et al. 2018, Fu et al. 2020, Draelos and Carin
 # 2020, Jiang et al. 2021, Muhammad and Yeasin 2020
@@ -161,8 +161,8 @@ class ActivationMaps:
         name = None if index is None else self.model.task.classes[index]
         panels = [("image", view)]
         if mask is not None and index is not None:
-            marked = np.where(mask == index, np.uint8(index % 255), np.uint8(255))  # 255: in no colour
-            panels.append((f"found to be {name}", np.asarray(label_overlay(Image.fromarray(view), marked))))
+            tint(marked := view.copy(), mask == index, colour(index))
+            panels.append((f"found to be {name}", marked))
         empty = not values.any()
         title = (self.method if name is None else f"{self.method}: {name}") + (" (nothing)" if empty else "")
         panels.append((title, over(view, values)))
