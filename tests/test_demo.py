@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from scenes import scene, small_detector, small_segmenter, write_coco, write_pai
 pytest.importorskip("gradio", reason="needs gradio: pip install 'conv2former[demo]'")
 from starlette.testclient import TestClient
 
+from conv2former.tools.demo import models as models_module
 from conv2former.tools.demo import page as page_module
 from conv2former.tools.demo.page import MOST_IMAGES, OUR_FAULT, UNUSABLE, Answers
 from pages import LIMITS, META, UPLOAD_BYTES, answers_of, gated, inputs
@@ -104,6 +106,18 @@ def test_a_classifier_says_what_predict_says(finished: Path, picture: Image.Imag
     assert [title.split(",")[0] for title, _ in look.maps[0][1]] == ["A", "A", "A * V"]
     assert model.look(picture, Options()).maps == [] and model.look(picture, Options()).fields == found.fields
     assert len(model.look(picture, Options(top_k=2)).lines) == 2
+
+
+def test_maps_are_computed_once(finished: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Models([str(finished)], device="cpu").get("finished")
+    shown = Options(cam=True, maps=True)
+    first = model.look(picture, shown)
+    assert first.cam and first.maps
+    monkeypatch.setattr(models_module, "map_panels", None)
+    monkeypatch.setattr(models_module, "ActivationMaps", None)
+    again = model.look(picture, replace(shown, opacity=0.1))
+    assert again.cam is first.cam and again.maps is first.maps
+    assert model.look(picture, Options()).maps == []
 
 
 def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> None:

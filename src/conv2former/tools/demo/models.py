@@ -8,7 +8,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Found:
     lines: list[Line]  # the most important first
     drawn: Image.Image | None  # by the task, where it has no layers
     milliseconds: float
+    maps: dict[str, Any] = field(default_factory=dict)  # those that were asked for already
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ class Model:
         drawn = found.drawn or image
         if self.task.layers:
             drawn = layered(image, found.lines, options)
-        panels: Panels = []
-        if options.maps and self.blocks:
-            # without the first panel of each row, the image
-            panels = [(name, row[1:]) for name, row in map_panels(self.explained, image, self.blocks, channels=1)]
-        cam, no_cam = self._activation(image) if options.cam else (None, "")
+        if options.maps and "modulation" not in found.maps:
+            rows = map_panels(self.explained, image, self.blocks, channels=1) if self.blocks else []
+            found.maps["modulation"] = [(name, row[1:]) for name, row in rows]  # the first panel is the image
+        if options.cam and "cam" not in found.maps:
+            found.maps["cam"] = self._activation(image)
+        panels: Panels = found.maps["modulation"] if options.maps else []
+        cam, no_cam = found.maps["cam"] if options.cam else (None, "")
         return Look(
             *(self.task.words, kind_of(self.task), drawn, found.fields, found.lines, found.milliseconds),
             *(panels, self.no_maps if options.maps else "", cam, no_cam),

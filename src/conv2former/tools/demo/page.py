@@ -54,18 +54,19 @@ class Answers:
 
     def __call__(self, files: Any, camera: Any, first: Any, second: Any, *options: Any) -> Page:
         """HTML for what the page's components hold; whatever goes wrong is a sentence in it."""
-        chosen = [*dict.fromkeys(name for name in (first, second) if isinstance(name, str) and name)]
+        names = dict.fromkeys(name for name in (first, second) if isinstance(name, str) and name)
         try:
             asked = Options.read(*options) if options else Options()
-            about, examples, code = self._about(chosen, asked)
-            answers, status = self._answers(_uploads(files, camera), camera, chosen, asked)
+            models = {name: self._model(name) for name in names}  # one that is broken is opened once
+            about, examples, code = self._about(models, asked)
+            answers, status = self._answers(_uploads(files, camera), camera, models, asked)
             return Page(answers, status, about, examples, code)
         except Exception:
             return Page(results.paragraph("notice", _reported()), "", "", "", "")
 
-    def _about(self, names: list[str], options: Options) -> tuple[str, str, str]:
+    def _about(self, chosen: dict[str, Model | None], options: Options) -> tuple[str, str, str]:
         """What the models are, their examples, and the lines of Python."""
-        models = [(name, model) for name in names if (model := self._model(name))]
+        models = [(name, model) for name, model in chosen.items() if model]
         abouts = [(name, model.about) for name, model in models]
         uses = {use for _, model in models for use in (*model.task.options, *model.task.layers)}
         snippets = [in_python(name, model.source, model.task, options.of(model.task)) for name, model in models]
@@ -76,7 +77,7 @@ class Answers:
         )
 
     def _answers(
-        self, uploads: list[dict[str, Any]], camera: Any, names: list[str], options: Options
+        self, uploads: list[dict[str, Any]], camera: Any, models: dict[str, Model | None], options: Options
     ) -> tuple[str, str]:
         """A card for each upload, and a sentence on all of them."""
         if not uploads:
@@ -93,7 +94,7 @@ class Answers:
                 sentence = f"{error.reason[:1].upper()}{error.reason[1:]}."
                 cards.append(results.card(name, None, [results.paragraph("error", sentence)]))
                 continue
-            found = [self._answer(model, image, options, name) for model in names]
+            found = [self._answer(*chosen, image, options, name) for chosen in models.items()]
             agreed = _agreement([look for _, look in found])
             agreements += [agreed] if agreed else []
             cards.append(results.card(name, image.size, [html for html, _ in found], str(agreed or "")))
@@ -123,11 +124,12 @@ class Answers:
             _reported()
         return None
 
-    def _answer(self, name: str, image: Image.Image, options: Options, file: str) -> tuple[str, Look | None]:
+    def _answer(
+        self, name: str, model: Model | None, image: Image.Image, options: Options, file: str
+    ) -> tuple[str, Look | None]:
+        if model is None:
+            return results.paragraph("error", UNUSABLE), None
         try:
-            model = self._model(name)
-            if model is None:
-                return results.paragraph("error", UNUSABLE), None
             look = model.look(image, options)
             return results.answer(name, model.about, look, file), look
         except Exception:
