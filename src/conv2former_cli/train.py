@@ -62,32 +62,22 @@ def train(
     Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
     """
     from conv2former.errors import UserError
-    from conv2former.recipes.load import load_recipe
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    # another model does not take the arguments that the recipe's own model needs; --set may give it some
-    overrides = [f"model.name={model}", "model.args={}"] if model else []
+    if force and not resume:
+        raise UserError("--force can only be used together with --resume")
     if (weights is not None) + pretrained + from_scratch > 1:
         raise UserError("--weights, --pretrained and --from-scratch exclude each other")
+    # another model does not take the arguments that the recipe's own model needs; --set may give it some
+    overrides = [f"model.name={model}", "model.args={}"] if model else []
     overrides += [f"model.weights={json.dumps(weights)}"] if weights is not None else []
     overrides += ["model.weights=timm"] * pretrained
     overrides += ["model.weights=null", "model.needs_weights=false"] * from_scratch
     overrides += ["model.fit_head=only"] * probe_only
     overrides += set_ or []
     overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
-    own = out / "recipe.yaml" if resume and out else None
-    if overrides and recipe is None and own and own.exists():
-        recipe = str(own)
-    if recipe is None and not resume and out and (out / "recipe.yaml").exists():
-        raise UserError(f"{out} holds a run: continue it with --resume, or name a --recipe and add --overwrite")
-    if recipe is None and not resume and not dry_run:
-        raise UserError(f"no recipe is named: `conv2former recipes` lists them. {FIRST}")
-    if overrides and recipe is None:
-        raise UserError("--set and --model change a recipe: name it with --recipe")
-    if force and not resume:
-        raise UserError("--force can only be used together with --resume")
-    loaded = load_recipe(recipe, overrides=overrides) if recipe else None
+    loaded = _recipe(recipe, overrides, out=out, resume=bool(resume), dry_run=dry_run)
     if dry_run:
         from conv2former.engine.dry_run import dry_run as describe
 
@@ -97,13 +87,35 @@ def train(
         return
     if out is None:
         raise UserError("no run folder given: name one with --out DIR")
+    going_on: Any = "auto" if resume == Resume.auto else bool(resume)
+    _train(loaded, out, data=data, resume=going_on, overwrite=overwrite, force=force)
 
+
+def _recipe(name: str | None, overrides: list[str], *, out: Path | None, resume: bool, dry_run: bool) -> Any:
+    """The recipe with its overrides; None where the run in ``out`` continues with its own."""
+    from conv2former.errors import UserError
+    from conv2former.recipes.load import load_recipe
+
+    own = out / "recipe.yaml" if out and (out / "recipe.yaml").exists() else None
+    if name is None and overrides and resume and own:
+        name = str(own)
+    if name is not None:
+        return load_recipe(name, overrides=overrides)
+    if not resume and own:
+        raise UserError(f"{out} holds a run: continue it with --resume, or name a --recipe and add --overwrite")
+    if not resume and not dry_run:
+        raise UserError(f"no recipe is named: `conv2former recipes` lists them. {FIRST}")
+    if overrides:
+        raise UserError("--set and --model change a recipe: name it with --recipe")
+    return None
+
+
+def _train(recipe: Any, out: Path, **options: Any) -> None:
     from conv2former.engine.train import Interrupted
     from conv2former.engine.train import train as run_train
 
     try:
-        going_on: Any = "auto" if resume == Resume.auto else bool(resume)
-        evaluation = run_train(loaded, data=data, out=out, resume=going_on, overwrite=overwrite, force=force)
+        evaluation = run_train(recipe, out=out, **options)
     except Interrupted as stop:
         say(str(stop))
         sys.exit(stop.code)
