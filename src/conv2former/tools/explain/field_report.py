@@ -71,9 +71,11 @@ def to_markdown(rows: Sequence[FieldRow]) -> str:
 
 
 def broken(name: str, width: int = 22) -> str:
-    """A long name in lines, broken behind its punctuation."""
+    """A long name in lines, broken behind its punctuation; within a word only where it is longer than a line."""
     lines = [""]
-    for part in re.findall(r"[^:,/_]*[:,/_]|[^:,/_]+", name):
+    parts = re.findall(r"[^:,/]*[:,/]|[^:,/]+", name)
+    pieces = [re.findall(r"[^_]*_|[^_]+", part) if len(part) > width else [part] for part in parts]
+    for part in (piece for own in pieces for piece in own):
         if len(lines[-1] + part) > width:
             lines.append("")
         lines[-1] += part
@@ -112,7 +114,8 @@ def draw(rows: Sequence[FieldRow], scores: Sequence[np.ndarray], path: Path) -> 
         f"effective receptive fields at {rows[0].size} px, mean of {rows[0].images} images; squares and numbers: sides "
         f"that hold {' and '.join(f'{name}%' for name in FRACTIONS)}"
     )
-    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())), fontsize=8)
+    above = max(broken(name).count("\n") for name in names) * "\n"  # room for the names, which the layout does not see
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())) + above, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
