@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from command import run_command
-from conv2former.engine import progress
+from conv2former.engine import launch, progress
+from conv2former.engine.dry_run import dry_run
 from conv2former.engine.progress import Ticker, TrainingProgress, duration, significant
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
@@ -60,6 +61,16 @@ def test_the_first_lines_say_what_is_done(data: Path, tmp_path: Path, capfd: pyt
         r"writes to .*/a run; Ctrl-C stops it, and `conv2former train --out '.*/a run' --resume` goes on",
     ):
         assert re.search(part, said), part
+
+
+def test_slow_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tiny_recipe("engine.precision=bf16")
+    monkeypatch.setattr(launch, "fast_bfloat16", lambda: True)
+    assert launch.slow_precision(half) is None and "slower" not in dry_run(half, data=None, out=None)
+    monkeypatch.setattr(launch, "fast_bfloat16", lambda: False)
+    assert str(launch.slow_precision(half)).endswith("add --set engine.precision=32")
+    assert launch.slow_precision(tiny_recipe()) is None
+    assert "slower than 32 on this processor" in dry_run(half, data=None, out=None)
 
 
 def test_evaluate_prints_a_table(

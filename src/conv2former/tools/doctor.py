@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
+from conv2former.engine.launch import fast_bfloat16
 from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError, nearest
 from conv2former.models.meta import build_on_meta
@@ -47,7 +48,9 @@ def report() -> list[str]:
     slow = [f"operations on {device} are plain PyTorch: {why}" for device, why in reasons.items() if why]
     if not gpu:
         slow.append("there is no GPU: training of large networks takes weeks")
-    if not {"avx512_bf16", "amx_bf16", "bf16"} & _features() and not gpu:
+    if not fast_bfloat16() and not gpu:
+        slow.append("this processor has no fast bfloat16: engine.precision=bf16 is many times slower than 32")
+    elif not {"avx512_bf16", "amx_bf16", "bf16"} & _features() and not gpu:
         slow.append("this processor does not compute in bfloat16: engine.precision=bf16 saves nothing")
     if torch.get_num_threads() < (os.cpu_count() or 1) // 2:
         slow.append(f"PyTorch uses {torch.get_num_threads()} of {os.cpu_count()} processors: see OMP_NUM_THREADS")
