@@ -64,13 +64,13 @@ def test_the_first_lines_say_what_is_done(data: Path, tmp_path: Path, capfd: pyt
 
 
 def test_slow_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = tiny_recipe("engine.precision=bf16")
+    half = tiny_recipe("engine.precision=bf16", "optim.name=muon")
     monkeypatch.setattr(launch, "fast_bfloat16", lambda: True)
-    assert launch.slow_precision(half) is None and "slower" not in dry_run(half, data=None, out=None)
+    assert launch.slow_precision(half) is None and "longer" not in dry_run(half, data=None, out=None)
     monkeypatch.setattr(launch, "fast_bfloat16", lambda: False)
-    assert str(launch.slow_precision(half)).endswith("add --set engine.precision=32")
+    assert str(launch.slow_precision(half)).endswith(": add --set engine.precision=32 --set optim.name=adamw")
     assert launch.slow_precision(tiny_recipe()) is None
-    assert "slower than 32 on this processor" in dry_run(half, data=None, out=None)
+    assert "optim.name=muon take many times longer" in dry_run(half, data=None, out=None)
 
 
 def test_evaluate_prints_a_table(
