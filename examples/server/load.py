@@ -14,11 +14,14 @@ from urllib.parse import urlsplit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sends images to a server and measures its answers.")
+    parser = argparse.ArgumentParser(
+        description="Sends images to a server and measures its answers; times are in milliseconds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("server")
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--clients", type=int, default=32, help="that ask at a time")
+    parser.add_argument("--seconds", type=float, default=30, help="of load")
     given = parser.parse_args()
     contents = [path.read_bytes() for path in given.images]
     seconds: list[float] = []
@@ -52,7 +55,7 @@ def main() -> None:
     took, ordered = time.monotonic() - began, sorted(seconds)
     rate = states[200] / took
     milliseconds = {
-        f"p{percent}": round(1000 * ordered[int(percent / 100 * (len(ordered) - 1))]) for percent in (50, 99)
+        f"p{percent}_ms": round(1000 * ordered[int(percent / 100 * (len(ordered) - 1))]) for percent in (50, 99)
     }
     print(json.dumps(dict(clients=given.clients, per_second=round(rate, 1), **milliseconds, answers=dict(states))))
 

@@ -67,7 +67,8 @@ def export(
     if json_:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:
-        columns = ["format", "file", "MB", "difference", "tolerance", "same answers", "top-1 in PyTorch", "top-1"]
+        columns = ["format", "file", "MB", "difference", "tolerance", "images", "same answers"]
+        columns += ["top-1 in PyTorch", "top-1"] if data else []
         cells = [
             [
                 one.format,
@@ -75,8 +76,9 @@ def export(
                 f"{one.size / 1e6:.1f}",
                 f"{one.comparison.difference:.1e}",
                 f"{one.tolerance:g}",
+                str(one.comparison.pictures),
                 "" if one.comparison.agreement is None else f"{100 * one.comparison.agreement:.2f}%",
-                *(f"{percent:.2f}%" if percent is not None else "" for percent in (one.top1 or (None, None))[:2]),
+                *(f"{percent:.2f}%" for percent in (one.top1 or ())[:2]),
             ]
             for one in found
         ]

@@ -17,6 +17,8 @@ GROUPS = {
     "The paper: ImageNet-22k": ("imagenet22k",),
     "The paper: detection and segmentation": ("",),
 }
+METRICS = {"classification": "top-1", "detection": "box AP", "segmentation": "mIoU"}
+CHANGED = "* with arguments of its own (`model.args` in `conv2former recipes --json`), which --model leaves out."
 
 
 @app.command()
@@ -38,22 +40,25 @@ def recipes(
     cells = [
         [
             recipe.name,
-            recipe.model.name,
+            recipe.model.name + "*" * bool(recipe.model.args),
             recipe.claim.source,
+            METRICS[recipe.task],
             percent(recipe.claim.paper),
             recipe.claim.measured if isinstance(recipe.claim.measured, str) else percent(recipe.claim.measured),
         ]
         for recipe in loaded
     ]
-    columns = ["recipe", "model", "source", "paper", "measured"]
+    columns = ["recipe", "model", "source", "metric, %", "paper", "measured"]
     if markdown:
         for row in (columns, ["---"] * len(columns), *cells):
             print(f"| {' | '.join(row)} |")
+        print(f"\n{CHANGED}")
         return
     for title, beginnings in GROUPS.items():
         rows = [row for row in cells if row[0].startswith(beginnings)]
         cells = [row for row in cells if row not in rows]
         print(title)
-        print_table(columns, rows, right=(3, 4))
+        print_table(columns, rows, right=(4, 5))
         print()
+    print(CHANGED)
     print("Your own: a file that begins with `base: RECIPE` and changes what you like; give its path as --recipe.")

@@ -78,6 +78,8 @@ def train(
     overrides += set_ or []
     overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
     loaded = _recipe(recipe, overrides, out=out, resume=bool(resume), dry_run=dry_run)
+    if model and recipe:
+        _say_left_out(recipe, loaded)
     if dry_run:
         from conv2former.engine.dry_run import dry_run as describe
 
@@ -108,6 +110,17 @@ def _recipe(name: str | None, overrides: list[str], *, out: Path | None, resume:
     if overrides:
         raise UserError("--set and --model change a recipe: name it with --recipe")
     return None
+
+
+def _say_left_out(name: str, loaded: Any) -> None:
+    """What --model leaves out of a recipe, and --set does not give again."""
+    from conv2former.recipes.load import load_recipe
+
+    own = {key: value for key, value in load_recipe(name).model.args.items() if key not in loaded.model.args}
+    if own:
+        say(
+            f"--model leaves out the recipe's model.args ({', '.join(f'{key}: {value}' for key, value in own.items())})"
+        )
 
 
 def _train(recipe: Any, out: Path, **options: Any) -> None:

@@ -151,7 +151,8 @@ def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | Non
     if per_epoch is None:
         return "unknown without --data"
     if batch.world > 1 or ("GPU" in claim.hardware and not gpu):
-        return f"not measured here; the recipe is meant for {claim.hardware}: {claim.time}"
+        known = "nobody has measured it" if claim.time == "not run" else f"{claim.time} there"
+        return f"not measured here; the recipe is meant for {claim.hardware} ({known})"
     try:
         count, seconds = _timed(recipe, images, batch, torch.device("cuda" if gpu else "cpu"))
     except torch.OutOfMemoryError:

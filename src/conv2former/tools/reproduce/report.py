@@ -17,7 +17,7 @@ from conv2former.tools.reproduce.jobs import Job, Request
 from conv2former.tools.reproduce.scales import at_scale, in_words, where
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
 
-COLUMNS = ["row", "parameters", "paper", "ours", "std", "seeds", "ours - paper", "paper, to last", "ours, to last"]
+COLUMNS = ["row", "parameters", "paper", "ours", "std", "seeds", "paper, to last", "ours, to last"]
 PAPER, OURS, SEED = "C7", "C3", "C0"  # colours
 
 
@@ -65,7 +65,6 @@ def cells(found: Sequence[Line]) -> list[list[str]]:
             line.note if ours is None else f"{ours:.2f}",
             f"{statistics.stdev(line.values):.2f}" if len(line.values) > 1 else "",
             str(len(line.values) or ""),
-            difference(ours, paper, 2),
             "" if line is last else difference(paper, last.row.paper, 1),
             "" if line is last else difference(ours, last.mean, 2),
         ]
