@@ -159,7 +159,7 @@ class DetectionTask(DenseTask):
             raise UserError(f"--size {height} {width}: a detector takes multiples of {DIVISOR}")
         outputs = ["p2", "p3", "p4", "p5", "p6"]
         part = self.exported(Maps(self.model), outputs, (height, width), part="backbone and pyramid", note=EXPORT_NOTE)
-        part.in_onnx = whole(self.model, data, (height, width))
+        part.any_size, part.in_onnx = False, whole(self.model, data, (height, width))
         return part
 
 

@@ -76,9 +76,9 @@ def open_subject(
         UserError: No such checkpoint or model, or one that cannot be exported.
     """
     task, random = open_task(named, source)
-    if dynamic_size and task.one_at_a_time:  # whose decoders and pyramids take multiples of 32 alone
-        raise UserError(f"--dynamic-size is for classification, {source} holds a {task.name} model: leave it out")
     for_inference(task.requires_grad_(False), "cpu", fuse=fuse)
     part = task.exportable(size)
+    if dynamic_size and not part.any_size:
+        raise UserError(f"--dynamic-size: a file of a {task.name} model takes one size, name it with --size H W")
     part.network.eval()
     return Subject(task, part, dynamic_size, random)
