@@ -127,12 +127,16 @@ def average_cells(x: Tensor, cells: int) -> Tensor:
     """(B, C, H, W) -> (B, C, cells, cells), as PyTorch's adaptive average pooling."""
     if not (torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in x.shape[-2:])):
         return F.adaptive_avg_pool2d(x, cells)
-    # exporters have no form for it where a side is free; two products are the same
-    down, across = (cell_weights(side, cells, x) for side in x.shape[-2:])
+    return average_by_products(x, cells)  # exporters have no other form for it where a side is free
+
+
+def average_by_products(x: Tensor, cells: int) -> Tensor:
+    """The same to rounding."""
+    down, across = (_cell_weights(side, cells, x) for side in x.shape[-2:])
     return down @ x @ across.mT
 
 
-def cell_weights(side: int, cells: int, like: Tensor) -> Tensor:
+def _cell_weights(side: int, cells: int, like: Tensor) -> Tensor:
     """(cells, side): what each position of a side counts in the average of each cell, of the type of ``like``."""
     position, cell = torch.arange(side, device=like.device), torch.arange(cells, device=like.device)[:, None]
     # a cell goes from floor(cell * side / cells) to ceil((cell + 1) * side / cells); cells may overlap

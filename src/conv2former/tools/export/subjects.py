@@ -42,7 +42,7 @@ class Subject:
         """What travels in the file."""
         task = self.task
         facts = dict(architecture=task.recipe.model.name, task=task.name, labels=task.classes, conv2former=__version__)
-        facts |= dict(input_size=(3, *self.part.size)) | self.part.config
+        facts |= dict(input_size=(3, *self.part.size), outputs=self.part.outputs) | self.part.config
         return facts | dict(dynamic_size=self.dynamic_size)
 
     def prepare(self, image: Image.Image) -> np.ndarray:
