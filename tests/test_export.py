@@ -163,24 +163,6 @@ def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
     assert len(FORMATS["torch"].load(tmp_path / "model.pt2")(np.zeros((1, 3, 64, 96), np.float32))) == 5
 
 
-@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn", "boxes alone"])
-def test_a_whole_detector(kind: str, data: Path, tmp_path: Path) -> None:
-    masks = kind != "boxes alone"
-    choice = f"detector.kind={kind}" if masks else "detector.masks=false"
-    source = certain(tmp_path / "model", choice, "detector.max_detections=20")
-    said: list[str] = []
-    options = ExportOptions(formats=["onnx", "openvino"], size=(64, 96), images=[data / "val"])
-    for found in export(str(source), tmp_path / "out", options, say=said.append):
-        assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
-    session = open_runtime(tmp_path / "out" / "model.onnx")
-    size = np.array([50, 96])
-    boxes, scores, labels, *rest = session(np.zeros((1, 3, 64, 96), np.float32), size)
-    assert boxes.shape == (20, 4) and scores.shape == labels.shape == (20,)
-    assert [part.shape for part in rest] == ([(20, 28, 28)] if masks else [])
-    assert boxes.min() >= 0 and boxes[:, 3].max() <= 50 and set(labels) <= {-1, 0, 1}
-    assert ((labels >= 0) == (scores > 0.05)).all()
-
-
 def test_a_detector_that_finds_nothing(detector: Path, tmp_path: Path) -> None:
     """One that was hardly trained is sure of nothing: rows without a box, and a note that little was compared."""
     said: list[str] = []

@@ -21,8 +21,8 @@ from conv2former.errors import UserError
 from conv2former.tasks import load
 from conv2former.tasks.segmentation.task import SegmentationTask
 from conv2former.tasks.segmentation.upernet import average_by_products
-from conv2former.tools.export import ExportOptions, export
 from conv2former.tools.explain.subjects import open_subject
+from conv2former.tools.export import ExportOptions, export
 from scenes import certain, scene, small_segmenter, write_coco, write_pairs
 
 CLASSES = ["ground", "block", "disc"]
@@ -192,28 +192,59 @@ def test_what_a_file_says_is_checked(free: Path, photos: Path, tmp_path: Path) -
         open_subject(str(free / "model.onnx"), size=64, device=torch.device("cpu"))
 
 
-def test_a_detector_answers_as_the_run(tmp_path: Path, photos: Path) -> None:
-    """The run's images have the size of the file; others are fitted into it."""
-    data, source = write_coco(tmp_path / "data", val=3), certain(tmp_path / "model", "detector.max_detections=20")
-    file = exported(source, tmp_path, data / "val2017", size=(96, 128)) / "model.onnx"
-    for one, other in zip(predict(source, [data / "val2017"]), predict(file, [data / "val2017"]), strict=True):
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn", "boxes alone"])
+def test_a_whole_detector(kind: str, coco: Path, photos: Path, tmp_path: Path) -> None:
+    masks = kind != "boxes alone"
+    choice = f"detector.kind={kind}" if masks else "detector.masks=false"
+    settings = [choice, "detector.max_detections=20", "data.short_side=64", "data.long_side=96"]
+    source = certain(tmp_path / "model", *settings)
+    said: list[str] = []
+    options = ExportOptions(formats=["onnx", "openvino"], size=(64, 96), images=[coco / "val2017"])
+    for found in export(str(source), tmp_path / "out", options, say=said.append):
+        assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
+    file = tmp_path / "out" / "model.onnx"
+    boxes, scores, labels, *rest = open_runtime(file)(np.zeros((1, 3, 64, 96), np.float32), np.array([50, 96]))
+    assert boxes.shape == (20, 4) and scores.shape == labels.shape == (20,)
+    assert [part.shape for part in rest] == ([(20, 28, 28)] if masks else [])
+    assert boxes.min() >= 0 and boxes[:, 3].max() <= 50 and set(labels) <= {-1, 0, 1}
+    assert ((labels >= 0) == (scores > 0.05)).all()
+    for each in (file, file.with_suffix(".xml")):
+        same_objects(source, each, coco, masks=masks)
+    other_images_and_files(file, photos)
+
+
+def same_objects(source: Path, file: Path, coco: Path, *, masks: bool) -> None:
+    """Images that the run sees at the file's size: ``predict`` and ``evaluate`` find the same."""
+    images = coco / "val2017"
+    for one, other in zip(predict(source, [images]), predict(file, [images]), strict=True):
         assert len(one["objects"]) == len(other["objects"]) > 0
         for mine, theirs in zip(one["objects"], other["objects"], strict=True):
             assert mine["label"] == theirs["label"] and mine["score"] == pytest.approx(theirs["score"], abs=1e-4)
             assert mine["box"] == pytest.approx(theirs["box"], abs=0.05)
-            masks = [decode_mask(found["mask"]) for found in (mine, theirs)]
-            assert masks[0].shape == (96, 128) and (masks[0] == masks[1]).mean() > 0.999
-    ours, theirs = (evaluate(path, data=data, workers=0)[0].records for path in (source, file))
-    assert len(ours) == len(theirs) > 0
-    for mine, other in zip(ours, theirs, strict=True):
-        assert all(mine[key] == other[key] for key in ("image_id", "category_id"))
-        assert mine["score"] == pytest.approx(other["score"], abs=1e-4)
+            assert masks == (mine["mask"] is not None) == (theirs["mask"] is not None)
+            if masks:
+                shapes = [decode_mask(found["mask"]) for found in (mine, theirs)]
+                assert shapes[0].shape == (96, 128) and (shapes[0] == shapes[1]).mean() > 0.999
+    ours, others = (evaluate(path, data=coco, workers=0)[0].records for path in (source, file))
+    assert len(ours) == len(others) > 0
+    for mine, theirs in zip(ours, others, strict=True):
+        assert (mine["image_id"], mine["category_id"]) == (theirs["image_id"], theirs["category_id"])
+        assert mine["score"] == pytest.approx(theirs["score"], abs=1e-4)
+
+
+def other_images_and_files(file: Path, photos: Path) -> None:
+    """Images of other proportions are fitted into the file's size; what it cannot do is said."""
     for row in predict(file, [photos]):
         width, height = Image.open(row["file"]).size
         for found in row["objects"]:
             left, top, right, bottom = found["box"]
             assert -0.1 <= left <= right <= width + 0.1 and -0.1 <= top <= bottom <= height + 0.1
-            assert decode_mask(found["mask"]).shape == (height, width)
+            assert found["mask"] is None or decode_mask(found["mask"]).shape == (height, width)
     with pytest.raises(UserError, match=r"--threshold 0\.01: the file leaves out scores below 0\.05"):
         list(predict(file, [photos], threshold=0.01))
     recipe = about(file)["recipe"]

@@ -36,7 +36,9 @@ def whole(model: Detector, config: dict[str, Any], size: tuple[int, int]) -> Exp
         return image.resize(fitted_into(image.size, size), Image.Resampling.BILINEAR)
 
     outputs = outputs_of(model.section)
-    one = OneImage(INPUTS, lambda image: feed(image, size), reference, lambda ours, theirs: compare(ours, theirs, max(size)))
+    one = OneImage(
+        INPUTS, lambda image: feed(image, size), reference, lambda ours, theirs: compare(ours, theirs, max(size))
+    )
     return Exportable(WholeDetector(model).eval(), outputs, size, resize, config, one=one)
 
 

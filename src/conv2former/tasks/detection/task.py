@@ -91,7 +91,9 @@ class DetectionTask(DenseTask):
         return TrainObjects(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalObjects:
-        return EvalObjects(source, self.recipe.data, within=self.within, on_bad_image=on_bad_image, max_pixels=max_pixels)
+        return EvalObjects(
+            source, self.recipe.data, within=self.within, on_bad_image=on_bad_image, max_pixels=max_pixels
+        )
 
     def preprocess(self, image: Image.Image) -> Prepared:
         """The whole image at the size of evaluation."""
@@ -136,8 +138,8 @@ class DetectionTask(DenseTask):
         least = min(self.threshold, section.score_threshold)
         if self.within and least < section.score_threshold:
             raise UserError(
-                f"--threshold {least:g}: the file leaves out scores below {section.score_threshold:g}, give that or more, "
-                "or the run"
+                f"--threshold {least:g}: the file leaves out scores below {section.score_threshold:g}, give that or "
+                "more, or the run"
             )
         self.model.section = section.model_copy(update=dict(score_threshold=least))
         try:
