@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
 from conv2former.data.rle import encode_mask
 from conv2former.recipes import Recipe, load_recipe
+from conv2former.tasks.detection.task import DetectionTask
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 CATEGORIES = [dict(id=7, name="disc"), dict(id=3, name="block")]  # ids with gaps, not in order
@@ -25,6 +27,20 @@ def small_detector(*overrides: str) -> Recipe:
 def small_segmenter(*overrides: str) -> Recipe:
     """A recipe for ``write_pairs``'s scenes that trains in a second."""
     return load_recipe("smoke_segmentation", overrides=[*overrides])
+
+
+def certain(folder: Path, *overrides: str) -> Path:
+    """A saved detector with new weights, whose scores lie far apart; those of a barely trained one are almost equal."""
+    torch.manual_seed(3)
+    task = DetectionTask.build(small_detector(*overrides), ["disc", "block"])
+    model = task.model
+    for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    for stage in model.stages:
+        torch.nn.init.normal_(stage.box_head.classes.weight, std=1.0)
+        torch.nn.init.normal_(stage.box_head.offsets.weight, std=0.3)
+    task.save(folder, state=model.state_dict(), note={})
+    return folder
 
 
 def scene(number: int, *, width: int = 128, height: int = 96) -> tuple[Image.Image, list[int], list[int]]:

@@ -28,13 +28,13 @@ from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.ops import cpu, use_backend
 from conv2former.tasks.detection.export import compare as compare_detections
-from conv2former.tasks.detection.task import EXPORT_NOTE, DetectionTask
+from conv2former.tasks.detection.task import EXPORT_NOTE
 from conv2former.tools.export import FORMATS, Exported, ExportOptions, export
 from conv2former.tools.export.channels_first import channels_first
 from conv2former.tools.export.check import compare
 from conv2former.tools.export.formats import Format
 from conv2former.tools.export.subjects import open_subject
-from scenes import small_detector, small_segmenter, write_coco, write_pairs
+from scenes import certain, small_detector, small_segmenter, write_coco, write_pairs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_classify.py"
 
@@ -161,38 +161,6 @@ def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
     (found,) = export(str(detector), tmp_path, ExportOptions(formats=["torch"], size=(64, 96)), say=said.append)
     assert said == [f"note: {EXPORT_NOTE}"] and found.ok and found.comparison.agreement is None
     assert len(FORMATS["torch"].load(tmp_path / "model.pt2")(np.zeros((1, 3, 64, 96), np.float32))) == 5
-
-
-def certain(folder: Path, *overrides: str) -> Path:
-    """A saved detector with new weights, whose scores lie far apart; those of a barely trained one are almost equal."""
-    torch.manual_seed(3)
-    task = DetectionTask.build(small_detector(*overrides), ["disc", "block"])
-    model = task.model
-    for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred):
-        torch.nn.init.normal_(layer.weight, std=0.5)
-    for stage in model.stages:
-        torch.nn.init.normal_(stage.box_head.classes.weight, std=1.0)
-        torch.nn.init.normal_(stage.box_head.offsets.weight, std=0.3)
-    task.save(folder, state=model.state_dict(), note={})
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn", "boxes alone"])
-def test_a_whole_detector(kind: str, data: Path, tmp_path: Path) -> None:
-    masks = kind != "boxes alone"
-    choice = f"detector.kind={kind}" if masks else "detector.masks=false"
-    source = certain(tmp_path / "model", choice, "detector.max_detections=20")
-    said: list[str] = []
-    options = ExportOptions(formats=["onnx", "openvino"], size=(64, 96), images=[data / "val"])
-    for found in export(str(source), tmp_path / "out", options, say=said.append):
-        assert found.ok and not said and found.comparison.agreement == 1.0 and found.comparison.difference < 1e-5
-    session = open_runtime(tmp_path / "out" / "model.onnx")
-    size = np.array([50, 96])
-    boxes, scores, labels, *rest = session(np.zeros((1, 3, 64, 96), np.float32), size)
-    assert boxes.shape == (20, 4) and scores.shape == labels.shape == (20,)
-    assert [part.shape for part in rest] == ([(20, 28, 28)] if masks else [])
-    assert boxes.min() >= 0 and boxes[:, 3].max() <= 50 and set(labels) <= {-1, 0, 1}
-    assert ((labels >= 0) == (scores > 0.05)).all()
 
 
 def test_a_detector_that_finds_nothing(detector: Path, tmp_path: Path) -> None:
@@ -344,7 +312,7 @@ BAD = [
     (["{run}", "--images", "{broken}"], "broken.png"),
     (["{run}", "--size", "16", "32"], "makes squares"),
     (["{run}", "--data", "{empty}"], "no images"),
-    (["{segmenter}", "--dynamic-size"], "--dynamic-size is for classification"),
+    (["{detector}", "--dynamic-size"], "a detection model takes one size"),
     (["{segmenter}", "--data", "{empty}"], "counts top-1"),
 ]
 
@@ -355,13 +323,15 @@ def test_mistakes_end_in_one_line(
     message: str,
     finished: Path,
     segmenter: Path,
+    detector: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    places = dict(run=finished, segmenter=segmenter, empty=tmp_path / "empty", broken=tmp_path / "broken.png")
+    places = dict(run=finished, segmenter=segmenter, detector=detector)
+    places |= dict(empty=tmp_path / "empty", broken=tmp_path / "broken.png")
     words = [word.format(**places) for word in arguments]
     assert run_command(monkeypatch, "export", *words, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip().splitlines()

@@ -31,7 +31,7 @@ def export(
     size: Annotated[
         tuple[int, int] | None, Option(min=1, metavar="H W", help="Of the images (default: the model's own).")
     ] = None,
-    dynamic_size: Annotated[bool, Option("--dynamic-size", help="Take other sizes, too (classifiers).")] = False,
+    dynamic_size: Annotated[bool, Option("--dynamic-size", help="Take other sizes, too (not detectors).")] = False,
     fuse: Annotated[bool, Option("--fuse/--no-fuse", help="Re-parameterize for inference.")] = True,
     tolerance: Annotated[
         float | None, Option("--tolerance", "--limit", min=0, help="As a fraction of the largest output.")

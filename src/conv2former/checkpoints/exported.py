@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,12 @@ def compiled_for_openvino(model: Any | Path, precision: str, **settings: Any) ->
 
 
 class ExportedNetwork(nn.Module):
-    """An exported classifier in the place of timm's: it gives logits and cannot be trained.
+    """What an exported file computes, in the place of PyTorch's network; it cannot be trained.
+
+    Attributes:
+        path: The file.
+        facts: What it says of its model, checked.
+        size: (H, W) that it takes, or one of the sizes.
 
     Raises:
         UserError: The file cannot be opened.
@@ -128,15 +133,32 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.path = path
         self.facts, self.runtime = open_exported(path)
-        if (task := self.facts["task"]) != "classification":
-            raise UserError(
-                f"{path} holds a {task} model; of exported files only classifiers are computed: give the run"
-            )
         self.num_classes = len(self.facts["labels"])
         self.pretrained_cfg = self.facts | dict(label_names=self.facts["labels"])
+        self.size: tuple[int, int] = self.facts["input_size"][1:]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> logits (B, classes), computed on the CPU."""
-        (logits,) = self.runtime(images.float().contiguous().cpu().numpy())
-        return torch.from_numpy(np.ascontiguousarray(logits)).to(images.device)
+        """Normalised images (B, 3, H, W) -> logits (B, classes), of pixels (B, classes, H, W), computed on the CPU."""
+        size = (images.shape[-2], images.shape[-1])
+        if not self.facts["dynamic_size"] and size != self.size:
+            taken, here = ("{} x {}".format(*sides) for sides in (self.size, size))
+            raise UserError(
+                f"{self.path} takes images of {taken} alone and here is one of {here} (height x width): export the run "
+                f"with --dynamic-size, or --size {size[0]} {size[1]} where all have that size"
+            )
+        pixels = () if self.facts["task"] == "classification" else size
+        logits = self.compute(images.float().cpu().numpy(), shapes=[(len(images), self.num_classes, *pixels)])[0]
+        return logits.to(images.device)
+
+    def compute(self, *inputs: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The outputs, of these shapes, on the CPU; raises UserError where they are others, or the runtime fails."""
+        try:
+            found = self.runtime(*map(np.ascontiguousarray, inputs))
+            tensors = [torch.from_numpy(np.ascontiguousarray(output)) for output in found]
+        except Exception as error:  # each runtime has its own
+            raise UserError(f"{self.path} cannot be computed: {one_line(error)[:300]}") from None
+        if (given := [tuple(tensor.shape) for tensor in tensors]) != [*shapes]:
+            raise UserError(f"{self.path} gives {given[:4]} and says {[*shapes]}: export the run again")
+        return tensors

@@ -55,14 +55,12 @@ def save_dense(
     """
     folder = Path(folder)
     check_replaceable(folder, overwrite=True)
-    section = recipe.model.model_copy(update=dict(weights=None, args=dict(model_args)))
-    own = recipe.model_copy(update=dict(model=section))
     config = dict(
         architecture=recipe.model.name,
         task=recipe.task,
         pretrained_cfg=dict(mean=recipe.data.mean, std=recipe.data.std),
         label_names=list(classes),
-        recipe=own.model_dump(mode="json"),
+        recipe=portable(recipe, model_args),
         conv2former=dict(note),
     )
     with written_whole(folder.resolve()) as new:
@@ -70,6 +68,12 @@ def save_dense(
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, new / WEIGHT_FILES[0], metadata=dict(format="pt"))
+
+
+def portable(recipe: Recipe, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe for JSON that needs no other weights; ``model_args`` rebuild the backbone by ``timm.create_model``."""
+    section = recipe.model.model_copy(update=dict(weights=None, args=dict(model_args)))
+    return recipe.model_copy(update=dict(model=section)).model_dump(mode="json")
 
 
 def read_dense(path: StrPath, task: str) -> SavedDense:

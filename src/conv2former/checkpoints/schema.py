@@ -80,10 +80,13 @@ class Preprocessing(BaseModel):
 class ExportedModel(Preprocessing):
     """What an exported file says of its model."""
 
-    task: Text
+    task: Annotated[str, Field(min_length=1, max_length=100)]
     architecture: Text
     labels: list[Text]
     input_size: Size
+    dynamic_size: bool = False
+    outputs: list[Text] = []
+    recipe: dict[str, Any] | None = None  # of a detector or segmentation model, not checked yet
 
 
 class SavedModel(Preprocessing):

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conv2former.checkpoints.exported import ExportedNetwork, is_exported
 from conv2former.checkpoints.hub import saved_task
 from conv2former.errors import UserError, one_line
 
@@ -83,9 +84,12 @@ def task_class(name: str) -> type[Task]:
 
 
 def load(path: Path | str) -> Task:
-    """The model of a run folder, of a saved model, or of a folder in timm's layout, in evaluation mode on the CPU.
+    """The model of a run folder, a saved model, a folder in timm's layout or an exported file, in evaluation mode.
 
     Raises:
         UserError: No such folder, a damaged file, weights that do not fit, an unknown task.
     """
+    if is_exported(Path(path)):
+        network = ExportedNetwork(Path(path))
+        return task_class(network.facts["task"]).of_exported(network)
     return task_class(saved_task(path)).load(Path(path))

@@ -15,9 +15,11 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection, Recipe
 from conv2former.data.loading import KeyedDataset, Normalizer
 from conv2former.data.sources import Source, Splits
+from conv2former.errors import UserError
 from conv2former.tasks.exportable import Exportable
 
 
@@ -200,6 +202,11 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def load(cls, path: Path) -> Self:
         """A saved model, in evaluation mode; raises UserError."""
+
+    @classmethod
+    def of_exported(cls, network: ExportedNetwork) -> Self:
+        """With an exported file in the place of the network, in evaluation mode; raises UserError."""
+        raise UserError(f"{network.path} holds a {cls.name} model, which is not computed from a file: give the run")
 
     @abstractmethod
     def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:

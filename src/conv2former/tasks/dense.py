@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from conv2former import config
 from conv2former.checkpoints import folder as folders
+from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.checkpoints.weights import copy_weights, open_weights
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, say_once
@@ -64,6 +65,13 @@ class DenseTask(Task):
         model = folders.load_dense(saved, lambda: cls.network(recipe, recipe.model, saved.classes))
         return cls(model, recipe, saved.classes).eval()
 
+    @classmethod
+    def of_exported(cls, network: ExportedNetwork) -> Self:
+        path, raw, classes = network.path, network.facts["recipe"], network.facts["labels"]
+        if raw is None or not classes or len({*classes}) < len(classes):
+            raise UserError(f"{path} does not say of its model what predict and evaluate need: export the run again")
+        return cls(network, config.validated(cls.config_class, raw, str(path)), classes).eval()
+
     def save(self, folder: Path, *, state: dict[str, Tensor], note: dict[str, Any]) -> None:
         """Our folder for networks that timm does not know."""
         args = self.model_args
@@ -71,13 +79,13 @@ class DenseTask(Task):
 
     @property
     def backbone(self) -> Any:
-        """timm's model under the rest."""
-        return self.model.backbone.model
+        """timm's model under the rest; an exported file is one piece."""
+        return getattr(self.trunk, "model", self.trunk)
 
     @property
     def trunk(self) -> nn.Module:
         """The part that gives the four maps."""
-        return self.model.backbone
+        return getattr(self.model, "backbone", self.model)
 
     def in_head(self, name: str) -> bool:
         """All that stands on the backbone."""
@@ -91,7 +99,8 @@ class DenseTask(Task):
         """An export whose images are brought to a size, whatever their sides; ``options`` are ``part`` and ``note``."""
 
         data = self.recipe.data
-        config = dict(interpolation="bilinear", mean=data.mean, std=data.std)
+        recipe = folders.portable(self.recipe, self.model_args)
+        config = dict(interpolation="bilinear", mean=data.mean, std=data.std, recipe=recipe)
 
         def squeeze(image: Image.Image) -> Image.Image:
             return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)

@@ -45,6 +45,7 @@ class Exportable:
         part: What of the model this is, where it is not all.
         note: What of the model is left out, and why.
         one: For a network that takes one image at a time; None for one that takes batches.
+        any_size: Whether a file can take images of any size.
         in_onnx: More of the model, which ONNX can say and most other formats cannot; None where there is no more.
     """
 
@@ -56,4 +57,5 @@ class Exportable:
     part: str = ""
     note: str = ""
     one: OneImage | None = None
+    any_size: bool = True
     in_onnx: Exportable | None = None

@@ -17,7 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from conv2former import checkpoints
-from conv2former.checkpoints.exported import ExportedNetwork, is_exported
+from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection
 from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError, or_left_out
@@ -98,13 +98,15 @@ class ClassificationTask(Task):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """A classifier in timm's layout, or an exported one; raises UserError."""
-        if is_exported(path):
-            return cls.of(ExportedNetwork(path), name=str(path))
+        """A classifier in timm's layout; raises UserError."""
         task = cls.of(checkpoints.load_pretrained(path), name=str(path))
         args = checkpoints.saved_config(path).get("model_args", {})
         check_answers(task.model, task.data_config, args, str(path))
         return task
+
+    @classmethod
+    def of_exported(cls, network: ExportedNetwork) -> Self:
+        return cls.of(network, name=str(network.path))
 
     @classmethod
     def of(cls, model: Any, *, name: str = "the model") -> Self:

@@ -166,18 +166,20 @@ class TrainObjects(KeyedDataset):
 
 
 class EvalObjects(KeyedDataset):
-    """Whole images at the size of evaluation; their objects stay in the source."""
+    """Whole images at the size of evaluation, as ``eval_view`` says; their objects stay in the source."""
 
-    def __init__(self, source: Any, data: DetectionDataSection, **options: Any) -> None:
+    def __init__(
+        self, source: Any, data: DetectionDataSection, *, within: tuple[int, int] | None = None, **options: Any
+    ) -> None:
         super().__init__(source, **options)
-        self.data = data
+        self.data, self.within = data, within
 
     def prepare(self, content: Any, index: int, *, counted: bool) -> tuple[np.ndarray, tuple[int, int]]:
         """Image (h, w, 3), (h, w) of the original; (0, 0) for one that does not count."""
         if content is None or not counted:
             return np.zeros((DIVISOR, DIVISOR, 3), np.uint8), (0, 0)
         image, _ = content
-        return eval_view(image, self.data).pixels(image), (image.height, image.width)
+        return eval_view(image, self.data, self.within).pixels(image), (image.height, image.width)
 
     def join(self, samples: Sequence[Any], indices: Tensor, bad: tuple[BadImage, ...]) -> DetectionBatch:
         """A batch of the largest sides."""
@@ -185,9 +187,16 @@ class EvalObjects(KeyedDataset):
         return _batch(arrays, [], list(originals), indices, bad)
 
 
-def eval_view(image: Image.Image, data: DetectionDataSection) -> View:
-    """The whole image at the size of evaluation."""
-    return View((0, 0, *image.size), fitted(image.size, short=data.short_side, long=data.long_side))
+def eval_view(image: Image.Image, data: DetectionDataSection, within: tuple[int, int] | None = None) -> View:
+    """The whole image at the size of evaluation, or as large as it fits ``within`` (H, W)."""
+    size = fitted(image.size, short=data.short_side, long=data.long_side)
+    return View((0, 0, *image.size), size if within is None else fitted_into(image.size, within))
+
+
+def fitted_into(given: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of an image -> the largest (width, height) of its proportions within ``size`` (H, W)."""
+    factor = min(size[1] / given[0], size[0] / given[1])
+    return max(round(given[0] * factor), 1), max(round(given[1] * factor), 1)
 
 
 def _batch(

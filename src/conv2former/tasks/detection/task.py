@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection
 from conv2former.data.rle import decode_mask
 from conv2former.errors import UserError, or_left_out
@@ -22,7 +23,7 @@ from conv2former.tasks.dense import DIVISOR, DenseTask, padded_with_mean, to_mul
 from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionRecipe
 from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainObjects, View, eval_view, object_mask
-from conv2former.tasks.detection.export import whole
+from conv2former.tasks.detection.export import ExportedDetector, whole
 from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
 from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
 from conv2former.viz.drawing import colour, side_by_side
@@ -41,6 +42,7 @@ class DetectionTask(DenseTask):
 
     Attributes:
         threshold: Least score of what ``predict`` gives out.
+        within: (H, W) of an exported file, into which images are fitted; None for the recipe's size.
     """
 
     name = "detection"
@@ -61,6 +63,13 @@ class DetectionTask(DenseTask):
     layers = ("boxes", "masks")
     assumed_classes = 80
     threshold: float = SHOWN
+    within: tuple[int, int] | None = None
+
+    @classmethod
+    def of_exported(cls, network: ExportedNetwork) -> Self:
+        task = super().of_exported(network)
+        task.model, task.within = ExportedDetector(network, task.recipe.detector), network.size
+        return task
 
     @classmethod
     def network(cls, recipe: DetectionRecipe, section: ModelSection, classes: Sequence[str]) -> Detector:
@@ -82,11 +91,14 @@ class DetectionTask(DenseTask):
         return TrainObjects(source, self.recipe.data, self.recipe.augment, **self.train_options(on_bad_image))
 
     def eval_dataset(self, source: Any, *, on_bad_image: Literal["error", "mask"], max_pixels: int) -> EvalObjects:
-        return EvalObjects(source, self.recipe.data, on_bad_image=on_bad_image, max_pixels=max_pixels)
+        return EvalObjects(
+            source, self.recipe.data, within=self.within, on_bad_image=on_bad_image, max_pixels=max_pixels
+        )
 
     def preprocess(self, image: Image.Image) -> Prepared:
         """The whole image at the size of evaluation."""
-        return Prepared(eval_view(image, self.recipe.data).pixels(image), (image.height, image.width))
+        view = eval_view(image, self.recipe.data, self.within)
+        return Prepared(view.pixels(image), (image.height, image.width))
 
     def example_batch(self, count: int) -> DetectionBatch:
         """Of the largest size, landscape, with an object on each."""
@@ -124,6 +136,11 @@ class DetectionTask(DenseTask):
         """
         section = self.model.section
         least = min(self.threshold, section.score_threshold)
+        if self.within and least < section.score_threshold:
+            raise UserError(
+                f"--threshold {least:g}: the file leaves out scores below {section.score_threshold:g}, give that or "
+                "more, or the run"
+            )
         self.model.section = section.model_copy(update=dict(score_threshold=least))
         try:
             return [self._predicted(prepared) for prepared in batch]
@@ -159,7 +176,7 @@ class DetectionTask(DenseTask):
             raise UserError(f"--size {height} {width}: a detector takes multiples of {DIVISOR}")
         outputs = ["p2", "p3", "p4", "p5", "p6"]
         part = self.exported(Maps(self.model), outputs, (height, width), part="backbone and pyramid", note=EXPORT_NOTE)
-        part.in_onnx = whole(self.model, data, (height, width))
+        part.any_size, part.in_onnx = False, whole(self.model, part.config, (height, width))
         return part
 
 

@@ -47,7 +47,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, channels, H, W)."""
-        pooled = (conv(F.adaptive_avg_pool2d(x, scale)) for conv, scale in zip(self.averages, self.scales, strict=True))
+        pooled = (conv(average_cells(x, scale)) for conv, scale in zip(self.averages, self.scales, strict=True))
         return self.fuse(torch.cat([x, *(resize(average, x) for average in pooled)], dim=1))
 
 
@@ -121,6 +121,28 @@ class UperNet(OnBackbone):
 def build_upernet(model: ModelSection, section: SegmenterSection, *, num_classes: int) -> UperNet:
     """From a recipe; raises UserError where the backbone does not fit."""
     return UperNet(Backbone(model), section, num_classes=num_classes)
+
+
+def average_cells(x: Tensor, cells: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, cells, cells), as PyTorch's adaptive average pooling."""
+    if not (torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in x.shape[-2:])):
+        return F.adaptive_avg_pool2d(x, cells)
+    return average_by_products(x, cells)  # exporters have no other form for it where a side is free
+
+
+def average_by_products(x: Tensor, cells: int) -> Tensor:
+    """The same to rounding."""
+    down, across = (_cell_weights(side, cells, x) for side in x.shape[-2:])
+    return down @ x @ across.mT
+
+
+def _cell_weights(side: int, cells: int, like: Tensor) -> Tensor:
+    """(cells, side): what each position of a side counts in the average of each cell, of the type of ``like``."""
+    position, cell = torch.arange(side, device=like.device), torch.arange(cells, device=like.device)[:, None]
+    # a cell goes from floor(cell * side / cells) to ceil((cell + 1) * side / cells); cells may overlap
+    inside = ((position + 1) * cells > cell * side) & (position * cells < (cell + 1) * side)
+    weights = inside.to(like.dtype)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def resize(x: Tensor, like: Tensor | tuple[int, int] | Any) -> Tensor:

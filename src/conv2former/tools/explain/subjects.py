@@ -12,6 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from conv2former import checkpoints
+from conv2former.checkpoints.exported import is_exported
 from conv2former.checkpoints.weights import saved_weights
 from conv2former.errors import UserError
 from conv2former.models.meta import build_on_meta
@@ -65,6 +66,8 @@ def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
     named, weights = read_name(name), "trained"
     notes: tuple[str, ...] = ()
     if isinstance(named, Path):
+        if is_exported(named):
+            raise UserError(f"{name} is an exported file, which gives no maps of its stages: give the run")
         if checkpoints.saved_task(named) != "classification":
             task: Any = load(named).to(device)
             trunk, data = task.trunk.requires_grad_(False), task.recipe.data

@@ -42,7 +42,7 @@ class Subject:
         """What travels in the file."""
         task = self.task
         facts = dict(architecture=task.recipe.model.name, task=task.name, labels=task.classes, conv2former=__version__)
-        facts |= dict(input_size=(3, *self.part.size)) | self.part.config
+        facts |= dict(input_size=(3, *self.part.size), outputs=self.part.outputs) | self.part.config
         return facts | dict(dynamic_size=self.dynamic_size)
 
     def prepare(self, image: Image.Image) -> np.ndarray:
@@ -76,9 +76,9 @@ def open_subject(
         UserError: No such checkpoint or model, or one that cannot be exported.
     """
     task, random = open_task(named, source)
-    if dynamic_size and task.one_at_a_time:  # whose decoders and pyramids take multiples of 32 alone
-        raise UserError(f"--dynamic-size is for classification, {source} holds a {task.name} model: leave it out")
     for_inference(task.requires_grad_(False), "cpu", fuse=fuse)
     part = task.exportable(size)
+    if dynamic_size and not part.any_size:
+        raise UserError(f"--dynamic-size: a file of a {task.name} model takes one size, name it with --size H W")
     part.network.eval()
     return Subject(task, part, dynamic_size, random)
