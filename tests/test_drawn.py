@@ -112,8 +112,9 @@ def test_classes_have_the_colours_of_their_data_set() -> None:
         "Bicyclist",
     ]
     assert class_colours(camvid)[:3] == [(128, 128, 128), (128, 0, 0), (192, 192, 128)]
-    assert class_colours(["Background", "crack"]) == [(0, 0, 0), colour(1)]
+    assert class_colours(["Background", "crack"]) == [None, colour(1)]
     assert class_colours(["wall", "Car"]) == [colour(0), colour(1)], "two names do not make a data set"
-    image = Image.new("RGB", (2, 1), "white")
-    found = np.asarray(label_overlay(image, np.array([[1, 255]], np.uint8), class_colours(camvid)))[0]
-    assert tuple(found[1]) == (255, 255, 255) and tuple(found[0]) == (185, 114, 114)
+    image = Image.new("RGB", (3, 1), "white")
+    labels = np.array([[1, 255, 0]], np.uint8)
+    found = np.asarray(label_overlay(image, labels, [None, *class_colours(camvid)[1:]]))[0]
+    assert [tuple(pixel) for pixel in found] == [(185, 114, 114), (255, 255, 255), (255, 255, 255)]

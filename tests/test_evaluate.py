@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from timm.data import create_transform, resolve_model_data_config
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine.devices import pick_device
 from conv2former.engine.evaluate import evaluate
+from conv2former.engine.run_dir import RunDir
+from conv2former.engine.summary import best_weights
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.sources import FolderSource
@@ -62,8 +66,38 @@ def test_a_saved_model_reports_where_it_is_told(run: Path, data: Path, tmp_path:
     assert folder is None
     evaluate(run / "best" / "model.safetensors", data=data, out=tmp_path / "report", workers=0)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {
-        *("evaluation.json", "confusion_matrix.png", "predictions.png")
+        *("evaluation.json", "confusion_matrix.png", "predictions.png", "mistakes.csv")
     }
+
+
+def test_images_of_the_training_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Class folders alone: a part is held out, and the whole folder holds the images of the training, too."""
+    folder = write_digits(tmp_path / "digits", train=12) / "train"
+    recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0", "data.val_fraction=0.25")
+    train(recipe, data=folder, out=tmp_path / "run")
+    capsys.readouterr()
+    evaluate(tmp_path / "run", data=folder, workers=0)
+    assert "was trained on 36 of these 48 images: leave --data out" in capsys.readouterr().err
+    result, _ = evaluate(tmp_path / "run", workers=0)
+    assert result.details["images"] == 12 and "was trained on" not in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "run" / "mistakes.csv").open()))
+    wrong = np.flatnonzero(result.records.predicted != result.records.targets)
+    assert len(rows) == len(wrong) and all((folder / row["file"]).is_file() for row in rows)
+    assert all(row["file"].startswith(row["true"]) and row["predicted"] != row["true"] for row in rows)
+
+
+def test_the_best_weights_are_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    copied = RunDir(tmp_path / "run")
+
+    def said(*found: float) -> str | None:
+        rows = [dict(kind="epoch", step=4 * n, epoch=float(n), val_top1=top1) for n, top1 in enumerate(found)]
+        copied.metrics_jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return best_weights(copied)
+
+    assert said(50.0, 60.0) is None
+    assert said(50.0, 60.0, 60.0) == "the best weights are those of epoch 1"
+    assert str(said(78.3, 64.3, 65.9)).startswith("the best weights are those before the first step, the linear probe")
 
 
 def test_what_is_refused(run: Path, data: Path, tmp_path: Path) -> None:

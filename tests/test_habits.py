@@ -172,3 +172,12 @@ def test_closed_streams(finished: Path, tmp_path: Path, closed: str) -> None:
     words = f"{sys.executable} -m conv2former_cli predict {finished} {tmp_path} {closed}"
     done = subprocess.run(["sh", "-c", words], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_weights_say_which_model(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    words = ["train", "--recipe", "finetune", "--weights", str(finished), "--dry-run"]
+    run_command(monkeypatch, *words)
+    said = capsys.readouterr()
+    assert "taken as --model conv2former_test, of which the weights are" in said.err and "conv2former_test" in said.out
+    assert run_command(monkeypatch, *words, "--model", "resnet18") == 1
+    assert "the recipe says resnet18: give --model conv2former_test" in capsys.readouterr().err

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from command import run_command
+from conv2former.data.rle import decode_mask
 from conv2former.data.sources import remarks
 from conv2former.errors import UserError
 from conv2former.recipes.load import with_settings
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.folders import open_eval_pairs, open_pairs
-from scenes import small_segmenter
+from conv2former.tasks.segmentation.task import SegmentationTask
+from conv2former.tasks.segmentation.values import canonical, class_values
+from scenes import small_segmenter, write_pairs
 
 PAIRS = SegmentationDataSection(source="pairs", val_fraction=0.25)
 
@@ -176,3 +182,29 @@ def test_exif_turns_images_and_not_masks_that_have_none(tmp_path: Path) -> None:
     for number in range(4):  # a mask that has the image's EXIF is turned as well
         Image.fromarray(grey(0, 1)).save(root / "masks" / f"{number}.png", exif=exif)
     assert split.train.load(0)[1].shape == (16, 24)
+
+
+def test_predicted_masks_have_the_values_of_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["ground", "block", "disc"]
+    assert class_values(None, names, first=1).tolist() == [1, 2, 3]
+    assert class_values(canonical({0: "ground", 7: "disc", 200: "block"}), names).tolist() == [0, 200, 7]
+    assert class_values(canonical({0: "ground", 700: "disc", 200: "block"}), names).tolist() == [0, 1, 2]
+    colours = canonical({"#000000": "ground", "#ff0000": "block", "0 0 255": "disc"})
+    assert class_values(colours, names).tolist() == [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
+
+    data = write_pairs(tmp_path / "data")
+    image = sorted((data / "images").rglob("*.png"))[0]
+    recipe = small_segmenter("data.mask_values={0: ground, 200: block, 100: disc}")
+    torch.manual_seed(0)
+    task = SegmentationTask.build(recipe, names)
+    task.save(tmp_path / "model", state=task.model.state_dict(), note={})
+    words = ["predict", str(tmp_path / "model"), str(image), "--masks", str(tmp_path / "masks")]
+    assert run_command(monkeypatch, *words) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    mask = np.asarray(Image.open(tmp_path / "masks" / f"{image.stem}.png"))
+    for row in json.loads(line)["classes"]:
+        assert np.array_equal(mask == {"ground": 0, "block": 200, "disc": 100}[row["label"]], decode_mask(row["mask"]))
+    assert run_command(monkeypatch, *words[:-1], str(image.parent)) == 1
+    assert "masks could replace: give another folder" in capsys.readouterr().err

@@ -17,6 +17,9 @@ def predict(
     checkpoint: CheckpointArgument,
     inputs: InputsArgument,
     out: Annotated[Path | None, Option(help="Folder for an annotated copy of each image.")] = None,
+    masks: Annotated[
+        Path | None, Option(help="Folder for a mask of each image, with the values of the data set's own masks (.png).")
+    ] = None,
     out_file: Annotated[
         Path | None,
         Option(help="File for the lines; a command that was stopped goes on there, and torchrun's processes share it."),
@@ -41,6 +44,7 @@ def predict(
             checkpoint,
             inputs,
             out=out,
+            masks=masks,
             out_file=out_file,
             batch_size=batch_size,
             workers=workers,

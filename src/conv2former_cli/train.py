@@ -56,6 +56,8 @@ def train(
 ) -> None:
     """Train a recipe on a folder of images: class folders, COCO's layout or images with masks, as it says.
 
+    Settings may stand without --set where their name is clear: --epochs 20 --lr 1e-4 -b 32 --input-size 384.
+
     Exit status: 0 when done, 75 when stopped by SIGTERM or SIGUSR1 with the state saved (run again with --resume),
     130 after Ctrl-C likewise, 1 on an error.
 
@@ -69,6 +71,8 @@ def train(
         raise UserError("--force can only be used together with --resume")
     if (weights is not None) + pretrained + from_scratch > 1:
         raise UserError("--weights, --pretrained and --from-scratch exclude each other")
+    if weights is not None and recipe and not model and not any("model.name=" in one for one in set_ or []):
+        model = _model_of(weights, recipe)
     # another model does not take the arguments that the recipe's own model needs; --set may give it some
     overrides = [f"model.name={model}", "model.args={}"] if model else []
     overrides += [f"model.weights={json.dumps(weights)}"] if weights is not None else []
@@ -112,10 +116,30 @@ def _recipe(name: str | None, overrides: list[str], *, out: Path | None, resume:
     return None
 
 
-def _say_left_out(name: str, loaded: Any) -> None:
-    """What --model leaves out of a recipe, and --set does not give again."""
+def _model_of(weights: str, recipe: str) -> str | None:
+    """The model that weights are of, where the recipe names another one."""
+    from conv2former.checkpoints.weights import saved_weights
+    from conv2former.errors import UserError
     from conv2former.recipes.load import load_recipe
 
+    try:
+        name = saved_weights(weights).architecture.partition(".")[0]
+    except UserError:  # said when they are loaded
+        return None
+    if name == load_recipe(recipe).model.name:
+        return None
+    say(f"taken as --model {name}, of which the weights are")
+    return name
+
+
+def _say_left_out(name: str, loaded: Any) -> None:
+    """What --model leaves out of a recipe, and --set does not give again."""
+    import timm
+
+    from conv2former.recipes.load import load_recipe
+
+    if not timm.is_model(loaded.model.name.partition(".")[0]):
+        return  # refused when it is built
     own = {key: value for key, value in load_recipe(name).model.args.items() if key not in loaded.model.args}
     if own:
         say(
@@ -124,6 +148,8 @@ def _say_left_out(name: str, loaded: Any) -> None:
 
 
 def _train(recipe: Any, out: Path, **options: Any) -> None:
+    from conv2former.engine.run_dir import RunDir
+    from conv2former.engine.summary import best_weights
     from conv2former.engine.train import Interrupted
     from conv2former.engine.train import train as run_train
 
@@ -135,6 +161,8 @@ def _train(recipe: Any, out: Path, **options: Any) -> None:
     if evaluation:
         pictures, run = sorted(path.name for path in out.glob("*.png")), shlex.quote(str(out))
         tell(result_line(evaluation, f"weights, metrics{' and plots' if pictures else ''}", out))
+        if best := best_weights(RunDir(out)):
+            say(best)
         if pictures:
             say(f"look at {', '.join(pictures)} in {run}")
         say(f"next: conv2former predict {run} IMAGES --out annotated", f"      conv2former demo {run}")

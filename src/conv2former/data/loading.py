@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -232,6 +233,10 @@ def eval_loader(
 ) -> DataLoader:
     """Every image of the sampler once, in order, the last batch smaller."""
     return _loader(dataset, workers, device, sampler=sampler, batch_size=batch_size)
+
+
+# it counts the processors of this process; the progress line shows whether reading is too slow
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 
 def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options: Any) -> DataLoader:

@@ -180,6 +180,8 @@ def evaluate(
         max_pixels = run.recipe().data.max_pixels
     else:
         images = task.eval_source(data)
+        if warning := _seen_in_training(run, data, len(images)):
+            say_once(warning)
     for line in notes(images):
         say_once(line)
     fabric = _launched(task, device)
@@ -197,6 +199,18 @@ def evaluate(
             say("no images are drawn: that needs all images in one process")
         write_report(task, evaluation, images, folder, draw=fabric is None, **facts)
     return evaluation, folder
+
+
+def _seen_in_training(run: RunDir, data: Path | None, count: int) -> str | None:
+    """A warning where the images are all of those that a run divided into training and validation images itself."""
+    facts = run.facts() if data is not None and run.exists() else {}
+    parts, own = facts.get("images"), recorded_data(facts) if facts else None
+    if own is None or data is None or not isinstance(parts, dict) or own.resolve() != data.resolve():
+        return None
+    if count != sum(parts.values()) or not parts.get("train"):
+        return None
+    seen = f"the run was trained on {parts['train']:,} of these {count:,} images"
+    return f"warning: {seen}: leave --data out to evaluate the others alone"
 
 
 def _launched(task: Task, device: str) -> L.Fabric | None:

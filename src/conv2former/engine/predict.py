@@ -65,6 +65,7 @@ def run_predict(
     inputs: Sequence[Path],
     *,
     out: Path | None = None,
+    masks: Path | None = None,
     out_file: Path | None = None,
     top_k: int | None = None,
     threshold: float | None = None,
@@ -74,6 +75,8 @@ def run_predict(
     fuse: bool = True,
 ) -> int:
     """``predict`` for the command line: JSON lines, images drawn into ``out``; the exit status, 1 if a file failed.
+
+    ``masks`` is a folder for the masks of a segmentation model.
 
     The lines are printed, or written into ``out_file``, where a call that was stopped goes on and processes that
     torchrun or SLURM has started share the files.
@@ -93,13 +96,17 @@ def run_predict(
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
     failed, taken = 0, set[str]()
     names = {file: free_name(file.stem, DRAWN, taken) for file in files} if out else {}  # also of those that are done
+    mask_names = _mask_names(masks, files, task) if masks else {}
     done = 0
     try:
         with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
             for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
                 failed += isinstance(found, BadImage)
-                if out and isinstance(found, Prediction):  # before the row, after which the file counts as done
-                    _write(found.draw(decode(file)), out, names[file])
+                if isinstance(found, Prediction):  # before the row, after which the file counts as done
+                    if out:
+                        _write(found.draw(decode(file)), out, names[file])
+                    if masks and found.mask:
+                        _write(found.mask(), masks, mask_names[file])
                 rows.add(_row(file, found)) if rows else print(json_line(_row(file, found)), flush=True)
                 done += 1
     except KeyboardInterrupt:
@@ -122,6 +129,16 @@ def _opened(checkpoint: Path | str, *, device: str, fuse: bool, **options: Any) 
     task = load(checkpoint)
     set_options(task, **options)
     return for_inference(task, device, fuse=fuse)
+
+
+def _mask_names(folder: Path, files: list[Path], task: Task) -> dict[Path, str]:
+    """How the mask of each file is called; raises UserError where the task has none, or it would replace an image."""
+    if task.layers != ("masks",):
+        raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
+    if folder.resolve() in {file.parent.resolve() for file in files}:
+        raise UserError(f"--masks {folder} holds images, which masks could replace: give another folder")
+    taken = set[str]()
+    return {file: free_name(file.stem, ".png", taken) for file in files}
 
 
 class _Files(Dataset):

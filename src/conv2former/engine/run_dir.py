@@ -14,7 +14,8 @@ best/ last/            model.safetensors and config.json, for timm's local-dir:;
 evaluation.json        the best weights' counts, also per class
 evaluations/           the same on other data, by ``conv2former evaluate``
 samples/ predictions/  images to try, and what was made of them (quick start)
-detections.json         a detector's results in COCO's form
+detections.json        a detector's results in COCO's form
+mistakes.csv           the images that a classifier got wrong
 *.png                  learning curves, confusion matrix, predictions
 """
 
@@ -44,6 +45,7 @@ from conv2former.tasks.base import Reported
 CONTENTS = {
     *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
     *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png", "detections.json"),
+    "mistakes.csv",
     *("evaluations", "samples", "predictions", "loggers", "recipes", "schedule.png"),
     *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl", ".lock"),
 }

@@ -97,12 +97,14 @@ class Prediction:
         draw: Turns the image into an annotated one.
         lines: What was found, the most important first, for the demo.
         plain: Whether ``draw`` adds nothing but the lines.
+        mask: Makes an image of the classes of the pixels, of a segmentation model.
     """
 
     fields: dict[str, Any]
     draw: Callable[[Image.Image], Image.Image]
     lines: list[Line] = field(default_factory=list)
     plain: bool = False
+    mask: Callable[[], Image.Image] | None = None
 
 
 @dataclass(frozen=True)

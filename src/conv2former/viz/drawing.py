@@ -30,17 +30,19 @@ def over_grey(rgb: RGB) -> RGB:
     return red, green, blue
 
 
-def label_overlay(image: Image.Image, labels: np.ndarray, colours: Sequence[RGB]) -> Image.Image:
-    """The image with its classes (H, W) in their colours; pixels of no class (255) stay as they are."""
-    palette = np.zeros((IGNORED + 1, 3), np.uint8)
-    palette[: len(colours)] = colours
+def label_overlay(image: Image.Image, labels: np.ndarray, colours: Sequence[RGB | None]) -> Image.Image:
+    """The image with its classes (H, W) in their colours; pixels of no class (255) or no colour stay as they are."""
+    palette, bare = np.zeros((IGNORED + 1, 3), np.uint8), np.ones(IGNORED + 1, bool)
+    for index, rgb in enumerate(colours):
+        if rgb is not None:
+            palette[index], bare[index] = rgb, False
     pixels = np.asarray(image)
     mixed = (pixels * (1 - STRENGTH) + palette[labels] * STRENGTH).astype(np.uint8)
-    return Image.fromarray(np.where((labels == IGNORED)[..., None], pixels, mixed))
+    return Image.fromarray(np.where(bare[labels][..., None], pixels, mixed))
 
 
-def legend(classes: Sequence[str], colours: Sequence[RGB], shown: Iterable[int], *, width: int) -> Image.Image:
-    """Names of some classes in their colours, as many a line as fit."""
+def legend(classes: Sequence[str], colours: Sequence[RGB | None], shown: Iterable[int], *, width: int) -> Image.Image:
+    """Names of some classes in their colours, as many a line as fit; a class without a colour has an empty square."""
     font = ImageFont.load_default(14)
     names = [(int(index), printable(classes[int(index)])) for index in shown if int(index) < len(classes)]
     positions: list[tuple[int, int]] = []
@@ -54,7 +56,8 @@ def legend(classes: Sequence[str], colours: Sequence[RGB], shown: Iterable[int],
     sheet = Image.new("RGB", (width, LINE * (row + 1) + 4), "white")
     canvas = ImageDraw.Draw(sheet)
     for (left, top), (index, name) in zip(positions, names, strict=True):
-        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=over_grey(colours[index]))
+        rgb = colours[index]
+        canvas.rectangle((left, top + 2, left + 14, top + 16), fill=rgb and over_grey(rgb), outline="grey")
         canvas.text((left + 19, top), name, fill="black", font=font)
     return sheet
 

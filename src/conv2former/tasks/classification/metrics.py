@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from conv2former.data.sources import Source
 from conv2former.errors import percent
 from conv2former.tasks.base import Evaluation
 
@@ -35,6 +38,22 @@ class Records:
     predicted: np.ndarray
     confidence: np.ndarray
     true_probability: np.ndarray
+
+    def mistakes(self) -> np.ndarray:
+        """Rows of what was wrong, those with the least probability of the true class first."""
+        wrong = np.flatnonzero(self.predicted != self.targets)
+        return wrong[np.argsort(self.true_probability[wrong], kind="stable")]
+
+    def list_mistakes(self, classes: Sequence[str], source: Source, path: Path) -> None:
+        """Writes a CSV file with a line for each mistake."""
+        head = ["file", "true", "predicted", "confidence", "probability of true"]
+        with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+            writer = csv.writer(file)
+            writer.writerow(head)
+            for row in self.mistakes():
+                labels = [classes[self.targets[row]], classes[self.predicted[row]]]
+                probabilities = [f"{column[row]:.4f}" for column in (self.confidence, self.true_probability)]
+                writer.writerow([source.name(int(self.indices[row])), *labels, *probabilities])
 
     def matrix(self, num_classes: int) -> np.ndarray:
         """The confusion matrix: counts (K, K), rows true, columns predicted."""

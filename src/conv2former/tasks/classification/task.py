@@ -227,7 +227,9 @@ class ClassificationTask(Task):
         return found
 
     def draw(self, evaluation: Evaluation, source: ImageSource, folder: Path) -> None:
-        """``confusion_matrix.png`` and ``predictions.png``."""
+        """``mistakes.csv``, ``confusion_matrix.png`` and ``predictions.png``."""
+        with or_left_out("mistakes.csv"):
+            evaluation.records.list_mistakes(self.classes, source, folder / "mistakes.csv")
         if len(self.classes) <= MAX_MATRIX_CLASSES:
             matrix = evaluation.records.matrix(len(self.classes))
             with or_left_out("confusion_matrix.png"):
@@ -266,9 +268,7 @@ def _loss(augment: AugmentSection, num_classes: int) -> tuple[Mixup | None, nn.M
 
 
 def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path: Path) -> None:
-    targets = records.targets
-    wrong = np.flatnonzero(records.predicted != targets)
-    worst = wrong[np.argsort(records.true_probability[wrong], kind="stable")][:SHEET_IMAGES]
+    targets, worst = records.targets, records.mistakes()[:SHEET_IMAGES]
     # spread evenly over the set, so that every class has its turn
     others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)
 
@@ -278,7 +278,7 @@ def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path:
         image.thumbnail((160, 160))
         caption = f"{classes[predicted]} {records.confidence[row]:.0%}"
         if predicted != target:
-            caption += f"\nis {classes[target]}"
+            caption += f"\ntrue: {classes[target]}"
         return image, caption, bool(predicted == target)
 
     plots.prediction_sheet([entry(i) for i in worst], [entry(i) for i in others], path)

@@ -1,4 +1,4 @@
-"""The colours of classes: those of their data set where it has its own, black for what is background."""
+"""The colours of classes: those of their data set where it has its own, none for what is background."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ def _palettes() -> dict[str, dict[str, str]]:
     return json.loads((files(__package__) / "palettes.json").read_text())
 
 
-def class_colours(classes: Sequence[str]) -> list[RGB]:
-    """Red, green and blue of each class, 0 to 255."""
-    own: dict[str, str] = {"background": "000000"}
+def class_colours(classes: Sequence[str]) -> list[RGB | None]:
+    """Red, green and blue of each class, 0 to 255; None for the background, which stays as it is."""
+    own: dict[str, str] = {}
     for palette in _palettes().values():
         shared = sum(name in palette for name in classes)
         if shared >= ALIKE * max(len(classes), len(palette)):
             own |= palette
-    found = [own.get(name if name in own else name.lower()) for name in classes]
-    return [colour(index) if known is None else _parsed(known) for index, known in enumerate(found)]
+    return [_colour(name, own.get(name), index) for index, name in enumerate(classes)]
 
 
-def _parsed(digits: str) -> RGB:
+def _colour(name: str, digits: str | None, index: int) -> RGB | None:
+    if digits is None:
+        return None if name.lower() == "background" else colour(index)
     red, green, blue = bytes.fromhex(digits)
     return red, green, blue

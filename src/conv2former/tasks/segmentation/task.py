@@ -25,6 +25,7 @@ from conv2former.tasks.segmentation.losses import weighted_loss
 from conv2former.tasks.segmentation.metrics import SegmentationMetric
 from conv2former.tasks.segmentation.palettes import class_colours
 from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, resize
+from conv2former.tasks.segmentation.values import class_values
 from conv2former.viz import plots
 from conv2former.viz.drawing import label_overlay, legend, side_by_side
 
@@ -137,7 +138,10 @@ class SegmentationTask(DenseTask):
             encoded = encode_mask(mask == index)
             found.append(dict(label=label, index=index, share=fraction, mask=encoded))
             lines.append(Line(label, fraction, colours[index], mask=encoded))
-        return Prediction(dict(classes=found), partial(draw_classes, mask=mask, classes=self.classes), lines)
+        drawn = partial(draw_classes, mask=mask, classes=self.classes)
+        data = self.recipe.data
+        values = class_values(data.mask_values, self.classes, first=int(data.reduce_zero_label))
+        return Prediction(dict(classes=found), drawn, lines, mask=lambda: Image.fromarray(values[mask]))
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
         """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""

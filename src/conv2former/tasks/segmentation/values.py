@@ -123,6 +123,22 @@ class MaskValues:
         return colour_key(value) if self.colours else str(value)
 
 
+def class_values(table: Table | None, classes: Sequence[str], *, first: int = 0) -> np.ndarray:
+    """What the masks of a data set hold for each class: (K,) of uint8, or (K, 3) where they are in colour.
+
+    Without a table, or with one that has no such value for every class, they are numbers from ``first``.
+    """
+    numbers = np.arange(first, first + len(classes)).astype(np.uint8)
+    if not table:
+        return numbers
+    known = MaskValues(table, classes)
+    found = [known.codes[known.targets == index][:1] for index in range(len(classes))]
+    if any(not len(codes) or (codes[0] > IGNORED and not known.colours) for codes in found):
+        return numbers
+    codes = np.concatenate(found)
+    return _channels(codes).astype(np.uint8) if known.colours else codes.astype(np.uint8)
+
+
 def colour_key(value: int) -> str:
     """A colour's code as a table's key."""
     return f"{value >> 16} {value >> 8 & 255} {value & 255}"
