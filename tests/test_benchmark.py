@@ -228,7 +228,7 @@ def test_all_modes_compute_the_same(mode: str, dtype: str, expected: torch.Tenso
         pytest.skip(str(reason))
     found = torch.as_tensor(step())
     assert found.shape == expected.shape
-    tolerance = 0.2 if mode.endswith("int8") else 1e-5 if dtype == "float32" else 0.03
+    tolerance = 0.3 if mode.endswith("int8") else 1e-5 if dtype == "float32" else 0.03
     assert (found.float() - expected).abs().max() < tolerance * expected.abs().max()
 
 

@@ -19,7 +19,7 @@ from conv2former.tools.export import ExportOptions, export
 
 @pytest.mark.parametrize("name", nets.recipes())
 def test_the_same_losses_and_weights_as_before(name: str, tmp_path: Path) -> None:
-    """To the last bit on the machine that stored them, and to 1e-5 elsewhere (AVX2 is 1e-6 from AVX-512)."""
+    """To the last bit on the machine that stored them, and to 1e-4 elsewhere (44 steps with AVX2 end 3e-5 apart)."""
     stored = nets.stored("losses")
     run = nets.trained(name, tmp_path)
     before, now = stored["runs"][name], nets.outcome(run)
@@ -29,7 +29,7 @@ def test_the_same_losses_and_weights_as_before(name: str, tmp_path: Path) -> Non
         assert row.keys() == earlier.keys()
         for key, value in row.items():
             loss = key in ("loss", "train_loss", "val_loss", "lr")
-            assert value == (pytest.approx(earlier[key], rel=1e-5) if loss else earlier[key]), key
+            assert value == (pytest.approx(earlier[key], rel=1e-4) if loss else earlier[key]), key
     if name != "quickstart":
         assert nets.checkpoint_keys(run) == nets.stored("checkpoints")[name]
 

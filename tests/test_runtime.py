@@ -89,7 +89,8 @@ def test_another_kind_of_processor(exported: Path, tmp_path: Path, caplog: Any, 
     for name in ("model.safetensors", "model.bf16.safetensors"):
         model = conv2former_runtime.load(exported / name)
         description, weights = file.read(exported / name)
-        here, there = Layout(**description["layout"]), Layout(8, 16, 1)
+        here = Layout(**description["layout"])
+        there = next(layout for layout in LAYOUTS if layout != here and layout.together == 1)
         arrays = {}
         for i, (step, tensors) in enumerate(zip(description["steps"], weights, strict=True)):
             for j, parts in enumerate(file.step_parts(step)):
