@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -120,7 +120,16 @@ struct Plain {
   static constexpr int STEP = 1;
   static inline void put(vf* row, long i, vf, vf now) { row[i] = now; }
   static inline vf first(vf x) { return x; }
-  static inline vf tap(vf sum, vf x, vf w) { return sum + x * w; }
+  // one rounding in every tile: left to the compiler, a tile of one vector was multiplied first and added then
+  static inline vf tap(vf sum, vf x, vf w) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)x, (__m512)w, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)x, (__m256)w, (__m256)sum);
+#else
+    return sum + x * w;
+#endif
+  }
   static inline vf pack(vf x, vf) { return x; }
 };
 
