@@ -23,7 +23,7 @@ from command import run_command
 from conv2former.checkpoints.exported import open_runtime
 from conv2former.data.images import decode
 from conv2former.engine.evaluate import evaluate
-from conv2former.engine.launch import fast_bfloat16
+from conv2former.engine.machine import fast_bfloat16
 from conv2former.engine.predict import predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError

@@ -26,7 +26,15 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.name != ".lock"}
     assert names == {
         *("recipe.yaml", "run.json", "history.jsonl", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints"),
-        *("best", "last", "evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png"),
+        *(
+            "best",
+            "last",
+            "evaluation.json",
+            "confusion_matrix.png",
+            "predictions.png",
+            "learning_curves.png",
+            "mistakes.csv",
+        ),
     }
     assert not list(finished.rglob("*.partial"))
     epochs = RunDir(finished).rows("epoch")

@@ -15,6 +15,7 @@ from timm.models._manipulate import group_parameters
 from torch import nn
 
 from conv2former.config import EngineSection, Recipe
+from conv2former.engine.machine import fast_bfloat16
 from conv2former.engine.torch_settings import is_nvidia
 from conv2former.errors import UserError, one_line, say_once
 
@@ -102,12 +103,6 @@ def slow_precision(recipe: Recipe) -> str | None:
     instead = " ".join(f"--set {setting}" for setting in remedies.values())
     slow = f"this processor has no fast bfloat16, so {' and '.join(remedies)} take many times longer"
     return f"warning: {slow}: add {instead}"
-
-
-def fast_bfloat16() -> bool:
-    """Whether PyTorch's products in bfloat16 use this processor's vector instructions."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or bool(supported())
 
 
 def on_nvidia_gpu(recipe: Recipe) -> bool:

@@ -52,3 +52,9 @@ def _commit() -> str | None:
         return subprocess.run(["git", "describe", "--always", "--dirty"], **git).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def fast_bfloat16() -> bool:
+    """Whether PyTorch's products in bfloat16 use this processor's vector instructions."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())

@@ -13,8 +13,7 @@ from huggingface_hub import constants
 
 import conv2former  # noqa: F401  registers the names
 from conv2former import ops
-from conv2former.engine.launch import fast_bfloat16
-from conv2former.engine.machine import machine_facts
+from conv2former.engine.machine import fast_bfloat16, machine_facts
 from conv2former.errors import UserError, nearest
 from conv2former.models.meta import build_on_meta
 from conv2former.ops import backend
