@@ -49,7 +49,7 @@ def some(items: Sequence[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def counted(number: int, thing: str, things: str | None = None) -> str:
+def plural(number: int, thing: str, things: str | None = None) -> str:
     """``1 step``, ``2 steps``."""
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 

@@ -64,6 +64,7 @@ def train(
     Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
     """
     from conv2former.errors import UserError
+    from conv2former.recipes.load import load_recipe
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
@@ -71,8 +72,9 @@ def train(
         raise UserError("--force can only be used together with --resume")
     if (weights is not None) + pretrained + from_scratch > 1:
         raise UserError("--weights, --pretrained and --from-scratch exclude each other")
-    if weights is not None and recipe and not model and not any("model.name=" in one for one in set_ or []):
-        model = _model_of(weights, recipe)
+    base = load_recipe(recipe) if recipe and (model or weights is not None) else None
+    if base and weights is not None and not model and not any("model.name=" in one for one in set_ or []):
+        model = _model_of(weights, base)
     # another model does not take the arguments that the recipe's own model needs; --set may give it some
     overrides = [f"model.name={model}", "model.args={}"] if model else []
     overrides += [f"model.weights={json.dumps(weights)}"] if weights is not None else []
@@ -82,8 +84,8 @@ def train(
     overrides += set_ or []
     overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
     loaded = _recipe(recipe, overrides, out=out, resume=bool(resume), dry_run=dry_run)
-    if model and recipe:
-        _say_left_out(recipe, loaded)
+    if model and base:
+        _say_left_out(base, loaded)
     if dry_run:
         from conv2former.engine.dry_run import dry_run as describe
 
@@ -116,31 +118,28 @@ def _recipe(name: str | None, overrides: list[str], *, out: Path | None, resume:
     return None
 
 
-def _model_of(weights: str, recipe: str) -> str | None:
+def _model_of(weights: str, base: Any) -> str | None:
     """The model that weights are of, where the recipe names another one."""
     from conv2former.checkpoints.weights import saved_weights
     from conv2former.errors import UserError
-    from conv2former.recipes.load import load_recipe
 
     try:
         name = saved_weights(weights).architecture.partition(".")[0]
     except UserError:  # said when they are loaded
         return None
-    if name == load_recipe(recipe).model.name:
+    if name == base.model.name:
         return None
     say(f"taken as --model {name}, of which the weights are")
     return name
 
 
-def _say_left_out(name: str, loaded: Any) -> None:
+def _say_left_out(base: Any, loaded: Any) -> None:
     """What --model leaves out of a recipe, and --set does not give again."""
     import timm
 
-    from conv2former.recipes.load import load_recipe
-
     if not timm.is_model(loaded.model.name.partition(".")[0]):
         return  # refused when it is built
-    own = {key: value for key, value in load_recipe(name).model.args.items() if key not in loaded.model.args}
+    own = {key: value for key, value in base.model.args.items() if key not in loaded.model.args}
     if own:
         say(
             f"--model leaves out the recipe's model.args ({', '.join(f'{key}: {value}' for key, value in own.items())})"

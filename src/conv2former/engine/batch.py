@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conv2former.config import Recipe
-from conv2former.errors import UserError, counted
+from conv2former.errors import UserError, plural
 
 # Which number seeds the random choices of a micro-batch. 1: its place in its process, and the process. 2: its place in
 # the optimizer step, whichever process takes it.
@@ -45,7 +45,7 @@ class BatchPlan:
     def __str__(self) -> str:
         if self.micro_batches == 1:
             return str(self.total)
-        processes = counted(self.world, "process", "processes")
+        processes = plural(self.world, "process", "processes")
         return f"{self.per_process} x {processes} x {self.accumulate} accumulated = {self.total}"
 
 

@@ -27,7 +27,7 @@ from conv2former.engine.batch import BatchPlan, fitting_worlds, plan_batch
 from conv2former.engine.launch import on_nvidia_gpu, slow_precision
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
-from conv2former.errors import UserError, counted, printable, some
+from conv2former.errors import UserError, plural, printable, some
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Task
@@ -317,8 +317,8 @@ def _steps_per_epoch(images: int, batch: BatchPlan) -> int:
 def _batch(recipe: Recipe, batch: BatchPlan) -> list[str]:
     optim = recipe.optim
     return [
-        f"{batch.per_process} images per process x {counted(batch.world, 'process', 'processes')} (claim.processes) x "
-        f"{counted(batch.accumulate, 'micro-batch', 'micro-batches')} = effective batch {batch.total:,}",
+        f"{batch.per_process} images per process x {plural(batch.world, 'process', 'processes')} (claim.processes) x "
+        f"{plural(batch.accumulate, 'micro-batch', 'micro-batches')} = effective batch {batch.total:,}",
         f"learning rate: {optim.base_lr:g} x {batch.total:,} / {optim.base_batch:,} = {scaled_lr(optim, batch):g}",
     ]
 

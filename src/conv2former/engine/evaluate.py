@@ -203,11 +203,11 @@ def evaluate(
 
 def _seen_in_training(run: RunDir, data: Path | None, count: int) -> str | None:
     """A warning where the images are all of those that a run divided into training and validation images itself."""
-    facts = run.facts() if data is not None and run.exists() else {}
-    parts, own = facts.get("images"), recorded_data(facts) if facts else None
-    if own is None or data is None or not isinstance(parts, dict) or own.resolve() != data.resolve():
+    if data is None or not run.exists():
         return None
-    if count != sum(parts.values()) or not parts.get("train"):
+    facts = run.facts()
+    own, parts = recorded_data(facts), facts.get("images", {})
+    if own is None or own.resolve() != data.resolve() or not parts.get("train") or count != sum(parts.values()):
         return None
     seen = f"the run was trained on {parts['train']:,} of these {count:,} images"
     return f"warning: {seen}: leave --data out to evaluate the others alone"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import counted
+from conv2former.errors import plural
 from conv2former.tasks import task_class
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def summary(trainer: Trainer, out: Path) -> list[str]:
     start = f"from {model.weights}" if model.weights else "from random weights"
     source, per_epoch = trainer.splits.train, trainer.steps_per_epoch
     epochs = f"{trainer.steps / per_epoch:g}"
-    plan = f"{counted(trainer.steps, 'step')}: {epochs} {'epoch' if epochs == '1' else 'epochs'} of {per_epoch}"
+    plan = f"{plural(trainer.steps, 'step')}: {epochs} {'epoch' if epochs == '1' else 'epochs'} of {per_epoch}"
     operations = f", operations by {trainer.operations}" if trainer.operations else ""
     again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(out))} --resume` goes on"
     total = trainer.batch.total

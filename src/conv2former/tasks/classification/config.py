@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from conv2former.config import MOST_SIDE, Choices, ImagesSection, ModelSection, Recipe, Section, Start
-from conv2former.errors import counted
+from conv2former.errors import plural
 
 
 class DataSection(ImagesSection):
@@ -86,7 +86,7 @@ class ClassificationRecipe(Recipe):
             "model.fit_head": (weights, begin),
             "model.freeze_batchnorm": (weights and few, f"{begin}, {images}"),
             "model.drop_path_rate": (0.2 if many else 0.0 if few else 0.1, images),
-            "optim.batch_size": (size, f"{images} make {counted(n // (size * start.world), 'step')} an epoch"),
+            "optim.batch_size": (size, f"{images} make {plural(n // (size * start.world), 'step')} an epoch"),
             "optim.base_lr": (5e-4 if weights else 1e-3, begin),
             "optim.layer_decay": (0.9 if weights and not few else None, images),
             "optim.head_lr": (1.0, "the classifier is fitted before" if weights else begin),

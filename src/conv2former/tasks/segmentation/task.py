@@ -139,9 +139,13 @@ class SegmentationTask(DenseTask):
             found.append(dict(label=label, index=index, share=fraction, mask=encoded))
             lines.append(Line(label, fraction, colours[index], mask=encoded))
         drawn = partial(draw_classes, mask=mask, classes=self.classes)
+        return Prediction(dict(classes=found), drawn, lines, mask=partial(self._stored, mask))
+
+    def _stored(self, mask: np.ndarray) -> Image.Image:
+        """The classes (H, W) as a mask of the data set holds them."""
         data = self.recipe.data
         values = class_values(data.mask_values, self.classes, first=int(data.reduce_zero_label))
-        return Prediction(dict(classes=found), drawn, lines, mask=lambda: Image.fromarray(values[mask]))
+        return Image.fromarray(values[mask])
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
         """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""

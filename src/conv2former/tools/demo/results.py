@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from conv2former.errors import printable
+from conv2former.errors import plural, printable
 from conv2former.tools.demo.about import PIXELS, About, data_url, readable
 from conv2former.tools.demo.agreement import Agreement
 from conv2former.tools.demo.models import LARGE, Look
@@ -61,7 +61,7 @@ def status(count: int, agreed: Agreement | None) -> str:
     """A sentence on all images, which a screen reader reads out."""
     if agreed and count > 1:
         return f"<p>{count} images. {escape(str(agreed))}</p>"
-    return f'<p class="unseen">{count} {"images" if count > 1 else "image"}.</p>'
+    return f'<p class="unseen">{plural(count, "image")}.</p>'
 
 
 def card(name: str, size: tuple[int, int] | None, answers: list[str], agreement: str = "") -> str:
