@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from command import run_command
-from conv2former.engine import launch, progress
+from conv2former.engine import progress, torch_settings
 from conv2former.engine.dry_run import dry_run
 from conv2former.engine.progress import Ticker, TrainingProgress, duration, significant
 from conv2former.engine.run_dir import RunDir
@@ -64,13 +65,14 @@ def test_the_first_lines_say_what_is_done(data: Path, tmp_path: Path, capfd: pyt
 
 
 def test_slow_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = tiny_recipe("engine.precision=bf16", "optim.name=muon")
-    monkeypatch.setattr(launch, "fast_bfloat16", lambda: True)
-    assert launch.slow_precision(half) is None and "longer" not in dry_run(half, data=None, out=None)
-    monkeypatch.setattr(launch, "fast_bfloat16", lambda: False)
-    assert str(launch.slow_precision(half)).endswith(": add --set engine.precision=32 --set optim.name=adamw")
-    assert launch.slow_precision(tiny_recipe()) is None
-    assert "optim.name=muon take many times longer" in dry_run(half, data=None, out=None)
+    half, cpu = tiny_recipe("engine.precision=bf16", "optim.name=muon"), torch.device("cpu")
+    monkeypatch.setattr(torch_settings, "fast_bfloat16", lambda: True)
+    assert torch_settings.slow_precision(half, cpu) is None and "slower" not in dry_run(half, data=None, out=None)
+    monkeypatch.setattr(torch_settings, "fast_bfloat16", lambda: False)
+    (said,) = (line for line in torch_settings.start_lines(half, half, cpu) if "bfloat16" in line)
+    assert said.endswith(": add --set engine.precision=32 --set optim.name=adamw")
+    assert torch_settings.slow_precision(tiny_recipe(), cpu) is None
+    assert "engine.precision=bf16 and optim.name=muon many times slower" in dry_run(half, data=None, out=None)
 
 
 def test_evaluate_prints_a_table(

@@ -208,3 +208,5 @@ def test_predicted_masks_have_the_values_of_the_data_set(
         assert np.array_equal(mask == {"ground": 0, "block": 200, "disc": 100}[row["label"]], decode_mask(row["mask"]))
     assert run_command(monkeypatch, *words[:-1], str(image.parent)) == 1
     assert "masks could replace: give another folder" in capsys.readouterr().err
+    assert run_command(monkeypatch, *words[:2], str(image.parent), "--masks", str(image.parent / "masks")) == 1
+    assert "lies among the images" in capsys.readouterr().err

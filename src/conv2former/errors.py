@@ -22,6 +22,7 @@ __all__ = [
     "one_line",
     "or_left_out",
     "percent",
+    "plural",
     "printable",
     "say",
     "say_once",

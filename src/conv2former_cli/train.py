@@ -64,7 +64,6 @@ def train(
     Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
     """
     from conv2former.errors import UserError
-    from conv2former.recipes.load import load_recipe
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
@@ -72,20 +71,19 @@ def train(
         raise UserError("--force can only be used together with --resume")
     if (weights is not None) + pretrained + from_scratch > 1:
         raise UserError("--weights, --pretrained and --from-scratch exclude each other")
-    base = load_recipe(recipe) if recipe and (model or weights is not None) else None
-    if base and weights is not None and not model and not any("model.name=" in one for one in set_ or []):
-        model = _model_of(weights, base)
-    # another model does not take the arguments that the recipe's own model needs; --set may give it some
-    overrides = [f"model.name={model}", "model.args={}"] if model else []
-    overrides += [f"model.weights={json.dumps(weights)}"] if weights is not None else []
+    overrides = [f"model.weights={json.dumps(weights)}"] if weights is not None else []
     overrides += ["model.weights=timm"] * pretrained
     overrides += ["model.weights=null", "model.needs_weights=false"] * from_scratch
     overrides += ["model.fit_head=only"] * probe_only
     overrides += set_ or []
     overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
-    loaded = _recipe(recipe, overrides, out=out, resume=bool(resume), dry_run=dry_run)
-    if model and base:
-        _say_left_out(base, loaded)
+    given: Any = dict(out=out, resume=bool(resume), dry_run=dry_run)
+    loaded = _recipe(recipe, _named(model) + overrides, **given)
+    if weights is not None and recipe and not model and not any("model.name=" in one for one in set_ or []):
+        model = _model_of(weights, loaded)
+        loaded = _recipe(recipe, _named(model) + overrides, **given) if model else loaded
+    if model and recipe:
+        _say_left_out(recipe, loaded)
     if dry_run:
         from conv2former.engine.dry_run import dry_run as describe
 
@@ -118,37 +116,48 @@ def _recipe(name: str | None, overrides: list[str], *, out: Path | None, resume:
     return None
 
 
+def _named(model: str | None) -> list[str]:
+    """Another model does not take the arguments that the recipe's own model needs; --set may give it some."""
+    return [f"model.name={model}", "model.args={}"] if model else []
+
+
 def _model_of(weights: str, base: Any) -> str | None:
     """The model that weights are of, where the recipe names another one."""
     from conv2former.checkpoints.weights import saved_weights
-    from conv2former.errors import UserError
+    from conv2former.errors import UserError, say_once
 
     try:
         name = saved_weights(weights).architecture.partition(".")[0]
     except UserError:  # said when they are loaded
         return None
-    if name == base.model.name:
+    if name == base.model.name.partition(".")[0]:
         return None
-    say(f"taken as --model {name}, of which the weights are")
+    say_once(f"taken as --model {name}, of which the weights are")
     return name
 
 
-def _say_left_out(base: Any, loaded: Any) -> None:
+def _say_left_out(recipe: str, loaded: Any) -> None:
     """What --model leaves out of a recipe, and --set does not give again."""
     import timm
 
+    from conv2former.errors import UserError, say_once
+    from conv2former.recipes.load import load_recipe
+
     if not timm.is_model(loaded.model.name.partition(".")[0]):
         return  # refused when it is built
+    try:
+        base = load_recipe(recipe)
+    except UserError:  # a file that the command line completes
+        return
     own = {key: value for key, value in base.model.args.items() if key not in loaded.model.args}
-    if own:
-        say(
-            f"--model leaves out the recipe's model.args ({', '.join(f'{key}: {value}' for key, value in own.items())})"
-        )
+    settings = ", ".join(f"{key}: {value}" for key, value in own.items())
+    if settings:
+        say_once(f"--model leaves out the recipe's model.args ({settings})")
 
 
 def _train(recipe: Any, out: Path, **options: Any) -> None:
+    from conv2former.engine.report import best_weights
     from conv2former.engine.run_dir import RunDir
-    from conv2former.engine.summary import best_weights
     from conv2former.engine.train import Interrupted
     from conv2former.engine.train import train as run_train
 

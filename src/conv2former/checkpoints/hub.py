@@ -30,7 +30,6 @@ from timm.models import filter_pretrained_cfg, save_for_hf
 from timm.models._hub import _parse_model_cfg
 from torch import Tensor, nn
 
-from conv2former.checkpoints.exported import is_exported, open_exported
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
 from conv2former.checkpoints.schema import Preprocessing, SavedModel, first_fault
 from conv2former.errors import UserError, nearest, one_line, some
@@ -309,9 +308,7 @@ def _checked(schema: type[BaseModel], found: dict[str, Any], folder: Path) -> di
 
 
 def saved_task(path: StrPath) -> str:
-    """The task that a saved model was trained for, or an exported file's."""
-    if is_exported(Path(path)):
-        return str(open_exported(Path(path))[0]["task"])
+    """The task that a saved model was trained for."""
     return str(saved_config(path).get("task", "classification"))
 
 

@@ -24,9 +24,10 @@ from conv2former.data.sources import Splits
 from conv2former.engine import trial
 from conv2former.engine.automatic import checked_weights, choices, settled
 from conv2former.engine.batch import BatchPlan, fitting_worlds, plan_batch
-from conv2former.engine.launch import on_nvidia_gpu, slow_precision
+from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
+from conv2former.engine.torch_settings import slow_precision
 from conv2former.errors import UserError, plural, printable, some
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
@@ -102,7 +103,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         *steps,
         f"memory: {memory[-1].split(maxsplit=1)[1]} for each process, estimated",
         f"time: {_time(recipe, images, batch, per_epoch)}",
-        *filter(None, [slow_precision(recipe)]),
+        *filter(None, [slow_precision(recipe, torch.device("cuda" if on_nvidia_gpu(recipe) else "cpu"))]),
         drawn + ("" if verbose else "; --verbose shows the recipe and all numbers"),
     ]
     said = "\n".join(map(printable, summary))

@@ -15,9 +15,8 @@ from timm.models._manipulate import group_parameters
 from torch import nn
 
 from conv2former.config import EngineSection, Recipe
-from conv2former.engine.machine import fast_bfloat16
 from conv2former.engine.torch_settings import is_nvidia
-from conv2former.errors import UserError, one_line, say_once
+from conv2former.errors import UserError, one_line
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
@@ -51,8 +50,6 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     accelerator = _accelerator(engine)
     if accelerator == "cpu" and engine.precision == "16":
         raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
-    if slow := slow_precision(recipe):
-        say_once(slow)
     devices, nodes = _layout(engine)
     if devices == "auto" and accelerator == "cpu":
         devices = 1
@@ -86,23 +83,6 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
         raise UserError(
             f"engine.accelerator={engine.accelerator} with engine.devices={engine.devices}: {one_line(error)}"
         ) from None
-
-
-def slow_precision(recipe: Recipe) -> str | None:
-    """A warning where PyTorch computes products in bfloat16 5 to 70 times slower than in float32.
-
-    timm's Muon computes its steps in bfloat16, whatever the precision of the network.
-    """
-    if _accelerator(recipe.engine) != "cpu" or fast_bfloat16():
-        return None
-    remedies = {"engine.precision=bf16": "engine.precision=32"} if recipe.engine.precision == "bf16" else {}
-    if "muon" in recipe.optim.name:
-        remedies[f"optim.name={recipe.optim.name}"] = "optim.name=adamw"
-    if not remedies:
-        return None
-    instead = " ".join(f"--set {setting}" for setting in remedies.values())
-    slow = f"this processor has no fast bfloat16, so {' and '.join(remedies)} take many times longer"
-    return f"warning: {slow}: add {instead}"
 
 
 def on_nvidia_gpu(recipe: Recipe) -> bool:

@@ -89,6 +89,8 @@ def run_predict(
         raise UserError(f"{world} processes share the images: say with --out-file where their rows go")
     files = given_images(inputs)
     files = list(dict.fromkeys(files)) if out_file else files
+    if masks:
+        _check_masks(masks, inputs, files)
     rows = Rows(out_file, [_text(file) for file in files], rank=rank, world=world) if out_file else None
     mine = files if rows is None else [files[i] for i in rows.left]
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
@@ -96,7 +98,7 @@ def run_predict(
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
     failed, taken = 0, set[str]()
     names = {file: free_name(file.stem, DRAWN, taken) for file in files} if out else {}  # also of those that are done
-    mask_names = _mask_names(masks, files, task) if masks else {}
+    mask_names = _mask_names(files, task) if masks else {}
     done = 0
     try:
         with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
@@ -131,12 +133,21 @@ def _opened(checkpoint: Path | str, *, device: str, fuse: bool, **options: Any) 
     return for_inference(task, device, fuse=fuse)
 
 
-def _mask_names(folder: Path, files: list[Path], task: Task) -> dict[Path, str]:
-    """How the mask of each file is called; raises UserError where the task has none, or it would replace an image."""
+def _check_masks(folder: Path, inputs: Sequence[Path], files: list[Path]) -> None:
+    """Raises UserError where masks could replace images, or be taken for some by the next call."""
+    own = folder.resolve()
+    if own in {file.parent.resolve() for file in files}:
+        raise UserError(f"--masks {folder} holds images, which masks could replace: give another folder")
+    if any(path.is_dir() and own.is_relative_to(path.resolve()) for path in inputs):
+        raise UserError(
+            f"--masks {folder} lies among the images, whose next reading finds the masks: give another folder"
+        )
+
+
+def _mask_names(files: list[Path], task: Task) -> dict[Path, str]:
+    """How the mask of each file is called; raises UserError where the task has none."""
     if task.layers != ("masks",):
         raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
-    if folder.resolve() in {file.parent.resolve() for file in files}:
-        raise UserError(f"--masks {folder} holds images, which masks could replace: give another folder")
     taken = set[str]()
     return {file: free_name(file.stem, ".png", taken) for file in files}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from conv2former.checkpoints.hub import saved_config
 from conv2former.engine.devices import for_inference
 from conv2former.engine.evaluate import evaluate_task, write_report
 from conv2former.engine.model_card import write_card
@@ -40,6 +41,19 @@ def write_final_report(run: RunDir, source: Any, *, batch_size: int, device: tor
     with or_left_out("the model card"):
         write_card(run.best, run.best, run)
     return evaluation
+
+
+def best_weights(run: RunDir) -> str | None:
+    """Which evaluation the best weights are of, where it was not the last one."""
+    epoch, rows = saved_config(run.best)["conv2former"]["epoch"], run.rows("epoch")
+    if not rows or epoch == rows[-1]["epoch"]:
+        return None
+    if epoch:
+        return f"the best weights are those of epoch {epoch:g}"
+    return (
+        "the best weights are those before the first step, and training made them no better: try a lower learning rate "
+        "(--lr) or more --epochs"
+    )
 
 
 def _write_samples(run: RunDir, source: Any) -> None:

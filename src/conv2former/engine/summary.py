@@ -6,27 +6,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conv2former.engine.run_dir import RunDir
 from conv2former.errors import plural
-from conv2former.tasks import task_class
 
 if TYPE_CHECKING:
     from conv2former.engine.trainer import Trainer
-
-
-def best_weights(run: RunDir) -> str | None:
-    """Which evaluation the best weights are of, where it was not the last one."""
-    key = f"val_{task_class(run.recipe().task).monitor}"
-    rows = [row for row in run.rows("epoch") if isinstance(row.get(key), int | float)]
-    best = max(rows, key=lambda row: row[key], default=None)  # the first of equal ones, as in training
-    if best is None or best is rows[-1]:
-        return None
-    if best["step"] == 0:
-        return (
-            "the best weights are those before the first step, the linear probe, and training made them no better: "
-            "try a lower learning rate (--lr) or more --epochs"
-        )
-    return f"the best weights are those of epoch {best['epoch']:g}"
 
 
 def summary(trainer: Trainer, out: Path) -> list[str]:

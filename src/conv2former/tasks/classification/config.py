@@ -74,7 +74,8 @@ class ClassificationRecipe(Recipe):
         images, begin = f"{n:,} training images", "from pretrained weights" if weights else "from random weights"
         few, many = n < 2_000, n >= 50_000
         # of few images a batch that does not divide them leaves out many: 8 of 24, for 16
-        largest = max((16, 14, 12, 10, 8), key=lambda size: n - n % size) if n < 200 else 32 if few else 64
+        fitting = max((16, 14, 12, 10, 8), key=lambda size: n - n % (size * start.world))
+        largest = fitting if n < 200 else 32 if few else 64
         size = min(largest, max(n // start.world, 1))
         epochs = 60 if n < 200 else 30 if few else 10 if many else 20
         if not weights:

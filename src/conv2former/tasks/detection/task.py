@@ -136,7 +136,7 @@ class DetectionTask(DenseTask):
         """
         section = self.model.section
         least = min(self.threshold, section.score_threshold)
-        if self.within and least < section.score_threshold:
+        if self.within and self.threshold != SHOWN and least < section.score_threshold:
             raise UserError(
                 f"--threshold {least:g}: the file leaves out scores below {section.score_threshold:g}, give that or "
                 "more, or the run"

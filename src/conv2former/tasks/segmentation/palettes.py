@@ -20,6 +20,11 @@ def _palettes() -> dict[str, dict[str, str]]:
 
 def class_colours(classes: Sequence[str]) -> list[RGB | None]:
     """Red, green and blue of each class, 0 to 255; None for the background, which stays as it is."""
+    return [*_colours(tuple(classes))]
+
+
+@cache  # it is asked for with every image
+def _colours(classes: tuple[str, ...]) -> list[RGB | None]:
     own: dict[str, str] = {}
     for palette in _palettes().values():
         shared = sum(name in palette for name in classes)

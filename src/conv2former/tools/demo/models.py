@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from conv2former import checkpoints
+from conv2former.checkpoints.exported import is_exported
 from conv2former.data.rle import decode_mask
 from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError
@@ -211,6 +212,8 @@ def _expanded(source: str) -> list[Path | str]:
     path = read_name(source)
     if not isinstance(path, Path):
         return [source]
+    if is_exported(path):
+        return [path]
     try:
         checkpoints.saved_task(path)
         return [path]

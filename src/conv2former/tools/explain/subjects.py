@@ -43,12 +43,18 @@ def check_name(name: str, *, size: int) -> None:
     """Raises the UserError that ``open_subject`` would raise, but needs no weights and no memory for them."""
     named = read_name(name)
     if isinstance(named, Path):
-        checkpoints.saved_task(named)
+        _task_of(named)
         return
     model_name, args = named
     args = model_args(model_name, size) | args
     args.pop("pretrained", None)
     stage_indices(name, built(name, build_on_meta, model_name, args))
+
+
+def _task_of(path: Path) -> str:
+    if is_exported(path):
+        raise UserError(f"{path} is an exported file, which gives no maps of its stages: give the run")
+    return checkpoints.saved_task(path)
 
 
 def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
@@ -66,9 +72,7 @@ def open_subject(name: str, *, size: int, device: torch.device) -> Subject:
     named, weights = read_name(name), "trained"
     notes: tuple[str, ...] = ()
     if isinstance(named, Path):
-        if is_exported(named):
-            raise UserError(f"{name} is an exported file, which gives no maps of its stages: give the run")
-        if checkpoints.saved_task(named) != "classification":
+        if _task_of(named) != "classification":
             task: Any = load(named).to(device)
             trunk, data = task.trunk.requires_grad_(False), task.recipe.data
             return Subject(name, weights, trunk, list(STRIDES), mean=data.mean, std=data.std, device=device)
