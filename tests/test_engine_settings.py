@@ -16,6 +16,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from conv2former.engine import torch_settings
 from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer
 from conv2former.engine.run_dir import RunDir
@@ -286,6 +287,7 @@ def test_a_gpu_run_in_float32_says_that_it_has_no_tf32(
     monkeypatch: pytest.MonkeyPatch, setting: str, capability: tuple[int, int], said: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch_settings, "fast_bfloat16", lambda: True)  # what else is said see test_habits.py
     recipe = tiny_recipe(setting)
     lines = start_lines(recipe, recipe, torch.device("cuda"))
     assert len(lines) == said and all("--set engine.float32_matmul_precision=high" in line for line in lines)
