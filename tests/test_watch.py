@@ -207,6 +207,28 @@ def test_whoever_seems_to_hang_is_looked_at_again(watching: watchdog.Watchdog) -
     assert watching.deadline is not None and "has been in step 2 for" in watching.why
 
 
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="looks at /proc")
+def test_time_without_a_processor_is_no_hang(watching: watchdog.Watchdog) -> None:
+    watching.board.write(0, "in step 1", 1)
+    pinned = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    spins = [sys.executable, "-c", "while True: pass"]
+    with (
+        subprocess.Popen([*pinned, "nice", "-n", "19", *spins]) as starved,
+        subprocess.Popen([*pinned, *spins]) as busy,
+    ):
+        watching.pid = starved.pid
+        ends: list[bool] = []
+        for _ in range(2):  # beside the other process, and then alone
+            end = time.monotonic() + 3
+            while time.monotonic() < end and watching.deadline is None:
+                watching._look(time.monotonic())
+                time.sleep(0.2)
+            ends.append(watching.deadline is not None)
+            busy.kill()
+        starved.kill()
+    assert ends == [False, True]
+
+
 def test_a_process_that_never_joins_is_named(watching: watchdog.Watchdog) -> None:
     watching.world, bound = 3, 2 * watchdog.SILENCE
     watching.peers[1] = watchdog.Line(socket.socketpair()[0])
