@@ -37,32 +37,32 @@ def test_every_file_once_whatever_the_number_of_processes(before: int, after: in
     """Stopped in the middle of a line, gone on with by others; in the order of the files."""
     path, names = tmp_path / "rows.jsonl", _names(20)
     for rank in range(before):
-        rows = Rows(path, names, rank=rank, world=before)
+        rows = Rows(path, names, weights="a", rank=rank, world=before)
         _write(rows, until=4)
         rows.file.write(b'{"file": "image')
         _killed(rows)
-    all_rows = [Rows(path, names, rank=rank, world=after) for rank in range(after)]
+    all_rows = [Rows(path, names, weights="a", rank=rank, world=after) for rank in range(after)]
     for rows in all_rows:
         _write(rows)
         assert (rows.finish() is not None) == (rows is all_rows[-1])
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["file"] for row in found] == names and [row["number"] for row in found] == [*range(20)]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
-    assert Rows(path, names).left == []
+    assert Rows(path, names, weights="a").left == []
 
 
 def test_a_file_of_something_else_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": "configuration"}')
     with pytest.raises(UserError, match="no rows of predictions"):
-        Rows(path, _names(3))
+        Rows(path, _names(3), weights="a")
     assert path.read_text() == '{"a": "configuration"}'
     path.write_text("a letter\nthat somebody wrote\n")
     with pytest.raises(UserError, match="no rows of predictions"):
-        Rows(path, _names(3))
+        Rows(path, _names(3), weights="a")
     assert path.read_text().startswith("a letter")
     with pytest.raises(UserError, match="cannot write"):
-        Rows(tmp_path / "rows.jsonl" / "deeper", _names(3))
+        Rows(tmp_path / "rows.jsonl" / "deeper", _names(3), weights="a")
 
 
 def test_rows_of_others_and_odd_names_are_kept(tmp_path: Path) -> None:
@@ -70,19 +70,21 @@ def test_rows_of_others_and_odd_names_are_kept(tmp_path: Path) -> None:
     names = ["a\u2028b.png", "c\x85.png", os.fsdecode(b"\xff.png")]
     path = tmp_path / "rows[1]*.jsonl"
     for rank in range(2):
-        rows = Rows(path, names, rank=rank, world=2)
+        rows = Rows(path, names, weights="a", rank=rank, world=2)
         _write(rows)
         found = rows.finish()
     assert found is not None and [row["file"] for row in found] == names
     assert [json.loads(line)["file"] for line in path.read_text(encoding="utf-8").splitlines()] == names
-    other = Rows(tmp_path / f"{path.name}0", names)  # whose lock has a name that begins alike
-    assert Rows(path, names).finish() == found and Path(other.lock.lock_file).exists()
+    other = Rows(tmp_path / f"{path.name}0", names, weights="a")  # whose lock has a name that begins alike
+    assert Rows(path, names, weights="a").finish() == found and Path(other.lock.lock_file).exists()
     other.finish()
+    with pytest.raises(UserError, match="other weights"):
+        Rows(path, names, weights="b")
     with pytest.raises(UserError, match="rows of 3 other images"):
-        Rows(path, _names(2))
-    rows = Rows(path, names)
+        Rows(path, _names(2), weights="a")
+    rows = Rows(path, names, weights="a")
     with pytest.raises(UserError, match="another command writes"):
-        Rows(path, names)
+        Rows(path, names, weights="a")
     assert rows.finish() is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from conv2former.checkpoints.hub import find_model
 from conv2former.checkpoints.schema import ExportedModel, first_fault
 from conv2former.errors import UserError, one_line
 from conv2former.files import parse_json
@@ -29,6 +31,18 @@ def is_exported(path: Path) -> bool:
     if path.suffix in (*NEEDS, ".pt2"):
         return True
     return path.suffix == ".safetensors" and runtime_file.is_network(path)
+
+
+def fingerprint(path: Path | str) -> str:
+    """What tells weights apart: 16 digits of a SHA-256, of a saved model's or an exported file; raises UserError."""
+    file, digest = Path(path) if is_exported(Path(path)) else find_model(path)[1], hashlib.sha256()
+    try:
+        for part in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
+            with part.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}") from None
+    return digest.hexdigest()[:16]
 
 
 def open_exported(path: Path) -> tuple[dict[str, Any], Runtime]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from conv2former.checkpoints.exported import fingerprint
 from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import for_inference
@@ -91,7 +92,10 @@ def run_predict(
     files = list(dict.fromkeys(files)) if out_file else files
     if masks:
         _check_masks(masks, inputs, files)
-    rows = Rows(out_file, [_text(file) for file in files], rank=rank, world=world) if out_file else None
+    rows = None
+    if out_file:
+        texts = [_text(file) for file in files]
+        rows = Rows(out_file, texts, weights=fingerprint(checkpoint), rank=rank, world=world)
     mine = files if rows is None else [files[i] for i in rows.left]
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"

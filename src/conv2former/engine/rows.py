@@ -26,13 +26,15 @@ class Rows:
     Args:
         path: The file.
         names: What the rows call the files, ``row["file"]``.
+        weights: The ``fingerprint`` of the model, which becomes ``row["weights"]``.
 
     Raises:
-        UserError: The file holds something else, another command writes it, or it cannot be written.
+        UserError: The file holds something else, or rows of other weights, another command writes it, or it cannot be
+            written.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], *, rank: int = 0, world: int = 1) -> None:
-        self.path, self.names = path, list(names)
+    def __init__(self, path: Path, names: Sequence[str], *, weights: str, rank: int = 0, world: int = 1) -> None:
+        self.path, self.names, self.weights = path, list(names), weights
         self.own = path if world == 1 else self._named(f"part-{rank}-of-{world}")
         self.lock = FileLock(self.own.with_name(f"{self.own.name}.lock"))
         try:
@@ -41,6 +43,8 @@ class Rows:
             known = self._known()
             if others := known.keys() - set(self.names):
                 raise UserError(f"{path} has rows of {len(others)} other images: give another --out-file")
+            if any(row.get("weights", weights) != weights for row in known.values()):
+                raise UserError(f"{path} has rows of a model with other weights: give another --out-file")
             self.left = [i for i, name in enumerate(self.names) if i % world == rank and name not in known]
             self.file = self.own.open("a+b")
             self._cut_off_half_a_line()
@@ -52,7 +56,7 @@ class Rows:
     def add(self, row: dict[str, Any]) -> None:
         """Writes a row; raises UserError."""
         try:
-            self.file.write(_line(row))
+            self.file.write(_line(row | dict(weights=self.weights)))
             self.file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.own}: {one_line(error)}; the same command goes on there") from None
