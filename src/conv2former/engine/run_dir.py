@@ -3,6 +3,7 @@
 recipe.yaml            the resolved recipe
 recipes/               those that the run was made with before, where it was forced to go on with another
 run.json               data, classes, command, versions, machine, recipe hash
+held_out.txt           the validation images, where a fraction of the images was held out
 metrics.jsonl          a row per logged step and per evaluation
 metrics.csv            a row per evaluation
 tensorboard/ loggers/  the same for TensorBoard, and for other loggers that the recipe names
@@ -37,7 +38,7 @@ from conv2former.config import Recipe
 from conv2former.engine.machine import machine_facts
 from conv2former.engine.run_files import read_bad_images, read_facts, read_raw_recipe, read_report, read_rows
 from conv2former.errors import UserError, one_line, some
-from conv2former.files import append_line, read_lines, replace_text
+from conv2former.files import append_line, read_lines, replace_bytes, replace_text
 from conv2former.recipes.load import parse_recipe
 from conv2former.tasks.base import Reported
 
@@ -45,7 +46,7 @@ from conv2former.tasks.base import Reported
 CONTENTS = {
     *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
     *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png", "detections.json"),
-    "mistakes.csv",
+    *("mistakes.csv", "held_out.txt"),
     *("evaluations", "samples", "predictions", "loggers", "recipes", "schedule.png"),
     *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl", ".lock"),
 }
@@ -242,6 +243,11 @@ class RunDir:
             if isinstance(value, (int, float)):
                 rows.append((metric, float(value)))
         return rows
+
+    def list_held_out(self, source: Any) -> None:
+        """Writes ``held_out.txt``: the name of a validation image per line."""
+        names = "".join(f"{source.name(index)}\n" for index in range(len(source)))
+        replace_bytes(self.path / "held_out.txt", os.fsencode(names))
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file of the run, whole or not at all."""

@@ -120,6 +120,8 @@ def train(
                 if fabric.is_global_zero:
                     event = dict(changes=changes, operations=trainer.operations)
                     run = _written(run, recipe, own, facts, found, overwrite=overwrite, event=event)
+                    if getattr(splits, "held_out", False):
+                        run.list_held_out(splits.val)
                 fabric.barrier()
                 for line in _first_lines(asked, trainer) if fabric.is_global_zero else ():
                     say_once(line)

@@ -150,6 +150,7 @@ class PairSplits:
 
     train: PairSource
     val: PairSource
+    held_out: bool = False  # whether the validation set is a fraction of the one that was given
 
     @property
     def notes(self) -> list[str]:
@@ -190,7 +191,7 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
         raise UserError(f"{root} holds one image: two are needed to hold one out for validation")
     held = min(max(round(len(train) * data.val_fraction), 1), len(train) - 1)
     order = np.random.default_rng(derive_seed(Purpose.SPLIT, seed, 0)).permutation(len(train))
-    return PairSplits(train.part(sorted(order[held:])), train.part(sorted(order[:held])))
+    return PairSplits(train.part(sorted(order[held:])), train.part(sorted(order[:held])), held_out=True)
 
 
 def open_eval_pairs(
