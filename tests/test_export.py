@@ -290,10 +290,25 @@ def test_an_error_leaves_nothing_and_harms_nothing(finished: Path, data: Path, t
     assert not run(finished, tmp_path / "out", "torch", tolerance=-1.0)["torch"].ok
     assert (tmp_path / "out" / "model.pt2").read_bytes() == before
     run(finished, tmp_path / "out", "torch")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model.pt2"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "export.json", "model.pt2"]
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
     with pytest.raises(UserError, match="holds a saved model"):
         run(finished, finished / "best", "torch")
+
+
+def test_the_card_names_the_files_of_earlier_calls(finished: Path, tmp_path: Path) -> None:
+    for name in ("torch", "runtime", "torch"):
+        run(finished, tmp_path, name)
+    record = json.loads((tmp_path / "export.json").read_text())
+    assert [row["file"] for row in record["files"]] == ["model.safetensors", "model.pt2"]
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("model.safetensors | runtime |") == card.count("model.pt2 | torch |") == 1
+    (tmp_path / "export.json").write_text(json.dumps(record | dict(weights="of another model")))
+    run(finished, tmp_path, "torch")
+    assert "| runtime |" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "export.json").write_text('["damaged"')
+    run(finished, tmp_path, "torch")
+    assert len(json.loads((tmp_path / "export.json").read_text())["files"]) == 1
 
 
 def test_a_name_that_is_both_is_refused(

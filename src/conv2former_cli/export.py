@@ -67,13 +67,14 @@ def export(
     if json_:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:
-        columns = ["format", "file", "MB", "difference", "tolerance", "images", "same answers"]
+        columns = ["format", "file", "MB", "ms an image", "difference", "tolerance", "images", "same answers"]
         columns += ["top-1 in PyTorch", "top-1"] if data else []
         cells = [
             [
                 one.format,
                 one.files[0].name,
                 f"{one.size / 1e6:.1f}",
+                f"{1e3 * one.seconds:.1f}",
                 f"{one.comparison.difference:.1e}",
                 f"{one.tolerance:g}",
                 str(one.comparison.pictures),
@@ -82,7 +83,7 @@ def export(
             ]
             for one in found
         ]
-        print_table(columns, cells, right=range(2, 8))
+        print_table(columns, cells, right=range(2, len(columns)))
     failed = [one for one in found if not one.ok]
     for one in failed:
         say(f"error: {one.wrong}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from conv2former import ops
-from conv2former.checkpoints.exported import Runtime
+from conv2former.checkpoints.exported import Runtime, fingerprint
 from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, nearest_or_all, one_line
-from conv2former.tools.export.check import Comparison, compare, images_in, top1, validated_on
+from conv2former.files import parse_json, read_within, replace_text
+from conv2former.tools.export.check import Comparison, compare, images_in, latency, top1, validated_on
 from conv2former.tools.export.formats import FORMATS, Format, Program, trace
 from conv2former.tools.export.subjects import Subject, open_subject
 from conv2former.tools.naming import read_name
@@ -28,6 +30,7 @@ from conv2former.tools.naming import read_name
 __all__ = ["FORMATS", "ExportOptions", "Exported", "export"]
 
 CALIBRATION_IMAGES = 300  # of a folder
+RECORD = "export.json"  # what was exported into a folder
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Exported:
         format: Key of ``FORMATS``.
         files: The file, and what belongs to it.
         size: Bytes of all.
+        seconds: For one image in the file's runtime, see ``latency``.
         comparison: With PyTorch.
         tolerance: For its difference.
         agreement: Least fraction of equal classes or objects, as above; 0 where the weights are random.
@@ -77,6 +81,7 @@ class Exported:
     format: str
     files: list[Path]
     size: int
+    seconds: float
     comparison: Comparison
     tolerance: float
     agreement: float
@@ -103,7 +108,14 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; an infinite difference, for which JSON has no word, is None."""
-        own = dict(format=self.format, file=str(self.files[0]), bytes=self.size, limit=self.tolerance, ok=self.ok)
+        own = dict(
+            format=self.format,
+            file=str(self.files[0]),
+            bytes=self.size,
+            seconds=self.seconds,
+            limit=self.tolerance,
+            ok=self.ok,
+        )
         own |= vars(self.comparison)
         own |= dict(zip(("top1_pytorch", "top1", "images"), self.top1 or (), strict=False))
         return own if np.isfinite(self.comparison.difference) else own | dict(difference=None)
@@ -173,8 +185,24 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
     rows = [exported.to_json() for exported in found if exported.ok]
     if rows and isinstance(named, Path):
         run = RunDir(named)
-        write_card(out, named, run if run.exists() else None, exported=rows)
+        write_card(out, named, run if run.exists() else None, exported=_recorded(out, named, rows))
     return found
+
+
+def _recorded(out: Path, model: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Writes ``export.json``, where rows of earlier calls with the same weights stay; all of them. Raises UserError."""
+    path, weights = out / RECORD, fingerprint(model)
+    rows = [row | dict(file=Path(row["file"]).name) for row in rows]
+    try:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or no record of ours
+            before = parse_json(read_within(path))
+            new = {row["format"] for row in rows}
+            kept = [row for row in before["files"] if row["format"] in FORMATS and row["format"] not in new]
+            rows = [*kept, *rows] if before["weights"] == weights else rows
+        replace_text(path, json.dumps(dict(weights=weights, files=rows), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+    return rows
 
 
 def _exported(format: Format, subject: Subject, program: Program, folder: Path) -> tuple[Exported, Runtime]:
@@ -185,12 +213,13 @@ def _exported(format: Format, subject: Subject, program: Program, folder: Path) 
             format.write(subject, program, files[0])
         runtime = format.load(files[0])
         comparison = compare(runtime, subject, subject.images)
+        seconds = latency(runtime, subject, subject.images)
     except UserError:
         raise
     except Exception as error:  # each exporter has its own
         raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
     size = sum(file.stat().st_size for file in files)
-    return Exported(format.name, files, size, comparison, format.tolerance, format.agreement), runtime
+    return Exported(format.name, files, size, seconds, comparison, format.tolerance, format.agreement), runtime
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from conv2former.tasks.classification.sources import ImageSource
 from conv2former.tasks.exportable import OneImage
 from conv2former.tools.export.subjects import Subject
 
+PASSES, LONGEST = 20, 2.0  # of one image when it is timed; seconds after which no other pass begins
 BATCH = 4  # other than the exporter's example, so that a batch that is no constant shows
 
 
@@ -77,6 +80,18 @@ def compare(runtime: Runtime, subject: Subject, images: Sequence[np.ndarray]) ->
             same, total = same + int(equal.sum()), total + equal.size
     differences = largest / np.where(scale > 0, scale, 1)
     return Comparison(len(images), float(differences.max()), same / total if total else None)
+
+
+def latency(runtime: Runtime, subject: Subject, images: Sequence[np.ndarray]) -> float:
+    """Seconds that a runtime takes for one image, the median of up to ``PASSES`` passes after the first."""
+    inputs = subject.part.one.feed(images[0]) if subject.part.one else (np.stack(images[:1]),)
+    runtime(*inputs)
+    times: list[float] = []
+    while len(times) < PASSES and sum(times) < LONGEST:
+        began = time.perf_counter()
+        runtime(*inputs)
+        times.append(time.perf_counter() - began)
+    return median(times)
 
 
 def _one_by_one(runtime: Runtime, one: OneImage, images: Sequence[np.ndarray]) -> Comparison:
