@@ -186,6 +186,8 @@ def test_the_classifier_is_fitted_first(
     assert fitted and float(fitted[1]) > 70 and first["step"] == 0 and first["val_top1"] >= 75
     assert evaluation is not None and evaluation.metrics["top1"] >= first["val_top1"]  # type: ignore[operator]
     only = train(finetune(f"model.weights={finished}", "model.fit_head=only"), data=renamed, out=tmp_path / "only")
+    card = (tmp_path / "only" / "best" / "README.md").read_text()
+    assert "| length | none: the classifier alone" in card and "| optimizer |" not in card
     assert only is not None and only.metrics["top1"] == first["val_top1"]
     stopped_run(recipe, renamed, tmp_path / "stopped", monkeypatch)
     train(None, data=None, out=tmp_path / "stopped", resume=True)

@@ -158,17 +158,19 @@ def _training(recipe: Any, facts: dict[str, Any]) -> str:
     rows = [
         ("data", f"{Path(str(facts.get('data') or 'built in')).name}: {count} images"),
         ("recipe", f"{recipe.name} (settings {facts.get('recipe_hash')}, seed {recipe.engine.seed}){start}"),
-        ("length", recipe.schedule.length()),
-        (
-            "optimizer",
-            f"{recipe.optim.name}, base learning rate {recipe.optim.base_lr:g}, "
-            f"weight decay {recipe.optim.weight_decay:g}",
-        ),
+        *_steps(recipe),
         ("precision", recipe.engine.precision),
         ("machine", machine_words),
         ("software", versions + (f"; commit {facts['commit']}" if facts.get("commit") else "")),
     ]
     return "\n".join(["| | |", "|---|---|", *map(markdown_row, rows)])
+
+
+def _steps(recipe: Any) -> list[tuple[str, str]]:
+    if recipe.model.fit_head == "only":
+        return [("length", "none: the classifier alone was fitted to the features of the weights (a linear probe)")]
+    rates = f"base learning rate {recipe.optim.base_lr:g}, weight decay {recipe.optim.weight_decay:g}"
+    return [("length", recipe.schedule.length()), ("optimizer", f"{recipe.optim.name}, {rates}")]
 
 
 def _results(metrics: list[tuple[Reported, float]], facts: dict[str, Any], exported: Sequence[Any]) -> str:
@@ -180,14 +182,15 @@ def _results(metrics: list[tuple[Reported, float]], facts: dict[str, Any], expor
 
 
 def _files(exported: Sequence[dict[str, Any]]) -> str:
-    counted = "top1" in exported[0]
-    head = ["file", "format", "MB", "largest difference to PyTorch", *(["top-1, %", "in PyTorch"] if counted else [])]
+    counted = any("top1" in row for row in exported)
+    head = ["file", "format", "MB", "largest difference to PyTorch", "on images"]
+    head += ["top-1, %", "in PyTorch"] if counted else []
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for row in exported:
         line = [Path(row["file"]).name, row["format"], f"{row['bytes'] / 1e6:.1f}", f"{row['difference']:.1e}"]
-        lines.append(line + ([f"{row['top1']:.2f}", f"{row['top1_pytorch']:.2f}"] if counted else []))
-    count = exported[0]["pictures"]
-    note = f"Differences as a fraction of the largest output, on {count} images; by `conv2former export`."
+        line.append(str(row["pictures"]))
+        lines.append(line + [f"{row[key]:.2f}" if key in row else "" for key in ("top1", "top1_pytorch") if counted])
+    note = "Differences as a fraction of the largest output; by `conv2former export`."
     return "\n".join(["## Files", "", *map(markdown_row, lines), "", note])
 
 
