@@ -77,6 +77,17 @@ def side_by_side(images: Sequence[Image.Image], *, vertical: bool = False, gap: 
     return sheet
 
 
+def titled(images: Sequence[Image.Image], titles: Sequence[str]) -> list[Image.Image]:
+    """The images of one row with a title above each."""
+    font, sheets = ImageFont.load_default(14), []
+    for image, title in zip(images, titles, strict=True):
+        sheet = Image.new("RGB", (max(image.width, round(font.getlength(title))), image.height + LINE), "white")
+        sheet.paste(image, (0, LINE))
+        ImageDraw.Draw(sheet).text((0, 2), title, fill="black", font=font)
+        sheets.append(sheet)
+    return sheets
+
+
 def outline(inside: np.ndarray, width: int) -> np.ndarray:
     """The pixels of a mask (H, W) of bool that lie at most ``width`` from its edge."""
     inner = np.pad(inside, width)

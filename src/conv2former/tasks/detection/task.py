@@ -26,7 +26,7 @@ from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainO
 from conv2former.tasks.detection.export import ExportedDetector, whole
 from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
 from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
-from conv2former.viz.drawing import colour, side_by_side
+from conv2former.viz.drawing import colour, side_by_side, titled
 from conv2former.viz.drawing import objects as draw_objects
 
 SHOWN = 0.3  # least score of what is drawn
@@ -225,5 +225,5 @@ def _sheet(results: list[dict[str, Any]], source: CocoSource, max_pixels: int) -
         pair = [truth, draw_rows(image, found, source.classes)]
         for image in pair:
             image.thumbnail((600, 600))
-        rows.append(side_by_side(pair))
+        rows.append(side_by_side(titled(pair, ("ground truth", f"detections of {SHOWN:.0%} and more"))))
     return side_by_side(rows, vertical=True)

@@ -27,7 +27,7 @@ from conv2former.tasks.segmentation.palettes import class_colours
 from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, resize
 from conv2former.tasks.segmentation.values import class_values
 from conv2former.viz import plots
-from conv2former.viz.drawing import label_overlay, legend, side_by_side
+from conv2former.viz.drawing import label_overlay, legend, side_by_side, titled
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation (Sec. 4.6)
 SHEET_IMAGES = 6
@@ -221,6 +221,6 @@ def _sheet(task: SegmentationTask, source: PairSource) -> Image.Image:
         small = image.copy()
         small.thumbnail((400, 400))
         overlays = (label_overlay(image, mask, colours).resize(small.size) for mask in (truth, found))
-        rows.append(side_by_side([small, *overlays]))
+        rows.append(side_by_side(titled([small, *overlays], ("image", "ground truth", "prediction"))))
     sheet = side_by_side(rows, vertical=True)
     return side_by_side([sheet, legend(task.classes, colours, sorted(seen), width=sheet.width)], vertical=True)

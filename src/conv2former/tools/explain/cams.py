@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from conv2former.errors import UserError, one_line
 from conv2former.models.isotropic import Conv2FormerIsotropic
 from conv2former.tasks.backbone import feature_info
+from conv2former.tasks.segmentation.palettes import class_colours
 from conv2former.tools.explain.opening import Explained, open_explained
 from conv2former.tools.explain.sheets import NotShown, each_image, over, sheet
 from conv2former.tools.explain.subjects import stage_indices
@@ -161,7 +162,8 @@ class ActivationMaps:
         name = None if index is None else self.model.task.classes[index]
         panels = [("image", view)]
         if mask is not None and index is not None:
-            tint(marked := view.copy(), mask == index, colour(index))
+            rgb = class_colours(self.model.task.classes)[index] or colour(index)
+            tint(marked := view.copy(), mask == index, rgb)
             panels.append((f"found to be {name}", marked))
         empty = not values.any()
         title = (self.method if name is None else f"{self.method}: {name}") + (" (nothing)" if empty else "")
