@@ -153,8 +153,8 @@ NOTES = """
 - **Accelerate, PEFT, pruning and hooks** change or watch single layers. The network sees this and computes those layers
   with plain PyTorch instead of its fused operations. It says so once in the log. The result is the same, and slower.
 - **Change the network before `fuse()`**: afterwards the blocks hold weights but no layers.
-- **PEFT**: for a depthwise convolution the rank of LoRA must be divisible by its channels. The adapter mixes the
-  channels, so that PEFT cannot merge it into a depthwise convolution. Adapters on linear layers can be merged.
+- **PEFT**: for a depthwise convolution the LoRA rank must be a multiple of its number of channels. The adapter mixes
+  channels, so PEFT cannot merge it into a depthwise convolution. Adapters on linear layers can be merged.
 - **Opacus** takes no batch norm: call `ModuleValidator.fix(model)` first. Then pass `grad_sample_mode="functorch"` to
   `PrivacyEngine.make_private`. Without it, gradients of convolutions are wrong, and Opacus does not say so.
 - **OpenCLIP**: with `timm_proj=""` the classifier of the network is the projection. With `"linear"` or `"mlp"` OpenCLIP

@@ -92,8 +92,8 @@ def page(cells: dict[tuple[Row, str], str]) -> str:
     lines = [
         "# Libraries that work with it",
         "",
-        "This page shows libraries that people use around timm models, run on a Conv2Former and on timm's ConvNeXt.",
-        "*Works* means that the result was computed a second time without the library, and that both agree.",
+        "These libraries are often used with timm models. Each was run on a Conv2Former and on timm's ConvNeXt.",
+        "*Works* means that the result was computed again without the library, and that both agree.",
         "",
         f"The checks ran on a CPU with Python {platform.python_version()} and PyTorch {version('torch')}.",
         "`make clients` runs them again in an environment of its own, and writes this page.",
