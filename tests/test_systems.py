@@ -122,6 +122,15 @@ def test_anything_else_is_the_command_line(monkeypatch: pytest.MonkeyPatch, caps
     assert "models" in capsys.readouterr().out
 
 
+def test_predictions_load_nothing_of_training() -> None:
+    """Lightning, torchmetrics with SciPy, and matplotlib take longer to load than PyTorch."""
+    code = "import sys, conv2former.engine.predict\nfrom conv2former.tasks import TASKS, task_class\n"
+    code += "[task_class(name) for name in TASKS]\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert answer.returncode == 0, answer.stderr
+    assert not {"lightning", "torchmetrics", "scipy", "matplotlib"} & {*answer.stdout.split()}
+
+
 WITHOUT_PYDANTIC = "import sys; sys.modules['pydantic'] = None; "
 
 

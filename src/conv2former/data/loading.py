@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
@@ -151,6 +149,8 @@ class _NoSharedMemory:
 
 def _shared(batch: Any) -> Any:
     """The batch in shared memory, here where a failure can be reported: PyTorch's own thread would drop the batch."""
+    from lightning.fabric.utilities.apply_func import apply_to_collection  # seconds, which predictions do without
+
     activity.doing("handing over a batch")
     try:
         return apply_to_collection(batch, Tensor, Tensor.share_memory_)
@@ -193,7 +193,10 @@ class Batches:
     """
 
     def __init__(self, loader: DataLoader, device: torch.device, meanwhile: Callable[[], None] = lambda: None) -> None:
+        from lightning.fabric.utilities import move_data_to_device
+
         self.device, self.meanwhile, self.patience = device, meanwhile, 5  # readers may have to start
+        self.move = move_data_to_device
         # PyTorch waits for readers that stay between two passes with the same limit, where nobody could go on waiting
         if (kept := getattr(loader, "_iterator", None)) is not None:
             kept._timeout = 0
@@ -207,7 +210,7 @@ class Batches:
     def __next__(self) -> Any:
         while True:
             try:
-                batch = move_data_to_device(checked(next(self.batches)), self.device)
+                batch = self.move(checked(next(self.batches)), self.device)
                 self.patience = 1
                 return batch
             except RuntimeError as error:

@@ -27,7 +27,7 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError, one_line, or_left_out, say, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
-from conv2former.tasks import TASKS, load, task_class, task_names
+from conv2former.tasks import load, set_options, task_class
 from conv2former.tasks.base import Evaluation, Metric, Task
 
 STALL = 60.0  # seconds after which a process that does not advance is named, of several
@@ -230,23 +230,6 @@ def _launched(task: Task, device: str) -> L.Fabric | None:
     fabric = make_fabric(recipe)
     fabric.launch()
     return fabric
-
-
-def set_options(task: Task, **given: Any) -> None:
-    """Sets what the user has chosen of ``task.options``; None is no choice.
-
-    Raises:
-        UserError: The task does not know an option.
-    """
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name not in task.options:
-            known = [other for other in task_names() if other in TASKS and name in task_class(other).options]
-            raise UserError(
-                f"--{name.replace('_', '-')} is for {' and '.join(known)}, this is a {task.name} model: leave it out"
-            )
-        setattr(task, name, value)
 
 
 def write_report(

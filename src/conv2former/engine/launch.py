@@ -6,17 +6,18 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning as L
 import torch
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from timm.models._manipulate import group_parameters
 from torch import nn
 
 from conv2former.config import EngineSection, Recipe
 from conv2former.engine.torch_settings import is_nvidia
 from conv2former.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import lightning as L
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 TIMEOUT = timedelta(minutes=30)  # of a collective; a process that died is noticed long before (``processes``)
@@ -42,6 +43,9 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     Raises:
         UserError: Devices that are not there, or settings that exclude each other.
     """
+    import lightning as L  # seconds, which predictions do without
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
     # Lightning's tips and device report are left out; our own summary says what matters
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -15,13 +15,12 @@ from conv2former.checkpoints.exported import fingerprint
 from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.engine.devices import for_inference
-from conv2former.engine.evaluate import set_options
 from conv2former.engine.launch import place
 from conv2former.engine.progress import Ticker
 from conv2former.engine.rows import Rows
 from conv2former.errors import UserError, say
 from conv2former.files import free_name
-from conv2former.tasks import load
+from conv2former.tasks import load, set_options
 from conv2former.tasks.base import Prediction, Task
 from conv2former_runtime.errors import json_line
 

@@ -14,7 +14,7 @@ from conv2former.errors import UserError, one_line
 if TYPE_CHECKING:
     from conv2former.tasks.base import Task
 
-__all__ = ["TASKS", "load", "register", "task_class", "task_names"]
+__all__ = ["TASKS", "load", "register", "set_options", "task_class", "task_names"]
 
 REQUIRED = ("name", "config_class", "monitor", "reported", "words")  # of a task's class
 GROUP = "conv2former.tasks"  # of entry points, NAME = "MODULE:CLASS"
@@ -93,3 +93,20 @@ def load(path: Path | str) -> Task:
         network = ExportedNetwork(Path(path))
         return task_class(network.facts["task"]).of_exported(network)
     return task_class(saved_task(path)).load(Path(path))
+
+
+def set_options(task: Task, **given: Any) -> None:
+    """Sets what the user has chosen of ``task.options``; None is no choice.
+
+    Raises:
+        UserError: The task does not know an option.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in task.options:
+            known = [other for other in task_names() if other in TASKS and name in task_class(other).options]
+            raise UserError(
+                f"--{name.replace('_', '-')} is for {' and '.join(known)}, this is a {task.name} model: leave it out"
+            )
+        setattr(task, name, value)

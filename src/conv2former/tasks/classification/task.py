@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ from conv2former.tasks.classification import probe
 from conv2former.tasks.classification.config import AugmentSection, ClassificationRecipe
 from conv2former.tasks.classification.data import NO_TARGET, Batch, ImageDataset, eval_transform, train_transform
 from conv2former.tasks.classification.layouts import Splits, open_eval_source, open_splits
-from conv2former.tasks.classification.metrics import ClassificationMetric
 from conv2former.tasks.classification.network import build_model, check_answers, class_names, classifier_names
 from conv2former.tasks.classification.sources import ImageSource
-from conv2former.viz import plots
 from conv2former.viz.drawing import with_bars
+
+if TYPE_CHECKING:
+    from conv2former.tasks.classification.metrics import ClassificationMetric
 
 MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits an image nor, at 21,841 classes, the memory
 SHEET_IMAGES = 16  # in each block of the sheet of predictions
@@ -206,6 +207,8 @@ class ClassificationTask(Task):
         return line if fitted.accuracy is None else f"{line}: {fitted.accuracy:.1%} by cross-validation"
 
     def metric(self, source: Any, *, distributed: bool = False) -> ClassificationMetric:
+        from conv2former.tasks.classification.metrics import ClassificationMetric  # torchmetrics loads for seconds
+
         return ClassificationMetric(self.classes, distributed=distributed)
 
     def eval_step(self, batch: Batch, metric: ClassificationMetric) -> None:
@@ -228,12 +231,14 @@ class ClassificationTask(Task):
 
     def draw(self, evaluation: Evaluation, source: ImageSource, folder: Path) -> None:
         """``mistakes.csv``, ``confusion_matrix.png`` and ``predictions.png``."""
+        from conv2former.viz.plots import confusion_matrix  # matplotlib loads for a second
+
         with or_left_out("mistakes.csv"):
             evaluation.records.list_mistakes(self.classes, source, folder / "mistakes.csv")
         if len(self.classes) <= MAX_MATRIX_CLASSES:
             matrix = evaluation.records.matrix(len(self.classes))
             with or_left_out("confusion_matrix.png"):
-                plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
+                confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
         with or_left_out("predictions.png"):
             _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
 
@@ -268,6 +273,8 @@ def _loss(augment: AugmentSection, num_classes: int) -> tuple[Mixup | None, nn.M
 
 
 def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path: Path) -> None:
+    from conv2former.viz.plots import prediction_sheet
+
     targets, worst = records.targets, records.mistakes()[:SHEET_IMAGES]
     # spread evenly over the set, so that every class has its turn
     others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)
@@ -281,4 +288,4 @@ def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path:
             caption += f"\ntrue: {classes[target]}"
         return image, caption, bool(predicted == target)
 
-    plots.prediction_sheet([entry(i) for i in worst], [entry(i) for i in others], path)
+    prediction_sheet([entry(i) for i in worst], [entry(i) for i in others], path)

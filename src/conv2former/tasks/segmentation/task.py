@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from conv2former.tasks.segmentation.data import EvalPairs, SegmentationBatch, Tr
 from conv2former.tasks.segmentation.folders import PairSource, PairSplits, open_eval_pairs, open_pairs
 from conv2former.tasks.segmentation.inference import probability_bands
 from conv2former.tasks.segmentation.losses import weighted_loss
-from conv2former.tasks.segmentation.metrics import SegmentationMetric
 from conv2former.tasks.segmentation.palettes import class_colours
 from conv2former.tasks.segmentation.upernet import UperNet, build_upernet, resize
 from conv2former.tasks.segmentation.values import class_values
-from conv2former.viz import plots
 from conv2former.viz.drawing import label_overlay, legend, side_by_side, titled
+
+if TYPE_CHECKING:
+    from conv2former.tasks.segmentation.metrics import SegmentationMetric
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation (Sec. 4.6)
 SHEET_IMAGES = 6
@@ -104,6 +105,8 @@ class SegmentationTask(DenseTask):
         return weighted_loss(self.model(images), batch.masks.long(), aux_weight=self.recipe.segmenter.aux_weight)
 
     def metric(self, source: Any, *, distributed: bool = False) -> SegmentationMetric:
+        from conv2former.tasks.segmentation.metrics import SegmentationMetric  # torchmetrics loads for seconds
+
         return SegmentationMetric(self.classes, distributed=distributed, multi_scale=self.multi_scale)
 
     def eval_step(self, batch: SegmentationBatch, metric: SegmentationMetric) -> None:
@@ -149,10 +152,10 @@ class SegmentationTask(DenseTask):
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
         """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""
+        from conv2former.viz.plots import confusion_matrix  # matplotlib loads for a second
+
         with or_left_out("confusion_matrix.png"):
-            plots.confusion_matrix(
-                np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png"
-            )
+            confusion_matrix(np.array(evaluation.details["matrix"]), self.classes, folder / "confusion_matrix.png")
         with or_left_out("predictions.png"):
             _sheet(self, source).save(folder / "predictions.png")
 
