@@ -77,7 +77,7 @@ class ModelSection(Section):
 class ImagesSection(Section):
     """How image files are read, for every task."""
 
-    workers: int = Field(default=2, ge=0, description="processes that read images, per training process")
+    workers: int = Field(default=2, ge=0, le=256, description="processes that read images, per training process")
     on_bad_image: Literal["error", "skip"] = Field(
         default="error", description="what an image that cannot be read does: end the run, or be listed and replaced"
     )

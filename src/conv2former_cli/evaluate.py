@@ -40,7 +40,7 @@ def evaluate(
     data: DataOption = None,
     out: Annotated[Path | None, Option(help="Folder for the report (default: the run).")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Images a classifier sees at once (default: 64).")] = None,
-    workers: Annotated[int, Option(min=0, help="Processes that read images.")] = 2,
+    workers: Annotated[int, Option(min=0, max=256, help="Processes that read images.")] = 2,
     device: DeviceOption = "auto",
     fuse: FuseOption = True,
     source: Annotated[

@@ -27,7 +27,7 @@ def predict(
     top_k: Annotated[int | None, Option(min=1, help="Classes that a classifier names (default: 5).")] = None,
     threshold: Annotated[float | None, Option(min=0, max=1, help="Least score of a detection (default: 0.3).")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Images a classifier sees at once (default: 16).")] = None,
-    workers: Annotated[int, Option(min=0, help="Processes that read images.")] = 0,
+    workers: Annotated[int, Option(min=0, max=256, help="Processes that read images.")] = 0,
     device: DeviceOption = "auto",
     fuse: FuseOption = True,
 ) -> None:
