@@ -371,3 +371,45 @@ def test_a_validation_set_without_objects_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(annotations=[])))
     with pytest.raises(UserError, match="has no object that counts: there is nothing to validate on"):
         open_coco(DetectionDataSection(), root)
+
+
+def scaled(box: list[float]) -> list[float]:
+    return [box[0] / 96, box[1] / 72, box[2] / 96, box[3] / 72]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (each(lambda entry: entry.update(bbox=scaled(entry["bbox"]))), "all boxes lie between 0 and 1"),
+        (lambda found: found["images"][1].update(file_name="./0.jpg"), "images 1 and 2 are one file, ./0.jpg"),
+        (lambda found: found["categories"][0].update(name=" "), "category of id 1 has no name"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(edit: Edit, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        open_coco(DATA, write(tmp_path, edit))
+
+
+@pytest.mark.parametrize(
+    ("mask", "has_masks"),
+    [
+        (dict(size=[72, 96], counts=[72 * 96]), False),
+        ([[0.1, 0.1, 0.4, 0.1, 0.4, 0.5]], False),  # fractions of the sides
+        ([[5, 5, 60, 5, 30, 5]], False),
+        ([[5, 5, 60, 5, 60, 40]], True),
+    ],
+)
+def test_masks_without_pixels_are_no_masks(mask: Any, has_masks: bool, tmp_path: Path) -> None:
+    source = open_coco(DATA, write(tmp_path, each(lambda entry: entry.update(segmentation=mask)))).train
+    assert source.has_masks == has_masks and source.counted == [2, 2, 2]
+    assert any("6 of 6 objects whose mask is less than a pixel" in line for line in source.notes) != has_masks
+
+
+def test_boxes_as_two_corners_are_named(tmp_path: Path) -> None:
+    def corners(entry: dict[str, Any]) -> None:
+        x, y, width, height = entry["bbox"]
+        entry["bbox"] = [x, y, 96 + x + width, y + height]
+
+    notes = open_coco(DATA, write(tmp_path, each(corners))).train.notes
+    assert any("6 of 6 objects have a box that reaches beyond the image" in line for line in notes)
+    assert not any("reaches beyond" in line for line in open_coco(DATA, write(tmp_path / "whole")).train.notes)

@@ -29,6 +29,7 @@ __all__ = [
     "shortened",
     "some",
     "tell",
+    "visible",
 ]
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
@@ -48,6 +49,11 @@ def nearest_or_all(word: str, known: Sequence[str]) -> str:
 def some(items: Sequence[str], limit: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def visible(name: str) -> str:
+    """A name, in quotes where spaces around it would not be seen."""
+    return name if name == name.strip() and name else repr(name)
 
 
 def plural(number: int, thing: str, things: str | None = None) -> str:

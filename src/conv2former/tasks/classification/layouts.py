@@ -15,7 +15,7 @@ import numpy as np
 from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import counted, given_folder
-from conv2former.errors import UserError, nearest, some
+from conv2former.errors import UserError, nearest, some, visible
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
 from conv2former.tasks.classification.sources import (
@@ -283,7 +283,7 @@ def _check_same_classes(splits: Splits) -> None:
         return  # nobody named the classes, and some may have no image for validation
     if train != val:
         parts = [
-            f"only in {where}: {some(sorted(names))}"
+            f"only in {where}: {some([*map(visible, sorted(names))])}"
             for where, names in (("train", train - val), ("val", val - train))
             if names
         ]

@@ -19,7 +19,7 @@ from conv2former.data.folders import SPLITS, listed, one_form, respelled, subfol
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, shown_size
 from conv2former.data.rle import library
 from conv2former.data.sources import MOST_OF_A_NAME, counted, exif_remark, given_folder, stored_pixels
-from conv2former.errors import UserError, one_line, printable, some
+from conv2former.errors import UserError, one_line, printable, some, visible
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.objects import Ids, area_of, flag, id_order, is_id, number, usable
 
@@ -31,6 +31,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 )
 
 
+BEYOND = "have a box that reaches beyond the image: COCO's are [x, y, width, height], not two corners"
 CROWDS = "are crowds (iscrowd): not trained on"
 VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
@@ -83,6 +84,7 @@ class CocoSource:
         self.entries = [Entry(**{key: entry[key] for key in Entry._fields}) for entry in images_listed]
         _check_unique(annotations, "image id", [entry.id for entry in self.entries])
         self.stored_names = self._check_files()
+        self._check_one_entry_each()
         self._find_sizes()
         self.spare: dict[Any, list[dict[str, Any]]] = {}
         self.per_class = [0] * len(self.classes)
@@ -115,6 +117,8 @@ class CocoSource:
                 )
             else:
                 kept.append((entry, counts[place]))
+        if nameless := [entry["id"] for entry, _ in kept if not entry["name"].strip()]:
+            raise UserError(f"{self.annotations}: the category of id {nameless[0]} has no name: give it one")
         names = Counter(entry["name"] for entry, _ in kept)
         if twice := [name for name, count in names.items() if count > 1]:
             alike = [(entry["id"], count or "no") for entry, count in kept if entry["name"] == twice[0]]
@@ -143,6 +147,18 @@ class CocoSource:
                 f"{self.images}: {some(missing, 3)}"
             )
         return found
+
+    def _check_one_entry_each(self) -> None:
+        """Refuses two entries of one file: each would have the objects of the other as background."""
+        first: dict[str, Any] = {}
+        for index, entry in enumerate(self.entries):
+            file = os.path.normpath(self.file(index))
+            if file in first:
+                raise UserError(
+                    f"{self.annotations}: the images {first[file]} and {entry.id} are one file, "
+                    f"{printable(entry.file_name)}: give all its objects one image_id, and remove the other entry"
+                )
+            first[file] = entry.id
 
     def _is_there(self, name: str) -> bool:
         """Whether an image lies in the folder or beside it: the annotations may be somebody else's."""
@@ -191,6 +207,7 @@ class CocoSource:
         images, categories = Ids(entry.id for entry in self.entries), Ids(self.category_ids)
         found: list[list[dict[str, Any]]] = [[] for _ in self.entries]
         said: dict[str, list[str]] = {}
+        fractions = True  # whether all boxes lie between 0 and 1
         for position, annotation in enumerate(annotations):
             name = str(annotation.get("id", f"number {position}"))
             index, category = images.place(annotation["image_id"]), categories.place(annotation["category_id"])
@@ -212,6 +229,10 @@ class CocoSource:
                 if "bbox" in own:
                     self.spare.setdefault(entry.id, []).append(own)
                 continue
+            right, low = own["bbox"][0] + own["bbox"][2], own["bbox"][1] + own["bbox"][3]
+            fractions &= max(right, low) <= 1
+            if right > entry.width + 1 or low > entry.height + 1:
+                said.setdefault(BEYOND, []).append(name)
             self.per_class[category] += not crowd
             if crowd:
                 said.setdefault(CROWDS, []).append(name)
@@ -219,6 +240,11 @@ class CocoSource:
                 part = "lose that part of it" if "segmentation" in own else "count for their boxes alone"
                 said.setdefault(f"{mask_trouble} {part}", []).append(name)
             found[index].append(own)
+        if fractions and any(found):
+            raise UserError(
+                f"{self.annotations}: all boxes lie between 0 and 1: COCO's are [x, y, width, height] in pixels, so "
+                "multiply them by the sides of their images"
+            )
         for what, names in said.items():
             ids = "" if what == CROWDS else f" (ids {some(names, 3)})"
             self.notes.append(f"{self.annotations}: {len(names):,} of {len(annotations):,} objects {what}{ids}")
@@ -438,9 +464,6 @@ def _check_unique(path: Path, what: str, values: list[Any]) -> None:
 def _check_same(train: CocoSource, val: CocoSource) -> None:
     if {*train.classes} == {*val.classes}:
         return
-    parts = [
-        f"only in {source.annotations.name}: {some([name for name in source.classes if name not in other.classes])}"
-        for source, other in ((train, val), (val, train))
-        if set(source.classes) - set(other.classes)
-    ]
+    alone = [(own, {*own.classes} - {*other.classes}) for own, other in ((train, val), (val, train))]
+    parts = [f"only in {own.annotations.name}: {some([*map(visible, sorted(names))])}" for own, names in alone if names]
     raise UserError(f"training and validation have different categories ({'; '.join(parts)}): make them match")

@@ -13,6 +13,7 @@ from conv2former.data.sources import in_order
 
 FAR = 10  # sides of an image that a polygon's points may lie away from it
 NO_MASK = "without a mask (segmentation)"
+EMPTY_MASK = "whose mask is less than a pixel"
 
 
 MOST = 10**60  # that no number of COCO's reaches: ids, sides, coordinates
@@ -116,10 +117,10 @@ def usable_mask(segmentation: Any, size: tuple[int, int]) -> tuple[Any, str | No
         numbers = [number(count) for count in counts]
         segmentation = dict(size=sides, counts=[-1 if count is None else int(count) for count in numbers])
     try:
-        decode_mask(segmentation)
+        inside = decode_mask(segmentation)
     except Exception:  # faster-coco-eval raises nearly anything
         return None, "whose mask cannot be decoded"
-    return segmentation, None
+    return (segmentation, None) if inside.any() else (None, EMPTY_MASK)
 
 
 def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]:
@@ -145,6 +146,8 @@ def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]
             trouble = "whose mask has a polygon of less than three points"
         elif not (np.abs(points) <= FAR * max(size)).all():  # not a number either
             trouble = "whose mask has points far outside of the image"
+        elif np.prod(np.ptp(points.reshape(-1, 2), axis=0)) < 1:  # points, lines, and fractions of the image's sides
+            trouble = EMPTY_MASK
         else:
             kept.append(polygon if points.ndim == 1 and stored.dtype.kind in "if" else points.ravel().tolist())
     return kept or None, trouble
