@@ -210,3 +210,70 @@ def test_predicted_masks_have_the_values_of_the_data_set(
     assert "masks could replace: give another folder" in capsys.readouterr().err
     assert run_command(monkeypatch, *words[:2], str(image.parent), "--masks", str(image.parent / "masks")) == 1
     assert "lies among the images" in capsys.readouterr().err
+
+
+CLASSES = "background\na\nb\n"
+
+
+def replaced(root: Path, ending: str, *masks: Image.Image) -> Path:
+    """Masks in the place of those that are there, in turn."""
+    for number in range(4):
+        (root / "masks" / f"{number}.png").unlink()
+        masks[number % len(masks)].save(root / "masks" / f"{number}.{ending}")
+    return root
+
+
+def test_palettes_that_differ_are_colours(tmp_path: Path) -> None:
+    """A program that gives each file a palette of its own numbers the colours anew in each."""
+    one, two = (Image.fromarray(np.repeat(grey(0, value)[..., None], 3, axis=2)) for value in (100, 200))
+    tinted = [Image.composite(image, Image.new("RGB", image.size, "red"), image.convert("L")) for image in (one, two)]
+    root = replaced(write(tmp_path / "own", grey(0, 1), classes=CLASSES), "png", *(i.quantize(4) for i in tinted))
+    assert "are colour images (3 colours" in refused(PAIRS, root)
+    fixed = [image.quantize(palette=tinted[0].quantize(4)) for image in tinted]
+    open_pairs(PAIRS, replaced(write(tmp_path / "fixed", grey(0, 1), classes=CLASSES), "png", *fixed), seed=0)
+
+
+def test_gifs_in_grey_hold_values(tmp_path: Path) -> None:
+    """Pillow numbers the values of each file anew in its palette."""
+    masks = [Image.fromarray(grey(0, value)) for value in (1, 2)]
+    source = open_pairs(PAIRS, replaced(write(tmp_path, grey(0, 1), classes=CLASSES), "gif", *masks), seed=0)
+    found = {pair.name: set(np.unique(source.train.load(n)[1])) for n, pair in enumerate(source.train.pairs)}
+    assert all(classes == {0, 1 + int(Path(name).stem) % 2} for name, classes in found.items())
+
+
+@pytest.mark.parametrize(
+    ("mask", "ending", "reason"),
+    [
+        (Image.fromarray(np.dstack([grey(0, 0)] * 3 + [grey(0, 255)])), "png", "shape in the alpha channel"),
+        (Image.fromarray(grey(0, 1).astype(np.float32) / 255), "tif", "classes are whole numbers"),
+    ],
+)
+def test_masks_that_hold_something_else(mask: Image.Image, ending: str, reason: str, tmp_path: Path) -> None:
+    source = open_pairs(PAIRS, replaced(write(tmp_path, grey(0, 1)), ending, mask), seed=0)
+    with pytest.raises(UserError, match=reason):
+        source.train.load(0)
+
+
+def test_soft_edges(tmp_path: Path) -> None:
+    """The setting that the message prints takes the nearest value; numbers with a point may be a little off."""
+    root = write(tmp_path / "soft", grey(0, 0, 30, 220, 255, 255))
+    message = refused(PAIRS, root)
+    assert message.endswith("--set data.mask_nearest=true")
+    data = with_settings(
+        small_segmenter("data.source=pairs", "data.val_fraction=0.25"), shlex.split(message)[-3::2]
+    ).data
+    _, classes = open_pairs(data, root, seed=0).train.load(0)  # type: ignore[arg-type]
+    assert classes[0].tolist() == [0] * 24 + [1] * 24
+    floats = Image.fromarray(grey(0, 1).astype(np.float32) * np.float32(0.9999))
+    found = open_pairs(PAIRS, replaced(write(tmp_path / "floats", grey(0, 1)), "tif", floats), seed=0)
+    assert set(np.unique(found.train.load(0)[1])) == {0, 1}
+
+
+def test_masks_that_no_image_has(tmp_path: Path) -> None:
+    root = write(tmp_path, grey(0, 1), name="{}_mask.png")
+    Image.fromarray(grey(0, 1)).save(root / "masks" / "other_mask.png")
+    assert any(
+        "1 masks belong to no image: other_mask.png" in note for note in open_pairs(PAIRS, root, seed=0).train.notes
+    )
+    Image.fromarray(grey(1, 0)).save(root / "masks" / "2_mask_1.png")
+    assert "several masks of one image, 2_mask.png and 2_mask_1.png" in refused(PAIRS, root)

@@ -413,7 +413,7 @@ FREE: dict[str, Any] = dict(
 # settings that came later, with what was done before: a recipe with these values keeps its hash
 LATER: dict[str, dict[str, Any]] = dict(
     model=dict(fit_head=False),
-    data=dict(exif="turn", mask_values=None),
+    data=dict(exif="turn", mask_values=None, mask_nearest=False),
     detector=dict(masks=True),
     optim=dict(head_lr=1.0),
     engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),

@@ -32,6 +32,11 @@ class SegmentationDataSection(AnnotatedSection):
         description="class of each value in the masks, by name or number: {0: background, 255: crack}, or of each "
         "colour: {0 0 0: road, 255 0 0: car}; 'ignore' for no class",
     )
+    mask_nearest: bool = Field(
+        default=False,
+        description="whether a value that mask_values does not name stands for the nearest one (soft edges); always so "
+        "in JPEG masks",
+    )
     short_side: Side = Field(default=512, description="of an image before the random scale, and in evaluation")
     long_side: Side = Field(default=2048, description="most that the long side may then have, pixels")
     crop_size: int = Field(
@@ -51,6 +56,8 @@ class SegmentationDataSection(AnnotatedSection):
 
     @model_validator(mode="after")
     def _one_meaning_of_zero(self) -> SegmentationDataSection:
+        if self.mask_nearest and not self.mask_values:
+            raise ValueError("data.mask_nearest needs data.mask_values, which says what the values mean")
         if self.mask_values and self.reduce_zero_label:
             raise ValueError("data.mask_values says what 0 means: set data.reduce_zero_label=false")
         return self

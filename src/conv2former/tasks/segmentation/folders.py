@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,12 +20,13 @@ from conv2former.data.folders import find_splits, listed, one_form, respelled, s
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import class_lines, counted, exif_remark, given_folder, in_order, spread, stored_pixels
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, plural, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import (
     LABEL_EXTENSIONS,
     LOSSY_EXTENSIONS,
     ColourMask,
+    palette,
     read_labels,
     to_classes,
 )
@@ -38,6 +41,7 @@ from conv2former.tasks.segmentation.values import (
 )
 
 LOOKED_AT = 64  # masks whose values are counted before the first step
+SECOND = re.compile(r"(?:[ _-]|\s?\()\d+\)?$")  # ends the name of a further mask: cat_1, cat (1)
 TRIED = 20  # images whose names are looked for in those of masks
 IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
 MASKS = ("masks", "mask", "annotations", "labels", "label")
@@ -62,6 +66,7 @@ class PairSource:
         classes: K names.
         reduce_zero: Label 0 is no class, label 1 the first one.
         table: What the values of masks mean, where the recipe says it.
+        nearest: Whether a value that the table lacks stands for the nearest one, not only in files like JPEG.
         turn: Whether the EXIF orientation of images and masks is applied.
 
     Attributes:
@@ -75,9 +80,10 @@ class PairSource:
         *,
         reduce_zero: bool,
         table: Table | None = None,
+        nearest: bool = False,
         turn: bool = True,
     ) -> None:
-        self.pairs, self.classes, self.reduce_zero = list(pairs), classes, reduce_zero
+        self.pairs, self.classes, self.reduce_zero, self.nearest = list(pairs), classes, reduce_zero, nearest
         self.values, self.turn = MaskValues(table, classes) if table else None, turn
         self.notes: list[str] = []
 
@@ -112,7 +118,8 @@ class PairSource:
     def classes_of(self, stored: np.ndarray, path: Path) -> np.ndarray:
         """Stored values (H, W) as classes of uint8, 255 for none; raises BadImage."""
         if self.values:
-            return self.values.classes_of(stored, path, nearest=path.suffix.lower() in LOSSY_EXTENSIONS)
+            nearest = self.nearest or path.suffix.lower() in LOSSY_EXTENSIONS
+            return self.values.classes_of(stored, path, nearest=nearest)
         return to_classes(stored, classes=len(self.classes), reduce_zero=self.reduce_zero, path=path)
 
     def part(self, indices: Sequence[int]) -> PairSource:
@@ -124,6 +131,7 @@ class PairSource:
     def look(self, where: Path) -> list[str]:
         """What is to be said of the values in a sample of the masks; raises UserError if there is nothing to learn."""
         pixels, masks = np.zeros(1 << 16, np.int64), 0
+        self._check_palettes(where)
         for index in spread(len(self), LOOKED_AT):
             try:
                 stored = self.stored(index)
@@ -142,6 +150,21 @@ class PairSource:
             present = set(np.flatnonzero(pixels[:IGNORED]).tolist())
             return missing_classes(f"{masks} masks of {where}", present, self.classes)
         return check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
+
+    def _check_palettes(self, where: Path) -> None:
+        """Refuses masks in which one number has several colours, because each file has a palette of its own."""
+        if self.values and self.values.colours:
+            return
+        known: dict[int, tuple[int, ...]] = {}
+        colours: Counter[int] = Counter()
+        differ = False
+        for index in spread(len(self), LOOKED_AT):
+            file = self.pairs[index].labels
+            for value, rgb in palette(file).items():
+                differ |= known.setdefault(value, rgb) != rgb
+                colours[rgb[0] << 16 | rgb[1] << 8 | rgb[2]] += 1
+        if differ:
+            raise colour_trouble(where, colours, self.classes)
 
 
 @dataclass(frozen=True)
@@ -287,11 +310,28 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
             f"{len(alone)} of {len(image_files)} images have no mask of their name in {labels}: {some(alone, 3)} "
             f"(there: {there})"
         )
+    _check_rest(labels, {*mask_files.values()} - {masks[stem] for stem in image_files}, masks, notes)
     pairs = [Pair(str(path.relative_to(root)), path, masks[stem]) for stem, path in image_files.items()]
     turn = data.exif == "turn"
-    source = PairSource(pairs, classes, reduce_zero=data.reduce_zero_label, table=data.mask_values, turn=turn)
+    table: Any = dict(table=data.mask_values, nearest=data.mask_nearest)
+    source = PairSource(pairs, classes, reduce_zero=data.reduce_zero_label, turn=turn, **table)
     source.notes = notes
     return source
+
+
+def _check_rest(where: Path, rest: set[Path], masks: dict[str, Path], notes: list[str]) -> None:
+    """What is to be said of masks that no image has; raises UserError if some are further masks of an image."""
+    used = {path.with_suffix("").as_posix(): path for path in masks.values()} if rest else {}
+    for path in sorted(rest):
+        first = used.get(SECOND.sub("", path.with_suffix("").as_posix()))
+        if first and first not in rest:
+            raise UserError(
+                f"{where} holds several masks of one image, {first.name} and {path.name} for example: merge them into "
+                "one, or move away what is none of its masks"
+            )
+    if rest:
+        names = [path.name for path in sorted(rest)]
+        notes.append(f"{where}: {plural(len(rest), 'mask')} of no image: {some(names, 3)}")
 
 
 def _matched(images: Sequence[str], masks: dict[str, Path], where: Path, notes: list[str]) -> dict[str, Path]:

@@ -56,9 +56,12 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = Fal
                     )
                 mode, depth = image.mode, image.tile[0][3] if image.format == "PNG" and image.tile else None
                 shown = ImageOps.exif_transpose(image) if turn else image
-                if colours or mode not in MODES:
-                    return _colours(np.asarray(shown.convert("RGB")), path, mode, colours=colours)
-                values = np.asarray(shown) // SCALED.get(depth, 1)
+                if image.format == "GIF" and not colours and (grey := _grey_palette(shown)) is not None:
+                    return grey
+                if colours or mode not in (*MODES, "F"):
+                    return _colours(np.asarray(shown.convert("RGB")), path, shown, colours=colours)
+                values = np.asarray(shown)
+                values = _whole(values, path) if mode == "F" else values // SCALED.get(depth, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on a damaged file
@@ -68,8 +71,51 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = Fal
     return values.astype(np.uint16)
 
 
-def _colours(pixels: np.ndarray, path: Path, mode: str, *, colours: bool) -> np.ndarray:
+def palette(path: Path) -> dict[int, tuple[int, ...]]:
+    """The colours (red, green, blue) of the numbers in a mask with a palette; empty for others and damaged files."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            used = _used(image) if image.mode == "P" else {}
+            return {} if image.format == "GIF" and _is_grey(used) else used
+    except Exception:  # whoever reads the mask says it
+        return {}
+
+
+def _used(image: Image.Image) -> dict[int, tuple[int, ...]]:
+    colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    return {
+        int(value): tuple(colours[value].tolist()) for value in np.unique(np.asarray(image)) if value < len(colours)
+    }
+
+
+def _is_grey(used: dict[int, tuple[int, ...]]) -> bool:
+    return all(len({*rgb}) == 1 for rgb in used.values())
+
+
+def _grey_palette(image: Image.Image) -> np.ndarray | None:
+    """The values of a GIF in grey, which has no other way to store them; None where there are colours."""
+    used = _used(image) if image.mode == "P" else {}
+    if not used or not _is_grey(used):
+        return None
+    table = np.zeros(256, np.uint16)
+    table[[*used]] = [rgb[0] for rgb in used.values()]
+    return table[np.asarray(image)]
+
+
+def _whole(values: np.ndarray, path: Path) -> np.ndarray:
+    """Numbers with a point as whole ones; raises BadImage where they are none."""
+    rounded = np.rint(values)
+    if not (np.abs(values - rounded) < 1e-3).all():  # not a number either
+        wrong = values[~(np.abs(values - rounded) < 1e-3)].flat[0]
+        raise BadImage(str(path), f"it holds {wrong:.4g}, and classes are whole numbers: save it with such")
+    return rounded.astype(np.int64)
+
+
+def _colours(pixels: np.ndarray, path: Path, image: Image.Image, *, colours: bool) -> np.ndarray:
     """Red, green and blue (H, W, 3) as 24 bits (H, W), or grey as it is."""
+    mode = image.mode
+    if mode in ("LA", "RGBA") and (pixels == pixels[:1, :1]).all() and np.ptp(np.asarray(image)[..., -1]):
+        raise BadImage(str(path), "it is of one colour, with its shape in the alpha channel: save that as a grey image")
     if not colours and (pixels == pixels[..., :1]).all():
         return pixels[..., 0].astype(np.uint16)
     codes = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)

@@ -16,6 +16,7 @@ from conv2former.data.folders import one_form
 from conv2former.data.images import IGNORED, BadImage
 from conv2former.errors import UserError, some
 
+NEAREST = "data.mask_nearest=true"
 NO_CLASS = "ignore"  # in a table, like null
 COLOUR = re.compile(r"[(\[]?\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[)\]]?|#([0-9a-fA-F]{6})")
 Table = Mapping[str, str | int | None]
@@ -114,7 +115,7 @@ class MaskValues:
                 raise BadImage(
                     str(path),
                     f"it holds {some([self.word(value) for value in unknown])}, which data.mask_values does not name: "
-                    f"add what they mean ({NO_CLASS} for no class)",
+                    f"add what they mean ({NO_CLASS} for no class), or take the nearest value: --set {NEAREST}",
                 )
         return self.targets[found][inverse.reshape(stored.shape)]
 
@@ -202,6 +203,8 @@ def check_values(
         raise UserError(
             f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
             f"fits{fits}, or say what they mean with {remedy(often.tolist(), classes)}"
+            + f" --set {NEAREST}"
+            * (len(often) < len(values))
         )
     lines = missing_classes(looked, set(inside.tolist()), classes)
     if lines and pixels[IGNORED]:
