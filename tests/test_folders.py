@@ -194,3 +194,37 @@ def test_other_names_of_parts(tmp_path: Path) -> None:
     images(tmp_path / "c" / "my photos", "train", "val")
     with pytest.raises(UserError, match=r"train and val lie in .*: give --data '.*/c/my photos'$"):
         open_splits(HELD, tmp_path / "c", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (
+            ("cat/train", "cat/val", "dog/train", "dog/val"),
+            r"cat holds train and val: put them above the class",
+        ),
+        (
+            ("train", "car", "bus"),
+            r"train has no class folders, and beside it are bus, car: if it is a class, rename it",
+        ),
+        (("data/cat", "data/dog"), r"only one class \('data'\).* give --data \S+data$"),
+        ((".",), r"holds images and no class folders: give the folder above"),
+    ],
+)
+def test_folders_that_may_mean_something_else_are_refused(
+    folders: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    for folder in folders:
+        write(tmp_path, *(f"{folder}/{number}.png" for number in range(2)))
+    with pytest.raises(UserError, match=message):
+        open_splits(HELD, tmp_path, seed=0)
+
+
+def test_class_folders_that_all_hold_the_same_are_named(tmp_path: Path) -> None:
+    for fold in ("fold1", "fold2"):
+        write(tmp_path, *(f"{fold}/{name}.png" for name in ("cat/1", "cat/2", "dog/1", "dog/2")))
+    splits = open_splits(HELD, tmp_path, seed=0)
+    assert splits.train.classes == ["fold1", "fold2"]
+    assert any("all class folders hold cat, dog, and the first folder names" in line for line in remarks(splits))
+    write(tmp_path, "fold1/0.png")
+    assert not any("all class folders" in line for line in remarks(open_splits(HELD, tmp_path, seed=0)))

@@ -272,8 +272,6 @@ def test_soft_edges(tmp_path: Path) -> None:
 def test_masks_that_no_image_has(tmp_path: Path) -> None:
     root = write(tmp_path, grey(0, 1), name="{}_mask.png")
     Image.fromarray(grey(0, 1)).save(root / "masks" / "other_mask.png")
-    assert any(
-        "1 masks belong to no image: other_mask.png" in note for note in open_pairs(PAIRS, root, seed=0).train.notes
-    )
+    assert any("1 mask of no image: other_mask.png" in note for note in open_pairs(PAIRS, root, seed=0).train.notes)
     Image.fromarray(grey(1, 0)).save(root / "masks" / "2_mask_1.png")
     assert "several masks of one image, 2_mask.png and 2_mask_1.png" in refused(PAIRS, root)

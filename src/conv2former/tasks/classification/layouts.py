@@ -27,6 +27,8 @@ from conv2former.tasks.classification.sources import (
     hfds_splits,
 )
 
+LOOKED_INTO = 1000  # class folders
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -174,11 +176,30 @@ def _folder_layout(root: Path) -> _Layout:
         where = shlex.quote(str(root / names[0]))
         raise UserError(f"{' and '.join(inner.values())} lie in {root / names[0]}: give --data {where}")
     places = {split: root / name for split, name in found.items()}
+    _refuse_parts_of_classes(root, names if not found else [])
+    if "train" in found and "val" not in found and len(names) > len(found) and not subfolders(places["train"]):
+        others = some([name for name in names if name not in found.values()], 3)
+        raise UserError(
+            f"{places['train']} has no class folders, and beside it are {others}: if it is a class, rename it, because "
+            "train/ means the training images"
+        )
     for folder in (root, *places.values()):
         _refuse_archives(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
     parts: dict[str, Opener] = {split: partial(FolderSource, place) for split, place in places.items()}
     return _Layout(parts, partial(FolderSource, root), words, _rest(root, names, found))
+
+
+def _refuse_parts_of_classes(root: Path, names: Sequence[str]) -> None:
+    """Refuses class folders that hold the parts of a set, which would be mixed and split anew."""
+    for name in names[:LOOKED_INTO]:
+        inner = find_splits(subfolders(root / name))
+        if "train" in inner and len(inner) > 1:
+            raise UserError(
+                f"{root / name} holds {' and '.join(inner.values())}: put them above the class folders "
+                f"({inner['train']}/{name}/ and so on), or give --data {shlex.quote(str(root / name))} if that is the "
+                "whole set"
+            )
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:
@@ -272,9 +293,13 @@ def _split(source: ImageSource, fraction: float, seed: int) -> Splits:
 
 
 def _check_class_count(source: ImageSource) -> None:
-    if len(source.classes) < 2:
-        where = getattr(source, "root", "the data")
-        raise UserError(f"only one class ({source.classes[0]!r}) in {where}: give at least two")
+    if len(source.classes) > 1:
+        return
+    where, name = getattr(source, "root", "the data"), source.classes[0]
+    ways, inside = "give at least two", Path(where) / name
+    if inside.is_dir() and len(subfolders(inside)) > 1:
+        ways = f"if its folders are the classes, move them to {where}, or give --data {shlex.quote(str(inside))}"
+    raise UserError(f"only one class ({name!r}) in {where}: {ways}")
 
 
 def _check_same_classes(splits: Splits) -> None:

@@ -14,7 +14,7 @@ from timm.utils.misc import natural_key
 from conv2former.data.folders import listed, one_form, passed_over
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sources import in_order, notes
-from conv2former.errors import UserError, one_line, printable
+from conv2former.errors import UserError, one_line, printable, some
 
 
 class ImageSource(Protocol):
@@ -55,13 +55,18 @@ class FolderSource:
             ways = f"expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
             raise UserError(f"no images in {root}: {ways}{'; ' * bool(found.others)}{passed_over(found.others)}")
         loose = next((name for name in sorted(found.files) if os.sep not in name), None)
+        if loose and not found.entered:
+            raise UserError(
+                f"{printable(str(root))} holds images and no class folders: give the folder above if this is one class "
+                "of several, or sort the images into a folder per class (labels in CSV files are not read)"
+            )
         if loose:
             raise UserError(
                 f"{root / loose} lies in no class folder: move or remove the images directly in {printable(str(root))}"
             )
         self.names = sorted(found.files, key=in_order)
         self.classes, self.targets = numbered([name.split(os.sep, 1)[0] for name in self.names])
-        self.notes = found.lines(root)
+        self.notes = found.lines(root) + _alike(root, self.names)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -75,6 +80,19 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return self.names[index]
+
+
+def _alike(root: Path, names: Sequence[str]) -> list[str]:
+    """The line about class folders that all hold the same folders: these may be the classes."""
+    inside: dict[str, set[str]] = {}
+    for name in names:
+        first, *rest = name.split(os.sep)
+        inside.setdefault(first, set()).add(rest[0] if len(rest) > 1 else "")
+    same, *others = inside.values()
+    if not others or len(same) < 2 or "" in same or any(other != same for other in others):
+        return []
+    what = f"all class folders hold {some(sorted(same), 4)}, and the first folder names the class"
+    return [printable(f"{root}: {what}: if these are the classes, put them at the top")]
 
 
 def numbered(names: Sequence[str]) -> tuple[list[str], list[int]]:
