@@ -178,12 +178,16 @@ def test_both_names_of_one_parameter_are_refused(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [(), ("state_dict",), ("state_dict_ema",), ("model",), ("model_ema",), ("model", "model_ema")]
+    "keys",
+    [
+        *[(), ("state_dict",), ("state_dict_ema",), ("model",), ("model_ema",), ("model", "model_ema")],
+        *[("ema",), ("ema_state_dict",), ("model_state_dict",), ("net",)],
+    ],
 )
 def test_state_dict_is_found_under_each_key(model: nn.Module, tmp_path: Path, keys: tuple[str, ...]) -> None:
     wrapped = model.state_dict()
     for key in reversed(keys):
-        wrapped = {"epoch": 3, key: wrapped}
+        wrapped = {"epoch": 3, "optimizer_state_dict": {"state": {0: {"step": torch.zeros(1)}}}, key: wrapped}
     torch.save(wrapped, tmp_path / "c.pth")
     assert_same(read_state_dict(tmp_path / "c.pth"), model.state_dict())
 
@@ -205,6 +209,8 @@ def test_wrappers_prefixes_go(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     torch.save({"module.a.module.b": torch.zeros(1), "_orig_mod.module.c": torch.ones(1)}, path)
     assert list(read_state_dict(path)) == ["a.module.b", "c"]
+    torch.save({"a._orig_mod.b": torch.zeros(1), "c._checkpoint_wrapped_module.d": torch.ones(1)}, path)
+    assert list(read_state_dict(path)) == ["a.b", "c.d"]
     torch.save({"module.a": torch.zeros(1), "a": torch.ones(1)}, path)
     assert "twice" in refusal(read_state_dict, path)
 
@@ -297,9 +303,9 @@ def test_files_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None
     empty.touch()
     assert "empty" in refusal(read_state_dict, empty)
 
-    html = tmp_path / "login.pth"
-    html.write_text("<!DOCTYPE html><html><body>Please log in</body></html>")
-    message = refusal(read_state_dict, html)
+    other = tmp_path / "login.pth"
+    other.write_text("Please log in")
+    message = refusal(read_state_dict, other)
     assert "something else" in message
     assert "weights_only" not in message  # torch's own text advises to read the file unsafely
 
@@ -358,7 +364,7 @@ def test_truncated_files(model: nn.Module, tmp_path: Path, form: str, keep: floa
 def test_a_pickle_called_safetensors_is_not_unpickled(tmp_path: Path) -> None:
     path, target = tmp_path / "c.safetensors", tmp_path / "made"
     write_bomb(path, target, "legacy")
-    assert "damaged" in refusal(read_state_dict, path)
+    assert "is no safetensors file but PyTorch's: call it .pth" in refusal(read_state_dict, path)
     assert not target.exists()
 
 
@@ -794,6 +800,10 @@ def test_wrappers_and_numbers_that_are_none(tmp_path: Path) -> None:
     torch.save({"experiment": outer}, tmp_path / "deep.pth")
     report = convert(tmp_path / "deep.pth", tmp_path / "deep", model="conv2former_test")
     assert report.num_classes == 5 and not report.notes
+    older = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    averaged = {f"module.{name}": value for name, value in older.items()} | {"n_averaged": torch.ones(1)}
+    torch.save(averaged, tmp_path / "s.pth")
+    assert not convert(tmp_path / "s.pth", tmp_path / "s", model="conv2former_test").notes
     beside = state | {"stem.conv1.total_ops": torch.zeros(1)}
     torch.save({f"net.backbone.{k}": v for k, v in beside.items()} | {"loss.weight": torch.ones(1)}, tmp_path / "a.pth")
     assert "1 tensors beside the network" in str(convert(tmp_path / "a.pth", tmp_path / "a", model="conv2former_test"))
@@ -809,3 +819,29 @@ def test_wrappers_and_numbers_that_are_none(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "nan.pth")
     message = refusal(convert, tmp_path / "nan.pth", tmp_path / "nan", model="conv2former_test")
     assert "holds values that are no numbers (stem.conv1.weight)" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS: fetch the file itself"),
+        (b"\n<!DOCTYPE html><html><body>Please log in", "a web page"),
+        (b"\x1f\x8b\x08", "compressed by gzip: unpack it first"),
+    ],
+)
+def test_what_a_download_leaves_in_the_place_of_a_file(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.pth").write_bytes(content)
+    assert message in refusal(read_state_dict, tmp_path / "c.pth")
+
+
+def test_the_content_says_how_a_file_is_read(model: nn.Module, tmp_path: Path) -> None:
+    save_file(model.state_dict(), tmp_path / "c.pth")
+    assert_same(read_state_dict(tmp_path / "c.pth"), model.state_dict())
+    torch.save({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "int8.pth")
+    assert "holds w as int8: save the weights in floating point" in refusal(read_state_dict, tmp_path / "int8.pth")
+
+
+def test_a_bare_file_is_told_the_way_that_it_can_go(checkpoint: Path, tmp_path: Path) -> None:
+    assert f"conv2former convert {checkpoint} DST" in refusal(load_pretrained, checkpoint)
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
+    assert "timm.models.save_for_hf(model, FOLDER)" in refusal(load_pretrained, tmp_path / "other.pth")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor
@@ -104,7 +105,8 @@ MEAN_STD = {
 
 # the modulation's convolution in the first block, which every checkpoint of the network has: ours and theirs
 ANCHORS = ("stages.0.blocks.0.mod.dwconv.weight", "stages.0.0.attn.att.2.weight")
-COUNTERS = (".total_ops", ".total_params")  # what profilers (thop) leave among the weights
+# what profilers (thop) and AveragedModel leave among the weights
+COUNTERS = (".total_ops", ".total_params", ".n_averaged")
 HEAD = "head."
 
 
@@ -214,7 +216,10 @@ def convert(
         notes.append(
             "it has no head: what is in front of a classifier starts new; fine-tune it, or take it as a backbone"
         )
-    if difference := differences(expected_shapes(model, **model_args), state_dict):
+    expected = expected_shapes(model, **model_args)
+    counts = [name for name in expected if name.endswith(".num_batches_tracked")]  # which older programs leave out
+    state_dict |= {name: torch.zeros((), dtype=torch.long) for name in counts if name not in state_dict}
+    if difference := differences(expected, state_dict):
         # the sizes differ in width or depth, so that one fits at most
         fits = next((n for n in family() if not differences(expected_shapes(n, **model_args), state_dict)), None)
         advice = f"it fits {fits}: give that as model" if fits else "it fits no registered size"

@@ -214,6 +214,20 @@ def _described_by(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _way(path: Path) -> str:
+    """How a bare checkpoint becomes a folder; raises UserError where it cannot be read."""
+    from conv2former.checkpoints.convert import ANCHORS
+
+    if any(f".{name}".endswith(tuple(f".{anchor}" for anchor in ANCHORS)) for name in read_state_dict(path)):
+        return (
+            "turn the checkpoint into a folder first, "
+            f"`conv2former convert {shlex.quote(str(path))} DST --model NAME`, and give DST"
+        )
+    return (
+        "load it into its model in Python, save that with timm.models.save_for_hf(model, FOLDER), and give the folder"
+    )
+
+
 def find_model(path: StrPath) -> tuple[Path, Path]:
     """The folder with ``config.json`` that ``path`` means, and its weights file.
 
@@ -228,10 +242,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
     if not path.is_dir():
         if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
             return path.parent, path
-        raise UserError(
-            f"{path} is a bare file without a {CONFIG_FILE} that says which model it is: turn a checkpoint into a "
-            f"folder first, `conv2former convert {shlex.quote(str(path))} DST --model NAME`, and give DST"
-        )
+        raise UserError(f"{path} is a bare file without a {CONFIG_FILE} that says which model it is: {_way(path)}")
     for folder in (path, *(path / name for name in RUN_FOLDERS)):
         if (folder / CONFIG_FILE).is_file():
             for name in WEIGHT_FILES:

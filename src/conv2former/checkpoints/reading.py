@@ -23,17 +23,28 @@ StrPath = str | os.PathLike[str]
 # and nothing else. NumPy's constructors are left out on purpose: no known checkpoint needs them.
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]
 
-EMA_KEYS = ("state_dict_ema", "model_ema")
-PLAIN_KEYS = ("state_dict", "model")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict")
+PLAIN_KEYS = ("state_dict", "model", "model_state_dict", "net")
+# torch.compile, activation checkpointing, FSDP: also around parts of a network
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+MOST_OF_A_HEADER = 10**8  # bytes of JSON behind their number, with which a safetensors file begins
+# what a download may leave in the place of a file
+FOREIGN = (
+    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with `git lfs pull`"),
+    (b"<!doctype", "a web page: download the file itself"),
+    (b"<html", "a web page: download the file itself"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it first"),
+)
 
 
 def read_state_dict(path: StrPath, *, ema: bool = True) -> dict[str, Tensor]:
     """Reads the weights of a checkpoint without executing anything in it.
 
-    ``.safetensors`` is read by safetensors, anything else by ``torch.load(weights_only=True)``. The state dict may be
-    the top level or sit under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, these also nested. The
-    prefixes of DistributedDataParallel and torch.compile are removed; whatever is not a tensor (optimizer, arguments,
+    The content says whether safetensors reads it or ``torch.load(weights_only=True)``. The state dict may be the top
+    level or sit under one of ``EMA_KEYS`` or ``PLAIN_KEYS``, these also nested. What DistributedDataParallel and
+    ``WRAPPERS`` add to names is removed; whatever is not a tensor (optimizer, arguments,
     epoch) is left out.
 
     Args:
@@ -62,12 +73,22 @@ def read_checkpoint(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty (0 bytes): copy or download it again")
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            start = file.read(512)
+        for known, what in FOREIGN:
+            if start.lstrip().lower().startswith(known):
+                raise UserError(f"{path} is no checkpoint but {what}")
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < MOST_OF_A_HEADER:
             return load_file(path)
-        return load_pickle(path)
+        if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):  # whose name promises no pickle
+            raise UserError(f"{path} is no safetensors file but PyTorch's: call it .pth, and it is read as that")
+        return load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
     except UserError:
         raise
-    except Exception as error:  # a damaged file decides which error its bytes end in: KeyError, EOFError, struct.error
+    except Exception as error:
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript program: save its state_dict() and give that") from None
+        # a damaged file decides which error its bytes end in: KeyError, EOFError, struct.error
         raise UserError(
             f"{path} cannot be read as a checkpoint ({reason(error)}): it is damaged, cut short or something else; "
             "copy or download it again"
@@ -110,7 +131,7 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
     for _ in range(4):  # a bound, because a pickle can hold a dictionary that contains itself
         if not isinstance(checkpoint, Mapping):
             break
-        inside = [key for key in EMA_KEYS + PLAIN_KEYS if isinstance(checkpoint.get(key), Mapping) and checkpoint[key]]
+        inside = [key for key in EMA_KEYS + PLAIN_KEYS if _may_hold_weights(checkpoint.get(key))]
         if not inside and not any(isinstance(value, Tensor) for value in checkpoint.values()):
             # whatever it is called: the only dictionary that holds tensors, or dictionaries
             inside = [key for key, value in checkpoint.items() if _may_hold_weights(value)]
@@ -135,13 +156,18 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
     state_dict: dict[str, Tensor] = {}
     for key, value in tensors.items():
         name = key
-        while name.startswith(WRAPPER_PREFIXES):
-            name = name.split(".", 1)[1]
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        while name.startswith("module."):  # DistributedDataParallel
+            name = name.removeprefix("module.")
         if name in state_dict:
             raise UserError(f"{path} holds {name} twice, with and without a wrapper's prefix: save one model alone")
         # sparse, quantized and meta tensors would fail later in a less clear way
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise UserError(f"{path} holds {name} in a form without plain values: save dense tensors")
+        if value.is_complex() or value.dtype in (torch.int8, torch.uint8):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {name} as {kind}: save the weights in floating point")
         state_dict[name] = value.detach()
     return state_dict, averaged
 
