@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from conv2former.engine import torch_settings
-from conv2former.engine.launch import on_nvidia_gpu
+from conv2former.engine.launch import on_nvidia_gpu, world_size
 from conv2former.engine.optim import build_optimizer
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, fused_optimizer, start_lines
@@ -362,3 +362,39 @@ def test_optimizers_without_such_a_kernel_are_built_as_ever(name: str) -> None:
     before = model.weight.detach().clone()
     trained(optimizer, model, steps=1)
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("schedule.epochs=1:30", "'schedule.epochs': Input should be a valid integer"),
+        ("schedule.epochs=true", "'epochs' is true (as YAML reads yes, no, on and off): give a number"),
+        ("data.mean=[0.5]", "'data.mean' lacks values, got [0.5]"),
+        ("data.workers=100000", "'data.workers': Input should be less than or equal to 256"),
+        ("augment.ratio=[-1,2]", "augment.ratio (-1.0, 2.0) must be the least and the most"),
+        ("augment.auto_augment=rand-foo", "augment.auto_augment: 'foo' is no setting such as m9, mstd0.5 or inc1"),
+    ],
+)
+def test_values_that_mean_something_else_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("finetune", overrides=[setting])
+    assert str(caught.value).startswith(f"recipe finetune: {message}"), caught.value
+
+
+def test_numbers_are_those_of_yaml_1_2_and_empty_sections_are_none() -> None:
+    recipe = load_recipe("finetune", overrides=["schedule.epochs=010", "optim.base_lr=1e-3", "augment=null"])
+    assert recipe.schedule.epochs == 10 and recipe.optim.base_lr == 1e-3
+
+
+def test_a_batch_script_of_slurm_without_srun_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number of tasks is that of the job; nobody has started the others, for which it would wait."""
+    recipe = load_recipe("quickstart", overrides=["engine.devices=auto"])
+    for name, value in dict(SLURM_NTASKS="2", SLURM_NNODES="1", SLURM_JOB_NAME="train.sh").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="has 2 tasks, and srun has not started this process: write srun before"):
+        world_size(recipe)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert world_size(recipe) == 2
+    monkeypatch.setenv("SLURM_NNODES", "x")
+    with pytest.raises(UserError, match="SLURM_NNODES=x in the environment is no number of processes"):
+        world_size(recipe)

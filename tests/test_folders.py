@@ -228,3 +228,17 @@ def test_class_folders_that_all_hold_the_same_are_named(tmp_path: Path) -> None:
     assert any("all class folders hold cat, dog, and the first folder names" in line for line in remarks(splits))
     write(tmp_path, "fold1/0.png")
     assert not any("all class folders" in line for line in remarks(open_splits(HELD, tmp_path, seed=0)))
+
+
+def test_images_that_come_out_black_are_named(tmp_path: Path) -> None:
+    """A camera of 12 bits that stores them as the lowest of 16."""
+    for folder, top in (("dark", 4095), ("whole", 65535)):
+        for number in range(8):
+            values = np.linspace(0, top, 64).reshape(8, 8).astype(np.uint16)
+            (place := tmp_path / folder / ("cat", "dog")[number % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(place / f"{number}.png")
+    line, none = (
+        [line for line in remarks(open_splits(HELD, tmp_path / name, seed=0)) if "16 bits" in line]
+        for name in ("dark", "whole")
+    )
+    assert "6 of 6 images that were looked at have 16 bits and values up to 4,095 alone" in line[0] and not none

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import conv2former_cli
 from command import run_command
 from conv2former.engine import progress, torch_settings
 from conv2former.engine.dry_run import dry_run
@@ -183,3 +184,12 @@ def test_weights_say_which_model(finished: Path, capsys: pytest.CaptureFixture[s
     assert "taken as --model conv2former_test, of which the weights are" in said.err and "conv2former_test" in said.out
     assert run_command(monkeypatch, *words, "--model", "resnet18") == 1
     assert "the recipe says resnet18: give --model conv2former_test" in capsys.readouterr().err
+
+
+def test_the_users_folder_where_shells_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["~/a", "--out=~/a", "model.weights=~/a", "a~/b", "~", "--set=a=b/~/c"]
+    assert [*map(conv2former_cli._at_home, words)] == [
+        *("/home/me/a", "--out=/home/me/a", "model.weights=/home/me/a"),
+        *words[3:],
+    ]

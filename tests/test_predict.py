@@ -95,3 +95,8 @@ def test_a_model_without_names_gives_numbers(run: Path, pictures: Path, tmp_path
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
     (row,) = predict(tmp_path / "bare", [pictures / "a.png"], top_k=1)
     assert row["top"][0]["label"] == str(row["top"][0]["index"])
+
+
+def test_addresses_are_not_fetched(run: Path) -> None:
+    with pytest.raises(UserError, match=r"^https:/+example.org/a.jpg: images are not fetched from addresses"):
+        list(predict(run, [Path("https://example.org/a.jpg")]))

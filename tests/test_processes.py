@@ -206,7 +206,8 @@ def test_slurm_starts_the_processes(one: Path, uneven: Path, tmp_path: Path) -> 
     slurm = dict(
         SLURM_JOB_ID="7", SLURM_JOB_NAME="train", SLURM_NODELIST="localhost", SLURM_NNODES="1", SLURM_NODEID="0"
     )
-    tasks = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29741")
+    tasks = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_STEP_NUM_TASKS="2")
+    tasks |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29741")
     arguments = command(uneven, tmp_path / "run", *PLAIN, "engine.sync_batchnorm=true", "engine.devices=auto")
     processes = [
         start(arguments, env=os.environ | slurm | tasks | dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)))

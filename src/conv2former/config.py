@@ -34,6 +34,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(name)
+            kinds = {field.annotation, *get_args(field.annotation)} if field else set()
+            if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name!r} is {str(value).lower()} (as YAML reads yes, no, on and off): give a number")
+        return given
+
 
 class Claim(Section):
     """The header: what the experiment is in the paper and what came out here."""
@@ -434,10 +444,12 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
         raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
         for key in auto:
             _put(raw, key, known[key][0])  # until it is decided
+    if isinstance(raw, dict):  # an empty section is written as nothing
+        raw = {name: part for name, part in raw.items() if part is not None}
     try:
         return config_class.model_validate(raw)
     except ValidationError as error:
-        found = [_explain(fault, config_class) for fault in error.errors()[:MOST_FAULTS]]
+        found = list(dict.fromkeys(_explain(fault, config_class) for fault in error.errors()[:MOST_FAULTS]))
         more = error.error_count() - len(found)
         found += [f"and {more:,} more"] * bool(more)
         raise UserError(f"recipe {origin}: {'; '.join(found)}") from None
@@ -466,7 +478,8 @@ def _explain(error: Any, recipe: type[Recipe]) -> str:
         known = _fields(recipe, path[:-1])
         return f"unknown key {key!r}{nearest(path[-1], known) or '; there are: ' + ', '.join(known)}"
     if error["type"] == "missing":
-        return f"{key!r} is missing"
+        lacks = f"lacks values, got {shortened(error['input'])}"
+        return f"{key!r} {lacks if len(error['loc']) > len(path) else 'is missing'}"
     if error["type"] == "value_error":  # from a validator above, whose message names the keys itself
         return str(error["ctx"]["error"])
     return f"{key!r}: {error['msg']}, got {shortened(error['input'])}"

@@ -142,15 +142,16 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that reads ``1e-6`` as a number, as YAML 1.2 does and PyYAML does not, and no dates."""
+    """YAML's safe loader with YAML 1.2's numbers: ``1e-6`` is one, ``1:30`` is none, ``010`` is not octal; no dates."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in known if not tag.endswith("timestamp")]
+        first: [(tag, form) for tag, form in known if not tag.endswith(("timestamp", ":int"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 

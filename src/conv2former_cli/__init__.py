@@ -13,6 +13,7 @@ import sys
 
 # before torch is imported: its warning of a connection that broke is a stack of C++, beside our line
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.pop("MPLBACKEND", None)  # figures are drawn without a window, whatever the shell asks for
 
 # isort: off
 # each adds its command to the program; --help lists them in this order
@@ -49,6 +50,12 @@ def _print_error(line: str) -> None:
     print(f"error: {line}", file=sys.stderr)
 
 
+def _at_home(word: str) -> str:
+    """A word with the user's folder for a ``~/`` at its beginning or behind a ``=``, where shells leave it."""
+    key, tilde, rest = word.partition("~/")
+    return key + os.path.expanduser(f"~/{rest}") if tilde and (not key or key.endswith("=")) else word
+
+
 def _open_closed_streams() -> None:
     """Gives standard streams that are closed (``>&-``) to the system's bin: Python has None in their place."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -62,6 +69,7 @@ def _open_closed_streams() -> None:
 def main() -> None:
     """Entry point: a user's mistake ends in one line and status 1, ours in a traceback."""
     _open_closed_streams()
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         os.getcwd()  # a folder that is gone ends MKL, and this process with it
         try:

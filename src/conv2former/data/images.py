@@ -65,6 +65,8 @@ def given_images(paths: Sequence[str | Path]) -> list[Path]:
     others: Counter[str] = Counter()
     files = find_images(paths, others=others)
     where, rest = ", ".join(map(str, paths)), folders.passed_over(others)
+    if urls := [path for path in map(str, paths) if re.match("https?:/", path)]:
+        raise UserError(f"{urls[0]}: images are not fetched from addresses: download them, and give the files")
     if not files:
         raise UserError(f"no images in {where}" + (f": {rest}" if rest else ""))
     if rest:

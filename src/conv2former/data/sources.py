@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
 from timm.utils.misc import natural_key
 
 from conv2former.data.images import turned
@@ -19,6 +21,7 @@ MOST_OF_A_NAME = 1000  # characters, of a class's or a file's
 NAMED = 20  # classes that are named before the first step
 MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
 MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
+MOST_DECODED = 20  # images whose values are looked at
 MOST_HEADERS = 500  # images whose EXIF is looked at
 EXIF_OPTION = "--set data.exif=ignore"
 HASHED_BYTES = 1 << 20
@@ -62,8 +65,30 @@ def notes(*sources: Any) -> list[str]:
 
 def remarks(splits: Splits) -> list[str]:
     """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
-    twice = repeated(splits.train, splits.val)
-    return notes(splits.train, splits.val, splits) + ([twice] if twice else [])
+    found = [repeated(splits.train, splits.val), dark(splits.train)]
+    return [*notes(splits.train, splits.val, splits), *filter(None, found)]
+
+
+def dark(source: Any) -> str | None:
+    """The line about images of 16 bits that use a small part of their range, as of a camera with 10 or 12 bits."""
+    if not hasattr(source, "file"):
+        return None
+    looked = [source.file(index) for index in spread(len(source), MOST_DECODED)]
+    highest = [value for file in looked if file and (value := _highest(file))]
+    few = [value for value in highest if value < 1 << 13]
+    if not few:
+        return None
+    what = f"{len(few)} of {len(looked)} images that were looked at have 16 bits and values up to {max(few):,} alone"
+    return f"{what}: they come out nearly black; stretch them to 65,535"
+
+
+def _highest(file: str | Path) -> int:
+    """The highest value of an image of 16 bits; 0 for all others."""
+    try:
+        with Image.open(file) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+    except Exception:  # Pillow raises nearly anything; whoever reads the image says it
+        return 0
 
 
 def counted(classes: Sequence[str], splits: Splits, *, what: str = "classes") -> str:

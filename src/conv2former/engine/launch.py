@@ -104,17 +104,30 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
     """Processes per machine and machines: torchrun's or SLURM's where one of them has started this process."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
-        devices = int(environment["LOCAL_WORLD_SIZE"])
-        found, by = (devices, int(environment["WORLD_SIZE"]) // devices), "torchrun"
+        devices = _count("LOCAL_WORLD_SIZE")
+        found, by = (devices, _count("WORLD_SIZE") // devices), "torchrun"
     elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = int(environment.get("SLURM_NNODES", "1"))
-        found, by = (int(environment["SLURM_NTASKS"]) // nodes, nodes), "SLURM"
+        nodes, tasks = _count("SLURM_NNODES", "1"), _count("SLURM_NTASKS")
+        if tasks > 1 and "SLURM_STEP_NUM_TASKS" not in environment:  # which srun alone sets
+            raise UserError(
+                f"this SLURM job has {tasks} tasks, and srun has not started this process: write srun before the "
+                "command, or ask for one task (#SBATCH --ntasks=1)"
+            )
+        found, by = (tasks // nodes, nodes), "SLURM"
     else:
         return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
     for name, given, real in (("devices", engine.devices, found[0]), ("nodes", engine.nodes, found[1])):
         if given not in ("auto", real):
             raise UserError(f"engine.{name}={given}, but {by} has started {real}: add --set engine.{name}=auto")
     return found
+
+
+def _count(name: str, absent: str = "") -> int:
+    """A number of processes or machines in the environment."""
+    value = os.environ.get(name, absent)
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"{name}={value} in the environment is no number of processes: start with torchrun or srun")
+    return int(value)
 
 
 def world_size(recipe: Recipe) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,6 +59,22 @@ class AugmentSection(Section):
     cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix")
     mix_prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed at all")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="fraction of the target that all classes share")
+
+    @model_validator(mode="after")
+    def _crops_are_ranges(self) -> AugmentSection:
+        for name, (least, most), limit in (("scale", self.scale, 1), ("ratio", self.ratio, 100)):
+            if not 0 < least <= most <= limit:
+                raise ValueError(
+                    f"augment.{name} {(least, most)} must be the least and the most, above 0 and up to {limit}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_read_whole(self) -> AugmentSection:
+        _, *settings = (self.auto_augment or "").split("-")  # timm passes over what it does not know
+        if wrong := [part for part in settings if not re.fullmatch(r"[a-z]+([0-9.]+|inf)", part)]:
+            raise ValueError(f"augment.auto_augment: {wrong[0]!r} is no setting such as m9, mstd0.5 or inc1")
+        return self
 
 
 class ClassificationRecipe(Recipe):
