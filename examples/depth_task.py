@@ -1,14 +1,17 @@
 """A task of one's own: depth, one number for each pixel, on the decoder that segmentation uses.
 
+    python depth_task.py rooms
     conv2former --import depth_task train --recipe depth.yaml --data rooms --out runs/depth
 
-from the folder of this file. Data: ``images/NAME.png`` beside ``depth/NAME.npy`` with metres as float32, 0 for unknown.
+from the folder of this file; the first command draws data to try it on. docs/add_a_task.md explains it step by step.
+Data: ``images/NAME.png`` beside ``depth/NAME.npy`` with metres as float32, 0 for unknown.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +101,12 @@ class DepthSplits:
 
 
 class DepthBatch(NamedTuple):
-    """Images (B, 3, H, W) of uint8, metres (B, H, W), numbers of the images, and those that could not be read."""
+    """A batch of either data set."""
 
-    images: Tensor
-    depth: Tensor
-    indices: Tensor
-    bad: tuple[BadImage, ...] = ()
+    images: Tensor  # (B, 3, H, W) of uint8
+    depth: Tensor  # (B, H, W), metres, 0 for unknown
+    indices: Tensor  # (B,), numbers of the images in their source
+    bad: tuple[BadImage, ...] = ()  # images that could not be read
 
 
 class DepthDataset(KeyedDataset):
@@ -153,7 +156,8 @@ class DepthMetric(Metric):
         known = depth > 0
         found, depth = found[known].clamp_min(1e-3).double(), depth[known].double()
         ratio = torch.maximum(found / depth, depth / found)
-        numbers = [known.any(), known.sum(), ((found - depth).abs() / depth).sum(), (ratio < 1.25).sum()]
+        error = (found - depth).abs() / depth
+        numbers = [known.any(), known.sum(), error.sum(), (ratio < 1.25).sum()]
         self.sums += torch.stack([number.double() for number in numbers])
 
     def compute(self) -> Tensor:
@@ -161,8 +165,9 @@ class DepthMetric(Metric):
 
     def result(self) -> Evaluation:
         images, pixels, error, close = self.compute().tolist()
-        metrics = dict(delta1=100 * close / max(pixels, 1), abs_rel=error / max(pixels, 1))
-        line = f"abs-rel {metrics['abs_rel']:.4f}, delta-1 {metrics['delta1']:.2f}% ({images:.0f} images)"
+        delta1, abs_rel = 100 * close / max(pixels, 1), error / max(pixels, 1)
+        metrics = dict(delta1=delta1, abs_rel=abs_rel)
+        line = f"abs-rel {abs_rel:.4f}, delta-1 {delta1:.2f}% ({images:.0f} images)"
         return Evaluation(dict(metrics), line, dict(images=int(images), pixels=int(pixels)) | metrics)
 
 
@@ -173,7 +178,10 @@ class DepthTask(DenseTask):
     name = "depth"
     config_class = DepthRecipe
     monitor = "delta1"
-    reported = (Reported("delta1", "delta-1, %", ("delta1",)), Reported("abs_rel", "abs-rel", ("abs_rel",)))
+    reported = (
+        Reported("delta1", "delta-1, %", ("delta1",)),
+        Reported("abs_rel", "abs-rel", ("abs_rel",)),
+    )
     words = Words(
         tags=("depth-estimation",),
         purpose="to say how far away each pixel of an image is",
@@ -191,7 +199,8 @@ class DepthTask(DenseTask):
         source = cls._opened(root)
         held = max(round(len(source) * recipe.data.val_fraction), 1)
         order = random.Random(recipe.engine.seed).sample(source.names, len(source))
-        return DepthSplits(DepthSource(source.root, order[held:]), DepthSource(source.root, order[:held]))
+        train, val = order[held:], order[:held]
+        return DepthSplits(DepthSource(source.root, train), DepthSource(source.root, val))
 
     def eval_source(self, root: Path | None) -> DepthSource:
         return self._opened(root)
@@ -217,21 +226,23 @@ class DepthTask(DenseTask):
 
     def example_batch(self, count: int) -> DepthBatch:
         side = self.recipe.data.crop_size
-        images, depth = torch.zeros(count, 3, side, side, dtype=torch.uint8), torch.ones(count, side, side)
-        return DepthBatch(images, depth, torch.zeros(count, dtype=torch.long))
+        images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+        return DepthBatch(images, torch.ones(count, side, side), torch.zeros(count, dtype=torch.long))
 
     def training_step(self, batch: DepthBatch) -> Tensor:
         logits, _ = self.model(self.prepared(batch.images))
         known = batch.depth > 0
-        return ((metres(logits, batch.depth) - batch.depth).abs() * known).sum() / known.sum().clamp_min(1)
+        error = (metres(logits, batch.depth) - batch.depth).abs() * known
+        return error.sum() / known.sum().clamp_min(1)
 
     def metric(self, source: Any, *, distributed: bool = False) -> DepthMetric:
         return DepthMetric(distributed=distributed)
 
     def eval_step(self, batch: DepthBatch, metric: DepthMetric) -> None:
         images = self.prepared(batch.images)
-        padded = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
-        logits = resize(self.evaluated(padded).float(), padded)[..., : images.shape[2], : images.shape[3]]
+        height, width = images.shape[2:]
+        padded = F.pad(images, (0, -width % 32, 0, -height % 32))
+        logits = resize(self.evaluated(padded).float(), padded)[..., :height, :width]
         metric.update(metres(logits, batch.depth), batch.depth)
 
     @torch.inference_mode()
@@ -242,7 +253,8 @@ class DepthTask(DenseTask):
         images, (height, width) = self.inputs(prepared.pixels), prepared.pixels.shape[:2]
         logits = resize(self.model(images).float(), images)[..., :height, :width]
         depth = metres(logits, prepared.size)[0].cpu().numpy()
-        fields = dict(nearest=float(depth.min()), median=float(np.median(depth)), farthest=float(depth.max()))
+        found = dict(nearest=depth.min(), median=np.median(depth), farthest=depth.max())
+        fields = {name: float(value) for name, value in found.items()}
         return Prediction(fields, lambda image: painted(depth))
 
     def draw(self, evaluation: Evaluation, source: DepthSource, folder: Path) -> None:
@@ -252,7 +264,8 @@ class DepthTask(DenseTask):
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
         side = self.recipe.data.crop_size
-        return self.exported(nn.Sequential(WholeSize(self.model), nn.Softplus()), ["depth"], size or (side, side))
+        network = nn.Sequential(WholeSize(self.model), nn.Softplus())
+        return self.exported(network, ["depth"], size or (side, side))
 
 
 def metres(logits: Tensor, like: Tensor | tuple[int, int]) -> Tensor:
@@ -264,3 +277,26 @@ def painted(depth: np.ndarray) -> Image.Image:
     """Depth (H, W) in colour."""
     scaled = (depth - depth.min()) / max(float(np.ptp(depth)), 1e-6)
     return Image.fromarray((255 * colormaps["viridis"](scaled)[..., :3]).astype(np.uint8))
+
+
+def draw_rooms(root: Path, count: int = 40) -> None:
+    """Data to try it on: a floor from 5 metres at the top to 1 at the bottom, boxes on it, haze over what is far."""
+    for folder in ("images", "depth"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        depth = np.repeat(np.linspace(5, 1, 96, dtype=np.float32)[:, None], 128, axis=1)
+        colours = np.broadcast_to(generator.uniform(0.2, 0.8, 3), (96, 128, 3)).copy()
+        for metre in sorted(generator.uniform(1, 4, 4), reverse=True):  # near boxes hide far ones
+            side, foot = round(50 / metre), round((5 - metre) / 4 * 95)
+            left = generator.integers(0, 128 - side)
+            box = np.s_[max(foot - side, 0) : foot + 1, left : left + side]
+            depth[box], colours[box] = metre, generator.uniform(0.2, 0.8, 3)
+        near = np.exp(-depth / 4)[..., None]
+        pixels = 255 * (colours * near + 0.9 * (1 - near))
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"{number:02}.png")
+        np.save(root / "depth" / f"{number:02}.npy", depth)
+
+
+if __name__ == "__main__":
+    draw_rooms(Path(sys.argv[1]))

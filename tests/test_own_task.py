@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +34,10 @@ from conv2former.tasks.base import Evaluation
 from conv2former.tasks.dense import DenseTask
 from runs import assert_same_run, stopped_run
 from scenes import scene
+from shown import shown_commands
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGE = "docs/add_a_task.md"
 RECIPE: dict[str, Any] = dict(
     name="depth",
     task="depth",
@@ -213,3 +219,34 @@ def test_a_module_that_exits_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     assert run_command(monkeypatch, "--import", "leaves", "recipes") == 1
+
+
+def test_the_page_shows_what_the_file_holds() -> None:
+    """Each piece of a block, between empty lines and dots, as it is or as part of a class."""
+    page, file = (EXAMPLES.parent / PAGE).read_text(), (EXAMPLES / "depth_task.py").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    pieces = [piece.strip("\n") for block in blocks for piece in re.split(r"\n\s*\.\.\.\n|\n\n", block)]
+    assert len(blocks) >= 8 and len(pieces) >= len(blocks)
+    for piece in pieces:
+        indents = [textwrap.indent(piece, " " * width) + "\n" for width in (0, 4, 8)]
+        assert any(f"\n{text}" in file for text in indents), piece
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
+    """As a reader types them, with a smaller network and one epoch."""
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    shutil.copy(EXAMPLES / "depth_task.py", folder)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (EXAMPLES.parent / PAGE).read_text(), re.S)
+    (folder / "depth.yaml").write_text(recipe)
+    short = "--model conv2former_test --set decoder.channels=16 --set schedule.epochs=1 --set schedule.warmup_epochs=0"
+    commands = [command.text for command in shown_commands() if command.document == PAGE]
+    assert commands[:2] == ["cd examples", "python depth_task.py rooms"] and len(commands) >= 5
+    script = "\n".join(f"{text} {short}" if " train " in text else text for text in commands)
+    path = f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env=os.environ | dict(PATH=path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "painted" / "00.predicted.png").is_file() and (folder / "exported" / "model.onnx").is_file()
