@@ -189,6 +189,7 @@ class DepthTask(DenseTask):
         heading="Depth",
         nothing="From near, dark, to far, bright.",
     )
+    options = DenseTask.options - {"split"}  # the images lie in one folder
 
     @classmethod
     def network(cls, recipe: DepthRecipe, section: ModelSection, classes: Sequence[str]) -> UperNet:
