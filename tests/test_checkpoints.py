@@ -364,7 +364,7 @@ def test_truncated_files(model: nn.Module, tmp_path: Path, form: str, keep: floa
 def test_a_pickle_called_safetensors_is_not_unpickled(tmp_path: Path) -> None:
     path, target = tmp_path / "c.safetensors", tmp_path / "made"
     write_bomb(path, target, "legacy")
-    assert "is no safetensors file but PyTorch's: call it .pth" in refusal(read_state_dict, path)
+    assert "is no safetensors file but PyTorch's: rename it to c.pth" in refusal(read_state_dict, path)
     assert not target.exists()
 
 
@@ -837,8 +837,10 @@ def test_what_a_download_leaves_in_the_place_of_a_file(content: bytes, message: 
 def test_the_content_says_how_a_file_is_read(model: nn.Module, tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "c.pth")
     assert_same(read_state_dict(tmp_path / "c.pth"), model.state_dict())
-    torch.save({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "int8.pth")
-    assert "holds w as int8: save the weights in floating point" in refusal(read_state_dict, tmp_path / "int8.pth")
+    torch.save({"a.weight": torch.ones(2, dtype=torch.int8)}, tmp_path / "int8.pth")
+    assert "holds a.weight as int8: save the weights in floating point" in refusal(
+        read_state_dict, tmp_path / "int8.pth"
+    )
 
 
 def test_a_bare_file_is_told_the_way_that_it_can_go(checkpoint: Path, tmp_path: Path) -> None:

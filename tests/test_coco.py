@@ -166,11 +166,12 @@ def test_a_picture_of_another_size_is_a_bad_image(tmp_path: Path) -> None:
 
 
 def test_damaged_masks_are_named() -> None:
-    assert usable_mask([[1, 2, 3, 4, 5, 6]], (8, 8)) == ([[1, 2, 3, 4, 5, 6]], None)
+    assert usable_mask([[1, 2, 3, 4, 5, 3]], (8, 8)) == ([[1, 2, 3, 4, 5, 3]], None)
     assert usable_mask(encode_mask(np.ones((8, 9))), (9, 8))[1] is None
-    assert usable_mask([[1, 2], [3, 4], [5, 6]], (8, 8)) == ([[1, 2, 3, 4, 5, 6]], None)  # one polygon of points
+    assert usable_mask([[1, 2], [3, 4], [5, 3]], (8, 8)) == ([[1, 2, 3, 4, 5, 3]], None)  # one polygon of points
     for mask, words in (
         ([[1, 2, 3, 4]], "less than three points"),
+        ([[1, 2, 3, 4, 5, 6]], "less than a pixel"),
         ([[1, 2, 3, 4, 5, 6, 7]], "an odd number of coordinates"),
         ([[1, 2, 3, 4, 5, float("nan")]], "far outside"),
         ([[1, 2, 3, 4, 5, 1e10]], "far outside"),

@@ -228,7 +228,10 @@ def test_palettes_that_differ_are_colours(tmp_path: Path) -> None:
     one, two = (Image.fromarray(np.repeat(grey(0, value)[..., None], 3, axis=2)) for value in (100, 200))
     tinted = [Image.composite(image, Image.new("RGB", image.size, "red"), image.convert("L")) for image in (one, two)]
     root = replaced(write(tmp_path / "own", grey(0, 1), classes=CLASSES), "png", *(i.quantize(4) for i in tinted))
-    assert "are colour images (3 colours" in refused(PAIRS, root)
+    message = refused(PAIRS, root)
+    assert "palettes of their own (number 0 is" in message and pasted(message.replace("CLASS", "b")).mask_values
+    numbers = PAIRS.model_copy(update=dict(mask_values={"0": "background", "1": "a", "2": "b"}))
+    open_pairs(numbers, root, seed=0)  # a table of numbers is the user's word
     fixed = [image.quantize(palette=tinted[0].quantize(4)) for image in tinted]
     open_pairs(PAIRS, replaced(write(tmp_path / "fixed", grey(0, 1), classes=CLASSES), "png", *fixed), seed=0)
 
@@ -236,9 +239,12 @@ def test_palettes_that_differ_are_colours(tmp_path: Path) -> None:
 def test_gifs_in_grey_hold_values(tmp_path: Path) -> None:
     """Pillow numbers the values of each file anew in its palette."""
     masks = [Image.fromarray(grey(0, value)) for value in (1, 2)]
-    source = open_pairs(PAIRS, replaced(write(tmp_path, grey(0, 1), classes=CLASSES), "gif", *masks), seed=0)
+    source = open_pairs(PAIRS, replaced(write(tmp_path / "a", grey(0, 1), classes=CLASSES), "gif", *masks), seed=0)
     found = {pair.name: set(np.unique(source.train.load(n)[1])) for n, pair in enumerate(source.train.pairs)}
     assert all(classes == {0, 1 + int(Path(name).stem) % 2} for name, classes in found.items())
+    black_and_white = Image.fromarray(grey(0, 255))  # whose numbers are 0 and 1
+    numbered = open_pairs(PAIRS, replaced(write(tmp_path / "b", grey(0, 1)), "gif", black_and_white), seed=0)
+    assert set(np.unique(numbered.train.load(0)[1])) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -264,6 +270,9 @@ def test_soft_edges(tmp_path: Path) -> None:
     ).data
     _, classes = open_pairs(data, root, seed=0).train.load(0)  # type: ignore[arg-type]
     assert classes[0].tolist() == [0] * 24 + [1] * 24
+    void = data.model_copy(update=dict(mask_values={"0": "background", "1": "object"}))  # type: ignore[union-attr]
+    _, classes = open_pairs(void, write(tmp_path / "void", grey(0, 1, 255)), seed=0).train.load(0)  # type: ignore[arg-type]
+    assert set(np.unique(classes)) == {0, 1, 255}
     floats = Image.fromarray(grey(0, 1).astype(np.float32) * np.float32(0.9999))
     found = open_pairs(PAIRS, replaced(write(tmp_path / "floats", grey(0, 1)), "tif", floats), seed=0)
     assert set(np.unique(found.train.load(0)[1])) == {0, 1}
@@ -273,5 +282,6 @@ def test_masks_that_no_image_has(tmp_path: Path) -> None:
     root = write(tmp_path, grey(0, 1), name="{}_mask.png")
     Image.fromarray(grey(0, 1)).save(root / "masks" / "other_mask.png")
     assert any("1 mask of no image: other_mask.png" in note for note in open_pairs(PAIRS, root, seed=0).train.notes)
-    Image.fromarray(grey(1, 0)).save(root / "masks" / "2_mask_1.png")
-    assert "several masks of one image, 2_mask.png and 2_mask_1.png" in refused(PAIRS, root)
+    for number in (1, 2):
+        Image.fromarray(grey(1, 0)).save(root / "masks" / f"{number}_mask_1.png")
+    assert "several masks of one image, 1_mask.png and 1_mask_1.png" in refused(PAIRS, root)

@@ -15,9 +15,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from conv2former.errors import UserError, nearest, shortened
 
@@ -34,15 +36,20 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_no_booleans(cls, given: Any) -> Any:
-        for name, value in given.items() if isinstance(given, dict) else ():
-            field = cls.model_fields.get(name)
-            kinds = {field.annotation, *get_args(field.annotation)} if field else set()
-            if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-                raise ValueError(f"{name!r} is {str(value).lower()} (as YAML reads yes, no, on and off): give a number")
+    def _numbers_are_no_booleans(cls, given: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        parts = given if isinstance(given, list | tuple) else [given]
+        if any(isinstance(part, bool) for part in parts) and kinds & {int, float} and bool not in kinds:
+            either = "a number or null" if type(None) in kinds else "a number"
+            raise PydanticCustomError("boolean", f"YAML reads yes, no, on and off as true and false: give {either}")
         return given
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
 
 
 class Claim(Section):
@@ -444,13 +451,11 @@ def validated(config_class: type[Recipe], raw: dict[str, Any], origin: str) -> A
         raw = {name: dict(part) if isinstance(part, dict) else part for name, part in raw.items()} | dict(auto=auto)
         for key in auto:
             _put(raw, key, known[key][0])  # until it is decided
-    if isinstance(raw, dict):  # an empty section is written as nothing
-        raw = {name: part for name, part in raw.items() if part is not None}
     try:
         return config_class.model_validate(raw)
     except ValidationError as error:
         found = list(dict.fromkeys(_explain(fault, config_class) for fault in error.errors()[:MOST_FAULTS]))
-        more = error.error_count() - len(found)
+        more = max(error.error_count() - MOST_FAULTS, 0)
         found += [f"and {more:,} more"] * bool(more)
         raise UserError(f"recipe {origin}: {'; '.join(found)}") from None
 

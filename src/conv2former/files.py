@@ -142,17 +142,23 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with YAML 1.2's numbers: ``1e-6`` is one, ``1:30`` is none, ``010`` is not octal; no dates."""
+    """YAML's safe loader with YAML 1.2's numbers (``1e-6`` is one, ``010`` is 10, ``1:30`` is none), and no dates."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in known if not tag.endswith(("timestamp", ":int"))]
+        first: [(tag, form) for tag, form in known if not tag.endswith(("timestamp", ":int", ":float"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def whole(self, node: yaml.ScalarNode) -> int:
+        """A whole number."""
+        return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+
+_INT = re.compile(r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole)
 
 
 def _parts(node: yaml.Node, known: dict[int, int], level: int) -> int:

@@ -29,7 +29,7 @@ PLAIN_KEYS = ("state_dict", "model", "model_state_dict", "net")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
-MOST_OF_A_HEADER = 10**8  # bytes of JSON behind their number, with which a safetensors file begins
+MOST_OF_A_HEADER = 10**8  # bytes, of the JSON that a safetensors file begins with behind its length
 # what a download may leave in the place of a file
 FOREIGN = (
     (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with `git lfs pull`"),
@@ -75,13 +75,13 @@ def read_checkpoint(path: Path) -> Any:
             raise UserError(f"{path} is empty (0 bytes): copy or download it again")
         with path.open("rb") as file:
             start = file.read(512)
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < MOST_OF_A_HEADER:
+            return load_file(path)
         for known, what in FOREIGN:
             if start.lstrip().lower().startswith(known):
                 raise UserError(f"{path} is no checkpoint but {what}")
-        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < MOST_OF_A_HEADER:
-            return load_file(path)
         if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):  # whose name promises no pickle
-            raise UserError(f"{path} is no safetensors file but PyTorch's: call it .pth, and it is read as that")
+            raise UserError(f"{path} is no safetensors file but PyTorch's: rename it to {path.stem}.pth")
         return load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
     except UserError:
         raise
@@ -165,7 +165,7 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
         # sparse, quantized and meta tensors would fail later in a less clear way
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise UserError(f"{path} holds {name} in a form without plain values: save dense tensors")
-        if value.is_complex() or value.dtype in (torch.int8, torch.uint8):
+        if name.endswith((".weight", ".bias")) and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise UserError(f"{path} holds {name} as {kind}: save the weights in floating point")
         state_dict[name] = value.detach()

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from conv2former.data.images import turned
+from conv2former.data.images import decode, turned
 from conv2former.errors import UserError, one_line, printable, some
 from conv2former.files import read_within
 
@@ -21,7 +21,7 @@ MOST_OF_A_NAME = 1000  # characters, of a class's or a file's
 NAMED = 20  # classes that are named before the first step
 MOST_LOOKED_AT = 20_000  # training images whose sizes are compared with those of a tenth as many for validation
 MOST_ALIKE = 100  # training images of one size in bytes whose content is compared
-MOST_DECODED = 20  # images whose values are looked at
+MOST_DECODED, DARK = 20, 32  # images whose values are looked at; levels of 255
 MOST_HEADERS = 500  # images whose EXIF is looked at
 EXIF_OPTION = "--set data.exif=ignore"
 HASHED_BYTES = 1 << 20
@@ -74,21 +74,21 @@ def dark(source: Any) -> str | None:
     if not hasattr(source, "file"):
         return None
     looked = [source.file(index) for index in spread(len(source), MOST_DECODED)]
-    highest = [value for file in looked if file and (value := _highest(file))]
-    few = [value for value in highest if value < 1 << 13]
-    if not few:
+    levels = [level for file in looked if (level := _brightest(file)) is not None and level < DARK]
+    if not levels:
         return None
-    what = f"{len(few)} of {len(looked)} images that were looked at have 16 bits and values up to {max(few):,} alone"
-    return f"{what}: they come out nearly black; stretch them to 65,535"
+    what = f"{len(levels)} of {len(looked)} images that were looked at have 16 bits and come out nearly black"
+    return f"{what}, at most {max(levels)} of 255: stretch their values"
 
 
-def _highest(file: str | Path) -> int:
-    """The highest value of an image of 16 bits; 0 for all others."""
+def _brightest(file: str | Path | None) -> int | None:
+    """The brightest level of 255 of an image of 16 bits; None for all others."""
     try:
-        with Image.open(file) as image:
-            return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
-    except Exception:  # Pillow raises nearly anything; whoever reads the image says it
-        return 0
+        with Image.open(file or "") as image:
+            deep = image.mode.startswith("I")
+        return int(np.asarray(decode(Path(file or ""))).max()) if deep else None
+    except (OSError, ValueError, SyntaxError):  # whoever reads the image says it
+        return None
 
 
 def counted(classes: Sequence[str], splits: Splits, *, what: str = "classes") -> str:

@@ -55,6 +55,7 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
     if accelerator == "cpu" and engine.precision == "16":
         raise UserError("engine.precision=16 needs a GPU: use bf16 on a CPU")  # Lightning would take bf16 in silence
     devices, nodes = _layout(engine)
+    _refuse_tasks_that_nobody_starts()
     if devices == "auto" and accelerator == "cpu":
         devices = 1
     several = nodes > 1 or (devices if devices != "auto" else torch.cuda.device_count()) > 1
@@ -107,19 +108,26 @@ def _layout(engine: EngineSection) -> tuple[Any, int]:
         devices = _count("LOCAL_WORLD_SIZE")
         found, by = (devices, _count("WORLD_SIZE") // devices), "torchrun"
     elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes, tasks = _count("SLURM_NNODES", "1"), _count("SLURM_NTASKS")
-        if tasks > 1 and "SLURM_STEP_NUM_TASKS" not in environment:  # which srun alone sets
-            raise UserError(
-                f"this SLURM job has {tasks} tasks, and srun has not started this process: write srun before the "
-                "command, or ask for one task (#SBATCH --ntasks=1)"
-            )
-        found, by = (tasks // nodes, nodes), "SLURM"
+        nodes = _count("SLURM_NNODES", "1")
+        found, by = (_count("SLURM_NTASKS") // nodes, nodes), "SLURM"
     else:
         return engine.devices, 1 if engine.nodes == "auto" else engine.nodes
     for name, given, real in (("devices", engine.devices, found[0]), ("nodes", engine.nodes, found[1])):
         if given not in ("auto", real):
             raise UserError(f"engine.{name}={given}, but {by} has started {real}: add --set engine.{name}=auto")
     return found
+
+
+def _refuse_tasks_that_nobody_starts() -> None:
+    """A batch script of SLURM is one process of a job of several tasks: the others would be waited for."""
+    environment = os.environ
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    started = {"SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"} & environment.keys()  # the first is set by srun alone
+    if "SLURM_NTASKS" in environment and not interactive and not started and (tasks := _count("SLURM_NTASKS")) > 1:
+        raise UserError(
+            f"this SLURM job has {tasks} tasks, and srun has not started this process: write srun before the command, "
+            "or ask for one task (#SBATCH --ntasks=1)"
+        )
 
 
 def _count(name: str, absent: str = "") -> int:

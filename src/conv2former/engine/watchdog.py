@@ -94,7 +94,7 @@ class Watchdog:
         self.identities: dict[int, dict[str, Any]] = {}
         self.done: set[int] = set()
         self.changes, self.changed, self.suspected = 0, time.monotonic(), False
-        self.waited: dict[int, float] = {}  # by process; what ``_waited_for_a_processor`` said at the last look
+        self.waited: dict[int, float] = {}  # by thread; what ``_waited_for_a_processor`` said at the last look
         self.began = time.monotonic()  # of the first: when the others could join
         self.stopped_since: float | None = None
         self.interrupted: float | None = None
@@ -176,7 +176,8 @@ class Watchdog:
         if changes != self.changes:
             self.changes, self.changed = changes, now
         # on a machine with too much to do, the time without a processor is not counted
-        self.changed = min(now, self.changed + self._starved([self.pid, *(reader.pid for reader in readers)]))
+        reading = [reader.pid for reader in readers if reader.pid and _is_sibling(reader.pid)]
+        self.changed = min(now, self.changed + self._starved([self.pid, *reading]))
         if self.world == 1 and self._is_stopped():  # somebody has paused it, or looks at it with a debugger
             self.changed = now
         elif self._is_stopped():
@@ -201,9 +202,11 @@ class Watchdog:
         return f"process {self.rank}" if self.world > 1 else "the training"
 
     def _starved(self, pids: list[int]) -> float:
-        """Seconds since the last look for which one of the processes waited for a processor; the most of any."""
-        before, self.waited = self.waited, {pid: _waited_for_a_processor(pid) for pid in pids if pid}
-        return max(seconds - before.get(pid, seconds) for pid, seconds in self.waited.items())
+        """Seconds since the last look for which a thread of the processes waited for a processor; the most of any."""
+        before, self.waited = self.waited, {}
+        for pid in pids:
+            self.waited |= _waited_for_a_processor(pid)
+        return max((seconds - before.get(thread, seconds) for thread, seconds in self.waited.items()), default=0.0)
 
     def _is_stopped(self) -> bool:
         return _stat(self.pid)[:1] in (["T"], ["t"])
@@ -369,12 +372,13 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _waited_for_a_processor(pid: int) -> float:
-    """Seconds of its life that a process was ready to run and had no processor; 0 where the system does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0.0
+def _waited_for_a_processor(pid: int) -> dict[int, float]:
+    """Seconds for which each thread of a process was ready to run and had no processor; empty where nobody says."""
+    found = {}
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
+            found[int(file.parent.name)] = int(file.read_text().split()[1]) / 1e9
+    return found
 
 
 def _is_sibling(pid: int) -> bool:

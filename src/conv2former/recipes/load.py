@@ -59,6 +59,7 @@ def _raw(name: str, above: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"recipe {name} is not YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"recipe {name} holds no sections: it must start with name:, claim:, model:")
+    raw = {key: part for key, part in raw.items() if part is not None}  # an empty section is written as nothing
     base = raw.pop("base", None)
     if base is None:
         return raw

@@ -64,15 +64,13 @@ class AugmentSection(Section):
     def _crops_are_ranges(self) -> AugmentSection:
         for name, (least, most), limit in (("scale", self.scale, 1), ("ratio", self.ratio, 100)):
             if not 0 < least <= most <= limit:
-                raise ValueError(
-                    f"augment.{name} {(least, most)} must be the least and the most, above 0 and up to {limit}"
-                )
+                raise ValueError(f"augment.{name} {(least, most)} must be (least, most), above 0 and up to {limit}")
         return self
 
     @model_validator(mode="after")
     def _policy_is_read_whole(self) -> AugmentSection:
         _, *settings = (self.auto_augment or "").split("-")  # timm passes over what it does not know
-        if wrong := [part for part in settings if not re.fullmatch(r"[a-z]+([0-9.]+|inf)", part)]:
+        if wrong := [part for part in settings if not re.fullmatch(r"[a-z]+[0-9.]+|t(weights|3aw?)", part)]:
             raise ValueError(f"augment.auto_augment: {wrong[0]!r} is no setting such as m9, mstd0.5 or inc1")
         return self
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import counted, given_folder
+from conv2former.data.sources import counted, given_folder, spread
 from conv2former.errors import UserError, nearest, some, visible
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
@@ -27,7 +27,7 @@ from conv2former.tasks.classification.sources import (
     hfds_splits,
 )
 
-LOOKED_INTO = 1000  # class folders
+LOOKED_INTO = 20  # class folders
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def open_splits(data: DataSection, root: Path | None, *, seed: int) -> Splits:
             raise UserError(f"the recipe brings its own images and would ignore {root}: leave --data out")
         return _split(DigitsSource(), data.val_fraction, seed)
     layout = _layout(data.source, root)
+    if data.source == "folder" and root is not None:
+        _refuse_class_called_train(root)
     return replace(_opened(layout, root, data.val_fraction, seed), unread=layout.unread)
 
 
@@ -177,12 +179,6 @@ def _folder_layout(root: Path) -> _Layout:
         raise UserError(f"{' and '.join(inner.values())} lie in {root / names[0]}: give --data {where}")
     places = {split: root / name for split, name in found.items()}
     _refuse_parts_of_classes(root, names if not found else [])
-    if "train" in found and "val" not in found and len(names) > len(found) and not subfolders(places["train"]):
-        others = some([name for name in names if name not in found.values()], 3)
-        raise UserError(
-            f"{places['train']} has no class folders, and beside it are {others}: if it is a class, rename it, because "
-            "train/ means the training images"
-        )
     for folder in (root, *places.values()):
         _refuse_archives(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
@@ -190,9 +186,20 @@ def _folder_layout(root: Path) -> _Layout:
     return _Layout(parts, partial(FolderSource, root), words, _rest(root, names, found))
 
 
+def _refuse_class_called_train(root: Path) -> None:
+    names = subfolders(root)
+    found = find_splits(names)
+    if "train" in found and "val" not in found and len(names) > len(found) and not subfolders(root / found["train"]):
+        others = some([name for name in names if name not in found.values()], 3)
+        raise UserError(
+            f"{root / found['train']} has no class folders, and beside it are {others}: if {found['train']!r} is a "
+            "class, rename that folder, because its name means the training images"
+        )
+
+
 def _refuse_parts_of_classes(root: Path, names: Sequence[str]) -> None:
     """Refuses class folders that hold the parts of a set, which would be mixed and split anew."""
-    for name in names[:LOOKED_INTO]:
+    for name in (names[index] for index in spread(len(names), LOOKED_INTO)):
         inner = find_splits(subfolders(root / name))
         if "train" in inner and len(inner) > 1:
             raise UserError(

@@ -87,9 +87,11 @@ def _alike(root: Path, names: Sequence[str]) -> list[str]:
     inside: dict[str, set[str]] = {}
     for name in names:
         first, *rest = name.split(os.sep)
-        inside.setdefault(first, set()).add(rest[0] if len(rest) > 1 else "")
+        if len(rest) < 2:
+            return []
+        inside.setdefault(first, set()).add(rest[0])
     same, *others = inside.values()
-    if not others or len(same) < 2 or "" in same or any(other != same for other in others):
+    if not others or len(same) < 2 or any(other != same for other in others):
         return []
     what = f"all class folders hold {some(sorted(same), 4)}, and the first folder names the class"
     return [printable(f"{root}: {what}: if these are the classes, put them at the top")]

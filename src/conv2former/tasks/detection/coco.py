@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 )
 
 
-BEYOND = "have a box that reaches beyond the image: COCO's are [x, y, width, height], not two corners"
+BEYOND = "have a box that reaches beyond the image"
 CROWDS = "are crowds (iscrowd): not trained on"
 VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
@@ -246,6 +246,8 @@ class CocoSource:
                 "multiply them by the sides of their images"
             )
         for what, names in said.items():
+            if what == BEYOND and 2 * len(names) > len(annotations):
+                what += "; COCO's are [x, y, width, height], not two corners"
             ids = "" if what == CROWDS else f" (ids {some(names, 3)})"
             self.notes.append(f"{self.annotations}: {len(names):,} of {len(annotations):,} objects {what}{ids}")
         return found

@@ -13,7 +13,7 @@ from conv2former.data.sources import in_order
 
 FAR = 10  # sides of an image that a polygon's points may lie away from it
 NO_MASK = "without a mask (segmentation)"
-EMPTY_MASK = "whose mask is less than a pixel"
+EMPTY_MASK = "whose mask has no pixel"
 
 
 MOST = 10**60  # that no number of COCO's reaches: ids, sides, coordinates
@@ -146,11 +146,17 @@ def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]
             trouble = "whose mask has a polygon of less than three points"
         elif not (np.abs(points) <= FAR * max(size)).all():  # not a number either
             trouble = "whose mask has points far outside of the image"
-        elif np.prod(np.ptp(points.reshape(-1, 2), axis=0)) < 1:  # points, lines, and fractions of the image's sides
-            trouble = EMPTY_MASK
+        elif _area(points.reshape(-1, 2)) < 1:  # points, lines, and fractions of the image's sides
+            trouble = "whose mask has a polygon of less than a pixel"
         else:
             kept.append(polygon if points.ndim == 1 and stored.dtype.kind in "if" else points.ravel().tolist())
     return kept or None, trouble
+
+
+def _area(points: np.ndarray) -> float:
+    """Of a polygon (N, 2)."""
+    x, y = points.T
+    return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
 
 
 def box_of(mask: Any) -> list[float]:

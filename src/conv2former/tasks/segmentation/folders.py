@@ -34,6 +34,7 @@ from conv2former.tasks.segmentation.values import (
     MaskValues,
     Table,
     check_values,
+    colour_key,
     colour_trouble,
     missing_classes,
     remedy,
@@ -85,6 +86,7 @@ class PairSource:
     ) -> None:
         self.pairs, self.classes, self.reduce_zero, self.nearest = list(pairs), classes, reduce_zero, nearest
         self.values, self.turn = MaskValues(table, classes) if table else None, turn
+        self.greys = False  # whether palettes hold the values of masks as their greys
         self.notes: list[str] = []
 
     def __len__(self) -> int:
@@ -113,13 +115,14 @@ class PairSource:
     def stored(self, index: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """A mask's values or colours, (H, W); raises BadImage."""
         colours = self.values is not None and self.values.colours
-        return read_labels(self.pairs[index].labels, max_pixels=max_pixels, colours=colours, turn=self.turn)
+        options: Any = dict(colours=colours, greys=self.greys, turn=self.turn)
+        return read_labels(self.pairs[index].labels, max_pixels=max_pixels, **options)
 
     def classes_of(self, stored: np.ndarray, path: Path) -> np.ndarray:
         """Stored values (H, W) as classes of uint8, 255 for none; raises BadImage."""
         if self.values:
-            nearest = self.nearest or path.suffix.lower() in LOSSY_EXTENSIONS
-            return self.values.classes_of(stored, path, nearest=nearest)
+            lossy = path.suffix.lower() in LOSSY_EXTENSIONS
+            return self.values.classes_of(stored, path, nearest=self.nearest or lossy, void=not lossy)
         return to_classes(stored, classes=len(self.classes), reduce_zero=self.reduce_zero, path=path)
 
     def part(self, indices: Sequence[int]) -> PairSource:
@@ -131,7 +134,6 @@ class PairSource:
     def look(self, where: Path) -> list[str]:
         """What is to be said of the values in a sample of the masks; raises UserError if there is nothing to learn."""
         pixels, masks = np.zeros(1 << 16, np.int64), 0
-        self._check_palettes(where)
         for index in spread(len(self), LOOKED_AT):
             try:
                 stored = self.stored(index)
@@ -151,20 +153,39 @@ class PairSource:
             return missing_classes(f"{masks} masks of {where}", present, self.classes)
         return check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
 
-    def _check_palettes(self, where: Path) -> None:
-        """Refuses masks in which one number has several colours, because each file has a palette of its own."""
-        if self.values and self.values.colours:
-            return
-        known: dict[int, tuple[int, ...]] = {}
+    def check_palettes(self) -> None:
+        """Looks at palettes, of which each file may have its own; then its numbers are no classes.
+
+        Those of a GIF that hold greys alone are read by their greys: Pillow numbers these anew in each file. A table of
+        the recipe says what the numbers are, whatever their colours.
+
+        Raises:
+            UserError: One number has several colours.
+        """
+        known: dict[int, tuple[tuple[int, ...], Path]] = {}
         colours: Counter[int] = Counter()
-        differ = False
-        for index in spread(len(self), LOOKED_AT):
+        differ, odd = "", False
+        for index in spread(len(self), LOOKED_AT) if self.values is None else ():
             file = self.pairs[index].labels
             for value, rgb in palette(file).items():
-                differ |= known.setdefault(value, rgb) != rgb
+                first, other = known.setdefault(value, (rgb, file))
+                if first != rgb and value != IGNORED:
+                    differ = f"number {value} is {_words(first)} in {other.name} and {_words(rgb)} in {file.name}"
+                odd |= rgb[0] not in (value, IGNORED)
                 colours[rgb[0] << 16 | rgb[1] << 8 | rgb[2]] += 1
-        if differ:
-            raise colour_trouble(where, colours, self.classes)
+        gif = all(file.suffix.lower() == ".gif" for _, file in known.values())
+        if gif and (differ or odd) and all(len({*rgb}) == 1 for rgb, _ in known.values()):
+            self.greys = True
+        elif differ:
+            keys = [colour_key(value) for value, _ in sorted(colours.most_common(12))]
+            raise UserError(
+                f"masks have palettes of their own ({differ}): say which colour is which class, with "
+                + remedy(keys, self.classes)
+            )
+
+
+def _words(rgb: Sequence[int]) -> str:
+    return " ".join(map(str, rgb))
 
 
 @dataclass(frozen=True)
@@ -315,23 +336,26 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
     turn = data.exif == "turn"
     table: Any = dict(table=data.mask_values, nearest=data.mask_nearest)
     source = PairSource(pairs, classes, reduce_zero=data.reduce_zero_label, turn=turn, **table)
+    source.check_palettes()
     source.notes = notes
     return source
 
 
 def _check_rest(where: Path, rest: set[Path], masks: dict[str, Path], notes: list[str]) -> None:
-    """What is to be said of masks that no image has; raises UserError if some are further masks of an image."""
-    used = {path.with_suffix("").as_posix(): path for path in masks.values()} if rest else {}
-    for path in sorted(rest):
-        first = used.get(SECOND.sub("", path.with_suffix("").as_posix()))
-        if first and first not in rest:
-            raise UserError(
-                f"{where} holds several masks of one image, {first.name} and {path.name} for example: merge them into "
-                "one, or move away what is none of its masks"
-            )
-    if rest:
-        names = [path.name for path in sorted(rest)]
-        notes.append(f"{where}: {plural(len(rest), 'mask')} of no image: {some(names, 3)}")
+    """What is to be said of masks that no image has; raises UserError if most are further masks of an image."""
+    if not rest:
+        return
+    used = {path.with_suffix("").as_posix(): path for path in masks.values() if path not in rest}
+    stems = {path: SECOND.sub("", path.with_suffix("").as_posix()) for path in sorted(rest)}
+    further = {path: used[stem] for path, stem in stems.items() if stem in used}
+    if 2 * len(further) > len(rest):
+        path, first = next(iter(further.items()))
+        raise UserError(
+            f"{where} holds several masks of one image, {first.name} and {path.name} for example: merge them into one, "
+            "or move masks of other images elsewhere"
+        )
+    names = [path.name for path in sorted(rest)]
+    notes.append(f"{where}: {plural(len(rest), 'mask')} of no image: {some(names, 3)}")
 
 
 def _matched(images: Sequence[str], masks: dict[str, Path], where: Path, notes: list[str]) -> dict[str, Path]:

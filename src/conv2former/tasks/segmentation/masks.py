@@ -32,13 +32,16 @@ class ColourMask(BadImage):
         self.colours: Counter[int] = colours or Counter()
 
 
-def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = False, turn: bool = False) -> np.ndarray:
+def read_labels(
+    path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = False, greys: bool = False, turn: bool = False
+) -> np.ndarray:
     """A mask (H, W) of uint16 as it is stored; colour images whose channels are equal count as grey.
 
     Args:
         path: The file.
         max_pixels: Larger ones are refused.
         colours: Gives red, green and blue as 24 bits of uint32, those of a palette too.
+        greys: Gives the grey that a palette has for each number, in the place of the number.
         turn: Whether its own EXIF orientation is applied.
 
     Raises:
@@ -56,8 +59,8 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = Fal
                     )
                 mode, depth = image.mode, image.tile[0][3] if image.format == "PNG" and image.tile else None
                 shown = ImageOps.exif_transpose(image) if turn else image
-                if image.format == "GIF" and not colours and (grey := _grey_palette(shown)) is not None:
-                    return grey
+                if greys and mode == "P":
+                    return _greys(shown)
                 if colours or mode not in (*MODES, "F"):
                     return _colours(np.asarray(shown.convert("RGB")), path, shown, colours=colours)
                 values = np.asarray(shown)
@@ -75,30 +78,21 @@ def palette(path: Path) -> dict[int, tuple[int, ...]]:
     """The colours (red, green, blue) of the numbers in a mask with a palette; empty for others and damaged files."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            used = _used(image) if image.mode == "P" else {}
-            return {} if image.format == "GIF" and _is_grey(used) else used
+            return _used(image) if image.mode == "P" else {}
     except Exception:  # whoever reads the mask says it
         return {}
 
 
 def _used(image: Image.Image) -> dict[int, tuple[int, ...]]:
     colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-    return {
-        int(value): tuple(colours[value].tolist()) for value in np.unique(np.asarray(image)) if value < len(colours)
-    }
+    values = [int(value) for value in np.unique(np.asarray(image)) if value < len(colours)]
+    return {value: tuple(colours[value].tolist()) for value in values}
 
 
-def _is_grey(used: dict[int, tuple[int, ...]]) -> bool:
-    return all(len({*rgb}) == 1 for rgb in used.values())
-
-
-def _grey_palette(image: Image.Image) -> np.ndarray | None:
-    """The values of a GIF in grey, which has no other way to store them; None where there are colours."""
-    used = _used(image) if image.mode == "P" else {}
-    if not used or not _is_grey(used):
-        return None
+def _greys(image: Image.Image) -> np.ndarray:
     table = np.zeros(256, np.uint16)
-    table[[*used]] = [rgb[0] for rgb in used.values()]
+    for value, rgb in _used(image).items():
+        table[value] = rgb[0]
     return table[np.asarray(image)]
 
 
@@ -107,7 +101,7 @@ def _whole(values: np.ndarray, path: Path) -> np.ndarray:
     rounded = np.rint(values)
     if not (np.abs(values - rounded) < 1e-3).all():  # not a number either
         wrong = values[~(np.abs(values - rounded) < 1e-3)].flat[0]
-        raise BadImage(str(path), f"it holds {wrong:.4g}, and classes are whole numbers: save it with such")
+        raise BadImage(str(path), f"it holds {wrong:.4g}, and classes are whole numbers: save it with whole numbers")
     return rounded.astype(np.int64)
 
 

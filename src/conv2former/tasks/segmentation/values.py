@@ -95,19 +95,22 @@ class MaskValues:
         self.codes = np.array(sorted(targets), np.int64)
         self.targets = np.array([targets[value] for value in sorted(targets)], np.uint8)
 
-    def classes_of(self, stored: np.ndarray, path: Path, *, nearest: bool) -> np.ndarray:
+    def classes_of(self, stored: np.ndarray, path: Path, *, nearest: bool, void: bool = False) -> np.ndarray:
         """Stored codes (H, W) as classes of uint8; raises BadImage.
 
         Args:
             stored: As ``read_labels`` gives them.
             path: For the message.
             nearest: Whether a value stands for the nearest one of the table (JPEG keeps none exactly).
+            void: Whether 255 is no class even then, unless the table names it.
         """
         values, inverse = np.unique(stored, return_inverse=True)
         if nearest:
             given = np.array(self.given, np.int64)
             apart = np.abs(_channels(values)[:, None] - _channels(given)[None]).sum(axis=2)
             found = np.searchsorted(self.codes, given[apart.argmin(axis=1)])
+            if void and not self.colours:
+                found[values == IGNORED] = np.searchsorted(self.codes, IGNORED)
         else:
             found = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
             unknown = values[self.codes[found] != values]

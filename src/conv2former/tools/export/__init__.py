@@ -198,6 +198,7 @@ def _recorded(out: Path, model: Path, rows: list[dict[str, Any]]) -> list[dict[s
             before = parse_json(read_within(path))
             new = {row["format"] for row in rows}
             kept = [row for row in before["files"] if row["format"] in FORMATS and row["format"] not in new]
+            kept = [row for row in kept if (out / row["file"]).exists()]
             rows = [*kept, *rows] if before["weights"] == weights else rows
         replace_text(path, json.dumps(dict(weights=weights, files=rows), indent=2) + "\n")
     except OSError as error:
