@@ -294,12 +294,7 @@ def serve(words: list[str]) -> None:
 
 
 QUICK = [command for command in SHOWN if not command.needs and not is_long(command)]
-FIRST = (
-    "README.md",
-    "docs/index.md",
-    "docs/start.md",
-    "docs/fine_tune.md",
-)  # what a newcomer runs; the others are slow tests
+FIRST = ("README.md", "docs/start.md")  # what a newcomer runs; the others are slow tests
 DOCUMENTS = [
     document if document in FIRST else pytest.param(document, marks=pytest.mark.slow)
     for document in sorted({command.document for command in QUICK})

@@ -455,6 +455,7 @@ def test_it_listens_on_this_computer_alone() -> None:
         assert listening.getsockname()[0] == "127.0.0.1"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_cleanly(finished: Path) -> None:
     """SIGTERM: see ``test_demo_browser``."""
     with demo(finished) as running:

@@ -166,6 +166,7 @@ def test_a_detector_up_to_its_pyramid(detector: Path, tmp_path: Path) -> None:
     assert len(FORMATS["torch"].load(tmp_path / "model.pt2")(np.zeros((1, 3, 64, 96), np.float32))) == 5
 
 
+@pytest.mark.slow
 def test_a_detector_that_finds_nothing(detector: Path, tmp_path: Path) -> None:
     """One that was hardly trained is sure of nothing: rows without a box, and a note that little was compared."""
     said: list[str] = []
@@ -280,35 +281,42 @@ def test_each_output_is_held_to_its_own_size(detector: Path) -> None:
 
 
 def test_an_error_leaves_nothing_and_harms_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
-    run(finished, tmp_path / "out", "torch")
-    before = (tmp_path / "out" / "model.pt2").read_bytes()
+    run(finished, tmp_path / "out", "runtime")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
     (tmp_path / "out" / "README.md").write_text("mine")
     (tmp_path / "classless").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "classless" / "a.png")
     with pytest.raises(UserError):
-        run(finished, tmp_path / "out", "torch", images=[data / "val"], data=tmp_path / "classless")
-    assert not run(finished, tmp_path / "out", "torch", tolerance=-1.0)["torch"].ok
-    assert (tmp_path / "out" / "model.pt2").read_bytes() == before
-    run(finished, tmp_path / "out", "torch")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "export.json", "model.pt2"]
+        run(finished, tmp_path / "out", "runtime", images=[data / "val"], data=tmp_path / "classless")
+    assert not run(finished, tmp_path / "out", "runtime", tolerance=-1.0)["runtime"].ok
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    run(finished, tmp_path / "out", "runtime")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "export.json",
+        "model.safetensors",
+    ]
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
     with pytest.raises(UserError, match="holds a saved model"):
-        run(finished, finished / "best", "torch")
+        run(finished, finished / "best", "runtime")
 
 
 def test_the_card_names_the_files_of_earlier_calls(finished: Path, tmp_path: Path) -> None:
-    for name in ("torch", "runtime", "torch"):
-        run(finished, tmp_path, name)
-    record = json.loads((tmp_path / "export.json").read_text())
-    assert [row["file"] for row in record["files"]] == ["model.safetensors", "model.pt2"]
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("model.safetensors | runtime |") == card.count("model.pt2 | torch |") == 1
-    (tmp_path / "export.json").write_text(json.dumps(record | dict(weights="of another model")))
-    run(finished, tmp_path, "torch")
-    assert "| runtime |" not in (tmp_path / "README.md").read_text()
-    (tmp_path / "export.json").write_text('["damaged"')
-    run(finished, tmp_path, "torch")
-    assert len(json.loads((tmp_path / "export.json").read_text())["files"]) == 1
+    run(finished, tmp_path, "runtime")
+    place, card = tmp_path / "export.json", tmp_path / "README.md"
+    record = json.loads(place.read_text())
+    (row,) = record["files"]
+    earlier = record | dict(files=[row | dict(format="torch", file="model.pt2"), row])
+    for there, weights, files in ((False, "", 1), (True, "", 2), (True, "of another model", 1)):
+        place.write_text(json.dumps(earlier | dict(weights=weights or record["weights"])))
+        (tmp_path / "model.pt2").touch() if there else None
+        run(finished, tmp_path, "runtime")
+        assert len(json.loads(place.read_text())["files"]) == files
+        assert card.read_text().count("model.safetensors | runtime |") == 1
+        assert card.read_text().count("model.pt2 | torch |") == files - 1
+    place.write_text('["damaged"')
+    run(finished, tmp_path, "runtime")
+    assert len(json.loads(place.read_text())["files"]) == 1
 
 
 def test_a_name_that_is_both_is_refused(

@@ -197,7 +197,12 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
-@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn", "boxes alone"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["mask_rcnn", *(pytest.param(kind, marks=SLOW) for kind in ("cascade_mask_rcnn", "boxes alone"))]
+)
 def test_a_whole_detector(kind: str, coco: Path, photos: Path, tmp_path: Path) -> None:
     masks = kind != "boxes alone"
     choice = f"detector.kind={kind}" if masks else "detector.masks=false"

@@ -220,7 +220,8 @@ def test_slurm_starts_the_processes(one: Path, uneven: Path, tmp_path: Path) -> 
     assert_all_are_counted(errors[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("victim", [pytest.param("first", marks=pytest.mark.slow), "second"])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
 def test_when_one_is_killed_the_other_stops_with_a_line(data: Path, tmp_path: Path, victim: str) -> None:
     process = start(command(data, tmp_path / "run", *TWO, "schedule.epochs=2000"))
     wait_for(process, tmp_path / "run", count=2)

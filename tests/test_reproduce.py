@@ -140,6 +140,7 @@ def test_other_images_and_settings_are_measured_anew(tmp_path: Path, quick: list
     assert reproduce(one)[0].skipped == 1
 
 
+@pytest.mark.slow
 def test_seeds_that_hold_other_images_out_are_one_table(tmp_path: Path, quick: list[Job]) -> None:
     shutil.move(write_digits(tmp_path / "data") / "train", tmp_path / "classes")
     settings = (*TINY, "data.val_fraction=0.25")

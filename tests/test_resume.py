@@ -414,6 +414,7 @@ def test_an_evaluation_that_is_done_twice_leaves_one_row(
     assert_same_run(whole, tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(data: Path, tmp_path: Path) -> None:
     first = start(command(data, tmp_path / "run", "schedule.epochs=2000"))
     wait_for(first, tmp_path / "run")

@@ -10,6 +10,7 @@ import pytest
 import soak
 
 
+@pytest.mark.slow  # minutes; tests/test_resume.py and tests/test_watch.py meet each fault alone
 def test_a_run_with_faults_ends_as_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, settings, write = soak.TASKS["classification"]
     short = [setting for setting in settings if not setting.startswith("schedule.epochs")]

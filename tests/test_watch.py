@@ -123,7 +123,8 @@ def test_a_second_interrupt_ends_a_process_that_hangs(data: Path, tmp_path: Path
     assert "was interrupted twice" in run.end(seconds=10)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_met_while_images_are_waited_for(data: Path, tmp_path: Path, signum: int) -> None:
     run = hanging(tmp_path, data, "data.workers=1", "engine.stall_seconds=1000")
     time.sleep(2)

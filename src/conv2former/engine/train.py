@@ -119,9 +119,7 @@ def train(
                     trainer.load(run)
                 if fabric.is_global_zero:
                     event = dict(changes=changes, operations=trainer.operations)
-                    run = _written(run, recipe, own, facts, found, overwrite=overwrite, event=event)
-                    if getattr(splits, "held_out", False):
-                        run.list_held_out(splits.val)
+                    run = _written(run, recipe, own, facts, found, splits, overwrite=overwrite, event=event)
                 fabric.barrier()
                 for line in _first_lines(asked, trainer) if fabric.is_global_zero else ():
                     say_once(line)
@@ -175,6 +173,7 @@ def _written(
     own: Recipe | None,
     facts: dict[str, Any],
     found: dict[str, Any],
+    splits: Any,
     *,
     overwrite: bool,
     event: dict[str, Any],
@@ -184,6 +183,8 @@ def _written(
         run = RunDir.create(run.path, recipe, found, overwrite=overwrite)
     elif own != recipe or facts != facts | found:
         run.change(recipe, facts | found)
+    if getattr(splits, "held_out", False):
+        run.list_held_out(splits.val)
     run.add_event("resumed" if own else "started", **event, **machine_facts())
     return run
 

@@ -231,16 +231,17 @@ class ClassificationTask(Task):
 
     def draw(self, evaluation: Evaluation, source: ImageSource, folder: Path) -> None:
         """``mistakes.csv``, ``confusion_matrix.png`` and ``predictions.png``."""
-        from conv2former.viz.plots import confusion_matrix  # matplotlib loads for a second
+        from conv2former.viz import plots  # matplotlib loads for a second
 
         with or_left_out("mistakes.csv"):
             evaluation.records.list_mistakes(self.classes, source, folder / "mistakes.csv")
         if len(self.classes) <= MAX_MATRIX_CLASSES:
             matrix = evaluation.records.matrix(len(self.classes))
             with or_left_out("confusion_matrix.png"):
-                confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
+                plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
         with or_left_out("predictions.png"):
-            _draw_sheet(evaluation.records, self.classes, source, folder / "predictions.png")
+            mistakes, others = _sheet(evaluation.records, self.classes, source)
+            plots.prediction_sheet(mistakes, others, folder / "predictions.png")
 
     def scores(self) -> nn.Module:
         return self.model
@@ -272,12 +273,9 @@ def _loss(augment: AugmentSection, num_classes: int) -> tuple[Mixup | None, nn.M
     return mixup, SoftTargetCrossEntropy()
 
 
-def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path: Path) -> None:
-    from conv2former.viz.plots import prediction_sheet
-
+def _sheet(records: Any, classes: Sequence[str], source: ImageSource) -> tuple[list[tuple[Any, str, bool]], ...]:
     targets, worst = records.targets, records.mistakes()[:SHEET_IMAGES]
-    # spread evenly over the set, so that every class has its turn
-    others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)
+    others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)  # of every class
 
     def entry(row: int) -> tuple[Any, str, bool]:
         predicted, target = records.predicted[row], targets[row]
@@ -288,4 +286,4 @@ def _draw_sheet(records: Any, classes: Sequence[str], source: ImageSource, path:
             caption += f"\ntrue: {classes[target]}"
         return image, caption, bool(predicted == target)
 
-    prediction_sheet([entry(i) for i in worst], [entry(i) for i in others], path)
+    return [entry(i) for i in worst], [entry(i) for i in others]
