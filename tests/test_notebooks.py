@@ -31,6 +31,7 @@ def test_a_page_becomes_cells(page: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a tutorial takes ten minutes on a machine of today
 @pytest.mark.parametrize("page", MAKER["TUTORIALS"], ids=lambda path: path.stem)
 def test_the_cells_run(page: Path, tmp_path: Path) -> None:
     """In order, in one folder, after the quick start. Python that needs what was not run is left out."""
