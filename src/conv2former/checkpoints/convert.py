@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +110,11 @@ COUNTERS = (".total_ops", ".total_params", ".n_averaged")
 HEAD = "head."
 
 
+def network_prefixes(names: Collection[str]) -> list[str]:
+    """What stands before the names of each Conv2Former among some names of weights."""
+    return [name.removesuffix(anchor) for anchor in ANCHORS for name in names if f".{name}".endswith(f".{anchor}")]
+
+
 def network_part(state_dict: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of the network alone, without the prefix that a program around it gave them (``model.``, ``net.``).
 
@@ -119,9 +124,7 @@ def network_part(state_dict: Mapping[str, Tensor], path: Path) -> tuple[dict[str
     Raises:
         UserError: There is no Conv2Former, or there are several.
     """
-    prefixes = [
-        name.removesuffix(anchor) for anchor in ANCHORS for name in state_dict if f".{name}".endswith(f".{anchor}")
-    ]
+    prefixes = network_prefixes(state_dict)
     if not prefixes:
         raise UserError(
             f"{path} is not a Conv2Former checkpoint: no name in it ends in {ANCHORS[0]} (ours) or {ANCHORS[1]} "

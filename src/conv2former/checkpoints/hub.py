@@ -216,9 +216,9 @@ def _described_by(folder: Path) -> Iterator[None]:
 
 def _way(path: Path) -> str:
     """How a bare checkpoint becomes a folder; raises UserError where it cannot be read."""
-    from conv2former.checkpoints.convert import ANCHORS
+    from conv2former.checkpoints.convert import network_prefixes
 
-    if any(f".{name}".endswith(tuple(f".{anchor}" for anchor in ANCHORS)) for name in read_state_dict(path)):
+    if network_prefixes(read_state_dict(path)):
         return (
             "turn the checkpoint into a folder first, "
             f"`conv2former convert {shlex.quote(str(path))} DST --model NAME`, and give DST"

@@ -27,8 +27,6 @@ EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_s
 PLAIN_KEYS = ("state_dict", "model", "model_state_dict", "net")
 # torch.compile, activation checkpointing, FSDP: also around parts of a network
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-
 MOST_OF_A_HEADER = 10**8  # bytes, of the JSON that a safetensors file begins with behind its length
 # what a download may leave in the place of a file
 FOREIGN = (
@@ -44,8 +42,7 @@ def read_state_dict(path: StrPath, *, ema: bool = True) -> dict[str, Tensor]:
 
     The content says whether safetensors reads it or ``torch.load(weights_only=True)``. The state dict may be the top
     level or sit under one of ``EMA_KEYS`` or ``PLAIN_KEYS``, these also nested. What DistributedDataParallel and
-    ``WRAPPERS`` add to names is removed; whatever is not a tensor (optimizer, arguments,
-    epoch) is left out.
+    ``WRAPPERS`` add to names is removed; whatever is not a tensor (optimizer, arguments, epoch) is left out.
 
     Args:
         path: The file.

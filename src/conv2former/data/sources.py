@@ -73,20 +73,20 @@ def dark(source: Any) -> str | None:
     """The line about images of 16 bits that use a small part of their range, as of a camera with 10 or 12 bits."""
     if not hasattr(source, "file"):
         return None
-    looked = [source.file(index) for index in spread(len(source), MOST_DECODED)]
-    levels = [level for file in looked if (level := _brightest(file)) is not None and level < DARK]
+    looked = [file for index in spread(len(source), MOST_DECODED) if (file := source.file(index))]
+    levels = [level for file in looked if (level := _brightest(Path(file))) is not None and level < DARK]
     if not levels:
         return None
     what = f"{len(levels)} of {len(looked)} images that were looked at have 16 bits and come out nearly black"
     return f"{what}, at most {max(levels)} of 255: stretch their values"
 
 
-def _brightest(file: str | Path | None) -> int | None:
+def _brightest(file: Path) -> int | None:
     """The brightest level of 255 of an image of 16 bits; None for all others."""
     try:
-        with Image.open(file or "") as image:
+        with Image.open(file) as image:
             deep = image.mode.startswith("I")
-        return int(np.asarray(decode(Path(file or ""))).max()) if deep else None
+        return int(np.asarray(decode(file)).max()) if deep else None
     except (OSError, ValueError, SyntaxError):  # whoever reads the image says it
         return None
 

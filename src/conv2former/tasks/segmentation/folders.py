@@ -38,11 +38,13 @@ from conv2former.tasks.segmentation.values import (
     colour_trouble,
     missing_classes,
     remedy,
+    some_colours,
     table_classes,
 )
 
 LOOKED_AT = 64  # masks whose values are counted before the first step
 SECOND = re.compile(r"(?:[ _-]|\s?\()\d+\)?$")  # ends the name of a further mask: cat_1, cat (1)
+GREY = 0x010101  # of which greys are multiples, as 24 bits
 TRIED = 20  # images whose names are looked for in those of masks
 IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
 MASKS = ("masks", "mask", "annotations", "labels", "label")
@@ -139,7 +141,10 @@ class PairSource:
                 stored = self.stored(index)
                 stored = self.classes_of(stored, self.pairs[index].labels) if self.values else stored
             except ColourMask as error:
-                raise colour_trouble(where, error.colours, self.classes) from None
+                found = some_colours(error.colours)
+                raise colour_trouble(
+                    f"the masks in {where} are colour images ({found})", error.colours, self.classes
+                ) from None
             except BadImage as error:
                 if self.values and "data.mask_values" in error.reason:
                     raise UserError(str(error)) from None
@@ -162,30 +167,23 @@ class PairSource:
         Raises:
             UserError: One number has several colours.
         """
-        known: dict[int, tuple[tuple[int, ...], Path]] = {}
+        known: dict[int, tuple[int, Path]] = {}
         colours: Counter[int] = Counter()
         differ, odd = "", False
         for index in spread(len(self), LOOKED_AT) if self.values is None else ():
             file = self.pairs[index].labels
-            for value, rgb in palette(file).items():
-                first, other = known.setdefault(value, (rgb, file))
-                if first != rgb and value != IGNORED:
-                    differ = f"number {value} is {_words(first)} in {other.name} and {_words(rgb)} in {file.name}"
-                odd |= rgb[0] not in (value, IGNORED)
-                colours[rgb[0] << 16 | rgb[1] << 8 | rgb[2]] += 1
+            for value, colour in palette(file).items():
+                first, other = known.setdefault(value, (colour, file))
+                if first != colour and value != IGNORED:
+                    one, two = colour_key(first), colour_key(colour)
+                    differ = f"number {value} is {one} in {other.name} and {two} in {file.name}"
+                odd |= colour >> 16 not in (value, IGNORED)
+                colours[colour] += 1
         gif = all(file.suffix.lower() == ".gif" for _, file in known.values())
-        if gif and (differ or odd) and all(len({*rgb}) == 1 for rgb, _ in known.values()):
+        if gif and (differ or odd) and all(colour % GREY == 0 for colour, _ in known.values()):
             self.greys = True
         elif differ:
-            keys = [colour_key(value) for value, _ in sorted(colours.most_common(12))]
-            raise UserError(
-                f"masks have palettes of their own ({differ}): say which colour is which class, with "
-                + remedy(keys, self.classes)
-            )
-
-
-def _words(rgb: Sequence[int]) -> str:
-    return " ".join(map(str, rgb))
+            raise colour_trouble(f"masks have palettes of their own ({differ})", colours, self.classes)
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ def read_labels(
     return values.astype(np.uint16)
 
 
-def palette(path: Path) -> dict[int, tuple[int, ...]]:
-    """The colours (red, green, blue) of the numbers in a mask with a palette; empty for others and damaged files."""
+def palette(path: Path) -> dict[int, int]:
+    """The colours, as 24 bits, of the numbers in a mask with a palette; empty for others and damaged files."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return _used(image) if image.mode == "P" else {}
@@ -83,16 +83,20 @@ def palette(path: Path) -> dict[int, tuple[int, ...]]:
         return {}
 
 
-def _used(image: Image.Image) -> dict[int, tuple[int, ...]]:
-    colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-    values = [int(value) for value in np.unique(np.asarray(image)) if value < len(colours)]
-    return {value: tuple(colours[value].tolist()) for value in values}
+def _used(image: Image.Image) -> dict[int, int]:
+    codes = _codes(np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3))
+    return {int(value): int(codes[value]) for value in np.unique(np.asarray(image)) if value < len(codes)}
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    """Red, green and blue (..., 3) as 24 bits (...)."""
+    return pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
 
 
 def _greys(image: Image.Image) -> np.ndarray:
     table = np.zeros(256, np.uint16)
-    for value, rgb in _used(image).items():
-        table[value] = rgb[0]
+    for value, colour in _used(image).items():
+        table[value] = colour & 255
     return table[np.asarray(image)]
 
 
@@ -112,7 +116,7 @@ def _colours(pixels: np.ndarray, path: Path, image: Image.Image, *, colours: boo
         raise BadImage(str(path), "it is of one colour, with its shape in the alpha channel: save that as a grey image")
     if not colours and (pixels == pixels[..., :1]).all():
         return pixels[..., 0].astype(np.uint16)
-    codes = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    codes = _codes(pixels)
     if not colours:
         values, counts = np.unique(codes, return_counts=True)
         found = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))

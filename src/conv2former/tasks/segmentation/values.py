@@ -161,14 +161,18 @@ def remedy(keys: Sequence[int | str], classes: Sequence[str]) -> str:
     return f"--set {shlex.quote(f'data.mask_values={table.strip()}')}"
 
 
-def colour_trouble(where: Path, colours: Counter[int], classes: Sequence[str]) -> UserError:
-    """The error about masks in colour that no table explains."""
-    keys = [colour_key(value) for value, _ in sorted(colours.most_common(12))]
-    found = f"{len(colours)} colours" + (f", most of them {some(keys, 4)}" if len(colours) > 1 else "")
-    return UserError(
-        f"the masks in {where} are colour images ({found}): say which colour is which class, with "
-        + remedy(keys, classes)
-    )
+def _often(colours: Counter[int]) -> list[str]:
+    return [colour_key(value) for value, _ in sorted(colours.most_common(12))]
+
+
+def some_colours(colours: Counter[int]) -> str:
+    """How many there are, and a few of them."""
+    return f"{len(colours)} colours" + (f", most of them {some(_often(colours), 4)}" if len(colours) > 1 else "")
+
+
+def colour_trouble(what: str, colours: Counter[int], classes: Sequence[str]) -> UserError:
+    """The error about masks in colour that no table explains; ``what`` is wrong with them."""
+    return UserError(f"{what}: say which colour is which class, with {remedy(_often(colours), classes)}")
 
 
 def check_values(
