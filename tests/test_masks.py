@@ -242,6 +242,17 @@ def test_gifs_in_grey_hold_values(tmp_path: Path) -> None:
     source = open_pairs(PAIRS, replaced(write(tmp_path / "a", grey(0, 1), classes=CLASSES), "gif", *masks), seed=0)
     found = {pair.name: set(np.unique(source.train.load(n)[1])) for n, pair in enumerate(source.train.pairs)}
     assert all(classes == {0, 1 + int(Path(name).stem) % 2} for name, classes in found.items())
+    many = replaced(
+        write(tmp_path / "c", grey(0, 1), classes=CLASSES), "gif", *(i.point(lambda v: 100 * v) for i in masks)
+    )
+    data = pasted(refused(PAIRS, many))
+    assert {*np.unique(open_pairs(data, many, seed=0).train.load(0)[1])} < {0, 1, 2}
+    tinted = [
+        Image.merge("RGB", [i.point(lambda v: 255 * (v > 0))] * (1 + 2 * k) + [i.point(lambda v: 0)] * (2 - 2 * k))
+        for k, i in enumerate(masks)
+    ]
+    red = replaced(write(tmp_path / "d", grey(0, 1)), "gif", *(i.quantize(2) for i in tinted))
+    assert "palettes of their own" in refused(PAIRS, red)
     black_and_white = Image.fromarray(grey(0, 255))  # whose numbers are 0 and 1
     numbered = open_pairs(PAIRS, replaced(write(tmp_path / "b", grey(0, 1)), "gif", black_and_white), seed=0)
     assert set(np.unique(numbered.train.load(0)[1])) == {0, 1}

@@ -87,7 +87,7 @@ def _brightest(file: Path) -> int | None:
         with Image.open(file) as image:
             deep = image.mode.startswith("I")
         return int(np.asarray(decode(file)).max()) if deep else None
-    except (OSError, ValueError, SyntaxError):  # whoever reads the image says it
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # whoever reads the image says it
         return None
 
 

@@ -161,8 +161,8 @@ class PairSource:
     def check_palettes(self) -> None:
         """Looks at palettes, of which each file may have its own; then its numbers are no classes.
 
-        Those of a GIF that hold greys alone are read by their greys: Pillow numbers these anew in each file. A table of
-        the recipe says what the numbers are, whatever their colours.
+        Those of a GIF that hold greys alone are read by their greys: Pillow numbers these anew in each file. Elsewhere
+        a table of the recipe says what the numbers are, whatever their colours.
 
         Raises:
             UserError: One number has several colours.
@@ -170,7 +170,7 @@ class PairSource:
         known: dict[int, tuple[int, Path]] = {}
         colours: Counter[int] = Counter()
         differ, odd = "", False
-        for index in spread(len(self), LOOKED_AT) if self.values is None else ():
+        for index in () if self.values and self.values.colours else spread(len(self), LOOKED_AT):
             file = self.pairs[index].labels
             for value, colour in palette(file).items():
                 first, other = known.setdefault(value, (colour, file))
@@ -180,9 +180,9 @@ class PairSource:
                 odd |= colour >> 16 not in (value, IGNORED)
                 colours[colour] += 1
         gif = all(file.suffix.lower() == ".gif" for _, file in known.values())
-        if gif and (differ or odd) and all(colour % GREY == 0 for colour, _ in known.values()):
+        if gif and (differ or odd) and all(colour % GREY == 0 for colour in colours):
             self.greys = True
-        elif differ:
+        elif differ and not self.values:
             raise colour_trouble(f"masks have palettes of their own ({differ})", colours, self.classes)
 
 
