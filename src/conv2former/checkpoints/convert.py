@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
-from conv2former.checkpoints.reading import StrPath, check_finite, extract_weights, read_checkpoint
+from conv2former.checkpoints.reading import StrPath, check_finite, check_types, extract_weights, read_checkpoint
 from conv2former.errors import UserError, some
 from conv2former.models import variants
 
@@ -201,6 +201,7 @@ def convert(
 
     weights, averaged = extract_weights(read_checkpoint(src), src, ema=ema)
     weights, others = network_part(weights, src)
+    check_types(weights, src)
     check_finite(weights, src)
     notes = [f"{len(others)} tensors beside the network are left out ({some(others, 3)})"] * bool(others)
     state_dict = convert_authors_state_dict(weights)

@@ -56,7 +56,9 @@ def read_state_dict(path: StrPath, *, ema: bool = True) -> dict[str, Tensor]:
         UserError: No such file, a folder, not a checkpoint, damaged, refused because reading it could run code, without
             weights, or (``ema=False``) with averaged weights only.
     """
-    return extract_weights(read_checkpoint(Path(path)), path, ema=ema)[0]
+    state_dict = extract_weights(read_checkpoint(Path(path)), path, ema=ema)[0]
+    check_types(state_dict, path)
+    return state_dict
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -162,15 +164,21 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
         # sparse, quantized and meta tensors would fail later in a less clear way
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise UserError(f"{path} holds {name} in a form without plain values: save dense tensors")
-        if name.endswith((".weight", ".bias")) and not value.is_floating_point():
-            kind = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"{path} holds {name} as {kind}: save the weights in floating point")
         state_dict[name] = value.detach()
     return state_dict, averaged
 
 
 def _may_hold_weights(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(inner, Tensor | Mapping) for inner in value.values())
+
+
+def check_types(state_dict: Mapping[str, Tensor], path: StrPath) -> None:
+    """Refuses weights that are not in floating point; counters, indices and masks are not weights. Raises UserError."""
+    for name, tensor in state_dict.items():
+        counts = tensor.dtype in (torch.int64, torch.bool) and not name.endswith((".weight", ".bias"))
+        if not tensor.is_floating_point() and not counts:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {name} as {kind}: save the weights in floating point")
 
 
 def check_finite(state_dict: Mapping[str, Tensor], path: StrPath) -> None:
