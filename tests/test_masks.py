@@ -253,9 +253,9 @@ def test_gifs_in_grey_hold_values(tmp_path: Path) -> None:
     ]
     red = replaced(write(tmp_path / "d", grey(0, 1)), "gif", *(i.quantize(2) for i in tinted))
     assert "palettes of their own" in refused(PAIRS, red)
-    black_and_white = Image.fromarray(grey(0, 255))  # whose numbers are 0 and 1
-    numbered = open_pairs(PAIRS, replaced(write(tmp_path / "b", grey(0, 1)), "gif", black_and_white), seed=0)
-    assert set(np.unique(numbered.train.load(0)[1])) == {0, 1}
+    ignored = Image.fromarray(grey(0, 1, 255)[:, 4:20])  # whose numbers are 0, 1 and 2
+    source = open_pairs(PAIRS, replaced(write(tmp_path / "b", grey(0, 1), classes=CLASSES), "gif", ignored), seed=0)
+    assert set(np.unique(source.train.load(0)[1])) == {0, 1, 255} == set(np.unique(source.val.load(0)[1]))
 
 
 @pytest.mark.parametrize(

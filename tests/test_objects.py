@@ -31,6 +31,7 @@ from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, 
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.data import View, view_objects
 from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers
+from conv2former.tasks.detection.objects import usable_mask
 from scenes import small_detector
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -175,6 +176,14 @@ def test_ids_that_fall_together_as_floating_point() -> None:
     truth = dict(images=images, annotations=annotations, categories=[dict(id=3, name="x")])
     rows = detections(truth)
     assert coco_numbers(truth, rows, "bbox")["ap"] == pytest.approx(reference(truth, rows, "bbox")[0], abs=1e-9)
+
+
+def test_polygons_that_cross_themselves() -> None:
+    """The two halves of an eight, whose areas cancel out, are an object; a point, a line and fractions are none."""
+    eight = [10, 10, 30, 30, 30, 10, 10, 30]
+    assert usable_mask([eight], (64, 48)) == ([eight], None)
+    for nothing in ([5, 5] * 3, [5, 5, 40, 5, 5, 5], [0.1, 0.1, 0.9, 0.1, 0.9, 0.9]):
+        assert usable_mask([nothing], (64, 48)) == (None, "whose mask has a polygon of less than a pixel")
 
 
 def test_crowds_are_counted_in_a_line(tmp_path: Path) -> None:

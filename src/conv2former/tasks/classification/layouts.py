@@ -28,6 +28,7 @@ from conv2former.tasks.classification.sources import (
 )
 
 LOOKED_INTO = 20  # class folders
+DEEP = 3  # folders that hold one folder each, as unpacking a file leaves them
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,13 @@ def _folder_layout(root: Path) -> _Layout:
     found = _splits(names)
     if not found and like_splits(names):
         raise UserError(f"{root}: the folders {some(names)} look like parts of a set: call them train/ and val/")
-    if len(names) == 1 and "train" in (inner := find_splits(subfolders(root / names[0]))):
-        where = shlex.quote(str(root / names[0]))
-        raise UserError(f"{' and '.join(inner.values())} lie in {root / names[0]}: give --data {where}")
+    inside, below = root, names
+    while len(below) == 1 and len(inside.parts) < len(root.parts) + DEEP:
+        inside /= below[0]
+        below = subfolders(inside)
+    if inside != root and "train" in (inner := find_splits(below)):
+        where = shlex.quote(str(inside))
+        raise UserError(f"{' and '.join(inner.values())} lie in {inside}: give --data {where}")
     places = {split: root / name for split, name in found.items()}
     _refuse_parts_of_classes(root, names if not found else [])
     for folder in (root, *places.values()):

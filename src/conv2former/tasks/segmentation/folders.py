@@ -161,15 +161,15 @@ class PairSource:
     def check_palettes(self) -> None:
         """Looks at palettes, of which each file may have its own; then its numbers are no classes.
 
-        Those of a GIF that hold greys alone are read by their greys: Pillow numbers these anew in each file. Elsewhere
-        a table of the recipe says what the numbers are, whatever their colours.
+        GIFs in grey are read by their greys: Pillow numbers these anew in each file. Elsewhere a table of the recipe
+        says what the numbers are, whatever their colours.
 
         Raises:
             UserError: One number has several colours.
         """
         known: dict[int, tuple[int, Path]] = {}
         colours: Counter[int] = Counter()
-        differ, odd = "", False
+        differ = ""
         for index in () if self.values and self.values.colours else spread(len(self), LOOKED_AT):
             file = self.pairs[index].labels
             for value, colour in palette(file).items():
@@ -177,12 +177,13 @@ class PairSource:
                 if first != colour and value != IGNORED:
                     one, two = colour_key(first), colour_key(colour)
                     differ = f"number {value} is {one} in {other.name} and {two} in {file.name}"
-                odd |= colour >> 16 not in (value, IGNORED)
                 colours[colour] += 1
-        gif = all(file.suffix.lower() == ".gif" for _, file in known.values())
-        if gif and (differ or odd) and all(colour % GREY == 0 for colour in colours):
-            self.greys = True
-        elif differ and not self.values:
+        self.greys = bool(known) and all(
+            file.suffix.lower() == ".gif" and colour % GREY == 0 for colour, file in known.values()
+        )
+        if self.greys:
+            return
+        if differ and not self.values:
             raise colour_trouble(f"masks have palettes of their own ({differ})", colours, self.classes)
 
 
