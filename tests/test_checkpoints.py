@@ -721,8 +721,7 @@ def test_load_says_what_is_wrong_with_a_path(model: nn.Module, checkpoint: Path,
     folder = tmp_path / "empty"
     folder.mkdir()
     message = refusal(load_pretrained, folder)
-    assert "config.json" in message
-    assert "best/ or last/" in message
+    assert "config.json" in message and "give a run" in message
 
     assert f"conv2former convert {checkpoint} DST" in refusal(load_pretrained, checkpoint)
     save_file(model.state_dict(), folder / "model.safetensors")
@@ -837,10 +836,19 @@ def test_what_a_download_leaves_in_the_place_of_a_file(content: bytes, message: 
 def test_the_content_says_how_a_file_is_read(model: nn.Module, tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "c.pth")
     assert_same(read_state_dict(tmp_path / "c.pth"), model.state_dict())
-    torch.save({"a.weight": torch.ones(2, dtype=torch.int8)}, tmp_path / "int8.pth")
-    assert "holds a.weight as int8: save the weights in floating point" in refusal(
-        read_state_dict, tmp_path / "int8.pth"
-    )
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.weight", "int8"), ("a.gamma", "complex64"), ("a.bias", "int64")])
+def test_weights_that_are_not_in_floating_point(name: str, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
+    wrong = {name: torch.ones(2, dtype=getattr(torch, dtype)), "a.index": torch.ones(2, dtype=torch.int64)}
+    torch.save(wrong, tmp_path / "wrong.pth")
+    message = f"holds {name} as {dtype}: save the weights in floating point"
+    assert message in refusal(read_state_dict, tmp_path / "wrong.pth")
+    # beside a network they are left out, as whatever else is there
+    network = {f"net.{key}": value for key, value in read_state_dict(checkpoint).items()}
+    torch.save(network | wrong, tmp_path / "beside.pth")
+    report = convert(tmp_path / "beside.pth", tmp_path / "converted", model=NAME)
+    assert "2 tensors beside the network are left out" in str(report)
 
 
 def test_a_bare_file_is_told_the_way_that_it_can_go(checkpoint: Path, tmp_path: Path) -> None:

@@ -391,7 +391,7 @@ def test_values_that_mean_something_else_are_refused(setting: str, message: str)
     assert str(caught.value) == f"recipe finetune: {message}"
 
 
-def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+def test_numbers_are_those_of_yaml_1_2() -> None:
     given = ["schedule.epochs=010", "optim.base_lr=1e-3", "engine.seed=0x10", "model.args.kernel_size=07"]
     recipe = load_recipe("finetune", overrides=given)
     found = recipe.schedule.epochs, recipe.optim.base_lr, recipe.engine.seed, recipe.model.args

@@ -139,6 +139,14 @@ def test_it_prints_what_predict_prints(exported: Path, finished: Path, data: Pat
             assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
+def test_whoever_reads_its_rows_may_stop(exported: Path, images: list[Path]) -> None:
+    command = [sys.executable, "-m", "conv2former_runtime", exported / "model.safetensors", *images[:8]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr and json.loads(process.stdout.readline())["ok"]
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0
+
+
 def _damaged(content: bytes, old: str, new: str) -> bytes:
     assert old.encode() in content and len(old) == len(new)
     return content.replace(old.encode(), new.encode(), 1)

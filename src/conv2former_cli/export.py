@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +85,8 @@ def export(
             for one in found
         ]
         print_table(columns, cells, right=range(2, len(columns)))
+    if done := [one for one in found if one.ok]:
+        say(f"next: conv2former predict {shlex.quote(str(done[0].files[0]))} IMAGES")
     failed = [one for one in found if not one.ok]
     for one in failed:
         say(f"error: {one.wrong}")

@@ -71,6 +71,8 @@ def train(
         raise UserError("--force can only be used together with --resume")
     if (weights is not None) + pretrained + from_scratch > 1:
         raise UserError("--weights, --pretrained and --from-scratch exclude each other")
+    if model and from_scratch:
+        model = model.partition(".")[0]  # a tag names weights
     overrides = [f"model.weights={json.dumps(weights)}"] if weights is not None else []
     overrides += ["model.weights=timm"] * pretrained
     overrides += ["model.weights=null", "model.needs_weights=false"] * from_scratch

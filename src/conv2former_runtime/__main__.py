@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import conv2former_runtime
@@ -32,6 +33,8 @@ def main() -> int:
     except MemoryError as error:
         print(f"error: {error or 'there is not enough memory'}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has enough; what is still to be written would fail at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if failed:
         print(f"{failed} of {len(given.images)} files could not be read", file=sys.stderr)
     return 1 if failed else 0

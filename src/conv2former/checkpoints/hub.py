@@ -39,7 +39,7 @@ from conv2former.models.meta import build_on_meta
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names, in its order of preference
-FROM_FOLDER = f"a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
+FROM_FOLDER = f"a run, or a folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}"
 HUB = re.compile(r"hf[-_]hub:/*(.*)")
 RUN_FOLDERS = ("best", "last")
 
@@ -249,7 +249,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
                 if (folder / name).is_file():
                     return folder, folder / name
             raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: copy the weights as well")
-    raise UserError(f"{path} has no {CONFIG_FILE}: give {FROM_FOLDER}, or a run's folder with best/ or last/ in it")
+    raise UserError(f"{path} has no {CONFIG_FILE}: give {FROM_FOLDER}")
 
 
 @contextlib.contextmanager

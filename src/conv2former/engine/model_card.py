@@ -122,12 +122,16 @@ def _use(task: type[Task], exported: Sequence[dict[str, Any]]) -> str:
     if exported:
         text = (
             "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
-            "the metadata key `conv2former`."
+            "the metadata key `conv2former`.\n\n```sh\n# a line of JSON for each image\n"
         )
+        for row in exported:
+            program = "python -m conv2former_runtime" if row["format"].startswith("runtime") else "conv2former predict"
+            text += f"{program} {Path(row['file']).name} photo.jpg\n"
+        text += "```"
         examples = [name for tag, name in EXAMPLES.items() if tag in task.words.tags]
         if examples and any(row["format"] == "onnx" for row in exported):
             text += (
-                f" For `model.onnx` the project's `examples/{examples[0]}` shows the whole way with numpy, Pillow "
+                f"\n\nFor `model.onnx` the project's `examples/{examples[0]}` shows the whole way with numpy, Pillow "
                 "and onnxruntime alone."
             )
         return text
