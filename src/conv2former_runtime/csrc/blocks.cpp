@@ -39,6 +39,8 @@ struct Branch {
   long depth() const { return words(Kind{}, channels); }
   long left_row() const { return words(Kind{}, outs() * V); }  // whole vectors, since several threads write them
   long slots() const { return rows + 2 * pad(); }
+  // Rows that are multiplied together: their positions are whole tiles, if that takes a few hundred of them at most
+  long lines() const { return std::clamp<long>(448 / width, 1, TILE / std::gcd(width, (long)TILE)); }
   long line() const { return width + 2 * pad() + STRIP + 2; }
 
   // Positions that all threads work on together, about; each has memory for a few vectors at all of them
@@ -60,8 +62,8 @@ struct Branch {
   // A thread's own, for so many vectors of sums at each position of a band and so many of h whose last rows are kept
   static constexpr int OWN = 6;
   std::array<long, OWN> own(long sums, long kept) const {
-    return {sums * rows * width, block * slots() * line(), kept * 2 * pad() * line(), PANEL * width, PANEL * rows * width,
-            kernel * kernel};
+    return {sums * rows * width,     block * slots() * line(),  kept * 2 * pad() * line(),
+            PANEL * lines() * width, PANEL * rows * width,      kernel * kernel};
   }
   long left_size() const { return divided((slots() + pad()) * width * left_row(), V); }
   long middle_size(long vectors) const { return divided(rows * width * words(Kind{}, vectors * V), V); }
@@ -170,17 +172,20 @@ struct Branch {
       some = together(v + i, v + n);
       Panel weights = panel(w1, v + i, inner(), depth());
       const vf* ahead = weights.weights + PANEL * depth();
-      for (long y = b.filled; y < b.fresh; y++, ahead = weights.weights) {
-        product<Kind>(width, depth(), m.left + (y - b.first) * width * left_row(), left_row(), weights, some, ahead, m.row, 1, width,
-                      false);
-        for (long j = 0; j < some; j++) {
-          vf *row = m.h + (i + j) * slice + (y - b.y + pad()) * line(), before{};
-          for (long p = 0; p < width; p++) {
-            vf now = gelu(m.row[j * width + p] + b1[v + i + j], x);
-            Row::put(row, p + pad(), before, now);
-            before = now;
+      for (long y = b.filled, count; y < b.fresh; y += count, ahead = weights.weights) {
+        count = std::min(lines(), b.fresh - y);
+        product<Kind>(count * width, depth(), m.left + (y - b.first) * width * left_row(), left_row(), weights, some, ahead,
+                      m.row, 1, count * width, false);
+        for (long j = 0; j < some; j++)
+          for (long k = 0; k < count; k++) {
+            const vf* made = m.row + (j * count + k) * width;
+            vf *row = m.h + (i + j) * slice + (y + k - b.y + pad()) * line(), before{};
+            for (long p = 0; p < width; p++) {
+              vf now = gelu(made[p] + b1[v + i + j], x);
+              Row::put(row, p + pad(), before, now);
+              before = now;
+            }
           }
-        }
       }
     }
     for (long i = 0; i < n && !b.ends; i++)
@@ -252,7 +257,7 @@ struct Branch {
     long segments = std::clamp<long>(height / (16 + 2 * pad()), 1, threads);
     // a few hundred positions, more where a large kernel needs many rows around
     long bands = std::max<long>(1, height * width / (multiplied ? 448 : 224));
-    rows = divided(height, std::min(bands, height)), block = multiplied ? PANEL : 4 * Kind::STEP;
+    rows = divided(height, std::min(bands, height)), block = multiplied ? PANEL : 64 / V * Kind::STEP;
     if (deal(0, dealt, 1, threads)) return 1;
     if (left * segments >= threads || !left) return deal(dealt, images, segments, threads);
     rows = divided(height, std::max<long>(1, height * width / MOST_TOGETHER)), block = PANEL;

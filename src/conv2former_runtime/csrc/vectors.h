@@ -59,6 +59,9 @@ static inline void store(bfloat16* p, vf x) {
 #if defined(__AVX512F__)
 static inline vf least(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline vf most(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline vf least(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf most(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
 static inline vf least(vf a, vf b) { return a < b ? a : b; }
 static inline vf most(vf a, vf b) { return a > b ? a : b; }
