@@ -23,8 +23,9 @@ from conv2former.errors import UserError
 from conv2former.tasks.detection.coco import CocoSource, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
-from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers, coco_rows
-from conv2former.tasks.detection.model.detector import Detections, paste_masks
+from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evaluation, coco_rows
+from conv2former.tasks.detection.model.detector import Detections
+from conv2former.tasks.detection.model.mask_head import paste_masks
 from conv2former.tasks.detection.objects import usable_mask
 from scenes import BLUE, RED, coco_entries, scene, write_coco
 
@@ -124,8 +125,6 @@ def test_what_is_no_annotation_file_is_one_line(coco: Path, tmp_path: Path) -> N
 
 
 def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-
     def spoil(content: dict[str, Any]) -> None:
         entries = content["annotations"]
         boxes = [[5, 5, 0, 9], [500, 5, 9, 9], [1, 2, 3], [5, 5, float("nan"), 3]]
@@ -136,10 +135,12 @@ def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path
         entries[6]["segmentation"] = encode_mask(np.ones((8, 9)))
 
     root = change(write_coco(tmp_path / "coco"), spoil)
-    source = CocoSource(root / "train2017", root / "annotations" / "instances_train2017.json", say=said.append)
+    source = CocoSource(root / "train2017", root / "annotations" / "instances_train2017.json")
     assert sum(len(source.objects_of(index)) for index in range(4)) == 9 - 4
     assert len(source.ground_truth(range(4))["annotations"]) == 9 - 2, "what has a box is never left out of the truth"
-    assert len(said) == 6 and "1 of 9 objects whose box has no area are not trained on (ids 0)" in said[0]
+    assert (
+        len(source.notes) == 6 and "1 of 9 objects whose box has no area are not trained on (ids 0)" in source.notes[0]
+    )
     for words in (
         "2 of 9 objects whose box is not [x, y, width, height] are left out",
         "lies outside of the image are not trained on",
@@ -147,7 +148,7 @@ def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path
         "has not the image's size count for their boxes alone",
         "of 9 objects are crowds (iscrowd): not trained on",
     ):
-        assert sum(words in line for line in said) == 1, words
+        assert sum(words in line for line in source.notes) == 1, words
 
 
 def test_a_model_is_evaluated_whatever_the_ids(coco: Path, tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def detections(coco: Path, seed: int) -> tuple[CocoSource, list[dict[str, Any]]]
 def test_figures_equal_pycocotools(coco: Path, kind: str, seed: int) -> None:
     source, rows = detections(coco, seed)
     truth = source.ground_truth(range(len(source)))
-    ours = coco_numbers(truth, rows, kind)
+    ours = coco_evaluation(truth, rows, kind)[0]
     wanted = COCO()
     wanted.dataset = json.loads(json.dumps(truth))
     wanted.createIndex()

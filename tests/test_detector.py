@@ -19,9 +19,10 @@ from conv2former.tasks.detection.model import box_ops as boxes
 from conv2former.tasks.detection.model import mask_head as masks
 from conv2former.tasks.detection.model import rpn
 from conv2former.tasks.detection.model.box_ops import BACKGROUND, IGNORED
-from conv2former.tasks.detection.model.detector import STAGES, Detections, Detector, Target, build_detector, paste_masks
+from conv2former.tasks.detection.model.detector import STAGES, Detections, Detector
 from conv2former.tasks.detection.model.fpn import FPN, STRIDES
-from conv2former.tasks.detection.model.roi_heads import CascadeStage
+from conv2former.tasks.detection.model.mask_head import paste_masks
+from conv2former.tasks.detection.model.roi_heads import CascadeStage, Target
 
 WIDTHS = (8, 12, 16, 24)
 SMALL = dict(channels=16, box_head_channels=32, train_proposals=100, rois=64)
@@ -58,7 +59,7 @@ class Toy(nn.Module):
 
 def detector(kind: str = "mask_rcnn", **changes: object) -> Detector:
     section = SECTIONS[kind].model_copy(update=changes)
-    return build_detector(Toy(), widths=WIDTHS, section=section, num_classes=3)
+    return Detector(Toy(), widths=WIDTHS, section=section, num_classes=3)
 
 
 def rectangles(size: tuple[int, int], *objects: tuple[int, int, int, int, int]) -> Target:
@@ -258,12 +259,8 @@ def test_paste_is_bilinear_sampling():
     assert not differ[(values - 0.5).abs() > 1e-5].any()
 
 
-def test_paste_in_chunks():
+def test_paste_nothing():
     probabilities, where = torch.rand(7, 28, 28), some_boxes(7)
-    whole = paste_masks(probabilities, where, (50, 70))
-    assert whole.any()
-    for pixels in (1, 50 * 70 * 3):
-        assert torch.equal(paste_masks(probabilities, where, (50, 70), chunk_pixels=pixels), whole)
     assert paste_masks(probabilities[:0], where[:0], (50, 70)).shape == (0, 50, 70)
     assert not paste_masks(probabilities[:1], torch.tensor([[5.0, 5, 5, 20]]), (50, 70)).any()  # of no width
 
@@ -397,8 +394,6 @@ def test_pyramid_shapes():
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="four maps"):
-        build_detector(Toy(), widths=WIDTHS[:3], section=SECTIONS["mask_rcnn"], num_classes=3)
     net, image = detector().train(), torch.zeros(1, 3, 64, 64)
     for sizes, targets in (([], []), ([(64, 64)], None), ([(64, 64)], [])):
         with pytest.raises(UserError, match="one size for each image"):

@@ -30,7 +30,7 @@ from conv2former.tasks import load
 from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.data import View, view_objects
-from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_numbers
+from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evaluation
 from conv2former.tasks.detection.objects import usable_mask
 from scenes import small_detector
 
@@ -118,7 +118,7 @@ def reference(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> l
 def check(root: Path, truth: dict[str, Any], kind: str = "bbox") -> None:
     """The product's figures on a set of validation equal pycocotools' on what it ought to be."""
     source, rows = open_coco(DATA, root).val, detections(truth)
-    ours = coco_numbers(source.ground_truth(range(len(source))), rows, kind)
+    ours = coco_evaluation(source.ground_truth(range(len(source))), rows, kind)[0]
     assert [ours[name] for name in NUMBERS] == pytest.approx(reference(truth, rows, kind), abs=1e-9)
     assert 5 < (ours["ap"] or 0) < 95
 
@@ -175,7 +175,7 @@ def test_ids_that_fall_together_as_floating_point() -> None:
     ]
     truth = dict(images=images, annotations=annotations, categories=[dict(id=3, name="x")])
     rows = detections(truth)
-    assert coco_numbers(truth, rows, "bbox")["ap"] == pytest.approx(reference(truth, rows, "bbox")[0], abs=1e-9)
+    assert coco_evaluation(truth, rows, "bbox")[0]["ap"] == pytest.approx(reference(truth, rows, "bbox")[0], abs=1e-9)
 
 
 def test_polygons_that_cross_themselves() -> None:
@@ -208,7 +208,7 @@ def test_no_truth_is_left_out_of_evaluation(tmp_path: Path) -> None:
     masks = content(root)
     masks["annotations"] = [entry for entry in masks["annotations"] if entry.get("segmentation")]
     source, rows = open_coco(DATA, root).val, detections(content(root))
-    ours = coco_numbers(source.ground_truth(range(3)), rows, "segm")
+    ours = coco_evaluation(source.ground_truth(range(3)), rows, "segm")[0]
     assert ours["ap"] == pytest.approx(reference(masks, rows, "segm")[0], abs=1e-9)
 
 

@@ -12,26 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from conv2former_runtime.errors import UserError, printable
 
-__all__ = [
-    "UserError",
-    "in_markdown",
-    "is_first",
-    "markdown_row",
-    "nearest",
-    "nearest_or_all",
-    "one_line",
-    "or_left_out",
-    "percent",
-    "plural",
-    "printable",
-    "say",
-    "say_once",
-    "shortened",
-    "some",
-    "tell",
-    "visible",
-]
-
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
 
@@ -113,6 +93,15 @@ def say_once(line: str) -> None:
     """Prints a line to stderr, on the first process alone."""
     if is_first():
         say(line)
+
+
+@contextlib.contextmanager
+def attempt(what: str, advice: str = "") -> Iterator[None]:
+    """Raises ``UserError`` in the place of what the disk refuses: ``cannot {what}: reason``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or one_line(error)}{advice}") from None
 
 
 @contextlib.contextmanager

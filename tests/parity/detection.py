@@ -38,7 +38,9 @@ from mmengine.structures import InstanceData
 
 import conv2former  # noqa: F401  registers the names
 from conv2former.tasks.detection.config import DetectorSection
-from conv2former.tasks.detection.model.detector import Detections, Detector, Target, build_detector, paste_masks
+from conv2former.tasks.detection.model.detector import Detections, Detector
+from conv2former.tasks.detection.model.mask_head import paste_masks
+from conv2former.tasks.detection.model.roi_heads import Target
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CHANNELS, HIDDEN = 64, 256  # widths of the compared detectors; everything else is as in the configuration files
@@ -106,7 +108,7 @@ def build(kind: str) -> tuple[Detector, Any]:
     torch.manual_seed(0)
     backbone = timm.create_model("conv2former_atto", features_only=True)
     widths = backbone.feature_info.channels()
-    ours = build_detector(backbone, widths=widths, section=SECTIONS[kind], num_classes=80)
+    ours = Detector(backbone, widths=widths, section=SECTIONS[kind], num_classes=80)
     with torch.no_grad():
         ours.rpn.head.cls_logits.weight.mul_(20)
         ours.rpn.head.bbox_pred.weight.mul_(5)
@@ -265,7 +267,7 @@ def compare_inference(ours: Detector, theirs: Any, batch: dict[str, Any]) -> tup
         reference = sample.pred_instances
         scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
         boxes = mine.boxes / scale
-        masks = paste_masks(mine.masks, boxes, original, chunk_pixels=10**6)
+        masks = paste_masks(mine.masks, boxes, original)
         count += len(reference)
         partner = partners(mine._replace(boxes=boxes), reference)
         missed += int((partner < 0).sum()) + abs(len(boxes) - len(reference))

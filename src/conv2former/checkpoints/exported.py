@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.hub import find_model
 from conv2former.checkpoints.schema import ExportedModel, first_fault
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, attempt, one_line
 from conv2former.files import parse_json
 from conv2former_runtime import file as runtime_file
 from conv2former_runtime.model import Model
@@ -36,12 +36,10 @@ def is_exported(path: Path) -> bool:
 def fingerprint(path: Path | str) -> str:
     """What tells weights apart: 16 digits of a SHA-256, of a saved model's or an exported file; raises UserError."""
     file, digest = Path(path) if is_exported(Path(path)) else find_model(path)[1], hashlib.sha256()
-    try:
+    with attempt(f"read {file}"):
         for part in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
             with part.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {one_line(error)}") from None
     return digest.hexdigest()[:16]
 
 

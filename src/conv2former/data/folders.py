@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conv2former.errors import UserError, printable, some
+from conv2former.errors import UserError, attempt, printable, some
 
 # what the parts of a set are called, in upper and lower case; what is first counts where there are two
 SPLITS = dict(train=("train", "training"), val=("val", "validation", "valid"), test=("test", "testing"))
@@ -205,7 +205,5 @@ def ends_in(name: str, extensions: tuple[str, ...]) -> bool:
 
 
 def _entries(root: Path) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
-    try:
+    with attempt(f"read the folder {root}"):
         return os.scandir(root)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {error.strerror}") from None

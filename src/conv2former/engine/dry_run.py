@@ -28,7 +28,7 @@ from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
 from conv2former.engine.torch_settings import slow_precision
-from conv2former.errors import UserError, plural, printable, some
+from conv2former.errors import UserError, attempt, plural, printable, some
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Task
@@ -438,11 +438,9 @@ def _draw(recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_e
     curves: dict[str, Any] = {"learning rate": highest}
     if (lowest < highest).any():
         curves = {"last layer": highest, "first layer": lowest}
-    try:
+    with attempt(f"write {chart}"):
         chart.parent.mkdir(parents=True, exist_ok=True)
         plots.schedule((steps / scale).tolist(), curves, decay, chart, steps_per_epoch=per_epoch)
-    except OSError as error:
-        raise UserError(f"cannot write {chart}: {error.strerror or error}") from None
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

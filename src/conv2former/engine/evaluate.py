@@ -24,7 +24,7 @@ from conv2former.engine.launch import make_fabric, place, world_size
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line, or_left_out, say, say_once
+from conv2former.errors import UserError, attempt, or_left_out, say, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
 from conv2former.tasks import load, set_options, task_class
@@ -240,14 +240,12 @@ def write_report(
     Raises:
         UserError: They cannot be written.
     """
-    try:
+    with attempt(f"write the report to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(facts | evaluation.details, indent=2) + "\n")
         if draw:
             with or_left_out("images of the report"):
                 task.draw(evaluation, source, folder)
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {one_line(error)}") from None
 
 
 def _report_folder(run: RunDir, data: Path | None, split: str | None, *, multi_scale: bool) -> Path | None:

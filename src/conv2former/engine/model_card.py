@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from conv2former.checkpoints.hub import CARD_FILE, find_model, read_json
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, in_markdown, markdown_row, one_line, printable, some
+from conv2former.errors import attempt, in_markdown, markdown_row, printable, some
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Reported, Task
@@ -41,13 +41,11 @@ def write_card(folder: Path, checkpoint: Path, run: RunDir | None, *, exported: 
         UserError: It cannot be written.
     """
     path = folder / CARD_FILE
-    try:
+    with attempt(f"write {path}"):
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return
         text = card(read_json(find_model(checkpoint)[0]), run, exported=exported)
         replace_text(path, text.encode("utf-8", "backslashreplace").decode())  # names of classes may hold any bytes
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
 
 
 def card(config: dict[str, Any], run: RunDir | None, *, exported: Sequence[dict[str, Any]] = ()) -> str:

@@ -18,7 +18,7 @@ from conv2former.engine.devices import for_inference
 from conv2former.engine.launch import place
 from conv2former.engine.progress import Ticker
 from conv2former.engine.rows import Rows
-from conv2former.errors import UserError, say
+from conv2former.errors import UserError, attempt, say
 from conv2former.files import free_name
 from conv2former.tasks import load, set_options
 from conv2former.tasks.base import Prediction, Task
@@ -56,7 +56,7 @@ def predict(
         UserError: The checkpoint cannot be used, an option is for another task, or there is no image in the inputs.
     """
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
-    for file, found in predictions(task, inputs, batch_size=batch_size, workers=workers):
+    for file, found in _found(task, given_images(inputs), batch_size=batch_size, workers=workers):
         yield _row(file, found)
 
 
@@ -169,20 +169,10 @@ class _Files(Dataset):
             return error
 
 
-def predictions(
-    task: Task, inputs: Sequence[Path], *, batch_size: int | None = None, workers: int = 0
-) -> Iterator[tuple[Path, Prediction | BadImage]]:
-    """Every image file in the inputs, in order, with what was found on it or why it cannot be read.
-
-    Raises:
-        UserError: There is no image in the inputs.
-    """
-    return _found(task, given_images(inputs), batch_size=batch_size, workers=workers)
-
-
 def _found(
     task: Task, files: list[Path], *, batch_size: int | None, workers: int
 ) -> Iterator[tuple[Path, Prediction | BadImage]]:
+    """Every file, in order, with what was found on it or why it cannot be read."""
     size = 1 if task.one_at_a_time else batch_size or BATCH
     loader = DataLoader(_Files(files, task.preprocess), batch_size=size, num_workers=workers, collate_fn=list)
     remaining = iter(files)
@@ -208,11 +198,7 @@ def _text(file: Path) -> str:
 
 
 def _write(image: Image.Image, folder: Path, name: str) -> None:
-    try:
+    with attempt(f"write the output folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the output folder {folder}: {error.strerror}") from None
-    try:
+    with attempt(f"write {folder / name}"):
         image.save(folder / name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from None

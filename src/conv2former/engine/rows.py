@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, attempt, one_line
 from conv2former.files import replace_bytes
 from conv2former_runtime.errors import json_line
 
@@ -55,16 +55,14 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         """Writes a row; raises UserError."""
-        try:
+        with attempt(f"write {self.own}", "; the same command goes on there"):
             self.file.write(_line(row | dict(weights=self.weights)))
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.own}: {one_line(error)}; the same command goes on there") from None
 
     def finish(self) -> list[dict[str, Any]] | None:
         """Puts all rows into ``path`` if they are there; the rows, or None. Raises UserError."""
         self.file.close()
-        try:
+        with attempt(f"write {self.path}"):
             with FileLock(self._named("merge.lock")):
                 known = self._known()
                 rows = [known[name] for name in self.names if name in known]
@@ -78,8 +76,6 @@ class Rows:
             for lock in [*self._locks()] if done else ():
                 lock.unlink(missing_ok=True)
             return rows if done else None
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {one_line(error)}") from None
 
     def _named(self, end: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{end}")

@@ -37,7 +37,7 @@ from typing import Any
 from conv2former.config import Recipe
 from conv2former.engine.machine import machine_facts
 from conv2former.engine.run_files import read_bad_images, read_facts, read_raw_recipe, read_report, read_rows
-from conv2former.errors import UserError, one_line, some
+from conv2former.errors import UserError, attempt, some
 from conv2former.files import append_line, read_lines, replace_bytes, replace_text
 from conv2former.recipes.load import parse_recipe
 from conv2former.tasks.base import Reported
@@ -84,13 +84,11 @@ class RunDir:
             run.lock()
             run._remove()
         facts = facts | dict(recipe_hash=recipe.digest(), seed=recipe.engine.seed) | machine_facts()
-        try:
+        with attempt(f"write the output folder {path}"):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             run.lock()
             replace_text(path / "recipe.yaml", recipe.to_yaml())
             run.write_json("run.json", facts)
-        except OSError as error:
-            raise UserError(f"cannot write the output folder {path}: {error.strerror}") from None
         return run
 
     @classmethod
@@ -189,11 +187,9 @@ class RunDir:
         if Path.cwd().is_relative_to(self.path.resolve()):
             raise UserError(f"{self.path} is the current folder or holds it: it is not overwritten")
         removed = self.path.with_name(f".{self.path.name}.{os.getpid()}.removed")
-        try:
+        with attempt(f"remove {self.path}"):
             self.path.rename(removed)  # at once: whoever is killed meanwhile leaves no half of a run in its place
             shutil.rmtree(removed)
-        except OSError as error:
-            raise UserError(f"cannot remove {self.path}: {one_line(error)}") from None
 
     def recipe(self) -> Recipe:
         """The run's resolved recipe: the one that ``run.json`` names; raises UserError where a file is damaged."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, attempt
 from conv2former.viz.plots import draw_curves
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -31,17 +31,12 @@ def plot_runs(paths: Sequence[Path], *, out: Path | None = None, x: str = "epoch
     for path, name in zip(paths, _distinct_names(paths), strict=True):
         run = RunDir.open(path)
         name = run.title() if len(paths) == 1 else name
-        try:
+        with attempt(f"read {run.metrics_jsonl}"):
             runs[name] = run.rows()
-        except OSError as error:
-            raise UserError(f"cannot read {run.metrics_jsonl}: {one_line(error)}") from None
         if not runs[name]:
             raise UserError(f"nothing is logged in {path} yet: plot it once its first loss has been shown")
-    try:
+    with attempt(f"write {out}", "; name another file with --out"):
         draw_curves(runs, out, x)
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"cannot write {out} ({reason}): name another file with --out") from None
     return out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, attempt
 from conv2former.files import replace_text
 
 Random = np.random.Generator
@@ -26,13 +26,11 @@ def write_samples(name: str, folder: Path, *, count: int = 60, seed: int = 0) ->
     Raises:
         UserError: The folder is there and not empty, or cannot be written.
     """
-    try:
+    with attempt(f"write to {folder}"):
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         return KINDS[name](folder, count, np.random.default_rng(seed))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {one_line(error)}") from None
 
 
 def _singles(folder: Path, count: int, random: Random) -> str:

@@ -17,7 +17,7 @@ from timm.data.readers.reader_image_in_tar import extract_tarinfos
 from conv2former.data.folders import find_splits, is_junk
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, BadImage, decode
 from conv2former.data.sources import MOST_OF_A_NAME, class_lines, in_order
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, attempt, one_line
 from conv2former.files import MOST_BYTES, MOST_DIGITS, parse_json
 from conv2former.tasks.classification.sources import numbered
 
@@ -197,10 +197,8 @@ def tar_files(folder: Path) -> list[Path]:
     Raises:
         UserError: The folder cannot be read.
     """
-    try:
+    with attempt(f"read the folder {folder}"):
         names = [name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
     return [folder / name for name in sorted(names, key=in_order)]
 
 

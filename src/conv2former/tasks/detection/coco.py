@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +55,6 @@ class CocoSource:
         images: Folder of the images.
         annotations: COCO's JSON.
         turn: Whether the EXIF orientation of images is applied, so that boxes are those of the turned image.
-        say: Takes the ``notes``, too.
 
     Attributes:
         classes: Names of the categories, by their ids.
@@ -70,9 +69,7 @@ class CocoSource:
         UserError: Not JSON, keys that are missing or of another type, images that are missing, no categories.
     """
 
-    def __init__(
-        self, images: Path, annotations: Path, *, turn: bool = True, say: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, images: Path, annotations: Path, *, turn: bool = True) -> None:
         library()
         self.images, self.annotations, self.turn = images, annotations, turn
         self.notes: list[str] = []
@@ -97,9 +94,6 @@ class CocoSource:
         self.spans = np.stack([ends - [len(text) for text in texts], ends], axis=1) if texts else np.zeros((0, 2), int)
         if turn:
             self.notes += exif_remark([self.file(index) for index in range(len(self))], "boxes and masks")
-        if say:
-            for line in self.notes:
-                say(line)
 
     def _categories(self, content: dict[str, Any]) -> list[dict[str, Any]]:
         """Those listed, without an unused one that is merely the others' supercategory (Roboflow's first)."""

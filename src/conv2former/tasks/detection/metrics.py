@@ -149,11 +149,6 @@ def _encoded(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[di
         canvas[window] = 0
 
 
-def coco_numbers(truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """The first part of ``coco_evaluation``."""
-    return coco_evaluation(truth, rows, kind)[0]
-
-
 def coco_evaluation(
     truth: dict[str, Any], rows: Sequence[dict[str, Any]], kind: str
 ) -> tuple[dict[str, float | None], list[float | None]]:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from conv2former.errors import UserError, in_markdown, markdown_row, one_line, say
+from conv2former.errors import UserError, attempt, in_markdown, markdown_row, say
 from conv2former.files import replace_text
 from conv2former.models.zoo import PAPER_TOP1
 from conv2former.tools.benchmark.measure import Row, benchmark
@@ -101,11 +101,9 @@ def frontier(options: BenchmarkOptions) -> list[Row]:
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the table and the picture beside the rows, and returns the files; raises UserError."""
     text = folder / "frontier.md"
-    try:
+    with attempt(f"write to --out {folder}"):
         replace_text(text, to_markdown(rows))
         return [folder / "frontier.jsonl", text, draw(rows, folder)]
-    except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {one_line(error)}") from None
 
 
 def columns(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from conv2former.engine.machine import machine_facts
-from conv2former.errors import UserError, say
+from conv2former.errors import UserError, attempt, say
 from conv2former.tools.benchmark.modes import EXPORTED, Configuration
 from conv2former.tools.benchmark.options import BenchmarkOptions, Plan, plan
 from conv2former.tools.benchmark.worker import Operation, Worker
@@ -77,10 +77,8 @@ def benchmark(options: BenchmarkOptions, *, start: Callable[[Configuration], Wor
     """
     planned = plan(options)
     if options.out:
-        try:
+        with attempt(f"make the folder --out {options.out}"):
             options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder --out {options.out}: {error.strerror}") from None
     common: dict[str, Any] = dict(
         rounds=options.rounds,
         device=_device_name(planned.device),

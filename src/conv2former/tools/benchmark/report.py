@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from conv2former.errors import UserError, in_markdown, markdown_row, one_line
+from conv2former.errors import attempt, in_markdown, markdown_row
 from conv2former.files import append_line, replace_text
 from conv2former.tools.benchmark.measure import Row
 
@@ -95,13 +95,11 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     jsonl, table, text = (folder / name for name in ("benchmark.jsonl", "benchmark.md", "profile.txt"))
     files = [jsonl, table]
-    try:
+    with attempt(f"write to --out {folder}"):
         append_rows(rows, jsonl)
         replace_text(table, to_markdown(rows))
         if operations := profiles(rows):
             replace_text(text, operations + "\n")
             files.append(text)
         files += [path for draw in (plots.speed, plots.resolution) if (path := draw(rows, folder))]
-    except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {one_line(error)}") from None
     return files

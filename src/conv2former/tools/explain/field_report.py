@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from conv2former.engine.devices import pick_device
-from conv2former.errors import UserError, in_markdown, markdown_row, one_line, say
+from conv2former.errors import attempt, in_markdown, markdown_row, say
 from conv2former.files import replace_text
 from conv2former.tools.explain.receptive_field import FRACTIONS, IMAGES, FieldRow, choose_images, measure
 from conv2former.tools.explain.subjects import check_name, open_subject
@@ -145,7 +145,7 @@ def run_field(
     rows: list[FieldRow] = []
     scores: list[np.ndarray] = []
     jsonl, table, figure = (out / f"receptive_fields.{ending}" for ending in ("jsonl", "md", "png"))
-    try:
+    with attempt(f"write to --out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         for number, name in enumerate(names, 1):
             started = time.monotonic()
@@ -158,6 +158,4 @@ def run_field(
             seconds = time.monotonic() - started
             say(f"{name} measured ({number} of {len(names)}) in {seconds:.0f} s")
         draw(rows, scores, figure)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {one_line(error)}") from None
     return rows, [jsonl, table, figure]

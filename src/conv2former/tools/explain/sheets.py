@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conv2former.data.images import BadImage, decode, given_images
-from conv2former.errors import UserError, one_line, say
+from conv2former.errors import UserError, attempt, say
 from conv2former.files import free_name
 
 STRENGTH = 0.6  # of a map's colours over the image
@@ -60,11 +60,9 @@ def sheet(rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]]) -> Figur
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a sheet and makes its folder; raises UserError where that cannot be done."""
-    try:
+    with attempt(f"write {path}", "; give another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or one_line(error)}): give another --out") from None
 
 
 def each_image(

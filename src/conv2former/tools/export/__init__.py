@@ -20,7 +20,7 @@ from conv2former.checkpoints.exported import Runtime, fingerprint
 from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, nearest_or_all, one_line
+from conv2former.errors import UserError, attempt, nearest_or_all, one_line
 from conv2former.files import parse_json, read_within, replace_text
 from conv2former.tools.export.check import Comparison, compare, images_in, latency, top1, validated_on
 from conv2former.tools.export.formats import FORMATS, Format, Program, trace
@@ -193,7 +193,7 @@ def _recorded(out: Path, model: Path, rows: list[dict[str, Any]]) -> list[dict[s
     """Writes ``export.json``, where rows of earlier calls with the same weights stay; all of them. Raises UserError."""
     path, weights = out / RECORD, fingerprint(model)
     rows = [row | dict(file=Path(row["file"]).name) for row in rows]
-    try:
+    with attempt(f"write {path}"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or no record of ours
             before = parse_json(read_within(path))
             new = {row["format"] for row in rows}
@@ -201,8 +201,6 @@ def _recorded(out: Path, model: Path, rows: list[dict[str, Any]]) -> list[dict[s
             kept = [row for row in kept if (out / row["file"]).exists()]
             rows = [*kept, *rows] if before["weights"] == weights else rows
         replace_text(path, json.dumps(dict(weights=weights, files=rows), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
     return rows
 
 
@@ -228,12 +226,10 @@ def _workshop(out: Path) -> Iterator[Path]:
     """A folder inside ``out`` for what has not been compared yet; nothing of it stays. Raises UserError."""
     if (out / CONFIG_FILE).exists():
         raise UserError(f"{out} holds a saved model: give a folder of its own to the exported files")
-    try:
+    with attempt(f"write the output folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".export-", dir=out) as folder:
             yield Path(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the output folder {out}: {error.strerror or one_line(error)}") from None
 
 
 def _images(named: Any, options: ExportOptions, subject: Subject) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from conv2former.config import Recipe
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
-from conv2former.errors import UserError, nearest_or_all, one_line, say
+from conv2former.errors import UserError, attempt, nearest_or_all, say
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.scales import Scale, at_scale
@@ -160,10 +160,8 @@ def _placed(request: Request, job: Job, images: Images) -> Job:
 
 def measured_rows(request: Request) -> list[dict[str, Any]]:
     """All rows that were ever measured; none if there is no file. Raises UserError."""
-    try:
+    with attempt(f"read {request.measured}"):
         return read_lines(request.measured)
-    except OSError as error:
-        raise UserError(f"cannot read {request.measured}: {one_line(error)}") from None
 
 
 def measured(request: Request, found: Sequence[Job]) -> dict[str, dict[str, Any]]:
@@ -194,10 +192,8 @@ def run(request: Request, found: Sequence[Job], images: Images, each: Callable[[
         if (job.key, own, before) in done:
             outcome.skipped += 1
         elif all(_trained(part, outcome) for part in (job.after, job) if part):
-            try:
+            with attempt(f"write {request.measured}"):
                 append_line(request.measured, _row(request, job, own, before))
-            except OSError as error:
-                raise UserError(f"cannot write {request.measured}: {one_line(error)}") from None
             outcome.trained += 1
             each()
     return outcome
@@ -236,11 +232,9 @@ def _train(job: Job) -> int:
     """
     say(f"--- {job.run.parent.name}, seed {job.recipe.engine.seed}")
     recipe = job.run.with_name(f"{job.run.name}.yaml")
-    try:
+    with attempt(f"write {recipe}"):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         replace_text(recipe, job.recipe.to_yaml())
-    except OSError as error:
-        raise UserError(f"cannot write {recipe}: {one_line(error)}") from None
     command = [sys.executable, "-m", "conv2former_cli", "train", f"--recipe={recipe}", f"--out={job.run}"]
     command += [f"--data={job.data}", "--resume=auto"]
     child = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=_stop_with_parent)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conv2former.errors import UserError, in_markdown, one_line
+from conv2former.errors import UserError, attempt, in_markdown
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.jobs import Job, Request
@@ -165,7 +165,7 @@ def write(request: Request, table: PaperTable, found: Sequence[Job], done: dict[
     """Writes ``TABLE.SCALE.md``, ``.csv`` and, where anything has been measured, ``.png``; raises UserError."""
     shown = lines(table, found, done)
     files = [request.out / f"{request.table}.{request.scale}{suffix}" for suffix in (".md", ".csv", ".png")]
-    try:
+    with attempt(f"write to {request.out}"):
         request.out.mkdir(parents=True, exist_ok=True)
         replace_text(files[0], to_markdown(request, table, shown, done))
         replace_text(files[1], to_csv(shown))
@@ -173,6 +173,4 @@ def write(request: Request, table: PaperTable, found: Sequence[Job], done: dict[
             files[2].unlink(missing_ok=True)  # of other settings
             return files[:2]
         draw(table, shown, files[2], ours_on=where(table.task, request.scale))
-    except OSError as error:
-        raise UserError(f"cannot write to {request.out}: {one_line(error)}") from None
     return files

@@ -18,11 +18,8 @@ from conv2former.tasks.backbone import Backbone, OnBackbone
 from conv2former.tasks.detection.config import DetectorSection
 from conv2former.tasks.detection.model.box_ops import clip
 from conv2former.tasks.detection.model.fpn import FPN
-from conv2former.tasks.detection.model.mask_head import paste_masks
 from conv2former.tasks.detection.model.roi_heads import CascadeStage, StageSettings, Target
 from conv2former.tasks.detection.model.rpn import RPN
-
-__all__ = ["Detections", "Detector", "Target", "build_detector", "build_on_backbone", "paste_masks"]
 
 STAGES: dict[str, tuple[StageSettings, ...]] = {
     "mask_rcnn": (StageSettings(0.5, (0.1, 0.1, 0.2, 0.2), 1.0, match_low_quality=True),),
@@ -160,23 +157,10 @@ class Detector(OnBackbone):
         return rows[keep[: self.section.max_detections]]
 
 
-def build_detector(
-    backbone: nn.Module, *, widths: Sequence[int], section: DetectorSection, num_classes: int
-) -> Detector:
-    """The detector of a recipe; see ``Detector``.
-
-    Raises:
-        UserError: The backbone does not have four maps.
-    """
-    if len(widths) != 4:
-        raise UserError(f"a detector needs a backbone of four maps, of stride 4, 8, 16 and 32, not of {len(widths)}")
-    return Detector(backbone, widths=widths, section=section, num_classes=num_classes)
-
-
 def build_on_backbone(model: ModelSection, section: DetectorSection, *, num_classes: int) -> Detector:
     """From a recipe, on a timm backbone; raises UserError where that does not fit."""
     backbone = Backbone(model)
-    return build_detector(backbone, widths=backbone.widths, section=section, num_classes=num_classes)
+    return Detector(backbone, widths=backbone.widths, section=section, num_classes=num_classes)
 
 
 def _owners(parts: Sequence[Tensor]) -> Tensor:

@@ -51,28 +51,23 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, padded: tuple[in
 
 
 @torch.no_grad()
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, chunk_pixels: int = 2**25) -> Tensor:
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Puts predicted masks where they belong in the image.
 
     Args:
         masks: Probabilities, (N, 28, 28).
         boxes: Where they lie, (N, 4), pixels of the image.
         size: Height and width of the image.
-        chunk_pixels: So many interpolated pixels are in memory at a time, 4 bytes each, at least one mask.
 
     Returns:
         (N, height, width) bool, on the device of ``masks``.
     """
     height, width = size
-    pasted = torch.empty(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    step = max(1, chunk_pixels // (height * width))
+    boxes = boxes.float()
     with torch.autocast(masks.device.type, enabled=False):
-        for start in range(0, len(masks), step):
-            part, where = masks[start : start + step].float(), boxes[start : start + step].float()
-            down = _interpolation(where[:, 1], where[:, 3], height, masks.shape[1])
-            across = _interpolation(where[:, 0], where[:, 2], width, masks.shape[2])
-            pasted[start : start + step] = down @ part @ across.mT >= THRESHOLD
-    return pasted
+        down = _interpolation(boxes[:, 1], boxes[:, 3], height, masks.shape[1])
+        across = _interpolation(boxes[:, 0], boxes[:, 2], width, masks.shape[2])
+        return down @ masks.float() @ across.mT >= THRESHOLD
 
 
 def _interpolation(start: Tensor, stop: Tensor, pixels: int, positions: int) -> Tensor:
