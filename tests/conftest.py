@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from filelock import FileLock
 from torch import nn
 
 import conv2former  # noqa: F401  registers the names
@@ -73,14 +71,9 @@ def on_meta() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def counted(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[zoo.Row]:
-    """All models with their counts, which take a while: the first of several test processes shares them."""
-    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
-    shared = folder / "counted.json"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            shared.write_text(json.dumps([row.to_json() for row in zoo.rows(variants=True)]))
-    return [zoo.Row(**row) for row in json.loads(shared.read_text())]
+def counted() -> list[zoo.Row]:
+    """All models with their counts."""
+    return zoo.rows(variants=True)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from filelock import FileLock
 
 from command import run_command
 from conv2former.engine.train import train
-from conv2former.models import zoo
 from conv2former.recipes import load_recipe
 from conv2former.tools.demo import server
 from conv2former.tools.reproduce import jobs
@@ -185,7 +184,6 @@ Run = Callable[[Shown], None]
 def run(
     files: Path,
     tmp_path: Path,
-    counted: list[zoo.Row],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Any:
@@ -194,7 +192,7 @@ def run(
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}", prepend=":")
     hub = Hub(tmp_path / "hub")
-    stand_ins(monkeypatch, hub, counted)
+    stand_ins(monkeypatch, hub)
 
     def run_one(command: Shown) -> None:
         capfd.readouterr()
@@ -209,14 +207,13 @@ def run(
     shutil.rmtree(place)  # gigabytes
 
 
-def stand_ins(monkeypatch: pytest.MonkeyPatch, hub: Hub, counted: list[zoo.Row]) -> None:
+def stand_ins(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     """For what would not end, or goes to elsewhere, or was done before."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(server, "_serve", answer_once)
     monkeypatch.setattr("webbrowser.open", lambda url: None)
-    monkeypatch.setattr(zoo, "rows", lambda variants: counted)
 
     def train_here(job: jobs.Job) -> int:
         train(job.recipe, data=job.data, out=job.run)

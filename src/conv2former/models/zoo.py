@@ -1,8 +1,14 @@
-"""The family in numbers: parameters, multiply-adds, and what the paper reports for each model."""
+"""The family in numbers: parameters, multiply-adds, and what the paper reports for each model.
+
+Counting all models takes half a minute, so ``counts.json`` keeps the numbers.
+``python -m conv2former.models.zoo`` counts them and writes the file anew.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -58,6 +64,11 @@ VARIANTS: list[tuple[str, int | None, int]] = [
     ("conv2former_b", 11, 384),
     ("conv2former_l", 11, 384),
 ]
+COUNTS = Path(__file__).with_name("counts.json")  # name, kernel, image, parameters, multiply-adds; in this order:
+LISTED: list[tuple[str, int | None, int | None]] = [
+    *((name, None, None) for name in PAPER_MODELS + ABLATIONS + SMALL_MODELS),
+    *VARIANTS,
+]
 
 
 @dataclass(frozen=True)
@@ -100,20 +111,25 @@ def _count(model: Any, image_size: int, in_chans: int = 3) -> tuple[int, int]:
 
 def rows(*, variants: bool = False) -> list[Row]:
     """All registered models; with ``variants`` also the paper's other kernel and image sizes."""
-    wanted: list[tuple[str, int | None, int]] = []
-    for name in PAPER_MODELS + ABLATIONS + SMALL_MODELS:
-        cfg: Any = timm.get_pretrained_cfg(name)
-        wanted.append((name, None, cfg.input_size[-1]))
+    default = len(PAPER_MODELS + ABLATIONS + SMALL_MODELS)
     result = []
-    for name, kernel, size in wanted + (VARIANTS if variants else []):
-        model = build_on_meta(name, **({} if kernel is None else dict(kernel_size=kernel)))
-        side = model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
-        top1 = PAPER_TOP1.get(name) if kernel is None else PAPER_TOP1_KERNEL.get((name, side))
+    for number, entry in enumerate(json.loads(COUNTS.read_text())):
+        name, side, size, params, macs = entry
+        variant = number >= default
+        top1 = PAPER_TOP1_KERNEL.get((name, side)) if variant else PAPER_TOP1.get(name)
         pretrained = PAPER_TOP1_22K.get((name, size)) if side == 11 else None
-        ablation = name in ABLATIONS or (kernel is not None and size == 224)
+        ablation = name in ABLATIONS or (variant and size == 224)
         origin = "ours" if name in SMALL_MODELS else "paper, ablation" if ablation else "paper"
-        result.append(Row(name, side, size, *_count(model, size), top1, pretrained, origin))
-    return result
+        result.append(Row(name, side, size, params, macs, top1, pretrained, origin))
+    return result if variants else result[:default]
+
+
+def count_again(name: str, kernel: int | None, size: int | None) -> list[Any]:
+    """An entry of ``COUNTS``; None stands for what is registered."""
+    cfg: Any = timm.get_pretrained_cfg(name)
+    model = build_on_meta(name, **({} if kernel is None else dict(kernel_size=kernel)))
+    side = model.stages[0].blocks[0].mod.dwconv.kernel_size[0]
+    return [name, side, size or cfg.input_size[-1], *_count(model, size or cfg.input_size[-1])]
 
 
 def to_markdown(table: list[Row]) -> str:
@@ -127,3 +143,8 @@ def to_markdown(table: list[Row]) -> str:
             f"| {top1} | {pretrained} | {r.origin} |"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    entries = [json.dumps(count_again(*each)) for each in LISTED]
+    COUNTS.write_text("[\n" + ",\n".join(entries) + "\n]\n")
