@@ -20,9 +20,14 @@ side, resample = about["input_size"][1], Image.Resampling[about["interpolation"]
 
 
 def prepare(path: str) -> np.ndarray:
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode not in ("RGB", "L", "CMYK") or image.has_transparency_data:
+        raise ValueError(f"its mode is {image.mode}: save it as RGB")  # deep grey and transparency need more care
+    image = image.convert("RGB")
     short = int(side / about["crop_pct"])
     width, height = (int(short * length / min(image.size)) for length in image.size)
+    if about["crop_mode"] == "squash":
+        width = height = short
     left, top = round((width - side) / 2), round((height - side) / 2)
     image = image.resize((width, height), resample).crop((left, top, left + side, top + side))
     pixels = (np.asarray(image, np.float32) / 255 - about["mean"]) / about["std"]

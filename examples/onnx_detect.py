@@ -15,8 +15,12 @@ from PIL import Image, ImageDraw, ImageOps
 
 LEAST = 0.3  # score from which something is shown
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python onnx_detect.py model.onnx PHOTOS...")
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-about = json.loads(session.get_modelmeta().custom_metadata_map["conv2former"])
+about = json.loads(session.get_modelmeta().custom_metadata_map.get("conv2former", "{}"))
+if about.get("task") != "detection":
+    sys.exit(f"{sys.argv[1]} is not a detector from `conv2former export`")
 outputs = [output.name for output in session.get_outputs()]
 rows, columns = about["input_size"][1:]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from conv2former_runtime.errors import UserError
-from conv2former_runtime.images import BadImage, decode, limit_aspect
+from conv2former_runtime.images import BadImage, decode, limit_aspect, shown
 from conv2former_runtime.model import Floats, Model
 
 BATCH = 16
@@ -20,22 +21,22 @@ BATCH = 16
 class Classifier(Model):
     """A network that names what is on images; see ``Model`` for what it computes."""
 
-    def predict(self, images: Sequence[Any], *, top_k: int = 5) -> Iterator[dict[str, Any]]:
+    def predict(self, images: Any, *, top_k: int = 5) -> Iterator[dict[str, Any]]:
         """For each image ``ok`` and ``top``, its classes with ``label``, ``index`` and ``probability``, or ``error``.
 
         Args:
-            images: Paths, the contents of files, or Pillow's images.
+            images: Paths, the contents of files, or Pillow's images; one of them, or any number.
             top_k: Classes that are named.
 
         Raises:
             UserError: The network has no classifier.
         """
-        if isinstance(images, str | bytes):
-            raise TypeError("predict takes a list of images, not one")
+        if isinstance(images, str | bytes | PathLike | Image.Image):
+            images = [images]
         if self.steps[-1] != "head":
             raise UserError("the file holds a network without a classifier: it gives maps, not classes")
-        for start in range(0, len(images), BATCH):
-            prepared = [self._prepared(image) for image in images[start : start + BATCH]]
+        waiting = iter(images)
+        while prepared := [self._prepared(image) for image in islice(waiting, BATCH)]:
             good = [each for each in prepared if not isinstance(each, BadImage)]
             rows = iter(self(np.stack(good)) if good else ())
             for each in prepared:
@@ -50,8 +51,7 @@ class Classifier(Model):
 
     def _prepared(self, image: Any) -> Floats | BadImage:
         try:
-            known = isinstance(image, str | bytes | PathLike)
-            return self.prepare(decode(image) if known else image)  # type: ignore[arg-type]
+            return self.prepare(image if isinstance(image, Image.Image) else decode(image))
         except BadImage as error:
             return error
 
@@ -63,7 +63,7 @@ def prepare(image: Image.Image, facts: Mapping[str, Any]) -> Floats:
     ``std``.
     """
     _, height, width = facts["input_size"]
-    image = limit_aspect(image.convert("RGB"))
+    image = limit_aspect(shown(image))
     short = [math.floor(side / facts["crop_pct"]) for side in (height, width)]
     if facts["crop_mode"] == "center":
         longest, shortest = max(image.size), min(image.size)

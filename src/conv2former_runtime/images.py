@@ -173,6 +173,16 @@ def decode(
         raise BadImage(_name(source) if name is None else name, str(error)) from error.__cause__
 
 
+def shown(image: Image.Image) -> Image.Image:
+    """A Pillow image as `decode` gives the same file: 8-bit RGB, turned, on white; raises BadImage."""
+    if image.mode == "RGB" and not image.info and not isinstance(image, ImageFile):
+        return image
+    try:
+        return _shown(image, turn=True)
+    except Exception as error:  # see `_decode`
+        raise BadImage(str(getattr(image, "filename", "") or "<image>"), str(_refusal(error, image.format))) from error
+
+
 def limit_aspect(image: Image.Image) -> Image.Image:
     """The middle of an image that is more than ``MAX_ASPECT`` times as long as wide.
 
@@ -233,23 +243,27 @@ def _decode(stream: BinaryIO, max_pixels: int, turn: bool) -> Image.Image:
         width, height = image.size
         if width * height > max_pixels:
             raise _Refused(f"its {width} x {height} pixels are more than the limit of {max_pixels:,}")
-        _scale_transparent_colour(image)
         large = Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
         with _no_size_warning() if large else nullcontext():
-            image.load()
-        rgb = _rgb(image)
-        if turn and (way := _TRANSPOSE.get(_orientation(image))) is not None:
-            rgb = rgb.transpose(way)
-        elif rgb is image:
-            rgb = rgb.copy()  # into a plain Image, which holds on to nothing of the file
-        rgb.info = {}  # the EXIF in there would have the next reader turn the image once more
-        return rgb
+            return _shown(image, turn)
     except _Refused:
         raise
     except Exception as error:
         # Pillow's plugins raise nearly anything on a damaged file: OSError, SyntaxError, ValueError, struct.error,
         # zlib.error, AssertionError, OverflowError, MemoryError. A bug of ours would look the same: tests look for it.
         raise _refusal(error, file_format) from error
+
+
+def _shown(image: Image.Image, turn: bool) -> Image.Image:
+    _scale_transparent_colour(image)
+    image.load()
+    rgb = _rgb(image)
+    if turn and (way := _TRANSPOSE.get(_orientation(image))) is not None:
+        rgb = rgb.transpose(way)
+    elif rgb is image:
+        rgb = rgb.copy()  # into a plain Image, which holds on to nothing of the file
+    rgb.info = {}  # the EXIF in there would have the next reader turn the image once more
+    return rgb
 
 
 def _plugin(file_format: str) -> type[ImageFile]:
@@ -329,19 +343,19 @@ def _no_size_warning() -> Iterator[None]:
         yield
 
 
-def _scale_transparent_colour(image: ImageFile) -> None:
+def _scale_transparent_colour(image: Image.Image) -> None:
     """Brings a PNG's transparent colour (tRNS) to the depth to which its pixels are decoded; Pillow leaves it."""
     colour = image.info.get("transparency")
-    if image.format != "PNG" or colour is None or not image.tile:
+    if not isinstance(image, PngImageFile) or colour is None or not image.tile:
         return
-    raw_mode = image.tile[0][3]
+    raw_mode: Any = image.tile[0][3]
     if raw_mode in ("L;2", "L;4"):
         image.info["transparency"] = colour * (85 if raw_mode == "L;2" else 17)
     elif raw_mode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
-def _rgb(image: ImageFile) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
     """Converts a loaded image of any mode; returns it as it is where nothing is to be done."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey(image).convert("RGB")
@@ -354,7 +368,7 @@ def _rgb(image: ImageFile) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _deep_grey(image: ImageFile) -> Image.Image:
+def _deep_grey(image: Image.Image) -> Image.Image:
     """Scales grey of 12, 16 or 32 bits, or floating point, to 8 bits."""
     values = np.asarray(image)
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
@@ -382,7 +396,7 @@ def _deep_grey(image: ImageFile) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _orientation(image: ImageFile) -> int:
+def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, or some other number where there is none or the EXIF is broken.
 
     Pillow's own reader parses everything that is in the EXIF, raises on some broken ones and warns on others. A TIFF

@@ -17,6 +17,7 @@ from conv2former_runtime.images import (
     MAX_PIXELS,
     BadImage,
     decode,
+    shown,
     shown_size,
     turned,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "decode",
     "find_images",
     "given_images",
+    "shown",
     "shown_size",
     "turned",
 ]

@@ -29,7 +29,7 @@ BATCH = 16  # images of a forward pass, of a task that takes several
 
 def predict(
     checkpoint: Path | str,
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str] | Path | str,
     *,
     top_k: int | None = None,
     threshold: float | None = None,
@@ -44,7 +44,7 @@ def predict(
 
     Args:
         checkpoint: Run folder, saved model folder, or its ``model.safetensors``.
-        inputs: Image files, and folders that are searched for them.
+        inputs: Image files, and folders that are searched for them; or one of these.
         top_k: Classes that a classifier names (5).
         threshold: Least score of what a detector gives out (0.3).
         batch_size: Images of a forward pass of a classifier (16).
@@ -56,7 +56,8 @@ def predict(
         UserError: The checkpoint cannot be used, an option is for another task, or there is no image in the inputs.
     """
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
-    for file, found in _found(task, given_images(inputs), batch_size=batch_size, workers=workers):
+    files = given_images([Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)])
+    for file, found in _found(task, files, batch_size=batch_size, workers=workers):
         yield _row(file, found)
 
 

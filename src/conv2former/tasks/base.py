@@ -268,7 +268,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> Prepared:
-        """An image in RGB as the network sees it; the processes that read images do it."""
+        """An image of Pillow's as the network sees it (see ``images.shown``); the processes that read images do it."""
 
     def prepared(self, images: Tensor) -> Tensor:
         """8-bit images (B, 3, H, W), normalised, in the memory layout that the recipe asks for."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from conv2former import checkpoints
 from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection
+from conv2former.data.images import shown
 from conv2former.data.loading import Normalizer
 from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
@@ -155,6 +156,7 @@ class ClassificationTask(Task):
         return ImageDataset(source, self.transform, on_bad_image=on_bad_image, max_pixels=max_pixels)
 
     def preprocess(self, image: Image.Image) -> Prepared:
+        image = shown(image)
         return Prepared(np.array(self.transform(image)), (image.height, image.width))
 
     def example_batch(self, count: int) -> Batch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection
+from conv2former.data.images import shown
 from conv2former.data.rle import decode_mask
 from conv2former.errors import UserError, or_left_out
 from conv2former.files import replace_text
@@ -97,6 +98,7 @@ class DetectionTask(DenseTask):
 
     def preprocess(self, image: Image.Image) -> Prepared:
         """The whole image at the size of evaluation."""
+        image = shown(image)
         view = eval_view(image, self.recipe.data, self.within)
         return Prepared(view.pixels(image), (image.height, image.width))
 

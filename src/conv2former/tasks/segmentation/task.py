@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conv2former.config import ModelSection
+from conv2former.data.images import shown
 from conv2former.data.rle import encode_mask
 from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
@@ -82,6 +83,7 @@ class SegmentationTask(DenseTask):
 
     def preprocess(self, image: Image.Image) -> Prepared:
         """The whole image at the size of evaluation."""
+        image = shown(image)
         return Prepared(views(image, self.recipe.data, (1.0,))[0], (image.height, image.width))
 
     def example_batch(self, count: int) -> SegmentationBatch:
