@@ -130,6 +130,7 @@ def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path
         boxes = [[5, 5, 0, 9], [500, 5, 9, 9], [1, 2, 3], [5, 5, float("nan"), 3]]
         for entry, box in zip(entries, boxes, strict=False):
             entry["bbox"] = box
+        entries[0].pop("segmentation")
         entries[4].pop("segmentation")
         entries[5]["iscrowd"] = None
         entries[6]["segmentation"] = encode_mask(np.ones((8, 9)))

@@ -139,6 +139,7 @@ SOUND: dict[str, Edit] = dict(
     far=each(lambda a: a["segmentation"].append([1, 1, 2, 2, 1e9, 3])),
     no_box=each(lambda a: a.pop("bbox")),
     null_box=each(lambda a: a.update(bbox=None)),
+    zero_box=each(lambda a: a.update(bbox=[0, 0, 0, 0])),
     sizes=lambda d: [image.update(width="96", height=72.0) for image in d["images"]],
 )
 
@@ -186,6 +187,14 @@ def test_polygons_that_cross_themselves() -> None:
         assert usable_mask([nothing], (64, 48)) == (None, "whose mask has a polygon of less than a pixel")
 
 
+def test_objects_that_are_listed_twice_are_said(tmp_path: Path) -> None:
+    def twice(content: dict[str, Any]) -> None:
+        content["annotations"] += [entry | dict(id=1000 + entry["id"]) for entry in content["annotations"]]
+
+    notes = open_coco(DATA, write(tmp_path, twice)).train.notes
+    assert any("6 of 12 objects have the class and the box of another one of their image" in line for line in notes)
+
+
 def test_crowds_are_counted_in_a_line(tmp_path: Path) -> None:
     source = open_coco(DATA, write(tmp_path / "a", each(lambda a: a.update(iscrowd=1), 2))).train
     assert source.notes[0].endswith("3 of 6 objects are crowds (iscrowd): not trained on") and sum(source.counted) == 3
@@ -199,6 +208,7 @@ def test_no_truth_is_left_out_of_evaluation(tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         entries = content["annotations"]
         entries[0]["bbox"][2] = 0
+        entries[0].pop("segmentation")
         entries[1]["bbox"][0] = 500
         entries[2]["segmentation"] = []
         entries[3].pop("segmentation")

@@ -101,9 +101,8 @@ class ClassificationTask(Task):
     @classmethod
     def load(cls, path: Path) -> Self:
         """A classifier in timm's layout; raises UserError."""
-        task = cls.of(checkpoints.load_pretrained(path), name=str(path))
-        args = checkpoints.saved_config(path).get("model_args", {})
-        check_answers(task.model, task.data_config, args, str(path))
+        task, config = cls.of(checkpoints.load_pretrained(path), name=str(path)), checkpoints.saved_config(path)
+        check_answers(task.model, task.data_config, config.get("model_args", {}), str(path))
         return task
 
     @classmethod
@@ -156,8 +155,7 @@ class ClassificationTask(Task):
         return ImageDataset(source, self.transform, on_bad_image=on_bad_image, max_pixels=max_pixels)
 
     def preprocess(self, image: Image.Image) -> Prepared:
-        image = shown(image)
-        return Prepared(np.array(self.transform(image)), (image.height, image.width))
+        return Prepared(np.array(self.transform(image := shown(image))), (image.height, image.width))
 
     def example_batch(self, count: int) -> Batch:
         side = self.recipe.data.input_size

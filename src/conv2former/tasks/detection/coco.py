@@ -21,7 +21,7 @@ from conv2former.data.rle import library
 from conv2former.data.sources import MOST_OF_A_NAME, counted, exif_remark, given_folder, stored_pixels
 from conv2former.errors import UserError, one_line, printable, some, visible
 from conv2former.tasks.detection.config import DetectionDataSection
-from conv2former.tasks.detection.objects import Ids, area_of, flag, id_order, is_id, number, usable
+from conv2former.tasks.detection.objects import Ids, area_of, flag, has_area, id_order, is_id, number, usable
 
 # what the lists must hold
 FIELDS: dict[str, dict[str, str]] = dict(
@@ -33,6 +33,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 
 BEYOND = "have a box that reaches beyond the image"
 CROWDS = "are crowds (iscrowd): not trained on"
+TWICE = "have the class and the box of another one of their image: each counts, remove one of them"
 VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
 
@@ -201,6 +202,7 @@ class CocoSource:
         images, categories = Ids(entry.id for entry in self.entries), Ids(self.category_ids)
         found: list[list[dict[str, Any]]] = [[] for _ in self.entries]
         said: dict[str, list[str]] = {}
+        seen = set[tuple[Any, ...]]()
         fractions = True  # whether all boxes lie between 0 and 1
         for position, annotation in enumerate(annotations):
             name = str(annotation.get("id", f"number {position}"))
@@ -223,6 +225,8 @@ class CocoSource:
                 if "bbox" in own:
                     self.spare.setdefault(entry.id, []).append(own)
                 continue
+            if annotation.get("bbox") and not has_area([*map(number, annotation["bbox"])]):
+                said.setdefault("whose box has no area take that of their mask", []).append(name)
             right, low = own["bbox"][0] + own["bbox"][2], own["bbox"][1] + own["bbox"][3]
             fractions &= max(right, low) <= 1
             if right > entry.width + 1 or low > entry.height + 1:
@@ -233,6 +237,9 @@ class CocoSource:
             elif mask_trouble:
                 part = "lose that part of it" if "segmentation" in own else "count for their boxes alone"
                 said.setdefault(f"{mask_trouble} {part}", []).append(name)
+            if (key := (index, category, crowd, *own["bbox"])) in seen:
+                said.setdefault(TWICE, []).append(name)
+            seen.add(key)
             found[index].append(own)
         if fractions and any(found):
             raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,16 +76,16 @@ def usable(annotation: Mapping[str, Any], size: tuple[int, int]) -> tuple[dict[s
         size: (width, height) of its image.
 
     Returns:
-        ``bbox``, ``segmentation`` and ``area``, as far as they are sound, texts as numbers, a missing box by the mask;
-        why the mask is left out, in part or as a whole; why the object cannot be trained on. Without ``bbox`` it cannot
-        be evaluated either.
+        ``bbox``, ``segmentation`` and ``area``, as far as they are sound, texts as numbers, a box that is missing or
+        without area by the mask; why the mask is left out, in part or as a whole; why the object cannot be trained on.
+        Without ``bbox`` it cannot be evaluated either.
     """
     mask, trouble = usable_mask(annotation.get("segmentation"), size)
     own: dict[str, Any] = {}
     box = annotation.get("bbox")
     if isinstance(box, list | tuple) and len(box) == 4 and None not in (numbers := [number(value) for value in box]):
         own["bbox"] = numbers
-    elif box in (None, []) and mask:
+    if mask and (box in (None, []) or not has_area(own.get("bbox", [0, 0, 1, 1]))):
         own["bbox"] = box_of(mask)
     if mask:
         own["segmentation"] = mask
@@ -94,11 +94,16 @@ def usable(annotation: Mapping[str, Any], size: tuple[int, int]) -> tuple[dict[s
     if "bbox" not in own:
         return own, trouble, "whose box is not [x, y, width, height]"
     left, top, width, height = own["bbox"]
-    if width <= 0 or height <= 0:
+    if not has_area(own["bbox"]):
         return own, trouble, "whose box has no area"
     if left >= size[0] or top >= size[1] or left + width <= 0 or top + height <= 0:
         return own, trouble, "whose box lies outside of the image"
     return own, trouble, None
+
+
+def has_area(box: Sequence[Any]) -> bool:
+    """Whether a box [x, y, width, height] of numbers has pixels."""
+    return box[2] > 0 and box[3] > 0
 
 
 def usable_mask(segmentation: Any, size: tuple[int, int]) -> tuple[Any, str | None]:
