@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,24 @@ def test_masks_that_no_image_has(tmp_path: Path) -> None:
     for number in (1, 2):
         Image.fromarray(grey(1, 0)).save(root / "masks" / f"{number}_mask_1.png")
     assert "several masks of one image, 1_mask.png and 1_mask_1.png" in refused(PAIRS, root)
+    root = write(tmp_path / "labels", grey(0, 1), name="{}-crack-0.png")
+    for path in sorted((root / "masks").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("crack", "rust")))
+    assert "several masks of one image, " in refused(PAIRS, root)
+
+
+def test_masks_of_two_kinds_in_one_folder(tmp_path: Path) -> None:
+    """0 and 1 in some, 0 and 255 in others: what is lost there is said. One bit is as the table says, whatever tool."""
+    root = write(tmp_path, grey(0, 1), classes="background\ncrack\n")
+    paths = sorted((root / "masks").iterdir())
+    for path in paths[::2]:
+        Image.fromarray(grey(0, 255)).save(path)
+    said = open_pairs(PAIRS, root, seed=0).train.notes
+    assert any("hold 0 and 255 alone, others hold classes" in line for line in said)
+    for path in paths[::2]:
+        Image.fromarray(grey(0, 255)).convert("1").save(path)
+    for path in paths[1::2]:
+        Image.fromarray(grey(0, 255)).save(path)
+    table = PAIRS.model_copy(update=dict(mask_values={"0": "background", "255": "crack"}))
+    source = open_pairs(table, root, seed=0).train
+    assert all(set(np.unique(source.load(index)[1])) == {0, 1} for index in range(len(source)))

@@ -43,7 +43,7 @@ from conv2former.tasks.segmentation.values import (
 )
 
 LOOKED_AT = 64  # masks whose values are counted before the first step
-SECOND = re.compile(r"(?:[ _-]|\s?\()\d+\)?$")  # ends the name of a further mask: cat_1, cat (1)
+BREAK = re.compile(r"[ ._(-]")  # stands between an image's name and what is behind it: cat_1, cat (1), cat-rust-0
 GREY = 0x010101  # of which greys are multiples, as 24 bits
 TRIED = 20  # images whose names are looked for in those of masks
 IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
@@ -118,6 +118,8 @@ class PairSource:
         """A mask's values or colours, (H, W); raises BadImage."""
         colours = self.values is not None and self.values.colours
         options: Any = dict(colours=colours, greys=self.greys, turn=self.turn)
+        if self.values and 1 not in self.values.given and IGNORED in self.values.given:
+            options |= dict(white=IGNORED)
         return read_labels(self.pairs[index].labels, max_pixels=max_pixels, **options)
 
     def classes_of(self, stored: np.ndarray, path: Path) -> np.ndarray:
@@ -135,7 +137,7 @@ class PairSource:
 
     def look(self, where: Path) -> list[str]:
         """What is to be said of the values in a sample of the masks; raises UserError if there is nothing to learn."""
-        pixels, masks = np.zeros(1 << 16, np.int64), 0
+        pixels, masks, without = np.zeros(1 << 16, np.int64), 0, 0
         for index in spread(len(self), LOOKED_AT):
             try:
                 stored = self.stored(index)
@@ -149,14 +151,22 @@ class PairSource:
                 if self.values and "data.mask_values" in error.reason:
                     raise UserError(str(error)) from None
                 continue  # training meets it, and does what the recipe says
-            pixels += np.bincount(stored.ravel(), minlength=1 << 16)
+            own = np.bincount(stored.ravel(), minlength=1 << 16)
+            pixels += own
             masks += 1
+            without += bool(own[IGNORED]) and not own[1:IGNORED].any()
         if not masks:
             return []
         if self.values:
             present = set(np.flatnonzero(pixels[:IGNORED]).tolist())
             return missing_classes(f"{masks} masks of {where}", present, self.classes)
-        return check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
+        lines = check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
+        if without and pixels[1:IGNORED].any() and not self.reduce_zero:
+            lines.append(
+                f"{where}: {without} of {masks} masks that were looked at hold 0 and 255 alone, others hold classes: "
+                "255 means no class; if it is a class in these, save all masks alike"
+            )
+        return lines
 
     def check_palettes(self) -> None:
         """Looks at palettes, of which each file may have its own; then its numbers are no classes.
@@ -330,7 +340,7 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
             f"{len(alone)} of {len(image_files)} images have no mask of their name in {labels}: {some(alone, 3)} "
             f"(there: {there})"
         )
-    _check_rest(labels, {*mask_files.values()} - {masks[stem] for stem in image_files}, masks, notes)
+    _check_rest(labels, {*mask_files.values()} - {masks[stem] for stem in image_files}, image_files, masks, notes)
     pairs = [Pair(str(path.relative_to(root)), path, masks[stem]) for stem, path in image_files.items()]
     turn = data.exif == "turn"
     table: Any = dict(table=data.mask_values, nearest=data.mask_nearest)
@@ -340,13 +350,18 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
     return source
 
 
-def _check_rest(where: Path, rest: set[Path], masks: dict[str, Path], notes: list[str]) -> None:
+def _check_rest(where: Path, rest: set[Path], images: Iterable[str], masks: dict[str, Path], notes: list[str]) -> None:
     """What is to be said of masks that no image has; raises UserError if most are further masks of an image."""
     if not rest:
         return
-    used = {path.with_suffix("").as_posix(): path for path in masks.values() if path not in rest}
-    stems = {path: SECOND.sub("", path.with_suffix("").as_posix()) for path in sorted(rest)}
-    further = {path: used[stem] for path, stem in stems.items() if stem in used}
+    used = {path.relative_to(where).with_suffix("").as_posix(): path for path in masks.values() if path not in rest}
+    used |= {name: masks[name] for name in images}
+    further = {}
+    for path in sorted(rest):
+        name = path.relative_to(where).with_suffix("").as_posix()
+        starts = [name[: found.start()] for found in BREAK.finditer(name)]
+        if known := [start for start in starts if start in used]:
+            further[path] = used[known[-1]]
     if 2 * len(further) > len(rest):
         path, first = next(iter(further.items()))
         raise UserError(

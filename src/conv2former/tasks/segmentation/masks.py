@@ -33,7 +33,13 @@ class ColourMask(BadImage):
 
 
 def read_labels(
-    path: Path, *, max_pixels: int = MAX_PIXELS, colours: bool = False, greys: bool = False, turn: bool = False
+    path: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    colours: bool = False,
+    greys: bool = False,
+    white: int = 1,
+    turn: bool = False,
 ) -> np.ndarray:
     """A mask (H, W) of uint16 as it is stored; colour images whose channels are equal count as grey.
 
@@ -42,6 +48,7 @@ def read_labels(
         max_pixels: Larger ones are refused.
         colours: Gives red, green and blue as 24 bits of uint32, those of a palette too.
         greys: Gives the grey that a palette has for each number, in the place of the number.
+        white: The value of white in a mask of 1 bit.
         turn: Whether its own EXIF orientation is applied.
 
     Raises:
@@ -64,6 +71,7 @@ def read_labels(
                 if colours or mode not in (*MODES, "F"):
                     return _colours(np.asarray(shown.convert("RGB")), path, shown, colours=colours)
                 values = np.asarray(shown)
+                values = values * white if mode == "1" else values
                 values = _whole(values, path) if mode == "F" else values // SCALED.get(depth, 1)
     except BadImage:
         raise
