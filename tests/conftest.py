@@ -103,6 +103,28 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a segmentation model, its images beside it in ``data``; not to be changed."""
+    from conv2former.engine.train import train
+    from scenes import small_segmenter, write_pairs
+
+    root = tmp_path_factory.mktemp("segmenter")
+    train(small_segmenter("schedule.epochs=1"), data=write_pairs(root / "data"), out=root / "run")
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a detector, its images beside it in ``data``; not to be changed."""
+    from conv2former.engine.train import train
+    from scenes import small_detector, write_coco
+
+    root = tmp_path_factory.mktemp("detector")
+    train(small_detector("schedule.epochs=1"), data=write_coco(root / "data"), out=root / "run")
+    return root / "run"
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of a report are made but not drawn, which would take more time than a tiny run itself."""
