@@ -330,7 +330,13 @@ def test_marches_cover_the_map_once_and_fill_the_processors() -> None:
     assert programs <= 396 and blocks / programs / -(-blocks // programs) > 0.9
 
 
-@pytest.mark.parametrize("what", ["forward", "input gradient", "weight gradient", "MLP forward", "MLP inner"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("forward", "MLP inner"),
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("input gradient", "weight gradient", "MLP forward")),
+    ],
+)
 def test_compiles_without_spills(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The favourite configuration for bfloat16 and an 11 x 11 kernel on sm_90; benchmarks/triton_build.py does all."""
     pytest.importorskip("triton")
