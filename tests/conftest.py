@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-import conv2former  # noqa: F401  registers the names
+import conv2former  # registers the names
+from conv2former.files import replace_text
 from conv2former.models import zoo
 from conv2former.models.meta import SkipFilling
 
@@ -73,14 +76,30 @@ def on_meta() -> Callable[..., nn.Module]:
     return build
 
 
+def code_that_is_counted() -> str:
+    """A digest of the networks' sources and of the versions of what they are made of."""
+    digest = hashlib.sha256(f"{sys.version} {torch.__version__} {timm.__version__}".encode())
+    package = Path(conv2former.__file__).parent
+    for path in sorted([*(package / "models").rglob("*.py"), *(package / "ops").rglob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
-def counted(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[zoo.Row]:
-    """All models with their counts, which take a while: the first of several test processes shares them."""
-    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
-    shared = folder / "counted.json"
+def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[zoo.Row]:
+    """All models with their counts, which take a minute: counted once for all test processes.
+
+    Later runs of pytest find them in its cache (``--cache-clear`` empties it), until the code that is counted changes.
+    """
+    cache = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
+    if cache:
+        shared = cache.mkdir("counted") / f"{code_that_is_counted()}.json"
+    else:
+        folder = tmp_path_factory.getbasetemp()
+        shared = (folder if worker_id == "master" else folder.parent) / "counted.json"
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
-            shared.write_text(json.dumps([row.to_json() for row in zoo.rows(variants=True)]))
+            replace_text(shared, json.dumps([row.to_json() for row in zoo.rows(variants=True)]))
     return [zoo.Row(**row) for row in json.loads(shared.read_text())]
 
 
