@@ -78,7 +78,7 @@ def test_a_stop_during_the_evaluation_loses_nothing(
 
 
 def test_accumulation_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_recipe("optim.batch_size=8", "optim.global_batch=16", *EVERYTHING)
+    recipe = tiny_recipe("optim.batch_size=8", "optim.global_batch=16", "schedule.epochs=2", *EVERYTHING)
     train(recipe, data=data, out=tmp_path / "whole")
     stopped_run(recipe, data, tmp_path / "parts", monkeypatch)
     train(None, data=None, out=tmp_path / "parts", resume=True)
