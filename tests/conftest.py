@@ -16,6 +16,7 @@ from torch import nn
 
 import conv2former  # noqa: F401  registers the names
 from conv2former.models import zoo
+from conv2former.models.meta import SkipFilling
 
 # The tests' tensors are small. On a busy machine more threads wait for each other: minutes instead of seconds.
 torch.set_num_threads(1)
@@ -59,12 +60,12 @@ def fill_weights(module: nn.Module) -> nn.Module:
 def on_meta() -> Callable[..., nn.Module]:
     """A function that builds a network of full size on the meta device, by name and arguments, and keeps it.
 
-    The tests share the network: they copy what they change.
+    The tests share the network: they copy what they change. Nothing is filled: there are no values.
     """
 
     @functools.cache
     def build(name: str, **kwargs: Any) -> nn.Module:
-        with torch.device("meta"):
+        with torch.device("meta"), SkipFilling():
             return timm.create_model(name, **kwargs).eval()
 
     return build
@@ -93,6 +94,28 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "finished"
     train(tiny_recipe(), data=data, out=out)
     return out
+
+
+@pytest.fixture(scope="session")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a segmentation model, its images beside it in ``data``; not to be changed."""
+    from conv2former.engine.train import train
+    from scenes import small_segmenter, write_pairs
+
+    root = tmp_path_factory.mktemp("segmenter")
+    train(small_segmenter("schedule.epochs=1"), data=write_pairs(root / "data"), out=root / "run")
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a detector, its images beside it in ``data``; not to be changed."""
+    from conv2former.engine.train import train
+    from scenes import small_detector, write_coco
+
+    root = tmp_path_factory.mktemp("detector")
+    train(small_detector("schedule.epochs=1"), data=write_coco(root / "data"), out=root / "run")
+    return root / "run"
 
 
 @pytest.fixture

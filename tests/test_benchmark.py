@@ -27,7 +27,7 @@ from conv2former.tools.benchmark.worker import Holder, Operation, Worker
 
 BASE = Configuration(
     model="conv2former_test",
-    model_args={},
+    model_args=dict(dims=(32, 48), depths=(1, 1)),
     mode="eager",
     training=False,
     dtype="float32",

@@ -62,6 +62,7 @@ DENSE_T = f"{TRAINING} --set optim.batch_size=2 --set optim.global_batch=2"
 DENSE = f"{DENSE_T} --model conv2former_test"
 NARROW = "--set model.args.dims=[8,8,8,8] --set model.args.depths=[1,1,1,1]"
 DETECTOR = "--set model.args.ls_init_value=0.1 --set detector.channels=16 --set detector.box_head_channels=32"
+DETECTOR += " --set detector.max_detections=10"  # of a detector that has learned next to nothing: masks take time
 APPENDED = (
     (
         r"train --recipe photos_from_nothing",

@@ -26,7 +26,6 @@ from browser import demo
 from command import run_command
 from conv2former.data.images import decode
 from conv2former.data.rle import encode_mask
-from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks import load
 from conv2former.tasks.base import Line
@@ -38,7 +37,7 @@ from conv2former.tools.demo.models import KEPT, Models
 from conv2former.tools.demo.options import Options
 from conv2former.tools.demo.server import listen
 from digits import one_picture
-from scenes import scene, small_detector, small_segmenter, write_coco, write_pairs
+from scenes import scene
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'conv2former[demo]'")
 from starlette.testclient import TestClient
@@ -120,11 +119,9 @@ def test_maps_are_computed_once(finished: Path, picture: Image.Image, monkeypatc
     assert model.look(picture, Options()).maps == []
 
 
-def test_objects_and_regions_have_the_colours_of_the_picture(tmp_path: Path) -> None:
-    train(small_detector("schedule.epochs=1"), data=write_coco(tmp_path / "coco"), out=tmp_path / "runs" / "detector")
-    train(
-        small_segmenter("schedule.epochs=1"), data=write_pairs(tmp_path / "pairs"), out=tmp_path / "runs" / "segmenter"
-    )
+def test_objects_and_regions_have_the_colours_of_the_picture(detector: Path, segmenter: Path, tmp_path: Path) -> None:
+    shutil.copytree(detector, tmp_path / "runs" / "detector")
+    shutil.copytree(segmenter, tmp_path / "runs" / "segmenter")
     models = Models([str(tmp_path / "runs")], device="cpu")
     photograph = scene(5)[0]
     for name in ("detector", "segmenter"):

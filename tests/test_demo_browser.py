@@ -18,9 +18,8 @@ from PIL import Image
 
 from browser import PHONE, Visit, chromium, demo, visit
 from conv2former.engine.predict import predict
-from conv2former.engine.train import train
 from digits import one_picture
-from scenes import scene, small_detector, small_segmenter, write_coco, write_pairs
+from scenes import scene
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'conv2former[demo]'")
 pytest.importorskip("playwright", reason="needs playwright: pip install 'conv2former[dev]'")
@@ -30,14 +29,14 @@ FILE_MB = 0.5
 
 
 @pytest.fixture(scope="module")
-def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+def page(finished: Path, segmenter: Path, detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     """A demo of a classifier, a segmentation model, a detector and a network with random weights, in a browser.
 
     The classifier's run keeps two examples. The demo ends while the page is open.
     """
     root = tmp_path_factory.mktemp("dense")
-    train(small_segmenter("schedule.epochs=1"), data=write_pairs(root / "pairs"), out=root / "segmenter")
-    train(small_detector("schedule.epochs=1"), data=write_coco(root / "coco"), out=root / "detector")
+    shutil.copytree(segmenter, root / "segmenter")
+    shutil.copytree(detector, root / "detector")
     shutil.copytree(finished, root / "digits")
     (root / "digits" / "samples").mkdir()
     for index in (3, 4):

@@ -25,7 +25,6 @@ from conv2former.data.images import decode
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.machine import fast_bfloat16
 from conv2former.engine.predict import predict
-from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.ops import cpu, use_backend
 from conv2former.tasks.detection.export import compare as compare_detections
@@ -35,7 +34,7 @@ from conv2former.tools.export.channels_first import channels_first
 from conv2former.tools.export.check import compare
 from conv2former.tools.export.formats import Format
 from conv2former.tools.export.subjects import open_subject
-from scenes import certain, small_detector, small_segmenter, write_coco, write_pairs
+from scenes import certain
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_classify.py"
 
@@ -46,24 +45,19 @@ def run(source: object, out: Path, *formats: str, **options: Any) -> dict[str, E
 
 
 @pytest.fixture(scope="module")
-def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("segmenter")
-    train(small_segmenter("schedule.epochs=1"), data=write_pairs(root / "data"), out=root / "run")
-    return root / "run"
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("detector")
-    train(small_detector("schedule.epochs=1"), data=write_coco(root / "data"), out=root / "run")
-    return root / "run"
-
-
-def test_a_classifier_in_every_runtime(finished: Path, data: Path, tmp_path: Path) -> None:
+def everything(
+    finished: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Exported], Path]:
+    """The classifier in every format, and the folder of the files; not to be changed."""
     left_out = {"aotinductor"}  # compiled for a minute: among the slow tests
     left_out |= set() if fast_bfloat16() else {"openvino-bf16"}  # OpenVINO refuses it
     names = [name for name in FORMATS if name not in left_out]
-    found = run(finished, tmp_path / "out", *names, data=data, calibration=data / "train")
+    out = tmp_path_factory.mktemp("everything")
+    return run(finished, out, *names, data=data, calibration=data / "train"), out
+
+
+def test_a_classifier_in_every_runtime(everything: tuple[dict[str, Exported], Path]) -> None:
+    found, _ = everything
     for name, exported in found.items():
         assert exported.ok and exported.comparison.pictures == 16, name
         assert exported.top1 is not None and exported.top1[2] == 16
@@ -325,8 +319,8 @@ def test_a_name_that_is_both_is_refused(
     shutil.copytree(finished / "best", tmp_path / "conv2former_test")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"write \./conv2former_test for the path"):
-        run("conv2former_test", tmp_path / "out", "torch", images=[data / "val"])
-    assert run("./conv2former_test", tmp_path / "out", "torch", images=[data / "val"])["torch"].ok
+        run("conv2former_test", tmp_path / "out", "runtime", images=[data / "val"])
+    assert run("./conv2former_test", tmp_path / "out", "runtime", images=[data / "val"])["runtime"].ok
     assert "digit-3" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -390,10 +384,10 @@ def test_what_other_runtimes_get_is_equal_on_nchw() -> None:
 
 def test_a_file_that_names_other_classes_is_not_kept(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The difference is small, and the top classes change."""
-    monkeypatch.setitem(FORMATS, "torch", replace(FORMATS["torch"], load=_rolled(FORMATS["torch"].load)))
-    found = run(finished, tmp_path / "out", "torch", tolerance=10.0)["torch"]
-    assert not found.ok and "--agreement" in found.wrong and not (tmp_path / "out" / "model.pt2").exists()
-    assert run(finished, tmp_path / "out", "torch", tolerance=10.0, agreement=0.0)["torch"].ok
+    monkeypatch.setitem(FORMATS, "runtime", replace(FORMATS["runtime"], load=_rolled(FORMATS["runtime"].load)))
+    found = run(finished, tmp_path / "out", "runtime", tolerance=10.0)["runtime"]
+    assert not found.ok and "--agreement" in found.wrong and not (tmp_path / "out" / "model.safetensors").exists()
+    assert run(finished, tmp_path / "out", "runtime", tolerance=10.0, agreement=0.0)["runtime"].ok
 
 
 def _rolled(load: Any) -> Any:
@@ -406,25 +400,27 @@ def _rolled(load: Any) -> Any:
     return loaded
 
 
-def test_predict_and_evaluate_take_exported_files(finished: Path, data: Path, tmp_path: Path) -> None:
+def test_predict_and_evaluate_take_exported_files(
+    everything: tuple[dict[str, Exported], Path], finished: Path, data: Path, tmp_path: Path
+) -> None:
     """They answer as the run does; a file that may run code, and one of another kind, are refused in a line."""
     files = {"onnx": "model.onnx", "openvino": "model.xml"}
     if fast_bfloat16():  # OpenVINO refuses it elsewhere
         files["openvino-bf16"] = "model.bf16.xml"
     if not cpu.unusable(torch.device("cpu")):
         files["runtime"] = "model.safetensors"
-    run(finished, tmp_path, *files, "torch")
+    _, out = everything
     given = sorted((data / "val").rglob("*.png"))[:6]
     wanted, (figures, _) = list(predict(finished, given)), evaluate(finished, data=data / "val", workers=0)
     for name in files.values():
-        for one, other in zip(predict(tmp_path / name, given), wanted, strict=True):
+        for one, other in zip(predict(out / name, given), wanted, strict=True):
             near = 0.03 if "bf16" in name else 1e-4
             assert one["file"] == other["file"] and one["top"][0]["label"] == other["top"][0]["label"]
             assert one["top"][0]["probability"] == pytest.approx(other["top"][0]["probability"], abs=near)
-        found, report = evaluate(tmp_path / name, data=data / "val", workers=0)
+        found, report = evaluate(out / name, data=data / "val", workers=0)
         assert report is None and found.metrics["top1"] == figures.metrics["top1"]
     with pytest.raises(UserError, match="may run code"):
-        list(predict(tmp_path / "model.pt2", given))
+        list(predict(out / "model.pt2", given))
     (tmp_path / "other.onnx").write_bytes(b"no network")
     with pytest.raises(UserError, match=r"other\.onnx cannot be opened"):
         list(predict(tmp_path / "other.onnx", given))

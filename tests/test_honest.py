@@ -24,6 +24,11 @@ from conv2former.ops import backend, guard
 from test_ops import automatic, needs_compiler  # noqa: F401  `automatic` is a fixture for all tests here
 
 NAMES = timm.list_models("conv2former*")
+KINDS = [f"conv2former_{kind}" for kind in ("t", "is", "is_conv3", "t_sum", "t_sigmoid", "t_l1", "t_linear")]
+EACH = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in NAMES]
+FEW = [  # a pyramid, a row of blocks, another weighting: what is changed are layers that all networks have
+    pytest.param(name, marks=() if name.endswith(("_t", "_is", "_t_l1")) else pytest.mark.slow) for name in NAMES
+]
 MODULATED = [name for name in NAMES if not any(part in name for part in ("_sum", "_sigmoid", "_l1", "_linear"))]
 Change = Callable[[nn.Module], Any]
 
@@ -66,7 +71,7 @@ def calls(model: nn.Module) -> tuple[set[str], set[str], Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("choice", ["auto", "reference"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_every_hook_is_called(name: str, choice: str, fuse: bool) -> None:
     model = build(name)
     expected = model(images())
@@ -123,7 +128,7 @@ CHANGES: dict[str, Change] = {
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["mod", "mlp"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_change_shows(name: str, change: str, part: str) -> None:
     """It changes the output, to the same with kernels and without, and after ``fuse``."""
     model = build(name)
@@ -139,7 +144,7 @@ def test_a_change_shows(name: str, change: str, part: str) -> None:
 
 @needs_compiler
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_change_shows_compiled(name: str) -> None:
     """What was done before compiling; the other layers stay fused."""
     model = build(name)
@@ -344,7 +349,7 @@ def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_gradients_of_single_images(name: str) -> None:
     """``vmap(grad(...))`` of the whole network, as for differential privacy, against one image at a time."""
     model, x = build(name), images()

@@ -86,7 +86,10 @@ def test_state_dict_names_and_shapes(name, on_meta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counts: Table 1, Table 5, Fig. 4a; Table 7. Multiply-adds of convolutions and linear layers, in G.
+# Counts: Table 1, Table 5, Fig. 4a; Table 7. Multiply-adds of convolutions and linear layers, in G. test_zoo.py has all
+# of them among the default tests; the slow ones here count the networks that ``timm.create_model`` gives.
+
+SLOW = pytest.mark.slow
 
 
 def count(model: nn.Module, size: int) -> tuple[int, int]:
@@ -100,24 +103,24 @@ def count(model: nn.Module, size: int) -> tuple[int, int]:
     ("size", "kernel_size", "image", "parameters", "macs"),
     [
         ("n", 7, 224, 14_992_840, 2.330),
-        ("n", 11, 224, 15_241_672, 2.406),
         ("t", 11, 224, 26_697_204, 4.361),
-        ("s", 11, 224, 50_032_692, 8.708),
-        ("b", 11, 224, 90_029_112, 15.890),
-        ("b", 7, 224, 88_784_952, 15.565),
-        ("l", 11, 224, 198_893_736, 36.037),
-        ("b", 11, 384, 90_029_112, 46.695),
-        ("l", 11, 384, 198_893_736, 105.904),
+        pytest.param("n", 11, 224, 15_241_672, 2.406, marks=SLOW),
+        pytest.param("s", 11, 224, 50_032_692, 8.708, marks=SLOW),
+        pytest.param("b", 11, 224, 90_029_112, 15.890, marks=SLOW),
+        pytest.param("b", 7, 224, 88_784_952, 15.565, marks=SLOW),
+        pytest.param("l", 11, 224, 198_893_736, 36.037, marks=SLOW),
+        pytest.param("b", 11, 384, 90_029_112, 46.695, marks=SLOW),
+        pytest.param("l", 11, 384, 198_893_736, 105.904, marks=SLOW),
         # Fig. 4a
-        ("t", 5, 224, 26_137_332, 4.190),
-        ("t", 7, 224, 26_277_300, 4.232),
-        ("t", 9, 224, 26_463_924, 4.289),
-        ("t", 15, 224, 27_303_732, 4.545),
-        ("t", 21, 224, 28_563_444, 4.930),
-        ("b", 5, 224, 88_370_232, 15.457),
-        ("b", 9, 224, 89_337_912, 15.709),
-        ("b", 15, 224, 91_826_232, 16.360),
-        ("b", 21, 224, 95_558_712, 17.335),
+        pytest.param("t", 5, 224, 26_137_332, 4.190, marks=SLOW),
+        pytest.param("t", 7, 224, 26_277_300, 4.232, marks=SLOW),
+        pytest.param("t", 9, 224, 26_463_924, 4.289, marks=SLOW),
+        pytest.param("t", 15, 224, 27_303_732, 4.545, marks=SLOW),
+        pytest.param("t", 21, 224, 28_563_444, 4.930, marks=SLOW),
+        pytest.param("b", 5, 224, 88_370_232, 15.457, marks=SLOW),
+        pytest.param("b", 9, 224, 89_337_912, 15.709, marks=SLOW),
+        pytest.param("b", 15, 224, 91_826_232, 16.360, marks=SLOW),
+        pytest.param("b", 21, 224, 95_558_712, 17.335, marks=SLOW),
     ],
 )
 def test_counts(size, kernel_size, image, parameters, macs, on_meta):
@@ -134,7 +137,12 @@ def test_default_kernel_sizes(size, kernel_size, on_meta):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
-    [("is", 23.2, 4.28), ("ib", 85.7, 16.51), ("is_conv3", 23.4, 4.47), ("ib_conv3", 87.0, 17.3)],
+    [
+        ("is", 23.2, 4.28),
+        pytest.param("ib", 85.7, 16.51, marks=SLOW),
+        pytest.param("is_conv3", 23.4, 4.47, marks=SLOW),
+        pytest.param("ib_conv3", 87.0, 17.3, marks=SLOW),
+    ],
 )
 def test_isotropic_counts(name, parameters, macs, on_meta):
     counted = count(on_meta(f"conv2former_{name}"), 224)

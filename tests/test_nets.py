@@ -57,7 +57,8 @@ def test_a_run_of_an_earlier_release_works(task: str, earlier: Any, tmp_path: Pa
     evaluation, _ = evaluate(run, data=folder, workers=0)
     assert evaluation.details["images"] > 0
     assert run_maps(run, [picture], out=tmp_path / "maps") == 0
-    (exported,) = export(str(run), tmp_path / "exported", ExportOptions(("torch",), [picture], size=(64, 64)))
+    kind = "runtime" if task == "classification" else "torch"  # the quickest that the task has
+    (exported,) = export(str(run), tmp_path / "exported", ExportOptions((kind,), [picture], size=(64, 64)))
     assert exported.ok
     before = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)["position"]
     assert train(None, data=folder, out=run, resume=True) is not None

@@ -313,7 +313,7 @@ def boxes_alone(content: dict[str, Any]) -> None:
             del entry["segmentation"]
 
 
-@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("kind", ["mask_rcnn", pytest.param("cascade_mask_rcnn", marks=pytest.mark.slow)])
 def test_boxes_without_masks_train_and_are_evaluated_as_boxes(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
 ) -> None:

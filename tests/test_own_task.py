@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,8 +90,12 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "depth"
-    done = start("--import", "depth_task", "train", "--recipe", rooms / "depth.yaml", "--data", rooms, "--out", out)
-    assert "delta-1" in done.stdout and "depth: depth with conv2former_test" in done.stderr, done.stderr
+    words = ["--import", "depth_task", "train", "--recipe", rooms / "depth.yaml", "--data", rooms, "--out", out]
+    printed, said = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(said):
+        patch.chdir(EXAMPLES)
+        assert run_command(patch, *words) == 0, said.getvalue()
+    assert "delta-1" in printed.getvalue() and "depth: depth with conv2former_test" in said.getvalue()
     return out
 
 

@@ -244,7 +244,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ("recipe", "parameters"),
     [
         ("coco_mask_rcnn_t", "44,856,828"),
-        ("coco_cascade_mask_rcnn_s", "106,027,518"),
+        pytest.param("coco_cascade_mask_rcnn_s", "106,027,518", marks=pytest.mark.slow),  # heads: test_detector.py
         ("ade20k_upernet_t", "55,511,096"),
     ],
 )

@@ -11,16 +11,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from conv2former.engine.predict import predict, run_predict
-from conv2former.engine.train import train
 from conv2former.errors import UserError
-from digits import one_picture, tiny_recipe, write_digits
+from digits import one_picture
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("predict")
-    train(tiny_recipe("schedule.epochs=2"), data=write_digits(root / "digits"), out=root / "run")
-    return root / "run"
+@pytest.fixture
+def run(finished: Path) -> Path:
+    return finished
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 
+from command import run_command
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine.model_card import card
 from conv2former.engine.run_dir import RunDir
@@ -21,11 +23,11 @@ from conv2former.tools.push import push as push_here
 from hub import TOKEN, Hub
 
 
-def push(hub: Hub, home: Path, *arguments: object, token: str = TOKEN) -> subprocess.CompletedProcess:
+def push(hub: Hub, home: Path, *arguments: object) -> subprocess.CompletedProcess:
     program = [sys.executable, "-m", "conv2former_cli", "push", *map(str, arguments)]
     places = dict(HF_ENDPOINT=hub.address, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(program, env=environment | places | dict(HF_TOKEN=token), capture_output=True, text=True)
+    return subprocess.run(program, env=environment | places | dict(HF_TOKEN=TOKEN), capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -51,11 +53,15 @@ def test_a_run_goes_to_the_hub_and_comes_back(finished: Path, tmp_path: Path) ->
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), ours)
 
 
-def test_refusals_end_in_one_line(finished: Path, tmp_path: Path) -> None:
+def test_refusals_end_in_one_line(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     hub = Hub(tmp_path / "hub")
-    answer = push(hub, tmp_path / "home", finished, "somebody/digits", token="hf_wrong")
-    assert answer.returncode == 1 and len(answer.stderr.splitlines()) == 1
-    assert "the hub does not let you write to somebody/digits" in answer.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)  # which is read from the environment once
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert run_command(monkeypatch, "push", finished, "somebody/digits") == 1
+    said = capfd.readouterr().err
+    assert len(said.splitlines()) == 1 and "the hub does not let you write to somebody/digits" in said
 
 
 @pytest.mark.slow

@@ -130,7 +130,16 @@ def test_every_row_of_the_paper_has_a_recipe() -> None:
     assert recipe_names() == sorted([*IMAGENET, *COCO, *ADE20K, *OURS])
 
 
-@pytest.mark.parametrize("name", recipe_names())
+# a row of each kind, and all recipes for own images; the others, of more of the same, are slow tests
+BUILT = [
+    *(f"imagenet1k_{kind}" for kind in ("t", "t_k21", "t_sum", "is_conv3", "ft224_s", "ft384_b")),
+    *("imagenet22k_s", "coco_mask_rcnn_t", "coco_cascade_mask_rcnn_s", "ade20k_upernet_t", *OURS),
+]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BUILT else pytest.mark.slow) for name in recipe_names()]
+)
 def test_every_recipe_builds_its_model_optimizer_and_schedule(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -223,7 +232,13 @@ def settings(recipe: Recipe, *, batch: int, rate: float, weight_decay: float, mi
     assert (recipe.engine.precision, recipe.engine.compile) == ("bf16", "auto")
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param(peer, marks=() if re.search("resnet50d|tiny|deit_small|b7", peer) else pytest.mark.slow)
+        for peer in PEERS
+    ],
+)
 def test_the_papers_peers_train_under_its_recipe(peer: str) -> None:
     recipe = load_recipe("imagenet1k_t", overrides=[f"model.name={peer}", "model.args={}"])
     assert builds(recipe, 1000).num_classes == 1000

@@ -55,7 +55,25 @@ def test_a_table_is_the_papers(name: str) -> None:
     assert all(row.recipe and not row.model for row in ends.values()), "ours is the last of its group"
 
 
-@pytest.mark.parametrize(("recipe", "model"), trainable(), ids=str)
+# a row of each kind; the others are slow tests
+KINDS: list[tuple[str, str | None]] = [
+    *(("imagenet1k_t", model) for model in (None, "convnext_tiny", "resnet50", "swin_tiny_patch4_window7_224")),
+    *(("imagenet1k_is", model) for model in (None, "deit_small_patch16_224")),
+    *((f"imagenet1k_{kind}", None) for kind in ("t_sum", "t_k21", "ft224_s", "ft384_b")),
+    *((f"{task}_t", None) for task in ("coco_mask_rcnn", "coco_cascade_mask_rcnn", "ade20k_upernet")),
+    ("imagenet1k_s", "nfnet_f0"),
+]
+
+
+def test_the_kinds_are_rows() -> None:
+    assert {*KINDS} <= {*trainable()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [pytest.param(*row, marks=() if row in KINDS else pytest.mark.slow) for row in trainable()],
+    ids=str,
+)
 def test_a_small_row_can_be_built(recipe: str, model: str | None) -> None:
     full, small = at_scale(recipe, model, "full", []), at_scale(recipe, model, "small", [])
     assert full is not None and full.model.name == (model or load_recipe(recipe).model.name)

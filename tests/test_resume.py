@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
@@ -41,6 +42,20 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that copies a run of the tiny recipe to a place: one that was stopped after ``step`` steps, once."""
+    root = tmp_path_factory.mktemp("stopped")
+
+    @functools.cache
+    def made(step: int) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_run(tiny_recipe(), data, root / str(step), patch, step=step)
+        return root / str(step)
+
+    return lambda out, step=5: Path(shutil.copytree(made(step), out))
+
+
 @pytest.mark.parametrize(("workers", "step"), [(0, 1), (0, 4), (0, 6), (2, 5)])
 def test_a_stopped_run_continues_bit_for_bit(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, step: int
@@ -63,7 +78,7 @@ def test_a_stop_during_the_evaluation_loses_nothing(
 
 
 def test_accumulation_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_recipe("optim.batch_size=8", "optim.global_batch=16", *EVERYTHING)
+    recipe = tiny_recipe("optim.batch_size=8", "optim.global_batch=16", "schedule.epochs=2", *EVERYTHING)
     train(recipe, data=data, out=tmp_path / "whole")
     stopped_run(recipe, data, tmp_path / "parts", monkeypatch)
     train(None, data=None, out=tmp_path / "parts", resume=True)
@@ -124,7 +139,7 @@ def test_killed_between_the_evaluation_and_its_checkpoint(
 
 def test_a_killed_process_continues_bit_for_bit(data: Path, tmp_path: Path) -> None:
     """SIGKILL itself in the middle of an epoch; nothing is tidied up. ``make soak`` does it many times at random."""
-    settings = ["schedule.epochs=12", "data.workers=2"]
+    settings = ["schedule.epochs=8", "data.workers=2"]
     killed = start(command(data, tmp_path / "parts", *settings))
     wait_for(killed, tmp_path / "parts", count=2)
     signal_all(killed, signal.SIGKILL)
@@ -237,10 +252,9 @@ def keep_rows(run: Path) -> None:
 
 @pytest.mark.parametrize("loss", [cut, rename, remove, keep_weights, keep_rows])
 def test_a_run_without_readable_checkpoints_is_not_trained_anew(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[[Path], None]
+    data: Path, tmp_path: Path, stopped: Callable[..., Path], loss: Callable[[Path], None]
 ) -> None:
-    run = tmp_path / "run"
-    stopped_run(tiny_recipe(), data, run, monkeypatch)
+    run = stopped(tmp_path / "run")
     loss(run)
     before = contents(run)
     for resume in (True, "auto", "auto"):
@@ -248,14 +262,14 @@ def test_a_run_without_readable_checkpoints_is_not_trained_anew(
         with pytest.raises(UserError, match=r"copy one back .*--overwrite") as error:
             train(recipe, data=data, out=run, resume=resume)  # type: ignore[arg-type]
         assert "\n" not in str(error.value) and contents(run) == before
-    assert train(tiny_recipe("schedule.epochs=2"), data=data, out=run, overwrite=True)
+    short = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0")
+    assert train(short, data=data, out=run, overwrite=True)
 
 
 def test_half_a_run_is_not_taken_for_the_beginning_of_one(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, stopped: Callable[..., Path]
 ) -> None:
-    run = tmp_path / "run"
-    stopped_run(tiny_recipe(), data, run, monkeypatch)
+    run = stopped(tmp_path / "run")
     for path in [*run.iterdir()]:
         if path.name not in ("recipe.yaml", "checkpoints"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -279,9 +293,9 @@ def test_a_finished_run_without_checkpoints_is_evaluated(
 
 
 def test_a_checkpoint_without_its_digest_is_said(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, stopped: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
-    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+    stopped(tmp_path / "run")
     newest = CheckpointManager(tmp_path / "run" / "checkpoints").newest_first()[0]
     newest.with_suffix(".sha256").unlink()
     train(None, data=None, out=tmp_path / "run", resume=True)
@@ -330,8 +344,8 @@ def test_what_moves_no_weight_may_change(
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_forced_to_go_on_with_another_recipe(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch)
+def test_forced_to_go_on_with_another_recipe(tmp_path: Path, stopped: Callable[..., Path]) -> None:
+    stopped(tmp_path / "run")
     longer = tiny_recipe("optim.base_lr=5e-4", "schedule.epochs=4")
     train(longer, data=None, out=tmp_path / "run", resume=True, force=True)
     run = RunDir(tmp_path / "run")
@@ -342,11 +356,10 @@ def test_forced_to_go_on_with_another_recipe(data: Path, tmp_path: Path, monkeyp
 
 
 def test_killed_between_the_two_files_of_a_change(
-    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run is what it was before; what was forced can be forced again."""
-    run = RunDir(tmp_path / "run")
-    stopped_run(tiny_recipe(), data, run.path, monkeypatch, step=6)
+    run = RunDir(stopped(tmp_path / "run", 6))
     changed: Any = dict(recipe=tiny_recipe("optim.batch_size=8"), data=None, resume=True, force=True)
 
     class Killed(BaseException): ...
@@ -368,9 +381,9 @@ def test_killed_between_the_two_files_of_a_change(
 
 @pytest.mark.parametrize("batch", [8, 32])
 def test_forced_to_another_batch_the_run_goes_on_where_it_was_in_the_data(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+    tmp_path: Path, stopped: Callable[..., Path], batch: int
 ) -> None:
-    stopped_run(tiny_recipe(), data, tmp_path / "run", monkeypatch, step=6)  # in the middle of the second epoch
+    stopped(tmp_path / "run", 6)  # in the middle of the second epoch
     train(tiny_recipe(f"optim.batch_size={batch}"), data=None, out=tmp_path / "run", resume=True, force=True)
     rows, steps = RunDir(tmp_path / "run").rows("epoch"), 64 // batch
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, steps), (2, 2 * steps), (3, 3 * steps)]

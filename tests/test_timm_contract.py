@@ -1,7 +1,7 @@
 """Every registered name keeps timm's contract: what timm's tests ask of a model of its own, and what its docs promise.
 
 What depends on the full size runs on the meta device (shapes, names) or once with weights (``test_full_size``). The
-rest goes through the same entrypoints with small widths and depths, so that twenty networks take no minutes.
+rest goes through the same entrypoints with small widths and depths. One name of each kind is a default test.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 import conv2former  # noqa: F401  registers the names
 
 NAMES = timm.list_models("conv2former*")
-LARGE = [f"conv2former_{size}" for size in ("b", "b_sum", "l", "l_sum", "ib", "ib_conv3")]  # from 86M parameters on
+# one of each kind: a pyramid, one for smaller images, both embeddings of a row of blocks, each weighting
+KINDS = [f"conv2former_{kind}" for kind in ("t", "test", "is", "is_conv3", "t_sum", "t_sigmoid", "t_l1", "t_linear")]
+EACH = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in NAMES]
 PYRAMIDS = [name for name in NAMES if not name.startswith("conv2former_i")]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; timm's contract still has it
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=EACH)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -72,7 +74,7 @@ def test_names():
 # Full size
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in NAMES])
+@pytest.mark.parametrize("name", EACH)
 def test_full_size(name):
     """With all weights, in training and in evaluation: finite outputs, a finite gradient for every parameter."""
     model = timm.create_model(name, num_classes=42)

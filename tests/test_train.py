@@ -186,12 +186,17 @@ def test_the_precision_reaches_the_network(
         return logits
 
     monkeypatch.setattr(Conv2Former, "forward", spying)
-    train(tiny_recipe(f"engine.precision={precision}", "schedule.epochs=2"), data=data, out=tmp_path / "run")
+    short = ("schedule.epochs=1", "schedule.warmup_epochs=0")
+    train(tiny_recipe(f"engine.precision={precision}", *short), data=data, out=tmp_path / "run")
     assert seen == {dtype}
 
 
 @pytest.mark.parametrize(
-    "switch", ["engine.channels_last=false", "engine.grad_checkpointing=true", "optim.clip_grad=1.0"]
+    "switch",
+    [
+        *("engine.channels_last=false", "optim.clip_grad=1.0"),
+        pytest.param("engine.grad_checkpointing=true", marks=pytest.mark.slow),  # the next test has it, too
+    ],
 )
 def test_switches(data: Path, tmp_path: Path, switch: str) -> None:
     result = train(tiny_recipe(switch, "schedule.epochs=2"), data=data, out=tmp_path / "run")
