@@ -256,7 +256,7 @@ def other_images_and_files(file: Path, photos: Path) -> None:
     detector = recipe["detector"] | dict(max_detections=21)
     with pytest.raises(UserError, match=r"gives .*20, 4.* says .*21, 4"):
         list(predict(told(file, recipe=recipe | dict(detector=detector)), [photos]))
-    with pytest.raises(UserError, match="is an exported file already: give the run"):
+    with pytest.raises(UserError, match="is an exported file: give the run"):
         export(str(file), file.parent / "again", ExportOptions())
     with pytest.raises(UserError, match="holds a part of a detector"):
         list(predict(told(file, outputs=["p2", "p3", "p4", "p5", "p6"]), [photos]))

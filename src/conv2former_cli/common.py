@@ -60,6 +60,7 @@ DataOption = Annotated[Path | None, Option(help="Folder of images.")]
 DeviceOption = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
 FuseOption = Annotated[bool, Option("--fuse/--no-fuse", help="Re-parameterize for inference: the same, faster.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+SavedArgument = Annotated[Path, Argument(help="Run folder (its best weights), or saved model folder.")]
 CheckpointArgument = Annotated[
     Path,
     Argument(help="Run folder (its best weights), saved model folder, or model.safetensors, model.onnx, ..."),

@@ -12,10 +12,10 @@ import typer
 from typer import Argument, Option
 
 from conv2former_cli.common import (
-    CheckpointArgument,
     DeviceOption,
     InputsArgument,
     JsonOption,
+    SavedArgument,
     app,
     print_table,
     tell,
@@ -39,7 +39,7 @@ SheetsOption = Annotated[Path, Option("--out", help="Folder for a sheet each.")]
 
 @explain.command()
 def maps(
-    checkpoint: CheckpointArgument,
+    checkpoint: SavedArgument,
     inputs: InputsArgument,
     out: SheetsOption,
     stage: StageOption = None,
@@ -60,7 +60,7 @@ def maps(
 
 @explain.command()
 def cam(
-    checkpoint: CheckpointArgument,
+    checkpoint: SavedArgument,
     inputs: InputsArgument,
     out: SheetsOption,
     method: Annotated[
@@ -115,9 +115,7 @@ def field(
 
 
 @explain.command()
-def kernels(
-    checkpoint: CheckpointArgument, out: SheetsOption, stage: StageOption = None, block: BlockOption = None
-) -> None:
+def kernels(checkpoint: SavedArgument, out: SheetsOption, stage: StageOption = None, block: BlockOption = None) -> None:
     """Draw the learned depthwise kernels of the modulation, a sheet for each block.
 
     Example: conv2former explain kernels runs/cifar --out kernels --stage 1 --block 1 --block -1

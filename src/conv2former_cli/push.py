@@ -6,12 +6,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from conv2former_cli.common import CheckpointArgument, app, tell
+from conv2former_cli.common import SavedArgument, app, tell
 
 
 @app.command()
 def push(
-    checkpoint: CheckpointArgument,
+    checkpoint: SavedArgument,
     repo: Annotated[str, Argument(help="OWNER/NAME on the hub.")],
     private: Annotated[bool, Option("--private", help="A new repository is private.")] = False,
     message: Annotated[str, Option(help="Of the commit.")] = "",

@@ -33,6 +33,12 @@ def is_exported(path: Path) -> bool:
     return path.suffix == ".safetensors" and runtime_file.is_network(path)
 
 
+def refuse_exported(path: Path) -> None:
+    """For what needs the network itself; raises UserError."""
+    if is_exported(path):
+        raise UserError(f"{path} is an exported file: give the run, or the saved model, that it was made of")
+
+
 def fingerprint(path: Path | str) -> str:
     """What tells weights apart: 16 digits of a SHA-256, of a saved model's or an exported file; raises UserError."""
     file, digest = Path(path) if is_exported(Path(path)) else find_model(path)[1], hashlib.sha256()

@@ -25,6 +25,7 @@ MOST_DECODED, DARK = 20, 32  # images whose values are looked at; levels of 255
 MOST_HEADERS = 500  # images whose EXIF is looked at
 EXIF_OPTION = "--set data.exif=ignore"
 HASHED_BYTES = 1 << 20
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".xz", ".7z", ".rar")
 
 
 class Source(Protocol):
@@ -172,7 +173,10 @@ def given_folder(root: Path | None, what: str) -> Path:
     if root is None:
         raise UserError(f"no data given: name the folder of {what} with --data DIR")
     if not root.is_dir():
-        raise UserError(f"no such folder: {root}" if not root.exists() else f"not a folder: {root}")
+        if not root.exists():
+            raise UserError(f"no such folder: {root}: give the folder of {what} with --data DIR")
+        packed = root.suffix.lower() in PACKED
+        raise UserError(f"not a folder: {root}" + ": unpack it and give the folder that comes out" * packed)
     return root
 
 
@@ -188,9 +192,15 @@ def class_lines(path: Path) -> list[str]:
     """The lines of a file that names one class a line, without empty ones; raises UserError."""
     try:
         text = read_within(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8 (PowerShell's > writes UTF-16): save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines and lines[0].startswith("# label:"):
+        raise UserError(
+            f"{path} is a label map of CVAT's: leave the names alone in it, one a line, without the colours"
+        )
     if any(len(line) > MOST_OF_A_NAME for line in lines):
         raise UserError(f"{path} holds a line of more than {MOST_OF_A_NAME:,} characters: give one name per line")
     return lines

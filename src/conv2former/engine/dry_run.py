@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conv2former.checkpoints.hub import MissingWeights
 from conv2former.config import OptimSection, Recipe
 from conv2former.data.sampling import steps_per_epoch
-from conv2former.data.sources import Splits
+from conv2former.data.sources import Splits, remarks
 from conv2former.engine import trial
 from conv2former.engine.automatic import checked_weights, choices, settled
 from conv2former.engine.batch import BatchPlan, fitting_worlds, plan_batch
@@ -289,7 +289,8 @@ def state_bytes(optim: OptimSection) -> dict[int, float] | None:
 def _counted(splits: Splits, data: Path | None) -> Images:
     train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
     where = data or "the recipe's own images"
-    return Images(train, classes, f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}")
+    first = f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}"
+    return Images(train, classes, "\n".join([first, *remarks(splits)]))
 
 
 def _claimed(recipe: Recipe) -> Images:

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from conv2former.checkpoints.exported import refuse_exported
 from conv2former.checkpoints.hub import CARD_FILE, CONFIG_FILE, WEIGHT_FILES, find_model, read_json
 from conv2former.engine.model_card import card
 from conv2former.engine.run_dir import RunDir
@@ -27,6 +28,7 @@ def push(checkpoint: Path, repo: str, *, private: bool = False, message: str = "
     Raises:
         UserError: Not a saved model in safetensors, not logged in, or the hub refuses.
     """
+    refuse_exported(checkpoint)
     folder, weights = find_model(checkpoint)
     if weights.name != WEIGHT_FILES[0]:
         raise UserError(f"{weights} is a pickle, which is not uploaded: save the model again for {WEIGHT_FILES[0]}")

@@ -55,6 +55,11 @@ class FolderSource:
             ways = f"expected one folder per class with files ending in {' '.join(IMAGE_EXTENSIONS)}"
             raise UserError(f"no images in {root}: {ways}{'; ' * bool(found.others)}{passed_over(found.others)}")
         loose = next((name for name in sorted(found.files) if os.sep not in name), None)
+        if loose and "\\" in loose:
+            raise UserError(
+                f"{printable(str(root))}: names of files hold backslashes ({printable(loose)}), as unpacked from an "
+                "archive of Windows: unpack it again with a program that makes folders of them (7z, bsdtar)"
+            )
         if loose and not found.entered:
             raise UserError(
                 f"{printable(str(root))} holds images and no class folders: give the folder above if this is one class "

@@ -416,8 +416,9 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror}): name the file with --set data.train_annotations=... or "
-            "data.val_annotations=..."
+            f"cannot read {path} ({error.strerror}): name the files of COCO annotations with --set "
+            "data.train_annotations=... and data.val_annotations=...; other formats (YOLO, labelme, VOC) are not read: "
+            "export as COCO, in two parts"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}): give COCO annotations") from None

@@ -229,7 +229,11 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     places = _places(data.source, root)
     found = places.get("train", places.get("alone"))
     if found is None:
-        raise UserError(f"no {_expected(data.source)} in {root}: that is what data.source={data.source} reads")
+        there = some(subfolders(root)) or "no folders"
+        raise UserError(
+            f"no {_expected(data.source)} in {root} (there: {there}): call the folders so; images and masks may have the "
+            "same names, or masks a word before or behind them"
+        )
     train = _open(root, found, classes, data)
     train.notes += [*_unread(root, places), *train.look(found[1])]
     if "val" in places:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conv2former.checkpoints.exported import refuse_exported
 from conv2former.engine.devices import pick_device
 from conv2former.errors import UserError, nearest, some
 from conv2former.models.conv2former import Conv2Former
@@ -33,6 +34,7 @@ class Explained:
 
 def open_explained(checkpoint: Path, *, device: str = "auto") -> Explained:
     """The model of a run folder or a saved one, of any task; raises UserError."""
+    refuse_exported(checkpoint)
     return Explained(str(checkpoint), load(checkpoint).to(pick_device(device)))
 
 

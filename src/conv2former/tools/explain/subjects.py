@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from conv2former import checkpoints
-from conv2former.checkpoints.exported import is_exported
+from conv2former.checkpoints.exported import refuse_exported
 from conv2former.checkpoints.weights import saved_weights
 from conv2former.errors import UserError
 from conv2former.models.meta import build_on_meta
@@ -52,8 +52,7 @@ def check_name(name: str, *, size: int) -> None:
 
 
 def _task_of(path: Path) -> str:
-    if is_exported(path):
-        raise UserError(f"{path} is an exported file, which gives no maps of its stages: give the run")
+    refuse_exported(path)
     return checkpoints.saved_task(path)
 
 

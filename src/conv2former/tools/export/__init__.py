@@ -153,6 +153,9 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
         for each in {id(each): each for each in subjects.values()}.values():
             if each.note:
                 say(f"note: {each.note}")
+            if each.task.one_at_a_time and each.part.any_size and not options.dynamic_size:
+                height, width = each.part.size
+                say(f"note: a file for images of {height} x {width} alone; --dynamic-size makes one for any size")
             each.images = _images(named, options, each)
         if options.calibration and any(format.name.endswith("int8") for format in formats):
             subject.calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)

@@ -34,7 +34,8 @@ def write_runtime(subject: Subject, program: Any, path: Path, *, half: bool = Fa
     name, config = subject.metadata["architecture"], subject.part.config
     if not isinstance(network, Conv2Former):
         raise UserError(
-            f"--format runtime is for classifiers of this package, and {name} is none: use onnx or openvino"
+            f"--format runtime is for classifiers on a Conv2Former, this is a {subject.task.name} model on {name}: use "
+            "onnx or openvino"
         )
     if config.get("crop_mode") not in ("center", "squash"):
         raise UserError(f"--format runtime knows no crop_mode {config.get('crop_mode')!r}: use onnx or openvino")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conv2former.checkpoints.exported import is_exported, torch_runtime
+from conv2former.checkpoints.exported import refuse_exported, torch_runtime
 from conv2former.engine.devices import for_inference
 from conv2former.errors import UserError
 from conv2former.tasks.base import Task
@@ -75,8 +75,8 @@ def open_subject(
     Raises:
         UserError: No such checkpoint or model, or one that cannot be exported.
     """
-    if isinstance(named, Path) and is_exported(named):
-        raise UserError(f"{source} is an exported file already: give the run")
+    if isinstance(named, Path):
+        refuse_exported(named)
     task, random = open_task(named, source)
     for_inference(task.requires_grad_(False), "cpu", fuse=fuse)
     part = task.exportable(size)
