@@ -231,8 +231,8 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
     if found is None:
         there = some(subfolders(root)) or "no folders"
         raise UserError(
-            f"no {_expected(data.source)} in {root} (there: {there}): call the folders so; images and masks may have the "
-            "same names, or masks a word before or behind them"
+            f"no {_expected(data.source)} in {root} (there: {there}): call the folders so; masks have the names of "
+            "their images, or the same word before or behind each"
         )
     train = _open(root, found, classes, data)
     train.notes += [*_unread(root, places), *train.look(found[1])]
