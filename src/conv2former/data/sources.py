@@ -162,9 +162,9 @@ def exif_remark(files: Sequence[Path], what: str) -> list[str]:
 
 
 def stored_pixels(file: Path, wanted: tuple[int, int], size: tuple[int, int]) -> str:
-    """What to add to the message about an image of another size than is said of it, where EXIF may be the reason."""
+    """What to add to the message about an image of another size than is said of it; EXIF may be the reason."""
     if wanted != size[::-1] or not turned(file):
-        return ""
+        return ": resize one of them"
     return f"; its EXIF orientation turns it: for what follows the pixels as stored add {EXIF_OPTION}"
 
 
