@@ -254,6 +254,12 @@ def test_gifs_in_grey_hold_values(tmp_path: Path) -> None:
     ]
     red = replaced(write(tmp_path / "d", grey(0, 1)), "gif", *(i.quantize(2) for i in tinted))
     assert "palettes of their own" in refused(PAIRS, red)
+    for path in sorted((red / "masks").iterdir())[:1]:  # whichever is looked at first
+        Image.fromarray(grey(0, 1)).save(path)
+    assert "palettes of their own" in refused(PAIRS, red)
+    black_and_white = replaced(write(tmp_path / "e", grey(0, 1)), "gif", Image.fromarray(grey(0, 255)))
+    table = PAIRS.model_copy(update=dict(mask_values={"0": "background", "1": "object"}))  # its numbers, not its greys
+    assert set(np.unique(open_pairs(table, black_and_white, seed=0).train.load(0)[1])) == {0, 1}
     ignored = Image.fromarray(grey(0, 1, 255)[:, 4:20])  # whose numbers are 0, 1 and 2
     source = open_pairs(PAIRS, replaced(write(tmp_path / "b", grey(0, 1), classes=CLASSES), "gif", ignored), seed=0)
     assert set(np.unique(source.train.load(0)[1])) == {0, 1, 255} == set(np.unique(source.val.load(0)[1]))
@@ -310,6 +316,9 @@ def test_masks_of_two_kinds_in_one_folder(tmp_path: Path) -> None:
     for path in paths[::2]:
         Image.fromarray(grey(0, 255)).save(path)
     said = open_pairs(PAIRS, root, seed=0).train.notes
+    assert any("hold 0 and 255 alone, others hold classes" in line for line in said)
+    numbers = PAIRS.model_copy(update=dict(mask_values={"0": "background", "1": "crack"}))
+    said = open_pairs(numbers, root, seed=0).train.notes
     assert any("hold 0 and 255 alone, others hold classes" in line for line in said)
     for path in paths[::2]:
         Image.fromarray(grey(0, 255)).convert("1").save(path)

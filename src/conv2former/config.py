@@ -174,10 +174,7 @@ class ScheduleSection(Section):
     @model_validator(mode="after")
     def _fits(self) -> ScheduleSection:
         if self.steps is None and self.warmup_epochs and self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs}): lower it too, with "
-                "--set schedule.warmup_epochs=0 for example"
-            )
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs}): lower it")
         if self.warmup_steps is not None and self.warmup_epochs:
             raise ValueError("give schedule.warmup_steps or schedule.warmup_epochs, not both")
         if self.steps is not None and (self.warmup_steps or 0) >= self.steps:

@@ -23,6 +23,7 @@ from conv2former.data.sources import class_lines, counted, exif_remark, given_fo
 from conv2former.errors import UserError, plural, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import (
+    GREY,
     LABEL_EXTENSIONS,
     LOSSY_EXTENSIONS,
     ColourMask,
@@ -44,7 +45,6 @@ from conv2former.tasks.segmentation.values import (
 
 LOOKED_AT = 64  # masks whose values are counted before the first step
 BREAK = re.compile(r"[ ._(-]")  # stands between an image's name and what is behind it: cat_1, cat (1), cat-rust-0
-GREY = 0x010101  # of which greys are multiples, as 24 bits
 TRIED = 20  # images whose names are looked for in those of masks
 IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
 MASKS = ("masks", "mask", "annotations", "labels", "label")
@@ -137,10 +137,12 @@ class PairSource:
 
     def look(self, where: Path) -> list[str]:
         """What is to be said of the values in a sample of the masks; raises UserError if there is nothing to learn."""
-        pixels, masks, without = np.zeros(1 << 16, np.int64), 0, 0
+        pixels, masks, without, others = np.zeros(1 << 16, np.int64), 0, 0, 0
+        unnamed = not self.values or not (self.values.colours or IGNORED in self.values.given)  # 255 is no class
         for index in spread(len(self), LOOKED_AT):
             try:
                 stored = self.stored(index)
+                numbers = np.bincount(stored.ravel(), minlength=1 << 16)[1 : IGNORED + 1] if unnamed else np.zeros(1)
                 stored = self.classes_of(stored, self.pairs[index].labels) if self.values else stored
             except ColourMask as error:
                 found = some_colours(error.colours)
@@ -151,35 +153,36 @@ class PairSource:
                 if self.values and "data.mask_values" in error.reason:
                     raise UserError(str(error)) from None
                 continue  # training meets it, and does what the recipe says
-            own = np.bincount(stored.ravel(), minlength=1 << 16)
-            pixels += own
+            pixels += np.bincount(stored.ravel(), minlength=1 << 16)
             masks += 1
-            without += bool(own[IGNORED]) and not own[1:IGNORED].any()
+            others += int(numbers[:-1].any())
+            without += int(numbers[-1] > 0 and not numbers[:-1].any())
         if not masks:
             return []
         if self.values:
             present = set(np.flatnonzero(pixels[:IGNORED]).tolist())
-            return missing_classes(f"{masks} masks of {where}", present, self.classes)
-        lines = check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
-        if without and pixels[1:IGNORED].any() and not self.reduce_zero:
+            lines = missing_classes(f"{masks} masks of {where}", present, self.classes)
+        else:
+            lines = check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
+        if without and others and not self.reduce_zero:
             lines.append(
                 f"{where}: {without} of {masks} masks that were looked at hold 0 and 255 alone, others hold classes: "
-                "255 means no class; if it is a class in these, save all masks alike"
+                "right if 255 marks what is to be ignored; if it is a class in these, save all masks alike"
             )
         return lines
 
     def check_palettes(self) -> None:
         """Looks at palettes, of which each file may have its own; then its numbers are no classes.
 
-        GIFs in grey are read by their greys: Pillow numbers these anew in each file. Elsewhere a table of the recipe
-        says what the numbers are, whatever their colours.
+        GIFs in grey are read by their greys, which Pillow numbers anew in each file, unless a table of the recipe names
+        others. Elsewhere it says what the numbers are, whatever their colours.
 
         Raises:
             UserError: One number has several colours.
         """
         known: dict[int, tuple[int, Path]] = {}
         colours: Counter[int] = Counter()
-        differ = ""
+        differ, grey = "", True
         for index in () if self.values and self.values.colours else spread(len(self), LOOKED_AT):
             file = self.pairs[index].labels
             for value, colour in palette(file).items():
@@ -188,9 +191,11 @@ class PairSource:
                     one, two = colour_key(first), colour_key(colour)
                     differ = f"number {value} is {one} in {other.name} and {two} in {file.name}"
                 colours[colour] += 1
-        self.greys = bool(known) and all(
-            file.suffix.lower() == ".gif" and colour % GREY == 0 for colour, file in known.values()
-        )
+                grey &= file.suffix.lower() == ".gif" and colour % GREY == 0
+        if self.values and grey:
+            given = {*self.values.given}
+            grey = bool(differ or known.keys() - given) and {colour & 255 for colour in colours} <= given | {IGNORED}
+        self.greys = bool(known) and grey
         if self.greys:
             return
         if differ and not self.values:
@@ -360,13 +365,13 @@ def _check_rest(where: Path, rest: set[Path], images: Iterable[str], masks: dict
         return
     used = {path.relative_to(where).with_suffix("").as_posix(): path for path in masks.values() if path not in rest}
     used |= {name: masks[name] for name in images}
-    further = {}
+    further: dict[Path, Path] = {}
     for path in sorted(rest):
         name = path.relative_to(where).with_suffix("").as_posix()
         starts = [name[: found.start()] for found in BREAK.finditer(name)]
         if known := [start for start in starts if start in used]:
             further[path] = used[known[-1]]
-    if 2 * len(further) > len(rest):
+    if 2 * len(further) > len(rest) and len({*further.values()}) > 1:
         path, first = next(iter(further.items()))
         raise UserError(
             f"{where} holds several masks of one image, {first.name} and {path.name} for example: merge them into one, "

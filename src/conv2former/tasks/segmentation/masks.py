@@ -17,6 +17,7 @@ LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif")
 LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".webp")  # read where the recipe says what the values mean
 FORMATS = ("PNG", "TIFF", "BMP", "GIF", "JPEG", "WEBP")
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of a palette image the numbers count, not the colours
+GREY = 0x010101  # of which greys are multiples, as 24 bits
 SCALED: dict[Any, int] = {"L;2": 85, "L;4": 17}  # by what Pillow multiplies grey of 2 and 4 bits
 
 
@@ -67,7 +68,7 @@ def read_labels(
                 mode, depth = image.mode, image.tile[0][3] if image.format == "PNG" and image.tile else None
                 shown = ImageOps.exif_transpose(image) if turn else image
                 if greys and mode == "P":
-                    return _greys(shown)
+                    return _greys(shown, path)
                 if colours or mode not in (*MODES, "F"):
                     return _colours(np.asarray(shown.convert("RGB")), path, shown, colours=colours)
                 values = np.asarray(shown)
@@ -101,9 +102,11 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
 
 
-def _greys(image: Image.Image) -> np.ndarray:
+def _greys(image: Image.Image, path: Path) -> np.ndarray:
     table = np.zeros(256, np.uint16)
     for value, colour in _used(image).items():
+        if colour % GREY:
+            raise BadImage(str(path), "it has a palette of colours, others have one of greys: save all masks alike")
         table[value] = colour & 255
     return table[np.asarray(image)]
 
