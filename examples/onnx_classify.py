@@ -21,8 +21,10 @@ side, resample = about["input_size"][1], Image.Resampling[about["interpolation"]
 
 def prepare(path: str) -> np.ndarray:
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode not in ("RGB", "L", "CMYK") or image.has_transparency_data:
-        raise ValueError(f"its mode is {image.mode}: save it as RGB")  # deep grey and transparency need more care
+    if image.has_transparency_data:
+        raise ValueError("it is transparent: put it on white")
+    if image.mode not in ("RGB", "L", "CMYK", "P", "1"):
+        raise ValueError(f"its mode is {image.mode}: save it with 8 bits")
     image = image.convert("RGB")
     short = int(side / about["crop_pct"])
     width, height = (int(short * length / min(image.size)) for length in image.size)

@@ -340,6 +340,43 @@ def test_orientation_of_either_byte_order_and_integer(order, kind):
         assert np.array_equal(pixels(saved(NOISE, "JPEG", exif=block)), UPRIGHT[6](stored))
 
 
+GREY = NOISE.convert("L")
+OPENED = dict(
+    turned=saved(NOISE, "JPEG", exif=exif(6)),
+    grey=saved(GREY, "PNG"),
+    deep=saved(Image.fromarray(DEEP), "PNG"),
+    deep_and_turned=saved(Image.fromarray(DEEP), "PNG", exif=exif(6)),
+    transparent=saved(NOISE.convert("RGBA").rotate(30), "PNG"),
+    transparent_grey=saved(Image.merge("LA", (GREY, GREY)), "PNG"),
+    a_transparent_colour=saved(NOISE, "PNG", transparency=NOISE.getpixel((3, 4))),
+    a_transparent_number=saved(NOISE.quantize(8), "PNG", transparency=3),
+    cmyk=saved(NOISE.convert("CMYK"), "JPEG"),
+    floats=saved(Image.fromarray(np.asarray(GREY) / np.float32(255)), "TIFF"),
+)
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_what_pillow_opens_is_what_decode_gives(name):
+    opened = Image.open(io.BytesIO(OPENED[name]))
+    before = opened.mode, opened.size, dict(opened.info)
+    assert np.array_equal(np.asarray(images.shown(opened)), pixels(OPENED[name]))
+    assert (opened.mode, opened.size, dict(opened.info)) == before, "it is the user's"
+
+
+def test_pillow_images_without_a_file():
+    plain = Image.new("RGB", (3, 2))
+    assert images.shown(plain) is plain  # for nothing: every image of a training comes this way
+    assert np.asarray(images.shown(Image.new("LA", (3, 2), (0, 0)))).min() == 255
+    for wrong, reason in (
+        (Image.fromarray(np.full((4, 5), 7.0, np.float32)), "values range from 7 to 7; only 0 to 1"),
+        (Image.new("L", (0, 5)), "it has no pixels"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            images.shown(wrong)
+    with pytest.raises(BadImage, match="damaged or unusual PNG file"):
+        images.shown(Image.open(io.BytesIO(OPENED["grey"][:-400])))
+
+
 def test_orientation_of_16_bit_grey_and_alpha():
     assert np.array_equal(pixels(saved(Image.fromarray(DEEP), "PNG", exif=exif(6))), UPRIGHT[6](DEEP_RGB))
     assert np.array_equal(pixels(saved(NOISE.convert("RGBA"), "PNG", exif=exif(8))), UPRIGHT[8](np.asarray(NOISE)))

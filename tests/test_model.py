@@ -86,8 +86,8 @@ def test_state_dict_names_and_shapes(name, on_meta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counts: Table 1, Table 5, Fig. 4a; Table 7. Multiply-adds of convolutions and linear layers, in G. test_zoo.py has all
-# of them among the default tests; the slow ones here count the networks that ``timm.create_model`` gives.
+# Counts: Table 1, Table 5, Fig. 4a; Table 7. Multiply-adds of convolutions and linear layers, in G. test_zoo.py
+# holds the stored counts against the same numbers; the slow tests count the larger networks anew.
 
 SLOW = pytest.mark.slow
 

@@ -94,6 +94,11 @@ def test_a_model_without_names_gives_numbers(run: Path, pictures: Path, tmp_path
     assert row["top"][0]["label"] == str(row["top"][0]["index"])
 
 
+def test_one_path_is_enough(run: Path, pictures: Path) -> None:
+    wanted = list(predict(run, [pictures / "a.png"]))
+    assert list(predict(run, pictures / "a.png")) == list(predict(run, str(pictures / "a.png"))) == wanted
+
+
 def test_addresses_are_not_fetched(run: Path) -> None:
     with pytest.raises(UserError, match=r"^https:/+example.org/a.jpg: images are not fetched from addresses"):
         list(predict(run, [Path("https://example.org/a.jpg")]))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 import conv2former_runtime
@@ -139,8 +140,19 @@ def test_it_prints_what_predict_prints(exported: Path, finished: Path, data: Pat
             assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
 
 
+def test_one_image_or_many(exported: Path, images: list[Path]) -> None:
+    model = conv2former_runtime.load(exported / "model.safetensors")
+    (wanted,) = model.predict([images[0]])
+    with images[0].open("rb") as file, Image.open(images[0]) as opened:
+        for one in (images[0], str(images[0]), images[0].read_bytes(), file, opened):
+            assert [*model.predict(one)] == [wanted]
+    assert len([*model.predict(path for path in images)]) == len(images)
+    with pytest.raises(TypeError, match="a path, bytes or a binary file"):
+        next(model.predict([np.zeros((4, 4, 3), np.uint8)]))
+
+
 def test_whoever_reads_its_rows_may_stop(exported: Path, images: list[Path]) -> None:
-    command = [sys.executable, "-m", "conv2former_runtime", exported / "model.safetensors", *images[:8]]
+    command = [sys.executable, "-m", "conv2former_runtime", exported / "model.safetensors", *images * 20]  # in batches
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr and json.loads(process.stdout.readline())["ok"]
         process.stdout.close()
@@ -206,7 +218,7 @@ def test_mistakes(exported: Path, images: list[Path]) -> None:
     assert load_file(exported / "model.safetensors")  # safetensors' own reader takes it
     with pytest.raises(UserError, match="fused"):
         export("conv2former_n", exported / "x", ExportOptions(("runtime",), images[:1], fuse=False), say=lambda _: None)
-    with pytest.raises(UserError, match="resnet18 is none"):
+    with pytest.raises(UserError, match="a classification model on resnet18"):
         export("resnet18", exported / "x", ExportOptions(("runtime",), images[:1]), say=lambda _: None)
 
 

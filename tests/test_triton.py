@@ -128,7 +128,7 @@ SMALL = [
     Case("mlp", (1, 1, 1, 72), layout="halves"),
     Case("mlp", (1, 2, 1, 136)),
 ]
-BETWEEN = [
+MORE = [
     *(Case("modulation", (1, 5, 6, 19), kernel) for kernel in (5, 9, 15)),
     Case("modulation", (2, 6, 5, 72), 11, "float16"),
     Case("modulation", (1, 7, 7, 5), 11, "bfloat16", "channels_first"),
@@ -171,7 +171,7 @@ def interpreter() -> Iterator[Callable[..., Any]]:
     "case",
     [
         *SMALL, *EMPTY, *FEW,
-        *(pytest.param(case, marks=pytest.mark.slow) for case in [*BETWEEN, *TILED] if case not in FEW),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in [*MORE, *TILED] if case not in FEW),
     ],
     ids=str,
 )  # fmt: skip
@@ -335,8 +335,8 @@ def test_marches_cover_the_map_once_and_fill_the_processors() -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        *("forward", "MLP inner"),
-        *(pytest.param(what, marks=pytest.mark.slow) for what in ("input gradient", "weight gradient", "MLP forward")),
+        *("forward", "weight gradient"),
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("input gradient", "MLP forward", "MLP inner")),
     ],
 )
 def test_compiles_without_spills(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ LARGE = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*SMALL, *BETWEEN, *EMPTY, *LARGE], ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *MORE, *EMPTY, *LARGE], ids=str)
 def test_on_gpu(case: Case) -> None:
     if why := kernels.unusable(torch.device("cuda")):
         pytest.skip(why)

@@ -49,7 +49,7 @@ def test_the_stored_counts_are_those_of_the_networks(number: int) -> None:
     assert json.loads(zoo.COUNTS.read_text())[number] == zoo.count_again(*zoo.LISTED[number])
 
 
-def test_every_row_of_the_paper_is_counted_exactly(counted: list[zoo.Row]) -> None:
+def test_every_row_of_the_paper_has_its_exact_counts(counted: list[zoo.Row]) -> None:
     found = {(r.name, r.kernel_size, r.image_size): (r.params, f"{r.macs / 1e9:.3f}") for r in counted}
     for name, kernel, image, params, macs in EXPECTED:
         assert found[name, kernel, image] == (params, macs), (name, kernel, image)

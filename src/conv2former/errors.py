@@ -101,7 +101,8 @@ def attempt(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {what}: {error.strerror or one_line(error)}{advice}") from None
+        file = f" ({error.filename})" if error.filename and str(error.filename) not in what else ""
+        raise UserError(f"cannot {what}: {error.strerror or one_line(error)}{file}{advice}") from None
 
 
 @contextlib.contextmanager

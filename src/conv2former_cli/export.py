@@ -85,8 +85,8 @@ def export(
             for one in found
         ]
         print_table(columns, cells, right=range(2, len(columns)))
-    if done := [one for one in found if one.ok]:
-        say(f"next: conv2former predict {shlex.quote(str(done[0].files[0]))} IMAGES")
+    if done := [one.files[0] for one in found if one.ok and one.files[0].suffix != ".pt2"]:  # which may run code
+        say(f"next: conv2former predict {shlex.quote(str(done[0]))} IMAGES")
     failed = [one for one in found if not one.ok]
     for one in failed:
         say(f"error: {one.wrong}")

@@ -25,13 +25,13 @@ class Classifier(Model):
         """For each image ``ok`` and ``top``, its classes with ``label``, ``index`` and ``probability``, or ``error``.
 
         Args:
-            images: Paths, the contents of files, or Pillow's images; one of them, or any number.
+            images: Paths, the contents of files, or what `Image.open` gives (see ``images.shown``); one, or any number.
             top_k: Classes that are named.
 
         Raises:
             UserError: The network has no classifier.
         """
-        if isinstance(images, str | bytes | PathLike | Image.Image):
+        if isinstance(images, str | bytes | PathLike | Image.Image) or hasattr(images, "read"):
             images = [images]
         if self.steps[-1] != "head":
             raise UserError("the file holds a network without a classifier: it gives maps, not classes")

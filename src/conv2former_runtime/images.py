@@ -174,11 +174,19 @@ def decode(
 
 
 def shown(image: Image.Image) -> Image.Image:
-    """A Pillow image as `decode` gives the same file: 8-bit RGB, turned, on white; raises BadImage."""
+    """An image from `Image.open` as `decode` gives the same file: 8-bit RGB, on white; raises BadImage.
+
+    It is turned by the EXIF that it carries, which Pillow leaves in an image that `rotate` has turned: turn with
+    `ImageOps.exif_transpose`. A copy has lost what TIFF and PNG say of deep and transparent values.
+    """
     if image.mode == "RGB" and not image.info and not isinstance(image, ImageFile):
         return image
     try:
+        if not (image.width and image.height):
+            raise _Refused("it has no pixels")
         return _shown(image, turn=True)
+    except _Refused as error:
+        raise BadImage(str(getattr(image, "filename", "") or "<image>"), str(error)) from error.__cause__
     except Exception as error:  # see `_decode`
         raise BadImage(str(getattr(image, "filename", "") or "<image>"), str(_refusal(error, image.format))) from error
 

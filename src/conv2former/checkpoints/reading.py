@@ -175,7 +175,7 @@ def _may_hold_weights(value: Any) -> bool:
 def check_types(state_dict: Mapping[str, Tensor], path: StrPath) -> None:
     """Refuses weights that are not in floating point; counters, indices and masks are not weights. Raises UserError."""
     for name, tensor in state_dict.items():
-        counts = tensor.dtype in (torch.int64, torch.bool) and not name.endswith((".weight", ".bias"))
+        counts = not tensor.is_complex() and not name.endswith((".weight", ".bias", ".gamma"))
         if not tensor.is_floating_point() and not counts:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{path} holds {name} as {kind}: save the weights in floating point")

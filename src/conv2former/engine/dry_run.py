@@ -53,11 +53,13 @@ class Images:
         count: Training images; None where nobody has said.
         classes: Classes; None likewise.
         origin: A sentence that says where the numbers are from.
+        remarks: What is to be said of the images.
     """
 
     count: int | None
     classes: int | None
     origin: str
+    remarks: Sequence[str] = ()
 
 
 def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: bool = False) -> str:
@@ -99,6 +101,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         *network[:1],
         f"starts from {start}",
         *images.origin.splitlines(),
+        *images.remarks,
         *_batch(recipe, batch),
         *steps,
         f"memory: {memory[-1].split(maxsplit=1)[1]} for each process, estimated",
@@ -289,8 +292,9 @@ def state_bytes(optim: OptimSection) -> dict[int, float] | None:
 def _counted(splits: Splits, data: Path | None) -> Images:
     train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
     where = data or "the recipe's own images"
-    first = f"{train:,} training and {val:,} validation images of {classes:,} classes: {where}"
-    return Images(train, classes, "\n".join([first, *remarks(splits)]))
+    counts = f"{train:,} training and {val:,} validation images"
+    said = [line for line in remarks(splits) if not line.endswith(counts)]
+    return Images(train, classes, f"{counts} of {classes:,} classes: {where}", said)
 
 
 def _claimed(recipe: Recipe) -> Images:

@@ -120,12 +120,14 @@ def _use(task: type[Task], exported: Sequence[dict[str, Any]]) -> str:
     if exported:
         text = (
             "## How to use\n\nThe files hold the size, mean, standard deviation, interpolation and class names under "
-            "the metadata key `conv2former`.\n\n```sh\n# a line of JSON for each image\n"
+            "the metadata key `conv2former`."
         )
+        commands = []
         for row in exported:
             program = "python -m conv2former_runtime" if row["format"].startswith("runtime") else "conv2former predict"
-            text += f"{program} {Path(row['file']).name} photo.jpg\n"
-        text += "```"
+            commands += [f"{program} {Path(row['file']).name} photo.jpg"] * (not row["file"].endswith(".pt2"))
+        if commands:  # a .pt2 may run code when it is opened
+            text += "\n\n" + "\n".join(["```sh", "# a line of JSON for each image", *commands, "```"])
         examples = [name for tag, name in EXAMPLES.items() if tag in task.words.tags]
         if examples and any(row["format"] == "onnx" for row in exported):
             text += (

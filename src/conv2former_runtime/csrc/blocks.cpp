@@ -39,7 +39,7 @@ struct Branch {
   long depth() const { return words(Kind{}, channels); }
   long left_row() const { return words(Kind{}, outs() * V); }  // whole vectors, since several threads write them
   long slots() const { return rows + 2 * pad(); }
-  // Rows that are multiplied together: their positions are whole tiles, if that takes a few hundred of them at most
+  // Rows that are multiplied together: as many as make whole tiles, up to 448 positions
   long lines() const { return std::clamp<long>(448 / width, 1, TILE / std::gcd(width, (long)TILE)); }
   long line() const { return width + 2 * pad() + STRIP + 2; }
 

@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 
 BEYOND = "have a box that reaches beyond the image"
 CROWDS = "are crowds (iscrowd): not trained on"
-TWICE = "have the class and the box of another one of their image: each counts, remove one of them"
+TWICE = "have the class and the box of another one of their image: if they are one object, remove one"
 VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
 

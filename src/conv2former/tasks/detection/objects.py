@@ -151,18 +151,21 @@ def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]
             trouble = "whose mask has a polygon of less than three points"
         elif not (np.abs(points) <= FAR * max(size)).all():  # not a number either
             trouble = "whose mask has points far outside of the image"
-        elif _area(points, size) < 1:  # points, lines, and fractions of the image's sides
+        elif _area(points) < 1:  # points, lines, and fractions of the image's sides
             trouble = "whose mask has a polygon of less than a pixel"
         else:
             kept.append(polygon if points.ndim == 1 and stored.dtype.kind in "if" else points.ravel().tolist())
     return kept or None, trouble
 
 
-def _area(points: np.ndarray, size: tuple[int, int]) -> float:
+def _area(points: np.ndarray) -> float:
     """Of a polygon, in pixels; where its parts may cancel out, since it crosses itself, its pixels but one."""
     x, y = points.reshape(-1, 2).T
-    area = abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
-    return area if area >= 1 else int(polygons_to_mask([points.ravel()], size[1], size[0]).sum()) - 1
+    area, width, height = abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2, np.ptp(x), np.ptp(y)
+    if area >= 1 or width * height < 2:
+        return area
+    moved = (points.reshape(-1, 2) - [x.min(), y.min()]).ravel()
+    return int(polygons_to_mask([moved], int(height) + 2, int(width) + 2).sum()) - 1
 
 
 def box_of(mask: Any) -> list[float]:
