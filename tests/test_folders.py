@@ -186,6 +186,14 @@ def test_heic_is_read_where_the_extra_is_installed(tmp_path: Path) -> None:
     assert decode(file).size == (40, 60) and find_images([tmp_path]) == [file]
 
 
+def test_what_an_archive_leaves(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(UserError, match=r"not a folder: .*: unpack it and give the folder that comes out"):
+        open_splits(HELD, tmp_path / "photos.zip", seed=0)
+    with pytest.raises(UserError, match=r"hold backslashes .* unpack it again with a program that makes folders"):
+        open_splits(HELD, write(tmp_path / "flat", "train\\cat\\0.png", "train\\dog\\0.png"), seed=0)
+
+
 def test_other_names_of_parts(tmp_path: Path) -> None:
     splits = open_splits(DATA, images(tmp_path / "a", "Training", "Validation"), seed=0)
     assert splits.train.classes == ["cat", "dog"] and len(splits.train) == len(splits.val) == 8

@@ -142,6 +142,12 @@ def test_other_classes_are_no_silent_mistake(pairs: Path, tmp_path: Path) -> Non
     (tmp_path / "copy" / "classes.txt").write_text("\ufeffa\na\nb\n")
     with pytest.raises(UserError, match="names a more than once"):
         open_pairs(PAIRS, tmp_path / "copy", seed=0)
+    (tmp_path / "copy" / "classes.txt").write_text("a\nb\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"is not in UTF-8 .*: save it as UTF-8"):
+        open_pairs(PAIRS, tmp_path / "copy", seed=0)
+    (tmp_path / "copy" / "classes.txt").write_text("# label:color_rgb:parts:actions\na:0,0,0::\nb:255,0,0::\n")
+    with pytest.raises(UserError, match="is a label map of CVAT's: leave the names alone in it"):
+        open_pairs(PAIRS, tmp_path / "copy", seed=0)
     shutil.copy(pairs / "classes.txt", tmp_path / "copy")
     shutil.copy(pairs / "images" / "0.png", tmp_path / "copy" / "images" / "0.jpg")
     with pytest.raises(UserError, match="differ by their extension alone"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_images_are_counted_where_there_are_some(tmp_path: Path) -> None:
     assert f"{train} images / 4 = {train // 4} steps per epoch" in section(text, "steps")
     with pytest.raises(UserError, match=rf"{train} training images are fewer than one batch of 1024: lower optim"):
         dry_run(small(), data=data, out=tmp_path)
+
+
+def test_what_is_said_of_the_images_is_said_here_too(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "digits")
+    copied = next((data / "train").rglob("*.png"))
+    shutil.copy(copied, data / "val" / copied.parent.name / "copied.png")
+    text = plan.dry_run(small("finetune", "optim.batch_size=4"), data=data, out=None)
+    assert text.count("1 of the 17 validation images are training images, too") == 1
+    assert text.count("17 validation images") == 2  # the numbers once
 
 
 def test_without_data_or_claim_it_says_so(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from conv2former.checkpoints import load_pretrained
 from conv2former.engine.model_card import card
 from conv2former.engine.run_dir import RunDir
 from conv2former.errors import UserError
+from conv2former.tools.explain.opening import open_explained
 from conv2former.tools.push import push as push_here
 from hub import TOKEN, Hub
 
@@ -78,6 +79,12 @@ def test_a_hub_that_is_not_there(finished: Path, tmp_path: Path) -> None:
 def test_names_are_checked_first(repo: str, message: str, finished: Path) -> None:
     with pytest.raises(UserError, match=message):
         push_here(finished, repo)
+
+
+def test_an_exported_file_is_no_model_to_push_or_explain(tmp_path: Path) -> None:
+    for use in (lambda file: push_here(file, "somebody/digits"), open_explained):
+        with pytest.raises(UserError, match=r"model.onnx is an exported file: give the run"):
+            use(tmp_path / "model.onnx")
 
 
 def test_a_card_tells_what_a_run_knows(finished: Path) -> None:
