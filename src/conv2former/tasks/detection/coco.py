@@ -470,4 +470,7 @@ def _check_same(train: CocoSource, val: CocoSource) -> None:
         return
     alone = [(own, {*own.classes} - {*other.classes}) for own, other in ((train, val), (val, train))]
     parts = [f"only in {own.annotations.name}: {some([*map(visible, sorted(names))])}" for own, names in alone if names]
-    raise UserError(f"training and validation have different categories ({'; '.join(parts)}): make them match")
+    raise UserError(
+        f"training and validation have different categories ({'; '.join(parts)}): make them match; the list "
+        "'categories' of both files names all, also those without an object in it"
+    )
