@@ -249,6 +249,11 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
                 if (folder / name).is_file():
                     return folder, folder / name
             raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: copy the weights as well")
+    if (path / "recipe.yaml").is_file():
+        raise UserError(
+            f"{path} has no weights yet, because it was not evaluated: continue it with `conv2former train --out "
+            f"{shlex.quote(str(path))} --resume`"
+        )
     raise UserError(f"{path} has no {CONFIG_FILE}: give {FROM_FOLDER}")
 
 

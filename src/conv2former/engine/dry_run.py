@@ -28,7 +28,7 @@ from conv2former.engine.launch import on_nvidia_gpu
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
 from conv2former.engine.progress import duration
 from conv2former.engine.torch_settings import slow_precision
-from conv2former.errors import UserError, attempt, plural, printable, some
+from conv2former.errors import UserError, attempt, plural, printable, say_once, some
 from conv2former.models.meta import SkipFilling
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Task
@@ -172,6 +172,7 @@ def _timed(recipe: Recipe, images: Images, batch: BatchPlan, device: torch.devic
     count = batch.per_process if device.type == "cuda" else min(batch.per_process, TIMED_IMAGES)
     example = move_data_to_device(task.example_batch(count), device)
     half = recipe.engine.precision != "32"
+    say_once(f"timing a step of {count} images")
     took = []
     for _ in range(4):  # the first warms up, the others may be disturbed
         began = time.perf_counter()

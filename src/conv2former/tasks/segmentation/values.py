@@ -201,15 +201,20 @@ def check_values(
             f"{share:.1%} of the pixels in {looked} hold 255, which means no class, and {occurs[0]}: there is nothing "
             f"to learn; if 255 is a class, add {remedy(values.tolist(), classes)}"
         )
+    if len(beyond) and int(beyond.max()) == len(classes) and not reduce_zero:
+        raise UserError(
+            f"{looked} hold values up to {len(classes)}, and {len(classes)} classes are 0 to {len(classes) - 1}: if 0 "
+            "means no class, add --set data.reduce_zero_label=true; if a name is missing, add it to classes.txt or to "
+            "data.classes"
+        )
     if len(beyond):
-        fits = ", or data.reduce_zero_label=true" * (int(beyond.max()) == len(classes) and not reduce_zero)
         known = (
             f"the {len(classes)} classes are {int(reduce_zero)} to {len(classes) - 1 + reduce_zero} (255 is ignored)"
         )
         often = np.sort(values[np.argsort(-pixels[values], kind="stable")][: max(len(classes), 2)])
         raise UserError(
             f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
-            f"fits{fits}, or say what they mean with {remedy(often.tolist(), classes)}"
+            f"fits, or say what they mean with {remedy(often.tolist(), classes)}"
             + f" --set {NEAREST}"
             * (len(often) < len(values))
         )
