@@ -108,6 +108,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[list[Array]]]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         # whatever is wrong with a file that anybody may have made
         hint = "give a file that `conv2former export RUN --format runtime --out FOLDER` has written"
+        if str(path).endswith(".onnx"):
+            hint = "run it with ONNX Runtime, as examples/onnx_classify.py does, or " + hint
         raise UserError(f"{path} is no network for this runtime, or a damaged one ({error}): {hint}") from None
 
 
