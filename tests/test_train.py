@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
+from conv2former.engine.automatic import checked_weights
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
@@ -137,6 +138,13 @@ def test_fine_tuning_at_another_resolution_from_a_local_dir(finished: Path, tmp_
         and len(result.details["per_class"]) == 5
         and saved["pretrained_cfg"]["input_size"] == [3, 24, 24]
     )
+
+
+def test_weights_of_images_of_another_size_are_said(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for size, said in ((32, True), (24, False)):
+        checked_weights(tiny_recipe(f"model.weights={finished}", "model.args={}", f"data.input_size={size}"))
+        line = f"of images of 16 pixels, this trains with {size}; with their size: --set data.input_size=16"
+        assert (line in capfd.readouterr().err) == said
 
 
 def test_weights_of_another_model_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:
