@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from conv2former.checkpoints import load_pretrained
@@ -19,7 +20,9 @@ from conv2former.engine.report import best_weights
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
+from conv2former.tasks.classification.metrics import Records
 from conv2former.tasks.classification.sources import FolderSource
+from conv2former.tasks.classification.task import _sheet
 from digits import tiny_recipe, write_digits
 
 
@@ -124,3 +127,23 @@ def test_what_is_refused(run: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report"):
         evaluate(run, data=data, out=tmp_path / "file" / "report", workers=0)
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 40])
+def test_the_sheet_shows_no_image_twice(wrong: int) -> None:
+    """The worst mistakes, then others of every class."""
+    seen: list[int] = []
+
+    class Numbered:
+        def load(self, index: int, max_pixels: int) -> Image.Image:
+            seen.append(index)
+            return Image.new("RGB", (4, 4))
+
+    targets = np.arange(40) // 10
+    predicted = np.where(np.arange(40) % 13 < (wrong > 0) * (1 + (wrong == 40) * 13), (targets + 1) % 4, targets)
+    records = Records(np.arange(40), targets, predicted, np.full(40, 0.9), np.linspace(0, 0.1, 40))
+    mistakes, others = _sheet(records, ["a", "b", "c", "d"], Numbered())  # type: ignore[arg-type]
+    assert len(seen) == len({*seen}) == len(mistakes) + len(others)
+    assert len(mistakes) == min((predicted != targets).sum(), 16) and not any(right for _, _, right in mistakes)
+    if wrong < 40:
+        assert {index // 10 for index in seen[len(mistakes) :]} == {0, 1, 2, 3}

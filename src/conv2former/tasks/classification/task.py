@@ -275,7 +275,7 @@ def _loss(augment: AugmentSection, num_classes: int) -> tuple[Mixup | None, nn.M
 
 def _sheet(records: Any, classes: Sequence[str], source: ImageSource) -> tuple[list[tuple[Any, str, bool]], ...]:
     targets, worst = records.targets, records.mistakes()[:SHEET_IMAGES]
-    others = np.linspace(0, len(targets) - 1, min(SHEET_IMAGES, len(targets))).astype(int)  # of every class
+    others = (rest := np.setdiff1d(range(len(targets)), worst))[:: -(-len(rest) // SHEET_IMAGES) or 1]  # of every class
 
     def entry(row: int) -> tuple[Any, str, bool]:
         predicted, target = records.predicted[row], targets[row]
