@@ -188,7 +188,7 @@ def test_what_a_file_says_is_checked(free: Path, photos: Path, tmp_path: Path) -
         assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
     with pytest.raises(UserError, match="--data DIR"):
         evaluate(free / "model.onnx", workers=0)
-    with pytest.raises(UserError, match="gives no maps"):
+    with pytest.raises(UserError, match="is an exported file: give the run"):
         open_subject(str(free / "model.onnx"), size=64, device=torch.device("cpu"))
 
 

@@ -149,13 +149,13 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
         subject = open_subject(named, source, size=options.size, fuse=options.fuse, dynamic_size=options.dynamic_size)
         if options.data and subject.task.one_at_a_time:
             raise UserError(f"--data counts top-1, {source} holds a {subject.task.name} model: leave it out")
+        if subject.task.one_at_a_time and subject.part.any_size and not options.dynamic_size:
+            height, width = subject.part.size
+            say(f"note: a file for images of {height} x {width} alone; --dynamic-size makes one for any size")
         subjects = {format.name: subject.in_onnx if format.onnx else subject for format in formats}
         for each in {id(each): each for each in subjects.values()}.values():
             if each.note:
                 say(f"note: {each.note}")
-            if each.task.one_at_a_time and each.part.any_size and not options.dynamic_size:
-                height, width = each.part.size
-                say(f"note: a file for images of {height} x {width} alone; --dynamic-size makes one for any size")
             each.images = _images(named, options, each)
         if options.calibration and any(format.name.endswith("int8") for format in formats):
             subject.calibration = images_in([options.calibration], CALIBRATION_IMAGES, subject)
