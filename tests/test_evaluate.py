@@ -22,7 +22,6 @@ from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.metrics import Records
 from conv2former.tasks.classification.sources import FolderSource
-from conv2former.tasks.classification.task import _sheet
 from digits import tiny_recipe, write_digits
 
 
@@ -142,7 +141,7 @@ def test_the_sheet_shows_no_image_twice(wrong: int) -> None:
     targets = np.arange(40) // 10
     predicted = np.where(np.arange(40) % 13 < (wrong > 0) * (1 + (wrong == 40) * 13), (targets + 1) % 4, targets)
     records = Records(np.arange(40), targets, predicted, np.full(40, 0.9), np.linspace(0, 0.1, 40))
-    mistakes, others = _sheet(records, ["a", "b", "c", "d"], Numbered())  # type: ignore[arg-type]
+    mistakes, others = records.sheet(["a", "b", "c", "d"], Numbered())  # type: ignore[arg-type]
     assert len(seen) == len({*seen}) == len(mistakes) + len(others)
     assert len(mistakes) == min((predicted != targets).sum(), 16) and not any(right for _, _, right in mistakes)
     if wrong < 40:

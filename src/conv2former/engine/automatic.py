@@ -64,7 +64,8 @@ def checked_weights(recipe: Recipe) -> Weights | None:
             f"model.weights ({recipe.model.weights}) expects images of {there}, the recipe gives {here}: add "
             + " ".join(f"--set data.{key}=auto" for key in wrong)
         )
-    own, side = (weights.cfg.get("input_size") or [0])[-1] if weights else 0, getattr(recipe.data, "input_size", 0)
+    known = weights.cfg.get("input_size") if weights else None
+    own, side = known[-1] if known else None, getattr(recipe.data, "input_size", None)
     if own and side and max(own, side) >= 2 * min(own, side):
         say_once(
             f"the weights are of images of {own} pixels, this trains with {side}; with their size: "

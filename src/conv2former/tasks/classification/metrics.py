@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from conv2former.data.sources import Source
 from conv2former.errors import percent
 from conv2former.tasks.base import Evaluation
+
+SHEET_IMAGES = 16  # in each block of the sheet of predictions
+Shown = tuple[Any, str, bool]  # an image, its caption, and whether the prediction is right
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,22 @@ class Records:
                 labels = [classes[self.targets[row]], classes[self.predicted[row]]]
                 probabilities = [f"{column[row]:.4f}" for column in (self.confidence, self.true_probability)]
                 writer.writerow([source.name(int(self.indices[row])), *labels, *probabilities])
+
+    def sheet(self, classes: Sequence[str], source: Source) -> tuple[list[Shown], ...]:
+        """Images of the worst mistakes, and of others, spread over all classes."""
+        worst = self.mistakes()[:SHEET_IMAGES]
+        rest = np.setdiff1d(np.arange(len(self.targets)), worst)
+        others = rest[:: max(1, math.ceil(len(rest) / SHEET_IMAGES))]
+        return tuple([self._shown(row, classes, source) for row in rows] for rows in (worst, others))
+
+    def _shown(self, row: int, classes: Sequence[str], source: Source) -> Shown:
+        predicted, target = self.predicted[row], self.targets[row]
+        image = source.load(int(self.indices[row]), sys.maxsize)  # it was read before
+        image.thumbnail((160, 160))
+        caption = f"{classes[predicted]} {self.confidence[row]:.0%}"
+        if predicted != target:
+            caption += f"\ntrue: {classes[target]}"
+        return image, caption, bool(predicted == target)
 
     def matrix(self, num_classes: int) -> np.ndarray:
         """The confusion matrix: counts (K, K), rows true, columns predicted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from conv2former.tasks.classification.metrics import ClassificationMetric
 
 MAX_MATRIX_CLASSES = 2000  # beyond this the matrix neither fits an image nor, at 21,841 classes, the memory
-SHEET_IMAGES = 16  # in each block of the sheet of predictions
 
 
 class ClassificationTask(Task):
@@ -101,8 +99,9 @@ class ClassificationTask(Task):
     @classmethod
     def load(cls, path: Path) -> Self:
         """A classifier in timm's layout; raises UserError."""
-        task, config = cls.of(checkpoints.load_pretrained(path), name=str(path)), checkpoints.saved_config(path)
-        check_answers(task.model, task.data_config, config.get("model_args", {}), str(path))
+        task = cls.of(checkpoints.load_pretrained(path), name=str(path))
+        args = checkpoints.saved_config(path).get("model_args", {})
+        check_answers(task.model, task.data_config, args, str(path))
         return task
 
     @classmethod
@@ -155,7 +154,8 @@ class ClassificationTask(Task):
         return ImageDataset(source, self.transform, on_bad_image=on_bad_image, max_pixels=max_pixels)
 
     def preprocess(self, image: Image.Image) -> Prepared:
-        return Prepared(np.array(self.transform(image := shown(image))), (image.height, image.width))
+        image = shown(image)
+        return Prepared(np.array(self.transform(image)), (image.height, image.width))
 
     def example_batch(self, count: int) -> Batch:
         side = self.recipe.data.input_size
@@ -240,7 +240,7 @@ class ClassificationTask(Task):
             with or_left_out("confusion_matrix.png"):
                 plots.confusion_matrix(matrix, self.classes, folder / "confusion_matrix.png")
         with or_left_out("predictions.png"):
-            mistakes, others = _sheet(evaluation.records, self.classes, source)
+            mistakes, others = evaluation.records.sheet(self.classes, source)
             plots.prediction_sheet(mistakes, others, folder / "predictions.png")
 
     def scores(self) -> nn.Module:
@@ -271,19 +271,3 @@ def _loss(augment: AugmentSection, num_classes: int) -> tuple[Mixup | None, nn.M
         num_classes=num_classes,
     )
     return mixup, SoftTargetCrossEntropy()
-
-
-def _sheet(records: Any, classes: Sequence[str], source: ImageSource) -> tuple[list[tuple[Any, str, bool]], ...]:
-    targets, worst = records.targets, records.mistakes()[:SHEET_IMAGES]
-    others = (rest := np.setdiff1d(range(len(targets)), worst))[:: -(-len(rest) // SHEET_IMAGES) or 1]  # of every class
-
-    def entry(row: int) -> tuple[Any, str, bool]:
-        predicted, target = records.predicted[row], targets[row]
-        image = source.load(int(records.indices[row]), sys.maxsize)  # it was read before
-        image.thumbnail((160, 160))
-        caption = f"{classes[predicted]} {records.confidence[row]:.0%}"
-        if predicted != target:
-            caption += f"\ntrue: {classes[target]}"
-        return image, caption, bool(predicted == target)
-
-    return [entry(i) for i in worst], [entry(i) for i in others]

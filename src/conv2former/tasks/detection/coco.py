@@ -225,7 +225,8 @@ class CocoSource:
                 if "bbox" in own:
                     self.spare.setdefault(entry.id, []).append(own)
                 continue
-            if annotation.get("bbox") and not has_area([*map(number, annotation["bbox"])]):
+            given = annotation.get("bbox")
+            if given and given != own["bbox"] and not has_area([*map(number, given)]):
                 said.setdefault("whose box has no area take that of their mask", []).append(name)
             right, low = own["bbox"][0] + own["bbox"][2], own["bbox"][1] + own["bbox"][3]
             fractions &= max(right, low) <= 1

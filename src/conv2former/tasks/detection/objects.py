@@ -160,11 +160,12 @@ def _polygons(given: list[Any], size: tuple[int, int]) -> tuple[Any, str | None]
 
 def _area(points: np.ndarray) -> float:
     """Of a polygon, in pixels; where its parts may cancel out, since it crosses itself, its pixels but one."""
-    x, y = points.reshape(-1, 2).T
+    points = points.reshape(-1, 2)
+    x, y = points.T
     area, width, height = abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2, np.ptp(x), np.ptp(y)
     if area >= 1 or width * height < 2:
         return area
-    moved = (points.reshape(-1, 2) - [x.min(), y.min()]).ravel()
+    moved = (points - points.min(axis=0)).ravel()
     return int(polygons_to_mask([moved], int(height) + 2, int(width) + 2).sum()) - 1
 
 

@@ -142,8 +142,8 @@ class PairSource:
         for index in spread(len(self), LOOKED_AT):
             try:
                 stored = self.stored(index)
-                numbers = np.bincount(stored.ravel(), minlength=1 << 16)[1 : IGNORED + 1] if unnamed else np.zeros(1)
-                stored = self.classes_of(stored, self.pairs[index].labels) if self.values else stored
+                numbers = _counts(stored) if unnamed else np.zeros(IGNORED + 1, np.int64)
+                counts = _counts(self.classes_of(stored, self.pairs[index].labels)) if self.values else numbers
             except ColourMask as error:
                 found = some_colours(error.colours)
                 raise colour_trouble(
@@ -153,10 +153,10 @@ class PairSource:
                 if self.values and "data.mask_values" in error.reason:
                     raise UserError(str(error)) from None
                 continue  # training meets it, and does what the recipe says
-            pixels += np.bincount(stored.ravel(), minlength=1 << 16)
+            pixels += counts
             masks += 1
-            others += int(numbers[:-1].any())
-            without += int(numbers[-1] > 0 and not numbers[:-1].any())
+            others += int(numbers[1:IGNORED].any())
+            without += int(numbers[IGNORED] > 0 and not numbers[1:IGNORED].any())
         if not masks:
             return []
         if self.values:
@@ -184,6 +184,8 @@ class PairSource:
         colours: Counter[int] = Counter()
         differ, grey = "", True
         for index in () if self.values and self.values.colours else spread(len(self), LOOKED_AT):
+            if self.values and not grey:  # a table says what their numbers are
+                break
             file = self.pairs[index].labels
             for value, colour in palette(file).items():
                 first, other = known.setdefault(value, (colour, file))
@@ -357,6 +359,11 @@ def _open(root: Path, place: tuple[Path, Path], classes: list[str], data: Segmen
     source.check_palettes()
     source.notes = notes
     return source
+
+
+def _counts(values: np.ndarray) -> np.ndarray:
+    """Numbers of pixels by value, (65536,)."""
+    return np.bincount(values.ravel(), minlength=1 << 16)
 
 
 def _check_rest(where: Path, rest: set[Path], images: Iterable[str], masks: dict[str, Path], notes: list[str]) -> None:
