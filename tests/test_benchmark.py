@@ -225,7 +225,9 @@ def test_all_modes_compute_the_same(mode: str, dtype: str, expected: torch.Tenso
     try:
         step = prepare(replace(BASE, mode=mode, dtype=dtype))
     except UserError as reason:
-        pytest.skip(str(reason))
+        if (mode, dtype) != ("openvino", "bfloat16"):
+            raise
+        pytest.skip(str(reason))  # on a processor without such products
     found = torch.as_tensor(step())
     assert found.shape == expected.shape
     tolerance = 0.3 if mode.endswith("int8") else 1e-5 if dtype == "float32" else 0.03
