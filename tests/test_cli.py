@@ -63,7 +63,7 @@ def test_train_evaluate_predict(
     assert run(monkeypatch, "evaluate", out, "--data", data, "--json") == 0
     assert json.loads(capsys.readouterr().out)["images"] == 16
     assert run(monkeypatch, "predict", out, data / "val", "--top-k", 1, "--out", tmp_path / "drawn") == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(list((tmp_path / "drawn").iterdir())) == 16
+    assert len(capsys.readouterr().out.splitlines()) == len(list((tmp_path / "drawn").rglob("*.png"))) == 16
     assert run(monkeypatch, "train", "--out", out, "--resume") == 0
 
 

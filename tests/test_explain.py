@@ -178,7 +178,7 @@ def test_files_of_one_name_and_a_bad_one(
     output = capsys.readouterr()
     rows = [json.loads(line) for line in output.out.splitlines()]
     assert [row["ok"] for row in rows] == [True, True, False] and "text" in rows[2]["error"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0-2.maps.png", "0.maps.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.maps.png"]
     assert output.err.splitlines()[-1] == "1 of 3 files have no sheet"
 
 

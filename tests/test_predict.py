@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -62,9 +63,13 @@ def test_one_bad_file_does_not_stop_the_rest(run: Path, pictures: Path, capsys: 
 
 
 def test_annotated_pictures_do_not_overwrite_each_other(run: Path, pictures: Path) -> None:
-    assert run_predict(run, [pictures], out=pictures.parent / "out") == 0
-    drawn = sorted(path.name for path in (pictures.parent / "out").iterdir())
-    assert drawn == ["a-2.predicted.png", "a.predicted.png", "temple.predicted.png"]
+    assert run_predict(run, [pictures, pictures / "more" / "a.png"], out=pictures.parent / "out") == 0
+    drawn = sorted(
+        path.relative_to(pictures.parent / "out").as_posix() for path in pictures.parent.glob("out/**/*.png")
+    )
+    assert drawn == ["a.predicted.png", "more/a.predicted.png", "temple.predicted.png"]
+    assert run_predict(run, [pictures / "a.png", pictures / "more" / "a.png"], out=pictures.parent / "flat") == 0
+    assert sorted(os.listdir(pictures.parent / "flat")) == ["a-2.predicted.png", "a.predicted.png"]
     assert Image.open(pictures.parent / "out" / "temple.predicted.png").width == 512
 
 
@@ -72,7 +77,7 @@ def test_drawing_into_the_folder_of_the_inputs_spares_them(run: Path, pictures: 
     before = {path: path.read_bytes() for path in pictures.rglob("*") if path.is_file()}
     assert run_predict(run, [pictures], out=pictures) == 0
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert len(list(pictures.glob("*.predicted.png"))) == 3
+    assert len(list(pictures.rglob("*.predicted.png"))) == 3
 
 
 def test_what_is_refused(run: Path, pictures: Path, tmp_path: Path) -> None:

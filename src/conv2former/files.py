@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,14 +222,21 @@ def _finite(text: str) -> float:
     return value
 
 
-def free_name(stem: str, ending: str, taken: set[str]) -> str:
-    """A name for a file that is made from an image file; adds it to ``taken``.
+def output_names(files: Sequence[Path], inputs: Sequence[Path], ending: str) -> dict[Path, Path]:
+    """Relative paths for what is made from image files: a folder's as they lie in it, single ones by their names.
 
-    The ending differs from the image's, because the file may go to the same folder. The name gets a number where two
-    folders hold images of one name.
+    The ending differs from the images', because the files may go to the same folder. A number tells apart what would
+    have one name.
     """
-    name, number = f"{stem}{ending}", 2
-    while name in taken:
-        name, number = f"{stem}-{number}{ending}", number + 1
-    taken.add(name)
-    return name
+    folders = {path for path in inputs if path.is_dir()}
+    names: dict[Path, Path] = {}
+    taken = set[Path]()
+    for file in dict.fromkeys(files):
+        folder = next((parent for parent in file.parents if parent in folders), file.parent)
+        stem, number = file.relative_to(folder).with_name(file.stem), 2
+        name = stem.with_name(file.stem + ending)
+        while name in taken:
+            name, number = stem.with_name(f"{file.stem}-{number}{ending}"), number + 1
+        taken.add(name)
+        names[file] = name
+    return names

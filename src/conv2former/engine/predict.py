@@ -19,7 +19,7 @@ from conv2former.engine.launch import place
 from conv2former.engine.progress import Ticker
 from conv2former.engine.rows import Rows
 from conv2former.errors import UserError, attempt, say
-from conv2former.files import free_name
+from conv2former.files import output_names
 from conv2former.tasks import load, set_options
 from conv2former.tasks.base import Prediction, Task
 from conv2former_runtime.errors import json_line
@@ -100,19 +100,20 @@ def run_predict(
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
-    failed, taken = 0, set[str]()
-    names = {file: free_name(file.stem, DRAWN, taken) for file in files} if out else {}  # also of those that are done
-    mask_names = _mask_names(files, task) if masks else {}
-    done = 0
+    if masks and task.layers != ("masks",):
+        raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
+    names = output_names(files, inputs, DRAWN)  # also of those that are done
+    mask_names = output_names(files, inputs, ".png")
+    failed, done = 0, 0
     try:
         with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
             for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
                 failed += isinstance(found, BadImage)
                 if isinstance(found, Prediction):  # before the row, after which the file counts as done
                     if out:
-                        _write(found.draw(decode(file)), out, names[file])
+                        _write(found.draw(decode(file)), out / names[file])
                     if masks and found.mask:
-                        _write(found.mask(), masks, mask_names[file])
+                        _write(found.mask(), masks / mask_names[file])
                 rows.add(_row(file, found)) if rows else print(json_line(_row(file, found)), flush=True)
                 done += 1
     except KeyboardInterrupt:
@@ -146,14 +147,6 @@ def _check_masks(folder: Path, inputs: Sequence[Path], files: list[Path]) -> Non
         raise UserError(
             f"--masks {folder} lies among the images, whose next reading finds the masks: give another folder"
         )
-
-
-def _mask_names(files: list[Path], task: Task) -> dict[Path, str]:
-    """How the mask of each file is called; raises UserError where the task has none."""
-    if task.layers != ("masks",):
-        raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
-    taken = set[str]()
-    return {file: free_name(file.stem, ".png", taken) for file in files}
 
 
 class _Files(Dataset):
@@ -198,8 +191,8 @@ def _text(file: Path) -> str:
         return str(file)
 
 
-def _write(image: Image.Image, folder: Path, name: str) -> None:
-    with attempt(f"write the output folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with attempt(f"write {folder / name}"):
-        image.save(folder / name)
+def _write(image: Image.Image, path: Path) -> None:
+    with attempt(f"write the output folder {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with attempt(f"write {path}"):
+        image.save(path)

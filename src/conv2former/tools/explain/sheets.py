@@ -14,7 +14,7 @@ from PIL import Image
 
 from conv2former.data.images import BadImage, decode, given_images
 from conv2former.errors import UserError, attempt, say
-from conv2former.files import free_name
+from conv2former.files import output_names
 
 STRENGTH = 0.6  # of a map's colours over the image
 PANEL = 1.9  # width of a panel, inches
@@ -70,15 +70,14 @@ def each_image(
 ) -> int:
     """Writes a sheet for every image file in the inputs, files and folders, and prints a JSON line.
 
-    Sheets get the files' names with the ``ending``; a number tells apart those of one name. ``explain`` turns an image
-    into fields for the line and the sheet, and may raise ``NotShown``. The exit status is 1 if a file has no sheet.
+    Sheets get the names of ``output_names``, with the ``ending``. ``explain`` turns an image into fields for the line
+    and the sheet, and may raise ``NotShown``. The exit status is 1 if a file has no sheet.
 
     Raises:
         UserError: There is no image in the inputs, or the sheets cannot be written.
     """
     files = given_images(inputs)
-    taken: set[str] = set()
-    failed = 0
+    names, failed = output_names(files, inputs, f".{ending}.png"), 0
     for file in files:
         try:
             fields, figure = explain(decode(file))
@@ -86,7 +85,7 @@ def each_image(
             failed += 1
             row = dict(ok=False, error=error.reason if isinstance(error, BadImage) else str(error))
         else:
-            path = out / free_name(file.stem, f".{ending}.png", taken)
+            path = out / names[file]
             save(figure, path)
             row = dict(ok=True, sheet=str(path)) | fields
         print(json.dumps(dict(file=str(file)) | row), flush=True)  # ASCII: names may hold bytes that no terminal has
