@@ -112,6 +112,8 @@ def evaluate_task(
         evaluation = evaluation_loop(task, batches, metric, count=len(loader), pace=pace)
     if not evaluation.details["images"]:
         raise UserError("none of the images can be read, or none counts: nothing was evaluated")
+    if evaluation.useless:
+        say_once(f"warning: {evaluation.useless}: train longer, or start from pretrained weights")
     return evaluation
 
 

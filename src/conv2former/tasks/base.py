@@ -35,6 +35,7 @@ class Evaluation:
         records: What the images of the report are drawn from.
         sound: Whether all that was computed was finite; weights of another evaluation are never the best.
         table: For people: the columns' names, then a row for each class, averages last.
+        useless: What makes a model useless whose numbers may look fine, in words: it finds one class everywhere.
     """
 
     metrics: dict[str, float | None]
@@ -43,6 +44,7 @@ class Evaluation:
     records: Any = None
     sound: bool = True
     table: list[list[str]] = field(default_factory=list)
+    useless: str = ""
 
 
 class Metric(Protocol):

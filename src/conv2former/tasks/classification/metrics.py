@@ -157,8 +157,11 @@ class ClassificationMetric(Metric):
         metrics = {key: counts[key] for key in ("loss", "top1", "top5")}
         columns = zip(*self.rows, strict=True)
         records = Records(*(torch.cat(column).cpu().numpy() for column in columns)) if self.rows else None
+        found = [name for name, scores in counts["per_class"].items() if scores["precision"] is not None]
+        true = [name for name, scores in counts["per_class"].items() if scores["images"]]
+        useless = f"all images were taken for {found[0]!r}" if len(found) == 1 < len(true) else ""
         sound = math.isfinite(counts["loss"])
-        return Evaluation(metrics, line, counts, records, sound=sound, table=_table(counts))
+        return Evaluation(metrics, line, counts, records, sound=sound, table=_table(counts), useless=useless)
 
 
 def _scores(correct: int, images: int, predicted: int) -> dict[str, Any]:

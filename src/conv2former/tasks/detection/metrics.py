@@ -62,7 +62,8 @@ class CocoMetric:
             ap, ap50, ap75 = (math.nan if found[kind][name] is None else found[kind][name] for name in NUMBERS[:3])
             parts.append(f"{kind} AP {ap:.2f} (50: {ap50:.2f}, 75: {ap75:.2f})")
         line = f"{', '.join(parts)}, {found['detections']} detections on {found['images']} images"
-        return Evaluation(metrics, line, found, self.rows, table=self._table(found))
+        useless = "nothing was detected" if found["objects"] and not found["detections"] else ""
+        return Evaluation(metrics, line, found, self.rows, table=self._table(found), useless=useless)
 
     def _over_all(self) -> dict[str, Any]:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self.distributed):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -83,7 +84,10 @@ class SegmentationMetric(Metric):
         line = f"{'multi-scale ' if self.multi_scale else ''}mIoU {miou:.2f}%, mean accuracy {mean:.2f}%, "
         line += f"pixel accuracy {pixel:.2f}% ({counts['images']} images)"
         metrics = {name: counts[name] for name in names}
-        return Evaluation(metrics, line, counts, sound=math.isfinite(counts["loss"]), table=_table(counts))
+        found, true = (np.flatnonzero(np.sum(counts["matrix"], axis)) for axis in (0, 1))
+        useless = f"all pixels were taken for {self.classes[found[0]]!r}" if len(found) == 1 < len(true) else ""
+        sound = math.isfinite(counts["loss"])
+        return Evaluation(metrics, line, counts, sound=sound, table=_table(counts), useless=useless)
 
 
 def _table(counts: dict[str, Any]) -> list[list[str]]:
