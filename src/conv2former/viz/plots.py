@@ -118,7 +118,10 @@ def _metrics(epochs: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Counts (K, K) as an image: rows are true classes, columns predicted ones; colours are fractions of the row."""
+    """Counts (K, K) as an image: rows are true classes, columns predicted ones; colours are fractions of the row.
+
+    Counts too long for a cell, of pixels, are written in percent of the row.
+    """
     count = len(classes)
     labelled = count <= MAX_LABELLED_CLASSES
     side = min(max(4.5, 0.45 * count + 2), 24) if labelled else 12
@@ -126,15 +129,17 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: Path) -> 
     axes = figure.subplots()
     fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{int(np.trace(matrix))} of {int(matrix.sum())} correct")
+    title, long = f"{int(np.trace(matrix)):,} of {int(matrix.sum()):,} correct", matrix.max() >= 10_000
+    axes.set(xlabel="predicted", ylabel="true", title=f"{title} (cells: % of the true class)" if long else title)
     if labelled:
         names = [drawable(name) for name in classes]
         axes.set_xticks(range(count), names, rotation=90)
         axes.set_yticks(range(count), names)
     if count <= 25:
-        for i, j in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if fractions[i, j] > 0.5 else "black"
-            axes.text(j, i, str(int(matrix[i, j])), ha="center", va="center", color=colour, fontsize=8)
+        for (i, j), number in np.ndenumerate(matrix):
+            colour = "white" if fractions[i, j] > 0.5 else "black" if number else "lightgrey"
+            text = f"{100 * fractions[i, j]:.1f}" if long else str(int(number))
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, label="fraction of the true class", shrink=0.8)
     figure.savefig(path, dpi=110)
 
