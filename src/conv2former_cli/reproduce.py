@@ -38,7 +38,7 @@ def reproduce(
 
     Example: conv2former reproduce table6 --data cifar10 --seeds 3
     """
-    from conv2former.tools.reproduce import Request, Stopped
+    from conv2former.tools.reproduce import Request, Stopped, paper_table
     from conv2former.tools.reproduce import reproduce as run_reproduce
 
     request = Request(
@@ -58,6 +58,9 @@ def reproduce(
         sys.exit(stop.code)
     tell(*files[0].read_text(encoding="utf-8").split("\n"))
     tell(f"{outcome.trained} trained, {outcome.skipped} measured before; {wrote(files, out)}")
+    if data is None:
+        names = [one.name for one in paper_table(table).rows if one.recipe]
+        tell(f"to train rows: --data FOLDER, and --row NAME of {', '.join(names)}")
     for line in outcome.failed.values():
         say(f"error: {line}")
     sys.exit(1 if outcome.failed else 0)

@@ -10,7 +10,7 @@ from conv2former.tools.reproduce import jobs, report
 from conv2former.tools.reproduce.jobs import Images, Outcome, Request, Stopped, table_jobs
 from conv2former.tools.reproduce.tables import TABLES, paper_table
 
-__all__ = ["TABLES", "Outcome", "Request", "Stopped", "reproduce"]
+__all__ = ["TABLES", "Outcome", "Request", "Stopped", "paper_table", "reproduce"]
 
 
 def reproduce(request: Request) -> tuple[Outcome, list[Path]]:
