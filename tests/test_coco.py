@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
 from conv2former.data.sampling import SampleKey, seed_cpu
 from conv2former.errors import UserError
-from conv2former.tasks.detection.coco import CocoSource, open_coco, open_eval_coco
+from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
+from conv2former.tasks.detection.folders import open_coco, open_eval_coco
 from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evaluation, coco_rows
 from conv2former.tasks.detection.model.detector import Detections
 from conv2former.tasks.detection.model.mask_head import paste_masks
@@ -47,7 +49,7 @@ def change(root: Path, edit: Callable[[dict[str, Any]], Any], split: str = "trai
 
 
 def test_what_is_read(coco: Path) -> None:
-    splits = open_coco(DATA, coco)
+    splits = open_coco(DATA, coco, seed=0)
     assert splits.train.classes == ["block", "disc"] and splits.train.category_ids == [3, 7]
     assert len(splits.train) == 3 and len(splits.val) == 2  # without the image that shows nothing
     image, objects = splits.train.load(0)
@@ -56,7 +58,7 @@ def test_what_is_read(coco: Path) -> None:
         0,
         1,
     ]
-    kept = open_coco(DATA.model_copy(update=dict(keep_empty=True)), coco)
+    kept = open_coco(DATA.model_copy(update=dict(keep_empty=True)), coco, seed=0)
     assert len(kept.train) == 4 and kept.train.objects_of(3) == [] and kept.digest() != splits.digest()
 
 
@@ -107,7 +109,7 @@ def test_damaged_annotations_are_one_line(tmp_path: Path, edit: Callable[[Any], 
     root = change(write_coco(tmp_path / "coco"), edit)
     pattern = message.replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(UserError, match=pattern) as caught:
-        open_coco(DATA, root)
+        open_coco(DATA, root, seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -119,9 +121,9 @@ def test_what_is_no_annotation_file_is_one_line(coco: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"cannot read .*none\.json"):
         CocoSource(coco / "train2017", tmp_path / "none.json")
     with pytest.raises(UserError, match="no such folder"):
-        open_coco(DATA, tmp_path / "none")
+        open_coco(DATA, tmp_path / "none", seed=0)
     with pytest.raises(UserError, match="name the folder of images and annotations with --data"):
-        open_coco(DATA, None)
+        open_coco(DATA, None, seed=0)
 
 
 def test_boxes_that_are_none_are_left_out_in_one_line(coco: Path, tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_a_model_is_evaluated_whatever_the_ids(coco: Path, tmp_path: Path) -> No
 def test_a_picture_of_another_size_is_a_bad_image(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco")
     Image.new("RGB", (64, 64)).save(root / "train2017" / "000.png")
-    source = open_coco(DATA, root).train
+    source = open_coco(DATA, root, seed=0).train
     with pytest.raises(BadImage, match="it has 64 x 64 pixels, by the annotations 128 x 96"):
         source.load(0)
 
@@ -250,7 +252,7 @@ def test_views_keep_to_their_sizes() -> None:
 
 
 def test_samples_are_a_function_of_their_key_and_batches_are_padded(coco: Path) -> None:
-    source = open_coco(DATA, coco).train
+    source = open_coco(DATA, coco, seed=0).train
     augment = DetectionAugmentSection(short_sides=[60, 90], long_side=128, crop_short_sides=[90], crop_sizes=(40, 80))
     dataset = TrainObjects(source, DATA, augment, seed=1)
     samples = [dataset[SampleKey(0, index)] for index in range(3)]
@@ -268,7 +270,7 @@ def test_samples_are_a_function_of_their_key_and_batches_are_padded(coco: Path) 
 
 def detections(coco: Path, seed: int) -> tuple[CocoSource, list[dict[str, Any]]]:
     """Detections near the truth, some beside it, of both classes."""
-    source = open_coco(DATA, coco).val
+    source = open_coco(DATA, coco, seed=0).val
     generator = np.random.default_rng(seed)
     rows = []
     for index in range(len(source)):
@@ -308,7 +310,7 @@ def test_figures_equal_pycocotools(coco: Path, kind: str, seed: int) -> None:
 
 
 def test_perfect_and_empty_results(coco: Path) -> None:
-    source = open_coco(DATA, coco).val
+    source = open_coco(DATA, coco, seed=0).val
     results = CocoMetric(source)
     for index in range(len(source)):
         single = [entry for entry in source.objects_of(index) if not entry["iscrowd"]]
@@ -348,3 +350,34 @@ def test_masks_pasted_in_windows_are_those_pasted_into_the_picture() -> None:
     for row, mask in zip(rows, wanted, strict=True):
         assert (decode_mask(row["segmentation"]) != mask).mean() < 1e-3
     assert decode_mask(rows[0]["segmentation"]).sum() > 500
+
+
+def test_one_file_is_enough(coco: Path, tmp_path: Path) -> None:
+    root, data = tmp_path / "cvat", DATA.model_copy(update=dict(val_fraction=0.4))
+    (root / "annotations").mkdir(parents=True)
+    shutil.copytree(coco / "train2017", root / "images")
+    shutil.copy(coco / "annotations" / "instances_train2017.json", root / "annotations" / "instances_default.json")
+    splits = open_coco(data, root, seed=0)
+    names = [[source.name(index) for index in range(len(source))] for source in (splits.train, splits.val)]
+    assert splits.held_out and len(names[1]) == 2 and not {*names[0]} & {*names[1]}  # two of four images
+    assert sum(splits.train.per_class) == sum(splits.train.counted) < sum(CocoSource(*_only(root)).per_class)
+    said = f"no annotations of validation images: 2 images of {_only(root)[1]} are held out"
+    assert said in splits.notes and splits.digest() == open_coco(data, root, seed=0).digest()
+    others = {open_coco(data, root, seed=seed).digest() for seed in range(5)}
+    assert len(others) > 1
+    assert len(open_eval_coco(data, root, splits.train.classes)) == 4
+    with pytest.raises(UserError, match=r"no annotations .*or hold out a fraction with --set data.val_fraction=0.1"):
+        open_coco(DATA, root, seed=0)
+
+
+def test_a_part_without_another_is_divided(coco: Path, tmp_path: Path) -> None:
+    shutil.copytree(coco / "train2017", tmp_path / "train")
+    shutil.copy(coco / "annotations" / "instances_train2017.json", tmp_path / "train" / "_annotations.coco.json")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "people.json").write_text("{}")
+    splits = open_coco(DATA.model_copy(update=dict(val_fraction=0.3)), tmp_path, seed=0)
+    assert len(splits.val) == 1 and f"{tmp_path}: not read: people.json" in splits.notes
+
+
+def _only(root: Path) -> tuple[Path, Path]:
+    return root / "images", root / "annotations" / "instances_default.json"

@@ -27,9 +27,10 @@ from conv2former.engine.predict import predict
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks import load
-from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
+from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
 from conv2former.tasks.detection.data import View, view_objects
+from conv2former.tasks.detection.folders import CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evaluation
 from conv2former.tasks.detection.objects import usable_mask
 from scenes import small_detector
@@ -117,7 +118,7 @@ def reference(truth: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> l
 
 def check(root: Path, truth: dict[str, Any], kind: str = "bbox") -> None:
     """The product's figures on a set of validation equal pycocotools' on what it ought to be."""
-    source, rows = open_coco(DATA, root).val, detections(truth)
+    source, rows = open_coco(DATA, root, seed=0).val, detections(truth)
     ours = coco_evaluation(source.ground_truth(range(len(source))), rows, kind)[0]
     assert [ours[name] for name in NUMBERS] == pytest.approx(reference(truth, rows, kind), abs=1e-9)
     assert 5 < (ours["ap"] or 0) < 95
@@ -147,7 +148,7 @@ SOUND: dict[str, Edit] = dict(
 @pytest.mark.parametrize("name", SOUND)
 def test_usable_objects_are_used(tmp_path: Path, name: str) -> None:
     truth = content(write(tmp_path / "truth"))
-    splits = open_coco(DATA, write(tmp_path / "coco", SOUND[name]))
+    splits = open_coco(DATA, write(tmp_path / "coco", SOUND[name]), seed=0)
     assert sum(splits.train.counted) == sum(splits.val.counted) == 6 and splits.train.has_masks
     for kind in ("bbox", "segm"):
         check(tmp_path / "coco", truth, kind)
@@ -163,7 +164,7 @@ def test_ids_of_any_size_and_kind(tmp_path: Path, ids: Any) -> None:
 
     root = write(tmp_path, change)
     check(root, content(root))
-    source = open_coco(DATA, root).val
+    source = open_coco(DATA, root, seed=0).val
     assert source.entries[0].id == content(root)["images"][0]["id"]
 
 
@@ -191,15 +192,15 @@ def test_objects_that_are_listed_twice_are_said(tmp_path: Path) -> None:
     def twice(content: dict[str, Any]) -> None:
         content["annotations"] += [entry | dict(id=1000 + entry["id"]) for entry in content["annotations"]]
 
-    notes = open_coco(DATA, write(tmp_path, twice)).train.notes
+    notes = open_coco(DATA, write(tmp_path, twice), seed=0).train.notes
     assert any("6 of 12 objects have the class and the box of another one of their image" in line for line in notes)
 
 
 def test_crowds_are_counted_in_a_line(tmp_path: Path) -> None:
-    source = open_coco(DATA, write(tmp_path / "a", each(lambda a: a.update(iscrowd=1), 2))).train
+    source = open_coco(DATA, write(tmp_path / "a", each(lambda a: a.update(iscrowd=1), 2)), seed=0).train
     assert source.notes[0].endswith("3 of 6 objects are crowds (iscrowd): not trained on") and sum(source.counted) == 3
     with pytest.raises(UserError, match=r"nothing to train on \(6 of 6 objects are crowds"):
-        open_coco(DATA, write(tmp_path / "b", each(lambda a: a.update(iscrowd=1))))
+        open_coco(DATA, write(tmp_path / "b", each(lambda a: a.update(iscrowd=1))), seed=0)
 
 
 def test_no_truth_is_left_out_of_evaluation(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_no_truth_is_left_out_of_evaluation(tmp_path: Path) -> None:
     check(root, content(root))
     masks = content(root)
     masks["annotations"] = [entry for entry in masks["annotations"] if entry.get("segmentation")]
-    source, rows = open_coco(DATA, root).val, detections(content(root))
+    source, rows = open_coco(DATA, root, seed=0).val, detections(content(root))
     ours = coco_evaluation(source.ground_truth(range(3)), rows, "segm")[0]
     assert ours["ap"] == pytest.approx(reference(masks, rows, "segm")[0], abs=1e-9)
 
@@ -230,7 +231,7 @@ def roboflow(content: dict[str, Any]) -> None:
 
 
 def test_an_unused_root_category_goes(tmp_path: Path) -> None:
-    splits = open_coco(DATA, write(tmp_path / "a", roboflow))
+    splits = open_coco(DATA, write(tmp_path / "a", roboflow), seed=0)
     assert splits.train.classes == ["raccoon"] and splits.val.category_ids == [1]
     assert "category raccoon (id 0) is left out: it has no objects" in splits.train.notes[0]
 
@@ -238,7 +239,7 @@ def test_an_unused_root_category_goes(tmp_path: Path) -> None:
         content["categories"].append(dict(id=3, name="cat"))
 
     with pytest.raises(UserError, match=r"cat occurs more than once \(id 1 with 3 objects, id 3 with no objects\)"):
-        open_coco(DATA, write(tmp_path / "b", twice))
+        open_coco(DATA, write(tmp_path / "b", twice), seed=0)
 
 
 def test_categories_are_compared_by_name(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_categories_are_compared_by_name(tmp_path: Path) -> None:
     for entry in other["annotations"]:
         entry["category_id"] = {1: 9, 2: "d"}[entry["category_id"]]
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(other))
-    splits = open_coco(DATA, root)
+    splits = open_coco(DATA, root, seed=0)
     assert splits.val.classes == splits.train.classes == ["cat", "dog"] and splits.val.category_ids == [9, "d"]
     check(root, other)
     assert open_eval_coco(DATA, root, ["bird", "dog", "cat"]).category_ids == [10, "d", 9]
@@ -257,7 +258,7 @@ def test_categories_are_compared_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_exif_is_named_and_can_be_ignored(tmp_path: Path, orientation: int) -> None:
     root = write(tmp_path, exif=orientation)
-    splits = open_coco(DATA, root)
+    splits = open_coco(DATA, root, seed=0)
     assert "3 of 3 images are turned by their EXIF orientation" in remarks(splits)[0]
     stored = np.asarray(Image.open(root / "train2017" / "0.jpg").convert("RGB"))
     if orientation == 3:
@@ -265,7 +266,7 @@ def test_exif_is_named_and_can_be_ignored(tmp_path: Path, orientation: int) -> N
     else:
         with pytest.raises(BadImage, match=r"72 x 96 pixels, by the annotations 96 x 72; its EXIF .*data.exif=ignore"):
             splits.train.load(0)
-    ignored = open_coco(DATA.model_copy(update=dict(exif="ignore")), root)
+    ignored = open_coco(DATA.model_copy(update=dict(exif="ignore")), root, seed=0)
     assert np.array_equal(np.asarray(ignored.train.load(0)[0]), stored) and len(remarks(ignored)) == 1
 
 
@@ -274,13 +275,13 @@ def test_names_of_files_in_any_unicode_form(tmp_path: Path) -> None:
     root = write(tmp_path, lambda content: content["images"][0].update(file_name=apart))
     for part in ("train2017", "val2017"):
         (root / part / "0.jpg").rename(root / part / composed)
-    source = open_coco(DATA, root).train
+    source = open_coco(DATA, root, seed=0).train
     assert source.load(0)[0].size == (96, 72) and source.name(0) == apart
     other = content(root)
     for part, name in (("train2017", composed), ("val2017", apart)):
         other["categories"][0]["name"] = name
         (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(other))
-    assert open_coco(DATA, root).val.classes == [composed, "dog"]
+    assert open_coco(DATA, root, seed=0).val.classes == [composed, "dog"]
     assert open_eval_coco(DATA, root, [composed, "dog"]).classes == [composed, "dog"]
 
 
@@ -291,19 +292,19 @@ def test_other_layouts_are_found(tmp_path: Path) -> None:
         (tmp_path / "annotations" / f"instances_{old}.json").rename(tmp_path / new / "_annotations.coco.json")
     (tmp_path / "annotations").rmdir()
     (tmp_path / "test").mkdir()
-    splits = open_coco(DATA, tmp_path)
+    splits = open_coco(DATA, tmp_path, seed=0)
     assert splits.val.images == tmp_path / "Valid" and "not read: test;" in remarks(splits)[0]
     (tmp_path / "labels").mkdir()
     for old, new in (("train", "train"), ("Valid", "validation")):
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / old / "_annotations.coco.json").rename(tmp_path / "annotations" / f"{new}.json")
-    assert open_coco(DATA, tmp_path).val.images == tmp_path / "Valid"
+    assert open_coco(DATA, tmp_path, seed=0).val.images == tmp_path / "Valid"
     (tmp_path / "annotations" / "validation.json").rename(tmp_path / "annotations" / "test.json")
     (tmp_path / "test").rmdir()
     (tmp_path / "Valid").rename(tmp_path / "test")
     assert open_eval_coco(DATA, tmp_path, ["cat", "dog"], "test").images == tmp_path / "test"
     with pytest.raises(UserError, match=r"there are no annotations .*--set data.val_annotations=FILE"):
-        open_coco(DATA, tmp_path)
+        open_coco(DATA, tmp_path, seed=0)
 
 
 def boxes_alone(content: dict[str, Any]) -> None:
@@ -335,7 +336,7 @@ def test_boxes_without_masks_train_and_are_evaluated_as_boxes(
 
 
 def test_objects_without_a_mask_enter_every_loss_but_that_of_masks(tmp_path: Path) -> None:
-    splits = open_coco(DATA, write(tmp_path, each(lambda a: a.update(segmentation=[]), 2)))
+    splits = open_coco(DATA, write(tmp_path, each(lambda a: a.update(segmentation=[]), 2)), seed=0)
     view = View((0, 0, 96, 72), (96, 72))
     target = view_objects(splits.train.objects_of(0), view, {1: 0, 2: 1})
     assert target.masked is not None and target.masked.tolist() == [False, True]
@@ -358,7 +359,7 @@ def test_objects_without_a_mask_enter_every_loss_but_that_of_masks(tmp_path: Pat
 
 
 def test_what_is_said_first(tmp_path: Path) -> None:
-    splits = open_coco(DATA, write(tmp_path))
+    splits = open_coco(DATA, write(tmp_path), seed=0)
     assert isinstance(splits, CocoSplits)
     assert remarks(splits) == [
         "2 classes with objects to train on: cat (3), dog (3); 3 training and 3 validation images"
@@ -390,7 +391,7 @@ def test_a_validation_set_without_objects_is_refused(tmp_path: Path) -> None:
     path = root / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(annotations=[])))
     with pytest.raises(UserError, match="has no object that counts: there is nothing to validate on"):
-        open_coco(DetectionDataSection(), root)
+        open_coco(DetectionDataSection(), root, seed=0)
 
 
 def scaled(box: list[float]) -> list[float]:
@@ -407,7 +408,7 @@ def scaled(box: list[float]) -> list[float]:
 )
 def test_what_cannot_be_meant_is_refused(edit: Edit, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        open_coco(DATA, write(tmp_path, edit))
+        open_coco(DATA, write(tmp_path, edit), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_what_cannot_be_meant_is_refused(edit: Edit, message: str, tmp_path: Pat
     ],
 )
 def test_masks_without_pixels_are_no_masks(mask: Any, has_masks: bool, tmp_path: Path) -> None:
-    source = open_coco(DATA, write(tmp_path, each(lambda entry: entry.update(segmentation=mask)))).train
+    source = open_coco(DATA, write(tmp_path, each(lambda entry: entry.update(segmentation=mask))), seed=0).train
     assert source.has_masks == has_masks and source.counted == [2, 2, 2]
     assert any(
         re.search("6 of 6 objects whose mask has (no pixel|a polygon of less)", line) for line in source.notes
@@ -432,6 +433,6 @@ def test_boxes_as_two_corners_are_named(tmp_path: Path) -> None:
         x, y, width, height = entry["bbox"]
         entry["bbox"] = [x, y, 96 + x + width, y + height]
 
-    notes = open_coco(DATA, write(tmp_path, each(corners))).train.notes
+    notes = open_coco(DATA, write(tmp_path, each(corners)), seed=0).train.notes
     assert any("6 of 6 objects have a box that reaches beyond the image; COCO's are [x, y" in line for line in notes)
-    assert not any("reaches beyond" in line for line in open_coco(DATA, write(tmp_path / "whole")).train.notes)
+    assert not any("reaches beyond" in line for line in open_coco(DATA, write(tmp_path / "whole"), seed=0).train.notes)

@@ -349,6 +349,13 @@ class Recipe(Section):
     auto: tuple[str, ...] = Field(default=(), exclude=True)
     # settings that are 'auto' unless the recipe says them; a task that adds some keeps these: (*Recipe.left_open, ...)
     left_open: ClassVar[tuple[str, ...]] = NORMALISATION
+    # settings that came later, with what was done before: a recipe with these values keeps its hash
+    later: ClassVar[dict[str, dict[str, Any]]] = dict(
+        model=dict(fit_head=False),
+        data=dict(exif="turn", mask_values=None, mask_nearest=False),
+        optim=dict(head_lr=1.0),
+        engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),
+    )
 
     @classmethod
     def choices(cls, start: Start) -> Choices:
@@ -397,11 +404,11 @@ class Recipe(Section):
     def digest(self) -> str:
         """A hash of the settings.
 
-        A recipe keeps its hash when the schema gets new settings (``LATER``). In ``engine.compile`` 'auto' counts as
+        A recipe keeps its hash when the schema gets new settings (``later``). In ``engine.compile`` 'auto' counts as
         false, so that ``reproduce`` finds the rows and runs of a recipe on every machine.
         """
         settings = self.settings()
-        for section, later in LATER.items():
+        for section, later in self.later.items():
             if section in settings:
                 given = settings[section].items()
                 settings[section] = {k: value for k, value in given if later.get(k, ...) != value}
@@ -425,15 +432,6 @@ FREE: dict[str, Any] = dict(
     model={"needs_weights"},
     data={"workers", "on_bad_image", "max_bad_images", "max_pixels"},
     engine={"devices", "nodes", "checkpoint_minutes", "max_skipped_steps", "stall_seconds", "loggers"},
-)
-
-# settings that came later, with what was done before: a recipe with these values keeps its hash
-LATER: dict[str, dict[str, Any]] = dict(
-    model=dict(fit_head=False),
-    data=dict(exif="turn", mask_values=None, mask_nearest=False),
-    detector=dict(masks=True),
-    optim=dict(head_lr=1.0),
-    engine=dict(compile_mode="default", float32_matmul_precision="highest", cudnn_benchmark=False),
 )
 
 

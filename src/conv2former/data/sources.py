@@ -14,7 +14,8 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 from conv2former.data.images import decode, turned
-from conv2former.errors import UserError, one_line, printable, some
+from conv2former.data.sampling import Purpose, derive_seed
+from conv2former.errors import UserError, one_line, plural, printable, some
 from conv2former.files import read_within
 
 MOST_OF_A_NAME = 1000  # characters, of a class's or a file's
@@ -178,6 +179,15 @@ def given_folder(root: Path | None, what: str) -> Path:
         packed = root.suffix.lower() in PACKED
         raise UserError(f"not a folder: {root}" + ": unpack it and give the folder that comes out" * packed)
     return root
+
+
+def held_out(count: int, fraction: float, seed: int, root: Path) -> tuple[list[int], list[int]]:
+    """The numbers of the images to train on, and to validate on; raises UserError where there is one image."""
+    if count < 2:
+        raise UserError(f"{root} holds {plural(count, 'image')}: two are needed to hold one out for validation")
+    held = min(max(round(count * fraction), 1), count - 1)
+    order = np.random.default_rng(derive_seed(Purpose.SPLIT, seed, 0)).permutation(count).tolist()
+    return sorted(order[held:]), sorted(order[:held])
 
 
 def in_order(name: str) -> tuple[Any, str]:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from conv2former.data.folders import SPLITS, listed, one_form, respelled, subfolders, unread
+from conv2former.data.folders import listed, one_form
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, shown_size
 from conv2former.data.rle import library
-from conv2former.data.sources import MOST_OF_A_NAME, counted, exif_remark, given_folder, stored_pixels
-from conv2former.errors import UserError, one_line, printable, some, visible
-from conv2former.tasks.detection.config import DetectionDataSection
+from conv2former.data.sources import MOST_OF_A_NAME, exif_remark, stored_pixels
+from conv2former.errors import UserError, one_line, printable, some
 from conv2former.tasks.detection.objects import Ids, area_of, flag, has_area, id_order, is_id, number, usable
 
 # what the lists must hold
@@ -34,7 +30,6 @@ FIELDS: dict[str, dict[str, str]] = dict(
 BEYOND = "have a box that reaches beyond the image"
 CROWDS = "are crowds (iscrowd): not trained on"
 TWICE = "have the class and the box of another one of their image: if they are one object, remove one"
-VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -282,6 +277,10 @@ class CocoSource:
         chosen.entries = [self.entries[index] for index in indices]
         chosen.counted = [self.counted[index] for index in indices]
         chosen.spans = self.spans[list(indices)]
+        if sum(chosen.counted) < sum(self.counted):
+            objects = (entry for index in range(len(chosen)) for entry in chosen.objects_of(index))
+            ids = Counter(entry["category_id"] for entry in objects if not entry["iscrowd"])
+            chosen.per_class = [ids[own] for own in self.category_ids]
         return chosen
 
     def ground_truth(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -295,121 +294,6 @@ class CocoSource:
         categories = [dict(id=i, name=n) for i, n in zip(self.category_ids, self.classes, strict=True)]
         images = [dict(id=e.id, width=e.width, height=e.height) for e in (self.entries[index] for index in indices)]
         return dict(images=images, annotations=annotations, categories=categories)
-
-
-@dataclass(frozen=True)
-class CocoSplits:
-    """A training and a validation set with the same categories."""
-
-    train: CocoSource
-    val: CocoSource
-    notes: tuple[str, ...] = ()
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether an object to train on has a mask."""
-        return self.train.has_masks
-
-    def digest(self) -> str:
-        """A hash of all images and objects."""
-        digest = hashlib.sha256()
-        for source in (self.train, self.val):
-            for entry, (start, end) in zip(source.entries, source.spans, strict=True):
-                line = f"{entry.id}\0{entry.file_name}\n".encode("utf-8", "surrogateescape")
-                digest.update(line + source.text[start:end])
-        return digest.hexdigest()[:16]
-
-
-def open_coco(data: DetectionDataSection, root: Path | None) -> CocoSplits:
-    """The two sets that a recipe trains and validates on; images without objects are trained on if it says so.
-
-    Raises:
-        UserError: Anything wrong with the files, categories that differ, nothing to train on.
-    """
-    root = given_folder(root, "images and annotations")
-    places = [_places(root, data, split) for split in ("train", "val")]
-    for split, (_, file) in zip(("train", "val"), places, strict=True):
-        if not file.is_file():
-            part = dict(train="training", val="validation")[split]
-            raise UserError(
-                f"there are no annotations {file}: name those of the {part} images, by their paths below {root}, with "
-                f"--set data.{split}_annotations=FILE --set data.{split}_images=FOLDER"
-            )
-    train, val = (CocoSource(*place, turn=data.exif == "turn") for place in places)
-    val.classes = respelled(val.classes, train.classes)
-    _check_same(train, val)
-    val.category_ids = [val.category_ids[val.classes.index(name)] for name in train.classes]
-    val.classes = train.classes
-    if not data.keep_empty:
-        train = train.part([index for index, count in enumerate(train.counted) if count])
-    if not len(train):
-        why = "; ".join(line.removeprefix(f"{train.annotations}: ") for line in train.notes)
-        raise UserError(
-            f"{train.annotations} has no image with an object that counts: there is nothing to train on"
-            + (f" ({why})" if why else "")
-        )
-    if len(val) and not any(val.counted):
-        raise UserError(f"{val.annotations} has no object that counts: there is nothing to validate on")
-    if not len(val):
-        raise UserError(f"{val.annotations} lists no images: there is nothing to validate on")
-    tops = {path.relative_to(root).parts[0] for place in places for path in place if path.is_relative_to(root)}
-    splits = CocoSplits(train, val)
-    each = [f"{name} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
-    lines = [unread(root, subfolders(root), tops), counted(each, splits, what="classes with objects to train on")]
-    return replace(splits, notes=tuple(line for line in lines if line))
-
-
-def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, Path]:
-    """The folder of images and the annotations of a part of the set.
-
-    Where the recipe leaves COCO's own names and there are no such files, a folder or a JSON file that is called after
-    the part (Roboflow's ``valid/_annotations.coco.json``, ``annotations/val.json``).
-    """
-    own = "train" if split == "train" else "val"
-    keys = [f"{own}_images", f"{own}_annotations"]
-    given, usual = ([getattr(of, key) for key in keys] for of in (data, DetectionDataSection()))
-    if split == "test":
-        given, usual = ([re.sub(VALIDATION, "test", name) for name in names] for names in (given, usual))
-    if given != usual or (root / given[1]).is_file():
-        return root / given[0], root / given[1]
-    folders = [place / name for place in (root / "images", root) if place.is_dir() for name in subfolders(place)]
-    folders = [folder for folder in folders if _is_called(folder.name, split)]
-    for folder in folders:
-        if len(files := sorted(folder.glob("*.json"))) == 1:
-            return folder, files[0]
-    places = [root / "annotations", root]
-    files = [file for place in places for file in sorted(place.glob("*.json")) if _is_called(file.stem, split)]
-    images = [*folders, *(folder for folder in [root / "images"] if folder.is_dir()), root]
-    return (images[0], files[0]) if files else (root / given[0], root / given[1])
-
-
-def _is_called(name: str, split: str) -> bool:
-    return bool({*re.findall("[a-z]+", name.casefold())} & {*SPLITS[split]})
-
-
-def open_eval_coco(
-    data: DetectionDataSection, root: Path | None, classes: Sequence[str], split: str | None = None
-) -> CocoSource:
-    """The validation set in ``root``, or another part of it, for a model with these classes, whatever their ids there.
-
-    Raises:
-        UserError: Anything wrong with the files, or categories that the model does not know.
-    """
-    root = given_folder(root, "images and annotations")
-    source = CocoSource(*_places(root, data, split or "val"), turn=data.exif == "turn")
-    source.classes = respelled(source.classes, classes)
-    unknown = [name for name in source.classes if name not in classes]
-    if unknown:
-        raise UserError(
-            f"{source.annotations} has {len(unknown)} categories that the model does not know ({some(unknown)}); its "
-            f"{len(classes)} are {some(list(classes))}"
-        )
-    # the model's classes, with ids that do not occur for those that the file lacks
-    ids = dict(zip(source.classes, source.category_ids, strict=True))
-    spare = max((number for number in source.category_ids if isinstance(number, int)), default=0)
-    source.category_ids = [ids.get(name, spare + number) for number, name in enumerate(classes, 1)]
-    source.classes = list(classes)
-    return source
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -464,14 +348,3 @@ def _check_unique(path: Path, what: str, values: list[Any]) -> None:
     twice = [value for value, count in Counter(map(str, values)).items() if count > 1]
     if twice:
         raise UserError(f"{path}: {what} {some(twice, 3)} occurs more than once")
-
-
-def _check_same(train: CocoSource, val: CocoSource) -> None:
-    if {*train.classes} == {*val.classes}:
-        return
-    alone = [(own, {*own.classes} - {*other.classes}) for own, other in ((train, val), (val, train))]
-    parts = [f"only in {own.annotations.name}: {some([*map(visible, sorted(names))])}" for own, names in alone if names]
-    raise UserError(
-        f"training and validation have different categories ({'; '.join(parts)}): make them match; the list "
-        "'categories' of both files names all, also those without an object in it"
-    )

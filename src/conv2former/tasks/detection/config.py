@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,9 @@ class DetectionDataSection(AnnotatedSection):
     )
     val_images: str = Field(default="val2017", description="folder of the validation images")
     val_annotations: str = Field(default="annotations/instances_val2017.json", description="their annotations")
+    val_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction held out where there is no validation set"
+    )
     short_side: int = Field(
         default=800, ge=32, le=MOST_SIDE, description="short side of an image in evaluation, pixels"
     )
@@ -83,6 +86,9 @@ class DetectionRecipe(Recipe):
     augment: DetectionAugmentSection = DetectionAugmentSection()
     detector: DetectorSection = DetectorSection()
     left_open: ClassVar[tuple[str, ...]] = (*Recipe.left_open, "detector.masks")
+    later: ClassVar[dict[str, dict[str, Any]]] = Recipe.later | dict(
+        data=Recipe.later["data"] | dict(val_fraction=0.0), detector=dict(masks=True)
+    )
 
     @classmethod
     def choices(cls, start: Start) -> Choices:

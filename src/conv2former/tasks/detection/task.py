@@ -21,10 +21,11 @@ from conv2former.errors import UserError, or_left_out
 from conv2former.files import replace_text
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
 from conv2former.tasks.dense import DIVISOR, DenseTask, padded_with_mean, to_multiple
-from conv2former.tasks.detection.coco import CocoSource, CocoSplits, open_coco, open_eval_coco
+from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionRecipe
 from conv2former.tasks.detection.data import DetectionBatch, EvalObjects, TrainObjects, View, eval_view, object_mask
 from conv2former.tasks.detection.export import ExportedDetector, whole
+from conv2former.tasks.detection.folders import CocoSplits, open_coco, open_eval_coco
 from conv2former.tasks.detection.metrics import CocoMetric, coco_rows
 from conv2former.tasks.detection.model.detector import Detector, Target, build_on_backbone
 from conv2former.viz.drawing import colour, side_by_side, titled
@@ -83,7 +84,7 @@ class DetectionTask(DenseTask):
     @classmethod
     def open_splits(cls, recipe: DetectionRecipe, root: Path | None) -> CocoSplits:
         """COCO's layout, or files of its format that the recipe names."""
-        return open_coco(recipe.data, root)
+        return open_coco(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> CocoSource:
         return open_eval_coco(self.recipe.data, root, self.classes, self.split)

@@ -18,8 +18,16 @@ from PIL import Image
 
 from conv2former.data.folders import find_splits, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
-from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import class_lines, counted, exif_remark, given_folder, in_order, spread, stored_pixels
+from conv2former.data.sources import (
+    class_lines,
+    counted,
+    exif_remark,
+    given_folder,
+    held_out,
+    in_order,
+    spread,
+    stored_pixels,
+)
 from conv2former.errors import UserError, plural, some
 from conv2former.tasks.segmentation.config import SegmentationDataSection
 from conv2former.tasks.segmentation.masks import (
@@ -251,11 +259,8 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
         raise UserError(
             f"no validation set in {root}: add one, or hold out a fraction with --set data.val_fraction=0.1"
         )
-    if len(train) < 2:
-        raise UserError(f"{root} holds one image: two are needed to hold one out for validation")
-    held = min(max(round(len(train) * data.val_fraction), 1), len(train) - 1)
-    order = np.random.default_rng(derive_seed(Purpose.SPLIT, seed, 0)).permutation(len(train))
-    return PairSplits(train.part(sorted(order[held:])), train.part(sorted(order[:held])), held_out=True)
+    rest, held = held_out(len(train), data.val_fraction, seed, root)
+    return PairSplits(train.part(rest), train.part(held), held_out=True)
 
 
 def open_eval_pairs(
