@@ -6,12 +6,14 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
 
 from conv2former.checkpoints import load_pretrained
 from conv2former.engine.devices import pick_device
@@ -20,8 +22,9 @@ from conv2former.engine.report import best_weights
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
-from conv2former.tasks.classification.metrics import Records
+from conv2former.tasks.classification.metrics import ClassificationMetric, Records
 from conv2former.tasks.classification.sources import FolderSource
+from conv2former.tasks.segmentation.metrics import SegmentationMetric
 from digits import tiny_recipe, write_digits
 
 
@@ -146,3 +149,26 @@ def test_the_sheet_shows_no_image_twice(wrong: int) -> None:
     assert len(mistakes) == min((predicted != targets).sum(), 16) and not any(right for _, _, right in mistakes)
     if wrong < 40:
         assert {index // 10 for index in seen[len(mistakes) :]} == {0, 1, 2, 3}
+
+
+def test_a_model_that_finds_one_class_everywhere_is_called_so(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one_class(self: Any, logits: Tensor, *rest: Any) -> None:
+        forced = torch.zeros_like(logits)
+        forced[:, 2] = 9
+        update(self, forced, *rest)
+
+    update = ClassificationMetric.update
+    monkeypatch.setattr(ClassificationMetric, "update", one_class)
+    evaluate(run, data=data)
+    assert "warning: all images were taken for 'digit-2': train longer, or start from" in capsys.readouterr().err
+    pixels = SegmentationMetric(["road", "car"])
+    truth = torch.tensor([[[0, 1]]], dtype=torch.uint8)
+    for probabilities, said in (
+        ([[0.1, 0.2], [0.9, 0.8]], "all pixels were taken for 'car'"),
+        ([[0.9, 0], [0, 1]], ""),
+    ):
+        pixels.reset()
+        pixels.update([(slice(0, 1), torch.tensor(probabilities).reshape(1, 2, 1, 2))], truth)
+        assert pixels.result().useless == said
