@@ -53,6 +53,7 @@ LACKING = (
     "Chromium",
     "a server",
     "several processes",
+    "a cross compiler",
 )
 
 # What is appended to make a command short: the first pattern found in it says what. The last of an option counts.

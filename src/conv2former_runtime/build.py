@@ -30,8 +30,9 @@ LINK = ["-shared", *(["-static-libstdc++", "-Wl,-s"] if sys.platform == "linux" 
 COMPILERS = ("g++", "clang++", "c++")
 PATIENCE = 1200.0  # seconds for one file: a quarter of a minute when nothing else runs
 
-# What `probe.cpp` returns for the processors that each of a wheel's builds runs on, the most able first
-LEVELS = {"x86-64-v4-bf16": 3, "x86-64-v4": 2, "x86-64-v3": 1}
+# What `probe.cpp` returns for the processors that each of a wheel's builds runs on, the most able first, by machine
+BUILDS = {"x86_64": {"x86-64-v4-bf16": 3, "x86-64-v4": 2, "x86-64-v3": 1}, "aarch64": {"armv8-a": 1}}
+LEVELS = BUILDS.get(platform.machine(), {})  # of this machine
 
 _log = logging.getLogger("conv2former")
 
@@ -44,6 +45,15 @@ def compiler() -> str | None:
     """The C++ compiler, if there is one: CXX, else the first of ``COMPILERS``."""
     program = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     return program if program and shutil.which(program) else None
+
+
+def target(program: str) -> str:
+    """The machine that a compiler compiles for: ``x86_64``, ``aarch64``, ...
+
+    Raises:
+        CompileError: The compiler failed.
+    """
+    return _run([program, "-dumpmachine"]).decode().partition("-")[0]
 
 
 def native() -> list[str]:
@@ -88,7 +98,7 @@ def compile_kernels(program: str, flags: list[str], target: Path) -> None:
 
 
 def portable(program: str, folder: Path) -> dict[str, str]:
-    """Makes a wheel's builds, and the probe that tells them apart.
+    """Makes a wheel's builds, and the probe that tells them apart, for the machine that the compiler compiles for.
 
     Returns:
         The SHA-256 of each file, by its name; none where this platform has no builds.
@@ -97,21 +107,14 @@ def portable(program: str, folder: Path) -> dict[str, str]:
         CompileError: The compiler failed.
         OSError: The folder cannot be written.
     """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
+    machine = target(program)
+    levels = BUILDS.get(machine, {}) if platform.system() == "Linux" else {}
+    if not levels:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    probe = [
-        program,
-        "-O2",
-        "-march=x86-64",
-        "-fPIC",
-        *LINK,
-        str(SOURCES / "probe.cpp"),
-        "-o",
-        str(folder / "probe.so"),
-    ]
-    _run(probe)
-    for name in LEVELS:
+    oldest = ["-march=x86-64"] if machine == "x86_64" else []
+    _run([program, "-O2", *oldest, "-fPIC", *LINK, str(SOURCES / "probe.cpp"), "-o", str(folder / "probe.so")])
+    for name in levels:
         compile_kernels(program, level_flags(name), folder / f"{name}.so")
     return {path.name: digest(path) for path in sorted(folder.glob("*.so"))}
 
@@ -220,7 +223,7 @@ def openmp(program: str, folder: Path) -> None:
     Raises:
         CompileError: There is none.
     """
-    torch = importlib.util.find_spec("torch")
+    torch = importlib.util.find_spec("torch") if target(program) == platform.machine() else None
     places = [Path(place) / "lib" for place in (torch and torch.submodule_search_locations) or ()]
     own = Path(_run([program, "-print-file-name=libgomp.so.1"]).decode().strip())
     found = next((path for path in [*(place / "libgomp.so.1" for place in places), own] if path.is_file()), None)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 PACKAGE = "conv2former_runtime"
+MACHINES = {62: "x86_64", 183: "aarch64"}  # what compiled files are for, by a number in their head
 
 
 def _module(name: str) -> Any:
@@ -50,7 +50,7 @@ class BuildPy(build_py):
         shutil.rmtree(folder, ignore_errors=True)
         digests = build.portable(program, folder)
         if not digests:
-            self.announce(f"{PACKAGE}: there are no builds for {sys.platform}; the wheel is pure", level=3)
+            self.announce(f"{PACKAGE}: there are no builds for this platform; the wheel is pure", level=3)
             return
         (folder / "index.json").write_text(json.dumps(digests, indent=1) + "\n")
         if self.distribution.get_name() == PACKAGE.replace("_", "-"):  # beside PyTorch there is its OpenMP
@@ -61,7 +61,10 @@ class BdistWheel(bdist_wheel):
     """One wheel for all Pythons, named after the C library that its compiled files need; pure without such files."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        files = [*Path(self.bdist_dir).glob(f"{PACKAGE}/libs/*.so*")] if self.bdist_dir else []
-        needed = [int(n) for file in files for n in re.findall(rb"GLIBC_2\.(\d+)", file.read_bytes())]
+        files = [file.read_bytes() for file in Path(self.bdist_dir or "").glob(f"{PACKAGE}/libs/*.so*")]
         self.root_is_pure = not files
-        return "py3", "none", f"manylinux_2_{max([17, *needed])}_x86_64" if files else "any"
+        if not files:
+            return "py3", "none", "any"
+        needed = [int(number) for file in files for number in re.findall(rb"GLIBC_2\.(\d+)", file)]
+        machine = MACHINES[int.from_bytes(files[0][18:20], "little")]
+        return "py3", "none", f"manylinux_2_{max([17, *needed])}_{machine}"
