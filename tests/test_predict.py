@@ -58,7 +58,8 @@ def test_one_bad_file_does_not_stop_the_rest(run: Path, pictures: Path, capsys: 
     rows = [json.loads(line) for line in output.out.splitlines()]
     assert status == 1 and output.err.splitlines()[-1] == "3 of 6 files could not be read"
     assert [row["ok"] for row in rows].count(False) == 3
-    assert all(set(row) == {"file", "ok", "top" if row["ok"] else "error"} for row in rows)
+    assert all(set(row) == {"file", "ok", *(("top", "drawn_file") if row["ok"] else ("error",))} for row in rows)
+    assert all(Path(row["drawn_file"]).is_file() for row in rows if row["ok"])
     assert "\n" not in rows[0]["error"]
 
 
@@ -107,3 +108,17 @@ def test_one_path_is_enough(run: Path, pictures: Path) -> None:
 def test_addresses_are_not_fetched(run: Path) -> None:
     with pytest.raises(UserError, match=r"^https:/+example.org/a.jpg: images are not fetched from addresses"):
         list(predict(run, [Path("https://example.org/a.jpg")]))
+
+
+def test_names_do_not_depend_on_the_other_images(run: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures / "a.png", tmp_path / "1.png")
+    words = dict(out=tmp_path / "out", out_file=tmp_path / "rows.jsonl")
+    assert run_predict(run, [tmp_path / "1.png"], **words) == 0  # type: ignore[arg-type]
+    Image.open(pictures / "a.png").convert("RGB").save(tmp_path / "1.jpg")
+    assert run_predict(run, [tmp_path / "1.jpg", tmp_path / "1.png"], **words) == 0  # type: ignore[arg-type]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    drawn = [Path(row["drawn_file"]).name for row in rows]
+    assert drawn == ["1.jpg.predicted.png", "1.predicted.png"] == sorted(os.listdir(tmp_path / "out"))
+    assert run_predict(run, [tmp_path / "1.png"], out_file=tmp_path / "plain.jsonl") == 0
+    with pytest.raises(UserError, match="has rows without drawn_file: give another --out-file"):
+        run_predict(run, [tmp_path / "1.png"], out=tmp_path / "out", out_file=tmp_path / "plain.jsonl")

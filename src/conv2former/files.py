@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -225,18 +226,19 @@ def _finite(text: str) -> float:
 def output_names(files: Sequence[Path], inputs: Sequence[Path], ending: str) -> dict[Path, Path]:
     """Relative paths for what is made from image files: a folder's as they lie in it, single ones by their names.
 
-    The ending differs from the images', because the files may go to the same folder. A number tells apart what would
-    have one name.
+    The ending differs from the images', because the files may go to the same folder. Images that differ by their
+    endings alone keep these, so that another one of them changes no name; a number tells apart what is left.
     """
     folders = {path for path in inputs if path.is_dir()}
+    alike = Counter((file.parent, file.stem) for file in dict.fromkeys(files))
     names: dict[Path, Path] = {}
     taken = set[Path]()
     for file in dict.fromkeys(files):
         folder = next((parent for parent in file.parents if parent in folders), file.parent)
-        stem, number = file.relative_to(folder).with_name(file.stem), 2
-        name = stem.with_name(file.stem + ending)
+        stem, number = file.name if alike[file.parent, file.stem] > 1 else file.stem, 2
+        name = file.relative_to(folder).with_name(stem + ending)
         while name in taken:
-            name, number = stem.with_name(f"{file.stem}-{number}{ending}"), number + 1
+            name, number = name.with_name(f"{stem}-{number}{ending}"), number + 1
         taken.add(name)
         names[file] = name
     return names

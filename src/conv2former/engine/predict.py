@@ -18,7 +18,7 @@ from conv2former.engine.devices import for_inference
 from conv2former.engine.launch import place
 from conv2former.engine.progress import Ticker
 from conv2former.engine.rows import Rows
-from conv2former.errors import UserError, attempt, say
+from conv2former.errors import UserError, attempt, plural, say, some
 from conv2former.files import output_names
 from conv2former.tasks import load, set_options
 from conv2former.tasks.base import Prediction, Task
@@ -90,20 +90,23 @@ def run_predict(
         raise UserError(f"{world} processes share the images: say with --out-file where their rows go")
     files = given_images(inputs)
     files = list(dict.fromkeys(files)) if out_file else files
+    drawn, stored = (output_names(files, inputs, ending) for ending in (DRAWN, ".png"))
+    made = {file: _made(file, out and out / drawn[file], masks and masks / stored[file]) for file in files}
     if masks:
         _check_masks(masks, inputs, files)
     rows = None
     if out_file:
         texts = [_text(file) for file in files]
-        rows = Rows(out_file, texts, weights=fingerprint(checkpoint), rank=rank, world=world)
+        keys = [key for key, folder in (("drawn_file", out), ("mask_file", masks)) if folder]
+        rows = Rows(out_file, texts, weights=fingerprint(checkpoint), keys=keys, rank=rank, world=world)
     mine = files if rows is None else [files[i] for i in rows.left]
+    if masks and not (rows and rows.continued):
+        _refuse_to_replace([masks / stored[file] for file in mine])
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
     if masks and task.layers != ("masks",):
         raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
-    names = output_names(files, inputs, DRAWN)  # also of those that are done
-    mask_names = output_names(files, inputs, ".png")
     failed, done = 0, 0
     try:
         with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
@@ -111,10 +114,11 @@ def run_predict(
                 failed += isinstance(found, BadImage)
                 if isinstance(found, Prediction):  # before the row, after which the file counts as done
                     if out:
-                        _write(found.draw(decode(file)), out / names[file])
+                        _write(found.draw(decode(file, turn=_turned(task))), out / drawn[file])
                     if masks and found.mask:
-                        _write(found.mask(), masks / mask_names[file])
-                rows.add(_row(file, found)) if rows else print(json_line(_row(file, found)), flush=True)
+                        _write(found.mask(), masks / stored[file])
+                row = _row(file, found) | (made[file] if isinstance(found, Prediction) else {})
+                rows.add(row) if rows else print(json_line(row), flush=True)
                 done += 1
     except KeyboardInterrupt:
         if rows:
@@ -149,16 +153,35 @@ def _check_masks(folder: Path, inputs: Sequence[Path], files: list[Path]) -> Non
         )
 
 
+def _refuse_to_replace(targets: list[Path]) -> None:
+    """Raises UserError where masks are there that nobody may want to lose."""
+    if there := [str(target) for target in targets if target.exists()]:
+        raise UserError(
+            f"{plural(len(there), 'mask')} would be replaced ({some(there, 2)}): give another --masks folder, or "
+            "remove them"
+        )
+
+
+def _made(file: Path, drawn: Path | None, mask: Path | None) -> dict[str, str]:
+    """What a row says of the files that are made from an image."""
+    return {key: _text(path) for key, path in (("drawn_file", drawn), ("mask_file", mask)) if path}
+
+
+def _turned(task: Task) -> bool:
+    """Whether images are turned by EXIF: boxes and masks are in the pixels that the model was trained on."""
+    return getattr(task.recipe.data, "exif", "turn") == "turn"
+
+
 class _Files(Dataset):
-    def __init__(self, files: list[Path], preprocess: Callable[[Image.Image], Any]) -> None:
-        self.files, self.preprocess = files, preprocess
+    def __init__(self, files: list[Path], preprocess: Callable[[Image.Image], Any], *, turn: bool) -> None:
+        self.files, self.preprocess, self.turn = files, preprocess, turn
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.preprocess(decode(self.files[index]))
+            return self.preprocess(decode(self.files[index], turn=self.turn))
         except BadImage as error:
             return error
 
@@ -168,7 +191,8 @@ def _found(
 ) -> Iterator[tuple[Path, Prediction | BadImage]]:
     """Every file, in order, with what was found on it or why it cannot be read."""
     size = 1 if task.one_at_a_time else batch_size or BATCH
-    loader = DataLoader(_Files(files, task.preprocess), batch_size=size, num_workers=workers, collate_fn=list)
+    images = _Files(files, task.preprocess, turn=_turned(task))
+    loader = DataLoader(images, batch_size=size, num_workers=workers, collate_fn=list)
     remaining = iter(files)
     for samples in loader:
         good = [sample for sample in samples if not isinstance(sample, BadImage)]

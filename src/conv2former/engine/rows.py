@@ -27,13 +27,20 @@ class Rows:
         path: The file.
         names: What the rows call the files, ``row["file"]``.
         weights: The ``fingerprint`` of the model, which becomes ``row["weights"]``.
+        keys: What rows have that an earlier call may not have asked for.
 
     Raises:
-        UserError: The file holds something else, or rows of other weights, another command writes it, or it cannot be
-            written.
+        UserError: The file holds something else, or rows of other weights or without a key, another command writes it,
+            or it cannot be written.
+
+    Attributes:
+        left: Numbers of the files whose rows this process is to write.
+        continued: Whether an earlier call has written rows.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], *, weights: str, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[str], *, weights: str, keys: Sequence[str] = (), rank: int = 0, world: int = 1
+    ) -> None:
         self.path, self.names, self.weights = path, list(names), weights
         self.own = path if world == 1 else self._named(f"part-{rank}-of-{world}")
         self.lock = FileLock(self.own.with_name(f"{self.own.name}.lock"))
@@ -45,6 +52,9 @@ class Rows:
                 raise UserError(f"{path} has rows of {len(others)} other images: give another --out-file")
             if any(row.get("weights", weights) != weights for row in known.values()):
                 raise UserError(f"{path} has rows of a model with other weights: give another --out-file")
+            if lacking := [key for key in keys if any(row.get("ok") and key not in row for row in known.values())]:
+                raise UserError(f"{path} has rows without {' and '.join(lacking)}: give another --out-file")
+            self.continued = bool(known)
             self.left = [i for i, name in enumerate(self.names) if i % world == rank and name not in known]
             self.file = self.own.open("a+b")
             self._cut_off_half_a_line()
