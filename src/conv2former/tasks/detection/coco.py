@@ -29,6 +29,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 
 BEYOND = "have a box that reaches beyond the image"
 CROWDS = "are crowds (iscrowd): not trained on"
+ROTATED = "are rotated (attributes.rotation) and have no mask: their boxes are taken without that"
 TWICE = "have the class and the box of another one of their image: if they are one object, remove one"
 
 
@@ -129,7 +130,9 @@ class CocoSource:
             there = {one_form(name): name for name in listed(self.images, IMAGE_EXTENSIONS).files}
             forms = {name: one_form(name.replace("\\", "/")) for name in missing}
             found = {name: there[form] for name, form in forms.items() if form in there}
-            found |= self._by_their_names([name for name in missing if name not in found], there)
+            used = {one_form(entry.file_name) for entry in self.entries} - set(forms.values())
+            free = {form: name for form, name in there.items() if form not in used}
+            found |= self._by_their_names([name for name in missing if name not in found], free)
             missing = [name for name in missing if name not in found]
         if missing:
             raise UserError(
@@ -228,6 +231,9 @@ class CocoSource:
             if right > entry.width + 1 or low > entry.height + 1:
                 said.setdefault(BEYOND, []).append(name)
             self.per_class[category] += not crowd
+            attributes = annotation.get("attributes")
+            if isinstance(attributes, dict) and number(attributes.get("rotation")) and "segmentation" not in own:
+                said.setdefault(ROTATED, []).append(name)
             if crowd:
                 said.setdefault(CROWDS, []).append(name)
             elif mask_trouble:
@@ -245,7 +251,9 @@ class CocoSource:
         for what, names in said.items():
             if what == BEYOND and 2 * len(names) > len(annotations):
                 what += "; COCO's are [x, y, width, height], not two corners"
-            ids = "" if what == CROWDS else f" (ids {some(names, 3)})"
+            if what == CROWDS and 2 * len(names) > len(annotations):
+                what += "; if each is one object, write iscrowd 0 into the file"
+            ids = "" if what.startswith(CROWDS) else f" (ids {some(names, 3)})"
             self.notes.append(f"{self.annotations}: {len(names):,} of {len(annotations):,} objects {what}{ids}")
         return found
 

@@ -7,15 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from conv2former.data.folders import SPLITS, respelled, subfolders, unread
 from conv2former.data.sources import counted, given_folder, held_out
-from conv2former.errors import UserError, printable, some, visible
+from conv2former.errors import UserError, plural, printable, some, visible
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
 
 WORDS = dict(train="training", val="validation")
-VALIDATION = re.compile("val(id(ation)?)?", re.IGNORECASE)
+VALIDATION = re.compile("(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,38 +54,72 @@ def open_coco(data: DetectionDataSection, root: Path | None, *, seed: int) -> Co
     root = given_folder(root, "images and annotations")
     place, val_place = (_places(root, data, split) for split in ("train", "val"))
     place = place if place[1].is_file() else _alone(root, data) or place
-    fraction = 0.0 if val_place[1].is_file() else data.val_fraction
+    fraction = 0.0 if val_place[1].is_file() or _named(data, "val") else data.val_fraction
     for part, (_, file) in dict(train=place, **{} if fraction else dict(val=val_place)).items():
         if not file.is_file():
-            raise UserError(
-                f"there are no annotations {file}: name those of the {WORDS[part]} images, by their paths below "
-                f"{root}, with --set data.{part}_annotations=FILE --set data.{part}_images=FOLDER"
-                + ", or hold out a fraction with --set data.val_fraction=0.1"
-                * (part == "val")
-            )
+            raise _missing(file, root, part)
     train = CocoSource(*place, turn=data.exif == "turn")
     if fraction:
-        rest, held = held_out(len(train), fraction, seed, root)
-        val, train = train.part(held), train.part(rest)
-        val.notes = []  # the other part has them
+        val, train = _divided(train, fraction, seed, root)
     else:
         val = CocoSource(*val_place, turn=data.exif == "turn")
         _unite(train, val)
+    empty = 0
     if not data.keep_empty:
-        train = train.part([index for index, count in enumerate(train.counted) if count])
+        shown = [index for index, count in enumerate(train.counted) if count]
+        empty, train = len(train) - len(shown), train.part(shown)
     _check_counts(train, val)
-    places = [place] if fraction else [place, val_place]
-    tops = {
-        path.relative_to(root).parts[0] for own in places for path in own if path != root and path.is_relative_to(root)
-    }
-    each = [f"{name} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
     splits = CocoSplits(train, val, held_out=bool(fraction))
-    lines = [unread(root, subfolders(root), tops), counted(each, splits, what="classes with objects to train on")]
-    if fraction:
-        others = [file.name for file in _json_files(root) if file != place[1]]
-        lines.insert(0, f"no annotations of validation images: {len(val):,} images of {place[1]} are held out")
-        lines.insert(1, printable(f"{root}: not read: {some(others)}") if others else None)
-    return replace(splits, notes=tuple(line for line in lines if line))
+    return replace(splits, notes=tuple(_remarks(root, splits, [place] if fraction else [place, val_place], empty)))
+
+
+def _divided(source: CocoSource, fraction: float, seed: int, root: Path) -> tuple[CocoSource, CocoSource]:
+    """What is held out of a set, and the rest, each with its share of the images that show something."""
+    shown = [index for index, count in enumerate(source.counted) if count]
+    blank = [index for index, count in enumerate(source.counted) if not count]
+    if len(shown) == 1:
+        raise UserError(
+            f"{source.annotations}: one image alone has an object that counts: two are needed to hold one out"
+        )
+    parts: list[list[int]] = [[], []]
+    for some_of_them in (shown, blank):
+        if len(some_of_them) > 1:
+            for part, chosen in zip(parts, held_out(len(some_of_them), fraction, seed, root), strict=True):
+                part += [some_of_them[index] for index in chosen]
+        else:
+            parts[0] += some_of_them
+    rest, val = (source.part(sorted(part)) for part in parts)
+    val.notes = []  # the other part has them
+    return val, rest
+
+
+def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]], empty: int) -> list[str]:
+    """What is to be said of a set that is read from some places; ``empty`` images without objects are left out."""
+    train = splits.train
+    read = [path.relative_to(root).parts for own in places for path in own if path.is_relative_to(root)]
+    read += [Path(train.entries[0].file_name).parts[:-1]]  # names in the annotations may begin with a folder
+    each = [f"{name} ({count:,})" for name, count in zip(train.classes, train.per_class, strict=True)]
+    lines = [unread(root, subfolders(root), {parts[0] for parts in read if parts})]
+    if splits.held_out:
+        others = [file.name for file in _json_files(root) if file != places[0][1]]
+        lines.append(f"no annotations of validation images: {len(splits.val):,} images of {places[0][1]} are held out")
+        lines.append(printable(f"{root}: not read: {some(others)}") if others else None)
+    if empty:
+        what = f"{plural(empty, 'image')} without objects {'is' if empty == 1 else 'are'} not trained on"
+        lines.append(f"{what}: --set data.keep_empty=true includes them")
+    lines.append(counted(each, splits, what="classes with objects to train on"))
+    return [line for line in lines if line]
+
+
+def _missing(file: Path, root: Path, part: str) -> UserError:
+    """The error about annotations that are not there."""
+    there = [str(found.relative_to(root)) for found in _json_files(root)]
+    formats = f"there are {some(there)}" if there else "other formats (YOLO, labelme, VOC) are not read: export as COCO"
+    held = ", or hold out a fraction with --set data.val_fraction=0.1" if part == "val" else ""
+    return UserError(
+        f"there are no annotations {file}; {formats}: name those of the {WORDS[part]} images, by their paths below "
+        f"{root}, with --set data.{part}_annotations=FILE --set data.{part}_images=FOLDER{held}"
+    )
 
 
 def _unite(train: CocoSource, val: CocoSource) -> None:
@@ -109,46 +144,69 @@ def _check_counts(train: CocoSource, val: CocoSource) -> None:
         raise UserError(f"{val.annotations} has no object that counts: there is nothing to validate on")
 
 
+def _named(data: DetectionDataSection, part: str) -> bool:
+    """Whether the recipe says where a part of the set is."""
+    keys = f"{part}_images", f"{part}_annotations"
+    return any(getattr(data, key) != getattr(DetectionDataSection(), key) for key in keys)
+
+
 def _alone(root: Path, data: DetectionDataSection) -> tuple[Path, Path] | None:
     """The one set in a folder without parts: its only JSON file, and ``images/`` or the folder itself."""
-    if any(getattr(data, key) != getattr(DetectionDataSection(), key) for key in ("train_images", "train_annotations")):
-        return None
     files = _json_files(root)
-    if len(files) != 1 or any(_is_called(files[0].stem, split) for split in SPLITS):
+    if _named(data, "train") or _named(data, "val") or len(files) != 1 or len(_parts_of(files[0].stem)) == 1:
         return None
     return (root / "images" if (root / "images").is_dir() else root), files[0]
 
 
 def _json_files(root: Path) -> list[Path]:
-    return [file for place in (root / "annotations", root / "images", root) for file in sorted(place.glob("*.json"))]
+    """Those that may be the annotations of a set; of several those that COCO and CVAT call ``instances``."""
+    places = (root / "annotations", root / "images", root)
+    files = [file for place in places for file in sorted(place.glob("*.json")) if not file.name.startswith(".")]
+    return [file for file in files if file.name.startswith("instances")] or files
 
 
 def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, Path]:
     """The folder of images and the annotations of a part of the set.
 
     Where the recipe leaves COCO's own names and there are no such files, a folder or a JSON file that is called after
-    the part (Roboflow's ``valid/_annotations.coco.json``, ``annotations/val.json``).
+    the part (Roboflow's ``valid/_annotations.coco.json``, ``annotations/val.json``); UserError where several are.
     """
     own = "train" if split == "train" else "val"
-    keys = [f"{own}_images", f"{own}_annotations"]
-    given, usual = ([getattr(of, key) for key in keys] for of in (data, DetectionDataSection()))
+    given = [getattr(data, key) for key in (f"{own}_images", f"{own}_annotations")]
     if split == "test":
-        given, usual = ([re.sub(VALIDATION, "test", name) for name in names] for names in (given, usual))
-    if given != usual or (root / given[1]).is_file():
+        given = [re.sub(VALIDATION, "test", name) for name in given]
+    if _named(data, own) or (root / given[1]).is_file():
         return root / given[0], root / given[1]
     folders = [place / name for place in (root / "images", root) if place.is_dir() for name in subfolders(place)]
-    folders = [folder for folder in folders if _is_called(folder.name, split)]
-    for folder in folders:
-        if len(files := sorted(folder.glob("*.json"))) == 1:
-            return folder, files[0]
-    places = [root / "annotations", root]
-    files = [file for place in places for file in sorted(place.glob("*.json")) if _is_called(file.stem, split)]
-    images = [*folders, *(folder for folder in [root / "images"] if folder.is_dir()), root]
-    return (images[0], files[0]) if files else (root / given[0], root / given[1])
+    folders = [folder for folder in folders if split in _parts_of(folder.name)]
+    folders = [folder for folder in folders if folder.name.casefold() in SPLITS[split]] or folders
+    inside = [(folder, file) for folder in folders for file in _json_files(folder) if file.parent == folder]
+    if inside:
+        return _only(inside, split, root)
+    files = [file for file in _json_files(root) if _parts_of(file.stem) == {split}]
+    images = folders or [folder for folder in [root / "images"] if folder.is_dir()] or [root]
+    return _only([(folder, file) for folder in images for file in files], split, root) or (
+        root / given[0],
+        root / given[1],
+    )
 
 
-def _is_called(name: str, split: str) -> bool:
-    return bool({*re.findall("[a-z]+", name.casefold())} & {*SPLITS[split]})
+def _only(places: Sequence[tuple[Path, Path]], split: str, root: Path) -> Any:
+    """The one place of a part; None without; raises UserError where there are several."""
+    if len(places) > 1:
+        found = [" with ".join(str(path.relative_to(root)) for path in place) for place in places]
+        own = "train" if split == "train" else "val"
+        raise UserError(
+            f"{root}: several may be the {WORDS.get(split, split)} images and their annotations ({some(found)}): say "
+            f"which with --set data.{own}_images=FOLDER --set data.{own}_annotations=FILE"
+        )
+    return places[0] if places else None
+
+
+def _parts_of(name: str) -> set[str]:
+    """The parts of a set that a name speaks of."""
+    words = {*re.findall("[a-z]+", name.casefold())}
+    return {split for split, own in SPLITS.items() if words & {*own}}
 
 
 def open_eval_coco(
@@ -161,8 +219,11 @@ def open_eval_coco(
     """
     root = given_folder(root, "images and annotations")
     place = _places(root, data, split or "val")
-    if split is None and not place[1].is_file():
-        place = _alone(root, data) or place
+    if not place[1].is_file() and split != "test" and not _named(data, "val"):
+        train = _places(root, data, "train")
+        place = _alone(root, data) or (train if train[1].is_file() else place)
+    if not place[1].is_file():
+        raise _missing(place[1], root, "train" if split == "train" else "val")
     source = CocoSource(*place, turn=data.exif == "turn")
     source.classes = respelled(source.classes, classes)
     unknown = [name for name in source.classes if name not in classes]
@@ -183,7 +244,7 @@ def _check_same(train: CocoSource, val: CocoSource) -> None:
     if {*train.classes} == {*val.classes}:
         return
     alone = [(own, {*own.classes} - {*other.classes}) for own, other in ((train, val), (val, train))]
-    parts = [f"only in {own.annotations.name}: {some([*map(visible, sorted(names))])}" for own, names in alone if names]
+    parts = [f"only in {own.annotations}: {some([*map(visible, sorted(names))])}" for own, names in alone if names]
     raise UserError(
         f"training and validation have different categories ({'; '.join(parts)}): make them match; the list "
         "'categories' of both files names all, also those without an object in it"
