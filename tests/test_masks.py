@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from command import run_command
+from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask
 from conv2former.data.sources import remarks
 from conv2former.errors import UserError
@@ -98,8 +99,10 @@ def test_masks_in_colour(tmp_path: Path) -> None:
     root = write(tmp_path / "a", colours, classes="road\nsky\ncar\n")
     message = refused(PAIRS, root)
     assert "3 colours" in message
+    assert "{0 0 0: CLASS, 0 0 255: CLASS, 255 0 0: CLASS}" in message  # nothing says which is which
+    for name in ("road", "sky", "car"):
+        message = message.replace("CLASS", name, 1)
     data = pasted(message)
-    assert data.mask_values == {"0 0 0": "road", "0 0 255": "sky", "255 0 0": "car"}
     _, classes = open_pairs(data, root, seed=0).train.load(0)
     assert np.bincount(classes.ravel()).tolist() == [24 * 8, 24 * 16, 24 * 8]
     for keys in ("#000000", "(0, 0, 0)", "0,0,0"):
@@ -191,7 +194,9 @@ def test_predicted_masks_have_the_values_of_the_data_set(
     names = ["ground", "block", "disc"]
     assert class_values(None, names, first=1).tolist() == [1, 2, 3]
     assert class_values(canonical({0: "ground", 7: "disc", 200: "block"}), names).tolist() == [0, 200, 7]
-    assert class_values(canonical({0: "ground", 700: "disc", 200: "block"}), names).tolist() == [0, 1, 2]
+    assert class_values(canonical({0: "ground", 700: "disc", 200: "block"}), names).tolist() == [0, 200, 700]
+    assert class_values(canonical({0: "ground", 200: "block"}), names).tolist() == [0, 1, 2]
+    assert "has no value for disc: masks are written with numbers of classes" in capsys.readouterr().err
     colours = canonical({"#000000": "ground", "#ff0000": "block", "0 0 255": "disc"})
     assert class_values(colours, names).tolist() == [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
 
@@ -207,6 +212,8 @@ def test_predicted_masks_have_the_values_of_the_data_set(
     mask = np.asarray(Image.open(tmp_path / "masks" / f"{image.stem}.png"))
     for row in json.loads(line)["classes"]:
         assert np.array_equal(mask == {"ground": 0, "block": 200, "disc": 100}[row["label"]], decode_mask(row["mask"]))
+    assert run_command(monkeypatch, *words) == 1
+    assert "1 mask would be replaced" in capsys.readouterr().err
     assert run_command(monkeypatch, *words[:-1], str(image.parent)) == 1
     assert "masks could replace: give another folder" in capsys.readouterr().err
     assert run_command(monkeypatch, *words[:2], str(image.parent), "--masks", str(image.parent / "masks")) == 1
@@ -327,3 +334,34 @@ def test_masks_of_two_kinds_in_one_folder(tmp_path: Path) -> None:
     table = PAIRS.model_copy(update=dict(mask_values={"0": "background", "255": "crack"}))
     source = open_pairs(table, root, seed=0).train
     assert all(set(np.unique(source.load(index)[1])) == {0, 1} for index in range(len(source)))
+
+
+def test_masks_of_an_evaluation_are_looked_at(tmp_path: Path) -> None:
+    """A model of 0 and 1 on masks of 0 and 255 counts the background alone, and its figures look perfect."""
+    root = write(tmp_path / "a", grey(0, 255), classes="")
+    with pytest.raises(UserError, match="hold 255, which means no class, and class 'background' alone occurs"):
+        open_eval_pairs(PAIRS, root, ["background", "object"])
+    table = PAIRS.model_copy(update=dict(mask_values={"0": "background", "255": "object"}))
+    with pytest.raises(
+        UserError, match=r"it holds 1, which data.mask_values does not name: [^:]*\)$"
+    ):  # not the nearest
+        open_eval_pairs(table, write(tmp_path / "b", grey(0, 1), classes=""), ["background", "object"])
+
+
+@pytest.mark.parametrize(
+    "text", ["# names\nroad\ncar\n", "1 car\n0 road\n", "id,name\n0,road\n1,car\n", "0: road\n1: car"]
+)
+def test_what_is_more_than_names_is_refused(tmp_path: Path, text: str) -> None:
+    root = write(tmp_path, grey(0, 1), classes=text)
+    assert "leave the names alone in it" in refused(PAIRS, root)
+    (root / "classes.txt").write_text("1 euro\n2 euro\n")
+    assert open_pairs(PAIRS, root, seed=0).train.classes == ["1 euro", "2 euro"]
+
+
+def test_a_mask_of_several_pages_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path, grey(0, 1))
+    source = open_pairs(PAIRS, root, seed=0).train
+    file = source.pairs[0].labels
+    Image.fromarray(grey(0, 1)).save(file, "TIFF", save_all=True, append_images=[Image.fromarray(grey(1, 0))])
+    with pytest.raises(BadImage, match="it has 2 pages or frames: a mask is one image"):
+        source.load(0)

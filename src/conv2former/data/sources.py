@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from timm.utils.misc import natural_key
 
 from conv2former.data.images import decode, turned
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.errors import UserError, one_line, plural, printable, some
+from conv2former.errors import UserError, one_line, plural, printable, shortened, some
 from conv2former.files import read_within
 
 MOST_OF_A_NAME = 1000  # characters, of a class's or a file's
@@ -214,3 +215,25 @@ def class_lines(path: Path) -> list[str]:
     if any(len(line) > MOST_OF_A_NAME for line in lines):
         raise UserError(f"{path} holds a line of more than {MOST_OF_A_NAME:,} characters: give one name per line")
     return lines
+
+
+def plain_names(lines: list[str], path: Path) -> list[str]:
+    """The lines of a file as names; raises UserError where there is more in them than names."""
+    if lines and lines[0].startswith("#"):
+        raise UserError(f"{path} begins with a comment, {shortened(lines[0])}: leave the names alone in it, one a line")
+    if _numbered(lines) or _numbered(lines[1:]):
+        raise UserError(
+            f"{path} has numbers before the names ({shortened(lines[-1])}): leave the names alone in it, in the order "
+            "of the numbers"
+        )
+    return lines
+
+
+def _numbered(lines: Sequence[str]) -> bool:
+    """Whether names have their numbers before them: ``0,road``, ``1: car``; ``1 euro`` and ``2 euro`` are names."""
+    found = [re.fullmatch(r"(\d+)\s*([:,;=\t ])\s*\S.*", line) for line in lines]
+    known = [match for match in found if match]
+    if len(known) < max(len(lines), 2):
+        return False
+    numbers = {int(match[1]) for match in known}
+    return len(numbers) == len(known) and (" " not in {match[2] for match in known} or numbers == {*range(len(known))})

@@ -16,7 +16,7 @@ from timm.data.readers.reader_image_in_tar import extract_tarinfos
 
 from conv2former.data.folders import find_splits, is_junk
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, BadImage, decode
-from conv2former.data.sources import MOST_OF_A_NAME, class_lines, in_order
+from conv2former.data.sources import MOST_OF_A_NAME, class_lines, in_order, plain_names
 from conv2former.errors import UserError, attempt, one_line
 from conv2former.files import MOST_BYTES, MOST_DIGITS, parse_json
 from conv2former.tasks.classification.sources import numbered
@@ -333,7 +333,7 @@ def _class_names(folder: Path) -> list[str] | None:
     path = next((folder / name for name in ("classes.txt", "classes") if (folder / name).is_file()), None)
     if path is None:
         return None
-    names = class_lines(path)
+    names = plain_names(class_lines(path), path)
     if not names:
         raise UserError(f"{path} is empty: give one name per line")
     twice = next((name for name, other in pairwise(sorted(names)) if name == other), None)

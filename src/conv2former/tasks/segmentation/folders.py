@@ -25,6 +25,7 @@ from conv2former.data.sources import (
     given_folder,
     held_out,
     in_order,
+    plain_names,
     spread,
     stored_pixels,
 )
@@ -288,7 +289,9 @@ def open_eval_pairs(
     if found is None:
         way = "; evaluate its test images with --split test" * ("test" in places)
         raise UserError(f"no validation set ({_expected(data.source)}) in {root}{way}")
-    return _open(root, found, classes, data)
+    source = _open(root, found, classes, data)
+    source.notes += source.look(found[1])
+    return source
 
 
 def _expected(source: str) -> str:
@@ -490,4 +493,4 @@ def _read_names(path: Path) -> list[str]:
     lines = class_lines(path)
     if path.name == CLASS_FILES[1]:
         return [line.split("\t")[-1].split(",")[0].split(";")[0].strip() for line in lines[1:]]
-    return lines
+    return plain_names(lines, path)

@@ -59,6 +59,7 @@ class SegmentationTask(DenseTask):
     layers = ("masks",)
     assumed_classes = 150
     multi_scale: bool = False
+    _values: np.ndarray | None = None  # of the classes in masks, once some were written
 
     @classmethod
     def network(cls, recipe: SegmentationRecipe, section: ModelSection, classes: Sequence[str]) -> UperNet:
@@ -149,8 +150,9 @@ class SegmentationTask(DenseTask):
     def _stored(self, mask: np.ndarray) -> Image.Image:
         """The classes (H, W) as a mask of the data set holds them."""
         data = self.recipe.data
-        values = class_values(data.mask_values, self.classes, first=int(data.reduce_zero_label))
-        return Image.fromarray(values[mask])
+        if self._values is None:
+            self._values = class_values(data.mask_values, self.classes, first=int(data.reduce_zero_label))
+        return Image.fromarray(self._values[mask])
 
     def draw(self, evaluation: Evaluation, source: PairSource, folder: Path) -> None:
         """``confusion_matrix.png`` and ``predictions.png``: image, ground truth and prediction."""

@@ -14,9 +14,10 @@ import yaml
 
 from conv2former.data.folders import one_form
 from conv2former.data.images import IGNORED, BadImage
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, say_once, some
 
 NEAREST = "data.mask_nearest=true"
+EDGE = 16  # by so much values of classes differ in masks with soft edges
 NO_CLASS = "ignore"  # in a table, like null
 COLOUR = re.compile(r"[(\[]?\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[)\]]?|#([0-9a-fA-F]{6})")
 Table = Mapping[str, str | int | None]
@@ -115,10 +116,16 @@ class MaskValues:
             found = np.searchsorted(self.codes, values).clip(max=len(self.codes) - 1)
             unknown = values[self.codes[found] != values]
             if len(unknown):
+                # soft edges lie between values that are there, too
+                soft = (
+                    ""
+                    if self.colours or len({*self.given} & {*values.tolist()}) < 2
+                    else f", or take the nearest value: --set {NEAREST}"
+                )
                 raise BadImage(
                     str(path),
                     f"it holds {some([self.word(value) for value in unknown])}, which data.mask_values does not name: "
-                    f"add what they mean ({NO_CLASS} for no class), or take the nearest value: --set {NEAREST}",
+                    f"add what they mean ({NO_CLASS} for no class){soft}",
                 )
         return self.targets[found][inverse.reshape(stored.shape)]
 
@@ -130,17 +137,21 @@ class MaskValues:
 def class_values(table: Table | None, classes: Sequence[str], *, first: int = 0) -> np.ndarray:
     """What the masks of a data set hold for each class: (K,) of uint8, or (K, 3) where they are in colour.
 
-    Without a table, or with one that has no such value for every class, they are numbers from ``first``.
+    Without a table, or with one that has no such value for every class, they are numbers from ``first``; values beyond
+    255 are of uint16.
     """
     numbers = np.arange(first, first + len(classes)).astype(np.uint8)
     if not table:
         return numbers
     known = MaskValues(table, classes)
     found = [known.codes[known.targets == index][:1] for index in range(len(classes))]
-    if any(not len(codes) or (codes[0] > IGNORED and not known.colours) for codes in found):
+    if lacking := [name for name, codes in zip(classes, found, strict=True) if not len(codes)]:
+        say_once(f"data.mask_values has no value for {some(lacking)}: masks are written with numbers of classes")
         return numbers
     codes = np.concatenate(found)
-    return _channels(codes).astype(np.uint8) if known.colours else codes.astype(np.uint8)
+    if known.colours:
+        return _channels(codes).astype(np.uint8)
+    return codes.astype(np.uint8 if codes.max() <= IGNORED else np.uint16)
 
 
 def colour_key(value: int) -> str:
@@ -154,9 +165,9 @@ def _channels(values: np.ndarray) -> np.ndarray:
     return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
 
 
-def remedy(keys: Sequence[int | str], classes: Sequence[str]) -> str:
-    """The option that says what values mean, ready to be pasted."""
-    names = list(classes) if len(keys) == len(classes) else ["CLASS"] * len(keys)
+def remedy(keys: Sequence[int | str], classes: Sequence[str], *, in_order: bool = True) -> str:
+    """The option that says what values mean, ready to be pasted; with CLASS where nothing says which class is which."""
+    names = list(classes) if in_order and len(keys) == len(classes) else ["CLASS"] * len(keys)
     table = yaml.safe_dump(dict(zip(keys, names, strict=True)), default_flow_style=True, sort_keys=False, width=10**6)
     return f"--set {shlex.quote(f'data.mask_values={table.strip()}')}"
 
@@ -172,7 +183,9 @@ def some_colours(colours: Counter[int]) -> str:
 
 def colour_trouble(what: str, colours: Counter[int], classes: Sequence[str]) -> UserError:
     """The error about masks in colour that no table explains; ``what`` is wrong with them."""
-    return UserError(f"{what}: say which colour is which class, with {remedy(_often(colours), classes)}")
+    return UserError(
+        f"{what}: say which colour is which class, with {remedy(_often(colours), classes, in_order=False)}"
+    )
 
 
 def check_values(
@@ -211,7 +224,7 @@ def check_values(
         known = (
             f"the {len(classes)} classes are {int(reduce_zero)} to {len(classes) - 1 + reduce_zero} (255 is ignored)"
         )
-        often = np.sort(values[np.argsort(-pixels[values], kind="stable")][: max(len(classes), 2)])
+        often = np.sort(_apart(values[np.argsort(-pixels[values], kind="stable")], max(len(classes), 2)))
         raise UserError(
             f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
             f"fits, or say what they mean with {remedy(often.tolist(), classes)}"
@@ -224,6 +237,15 @@ def check_values(
         lines[0] += f"; {share:.1%} of the pixels hold 255, which means no class: if it is one, add "
         lines[0] += remedy(values.tolist(), classes)
     return lines
+
+
+def _apart(values: np.ndarray, most: int) -> list[int]:
+    """The first values that are not soft edges of earlier ones."""
+    found: list[int] = []
+    for value in values.tolist():
+        if len(found) < most and (len(values) <= most or all(abs(value - other) >= EDGE for other in found)):
+            found.append(value)
+    return found
 
 
 def missing_classes(looked: str, present: set[int], classes: Sequence[str]) -> list[str]:
