@@ -22,6 +22,7 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.recipes import Recipe
+from conv2former.tasks import task_class
 from digits import tiny_recipe
 from runs import assert_same_run, start, stopped_run, weights
 from scenes import small_detector, small_segmenter, write_coco, write_pairs
@@ -277,3 +278,18 @@ def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
     keys = [key for key in rows[0] if key.startswith("val_")]
     assert len(keys) == 6 and all(rows[0][key] == pytest.approx(rows[1][key], abs=1e-6) for key in keys)
     assert rows[0]["val_box_ap"] > 0 and np.isfinite(rows[0]["train_loss"])
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_layers_for_other_classes_start_new(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same number, but with other names or in another order: their weights would be those of other classes."""
+    recipe = small(kind)
+    task = task_class(kind).build(recipe, ["cat", "dog"])
+    task.save(tmp_path / "model", state=task.model.state_dict(), note={})
+    section = recipe.model.model_copy(update=dict(weights=str(tmp_path / "model")))
+    capsys.readouterr()
+    own = task.model.state_dict()
+    for classes, same in ((["cat", "dog"], True), (["dog", "cat"], False)):
+        found = task_class(kind).build(recipe, classes, section=section).model.state_dict()
+        assert all(torch.equal(found[name], own[name]) for name in own) == same
+        assert ("for other classes" in capsys.readouterr().err) != same

@@ -12,6 +12,7 @@ import timm
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from conv2former.checkpoints.exported import refuse_exported
 from conv2former.checkpoints.folder import read_dense
 from conv2former.checkpoints.hub import (
     FROM_FOLDER,
@@ -46,6 +47,7 @@ class Weights:
         args: Of ``timm.create_model`` that rebuild it, without the number of classes.
         cfg: timm's ``pretrained_cfg``; at least ``mean`` and ``std``.
         recipe: What a detector or segmentation model was trained with, not checked.
+        classes: Of such a model.
     """
 
     origin: str
@@ -55,6 +57,7 @@ class Weights:
     args: dict[str, Any]
     cfg: dict[str, Any]
     recipe: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
     @property
     def normalisation(self) -> dict[str, tuple[float, ...]]:
@@ -100,19 +103,23 @@ def open_weights(section: ModelSection) -> Weights | None:
 
 def saved_weights(path: str) -> Weights:
     """Those of a run or a saved model of any task; raises UserError."""
+    refuse_exported(Path(path))
     folder, file = find_model(path)
     config = read_json(folder)
     task = str(config.get("task", "classification"))
     if task == "classification":
         cfg, architecture, args = read_config(folder)
         return Weights(path, file, task, architecture, {k: v for k, v in args.items() if k != "num_classes"}, cfg)
-    recipe = read_dense(folder, task).recipe
+    dense = read_dense(folder, task)
+    recipe = dense.recipe
     section = recipe.get("model")
     own = section.get("args", {}) if isinstance(section, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"the recipe in the config.json of {path} is damaged: save the model again")
     check_args(own, f"model.args in the config.json of {path}")
-    return Weights(path, file, task, config["architecture"], own, config.get("pretrained_cfg") or {}, recipe)
+    return Weights(
+        path, file, task, config["architecture"], own, config.get("pretrained_cfg") or {}, recipe, dense.classes
+    )
 
 
 def _published(name: str) -> Weights:

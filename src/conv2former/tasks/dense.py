@@ -19,7 +19,7 @@ from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.checkpoints.weights import copy_weights, open_weights
 from conv2former.config import ModelSection
 from conv2former.errors import UserError, say_once
-from conv2former.models.meta import bounded
+from conv2former.models.meta import SkipFilling, bounded
 from conv2former.tasks.base import Exportable, Task
 
 DIVISOR = 32  # of the sides that the networks take
@@ -54,8 +54,19 @@ class DenseTask(Task):
             model = cls.network(recipe, section, classes)
         if weights:
             prefix = "backbone.model." if weights.task == "classification" else ""
-            say_once(copy_weights(weights, model, prefix=prefix, needed="backbone."))
+            others = weights.task == cls.name and weights.classes != list(classes)
+            new = (
+                dict.fromkeys(cls._for_classes(model, recipe, section, classes), "for other classes") if others else {}
+            )
+            say_once(copy_weights(weights, model, prefix=prefix, needed="backbone.", new=new))
         return cls(model, recipe, classes, model_args=section.args)
+
+    @classmethod
+    def _for_classes(cls, model: nn.Module, recipe: Any, section: ModelSection, classes: Sequence[str]) -> list[str]:
+        """Names of the tensors that hold something for each class: with one more class they have another shape."""
+        with torch.device("meta"), SkipFilling():
+            larger = cls.network(recipe, section, [*classes, "one more"]).state_dict()
+        return [name for name, tensor in model.state_dict().items() if larger[name].shape != tensor.shape]
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -17,7 +17,7 @@ from conv2former.data.images import shown
 from conv2former.data.rle import encode_mask
 from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
-from conv2former.tasks.dense import DenseTask, padded_with_mean
+from conv2former.tasks.dense import DIVISOR, DenseTask, padded_with_mean
 from conv2former.tasks.segmentation.config import SegmentationRecipe
 from conv2former.tasks.segmentation.data import EvalPairs, SegmentationBatch, TrainPairs, views
 from conv2former.tasks.segmentation.folders import PairSource, PairSplits, open_eval_pairs, open_pairs
@@ -170,6 +170,10 @@ class SegmentationTask(DenseTask):
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
         """The network without its auxiliary head, its logits at the size of the images."""
         crop = self.recipe.data.crop_size
+        if size and any(side % DIVISOR for side in size):
+            raise UserError(
+                f"--size {size[0]} {size[1]}: images are padded to multiples of {DIVISOR}, so give such sides"
+            )
         return self.exported(WholeSize(self.model), ["logits"], size or (crop, crop))
 
 

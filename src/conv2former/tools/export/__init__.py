@@ -151,7 +151,7 @@ def export(source: str, out: Path, options: ExportOptions, *, say: Callable[[str
             raise UserError(f"--data counts top-1, {source} holds a {subject.task.name} model: leave it out")
         if subject.task.one_at_a_time and subject.part.any_size and not options.dynamic_size:
             height, width = subject.part.size
-            say(f"note: a file for images of {height} x {width} alone; --dynamic-size makes one for any size")
+            say(f"note: the file refuses images that are not {height} x {width}; --dynamic-size makes one for any")
         subjects = {format.name: subject.in_onnx if format.onnx else subject for format in formats}
         for each in {id(each): each for each in subjects.values()}.values():
             if each.note:
