@@ -456,3 +456,12 @@ def test_a_recipe_of_ones_own_does_not_claim_what_its_base_claims(tmp_path: Path
         "not run",
     )
     assert str(path) in recipe.claim.command and recipe.claim.images == 1_281_167
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it has the key '255' twice, of which one would be lost"):
+        load_recipe("finetune_segmentation", overrides=["data.mask_values={255: crack, 0: wall, 255: wall}"])
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: quickstart\noptim:\n  base_lr: 1\n  base_lr: 2\n")
+    with pytest.raises(UserError, match="it has the key 'base_lr' twice"):
+        load_recipe(str(file))

@@ -174,6 +174,10 @@ def _parts(node: yaml.Node, known: dict[int, int], level: int) -> int:
     known[id(node)] = 0  # until it is counted
     if not PLAIN.fullmatch(node.tag):
         raise ValueError(f"it holds a {node.tag}, which is no plain value")
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        if twice := [key for key, number in keys.items() if number > 1]:
+            raise ValueError(f"it has the key {twice[0][:80]!r} twice, of which one would be lost")
     if isinstance(node, yaml.ScalarNode):
         if node.tag.endswith(":int"):
             _few_digits(node.value)
