@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -855,3 +856,59 @@ def test_a_bare_file_is_told_the_way_that_it_can_go(checkpoint: Path, tmp_path: 
     assert f"conv2former convert {checkpoint} DST" in refusal(load_pretrained, checkpoint)
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
     assert "timm.models.save_for_hf(model, FOLDER)" in refusal(load_pretrained, tmp_path / "other.pth")
+
+
+def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path) -> None:
+    """timm's train.py keeps its arguments: some leave no trace in the weights, and the network would be another."""
+    model, x = timm.create_model(NAME, num_classes=3, global_pool="avgmax").eval(), torch.randn(1, 3, 64, 64)
+    args = argparse.Namespace(model=NAME, gp="avgmax", model_kwargs={}, mean=[0.5] * 3, std=None, img_size=64)
+    content = dict(arch=NAME, state_dict=model.state_dict(), args=args)
+    torch.save(content, tmp_path / "a.pth.tar")
+    report = convert(tmp_path / "a.pth.tar", tmp_path / "a", model=NAME)
+    assert "from the arguments in a.pth.tar: global_pool avgmax, mean (0.5, 0.5, 0.5)" in str(report)
+    made = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
+    assert torch.equal(made(x), model(x))
+    config = resolve_model_data_config(made)
+    assert tuple(config["mean"]) == (0.5, 0.5, 0.5) and config["input_size"] == (3, 64, 64)
+    convert(tmp_path / "a.pth.tar", tmp_path / "half", model=NAME, mean_std="half")  # what is asked for comes first
+    made = timm.create_model(f"local-dir:{tmp_path / 'half'}", pretrained=True)
+    assert tuple(resolve_model_data_config(made)["std"]) == (0.5, 0.5, 0.5)
+    torch.save(content | dict(arch="conv2former_n_sum"), tmp_path / "b.pth.tar")
+    assert "says that it holds a conv2former_n_sum" in refusal(
+        convert, tmp_path / "b.pth.tar", tmp_path / "b", model=NAME
+    )
+
+
+@pytest.mark.parametrize("key", ["ema_model", "swa_state_dict", "averaged_model"])
+def test_averages_of_other_programs(tmp_path: Path, key: str) -> None:
+    path, plain, averaged = tmp_path / "a.pth", {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    torch.save({"state_dict": plain, key: averaged}, path)
+    assert read_state_dict(path)["w"].tolist() == [1, 1]
+    assert read_state_dict(path, ema=False)["w"].tolist() == [0, 0]
+    torch.save({"state_dict": plain, "ema": {"decay": torch.tensor(0.9), "num_updates": torch.tensor(3)}}, path)
+    assert read_state_dict(path)["w"].tolist() == [0, 0]
+    torch.save({"state_dict": plain, "ema": {"decay": torch.tensor(0.9), "shadow": averaged}}, path)
+    assert read_state_dict(path)["w"].tolist() == [1, 1]
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pth")
+    for name, mode in (("a.zip", "zip"), ("a.tar", "tar")):
+        shutil.make_archive(str(tmp_path / "a"), mode, tmp_path, "a.pth")
+        assert f"is no checkpoint but a {mode} file" in refusal(read_state_dict, tmp_path / name)
+    np.savez(tmp_path / "b.npz", w=np.zeros(2))
+    assert "a zip file (of w.npy)" in refusal(read_state_dict, tmp_path / "b.npz")
+    torch.save({"w": np.zeros(2)}, tmp_path / "c.pth")
+    assert "save them as tensors" in refusal(read_state_dict, tmp_path / "c.pth")
+    torch.save(dict(task={"model.w": torch.zeros(2)}, optimizer={}, position={}, scaler=None), tmp_path / "d.ckpt")
+    assert "is what a training resumes from" in refusal(read_state_dict, tmp_path / "d.ckpt")
+    assert "give hf-hub:OWNER/NAME" in refusal(load_pretrained, "https://huggingface.co/timm/a")
+    assert "or hf-hub:timm/abc" in refusal(load_pretrained, "timm/abc")
+    assert "or --model resnet18.a1_in1k --pretrained" in refusal(load_pretrained, "resnet18.a1_in1k")
+
+
+def test_wrapped_models_are_saved_and_parts_are_refused(model: nn.Module, tmp_path: Path) -> None:
+    save_pretrained(torch.compile(model), tmp_path / "a")  # type: ignore[arg-type]
+    load_pretrained(tmp_path / "a")
+    part = timm.create_model(NAME, features_only=True)
+    assert "is a part of a model: save the whole model" in refusal(save_pretrained, part, tmp_path / "b")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from conv2former.data.folders import find_splits, listed
 from conv2former.data.images import HEIC, BadImage, decode, find_images, given_images
-from conv2former.data.sources import remarks
+from conv2former.data.sources import alike, remarks
 from conv2former.engine.evaluate import evaluate
 from conv2former.engine.train import train
 from conv2former.errors import UserError
@@ -255,3 +255,9 @@ def test_images_that_come_out_black_are_named(tmp_path: Path) -> None:
         "6 of 6 images that were looked at have 16 bits and come out nearly black, at most 16 of 255" in line[0]
         and not none
     )
+
+
+def test_classes_that_differ_in_case_alone_are_said() -> None:
+    assert alike(["cat", "dog"]) is None
+    said = alike(["Cat", "cat", "a ", "dog"])
+    assert said is not None and said.startswith("'Cat' and 'cat' are classes of their own, though they differ in case")

@@ -465,3 +465,11 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     file.write_text("base: quickstart\noptim:\n  base_lr: 1\n  base_lr: 2\n")
     with pytest.raises(UserError, match="it has the key 'base_lr' twice"):
         load_recipe(str(file))
+
+
+@pytest.mark.parametrize(
+    "setting", ["engine.checkpoint_minutes=inf", "optim.base_lr=inf", "data.mean=[nan, 0, 0]", "optim.betas=[0.9, 1]"]
+)
+def test_numbers_that_are_none_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=setting.partition("=")[0]):
+        load_recipe("quickstart", overrides=[setting])

@@ -11,7 +11,9 @@ TABLE = (TESTS.parent / "docs/resume.md").read_text().split("| what happened |")
 
 # the first column, and the tests; of those that stand together the later ones are slow, and closer to life
 HELD = {
-    "Ctrl-C, SIGTERM, SIGUSR1": ["test_resume.test_a_signal_saves_and_says_how_to_go_on"],
+    "Ctrl-C, SIGTERM, SIGUSR1, SIGHUP (a terminal or a connection that is closed)": [
+        "test_resume.test_a_signal_saves_and_says_how_to_go_on"
+    ],
     "Ctrl-C again, more than a second later": [
         "test_watch.test_a_second_interrupt_ends_the_run",
         "test_watch.test_a_second_interrupt_ends_a_process_that_hangs",
@@ -50,7 +52,7 @@ HELD = {
         "test_failures.test_a_gpu_that_is_too_small_is_one_line_and_the_run_goes_on_with_smaller_batches"
     ],
     "another number of GPUs": ["test_processes.test_a_run_goes_on_with_another_number_of_processes"],
-    "other images than before": ["test_resume.test_other_images_are_refused_unless_forced"],
+    "other images than before, by their names": ["test_resume.test_other_images_are_refused_unless_forced"],
     "the run should be longer": ["test_resume.test_forced_to_go_on_with_another_recipe"],
     "the run is finished": [
         "test_resume.test_a_finished_run_resumes_to_its_report",

@@ -156,6 +156,7 @@ def test_a_killed_process_continues_bit_for_bit(data: Path, tmp_path: Path) -> N
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         (signal.SIGTERM, RESUME_ME),
         pytest.param(signal.SIGUSR1, RESUME_ME, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, RESUME_ME, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum: signal.Signals, code: int) -> None:

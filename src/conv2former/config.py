@@ -28,13 +28,14 @@ MOST_FAULTS = 10  # of a recipe that are named at once
 MOST_SIDE = 8192  # pixels, of an image that is prepared for a network
 Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 Width = Annotated[int, Field(ge=1, le=1 << 16)]  # channels of a layer, objects of an image
+Beta = Annotated[float, Field(ge=0, lt=1)]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Section(BaseModel):
     """A part of a recipe: immutable, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -132,7 +133,7 @@ class OptimSection(Section):
         "the most that a process takes at once",
     )
     weight_decay: float = Field(default=0.05, ge=0, description="of weights; norms, biases and layer scales have none")
-    betas: tuple[float, float] | None = Field(default=None, description="None for the optimizer's own")
+    betas: tuple[Beta, Beta] | None = Field(default=None, description="None for the optimizer's own")
     eps: float | None = Field(default=None, gt=0, description="None for the optimizer's own")
     clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="learning-rate decay from block to block")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import re
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
 from conv2former.checkpoints.reading import StrPath, check_finite, check_types, extract_weights, read_checkpoint
+from conv2former.config import MOST_SIDE
 from conv2former.errors import UserError, some
 from conv2former.models import variants
+from conv2former.models.meta import check_args
 
 # The authors' modules and ours. {i}: stage, {j}: block, {n}: LayerNorm 0 or convolution 1 of a downsampling. The last
 # column marks the 1x1 convolutions, (out, in, 1, 1) with them and (out, in) with us. The first match counts, so that
@@ -176,9 +179,10 @@ def convert(
 ) -> ConvertReport:
     """Turns a checkpoint with the authors' names, or with ours, into a folder in timm's hub layout.
 
-    The kernel size and the number of classes come from the checkpoint; the stride of the stem, which leaves no trace in
-    the weights, is taken for the paper's. The result loads with ``timm.create_model("local-dir:DST", pretrained=True)``
-    and with ``load_pretrained``.
+    The kernel size and the number of classes come from the weights. What leaves no trace in them (the stride of the
+    stem, the pooling, the images' size and normalisation) comes from the arguments that timm's train.py keeps beside
+    them, else it is taken for the paper's; ``model``'s tag and ``mean_std='half'`` come first. The result loads with
+    ``timm.create_model("local-dir:DST", pretrained=True)`` and with ``load_pretrained``.
 
     Args:
         src: The checkpoint, see ``read_state_dict``.
@@ -199,11 +203,17 @@ def convert(
     src, dst = Path(src), Path(dst)
     check_replaceable(dst, overwrite=overwrite)
 
-    weights, averaged = extract_weights(read_checkpoint(src), src, ema=ema)
+    checkpoint = read_checkpoint(src)
+    said = _said(
+        checkpoint, src, architecture, asked=("mean", "std") * (mean_std == "half") + ("input_size",) * ("." in model)
+    )
+    weights, averaged = extract_weights(checkpoint, src, ema=ema)
     weights, others = network_part(weights, src)
     check_types(weights, src)
     check_finite(weights, src)
     notes = [f"{len(others)} tensors beside the network are left out ({some(others, 3)})"] * bool(others)
+    if beside := [f"{key} {value}" for key, value in (said.args | said.cfg).items()]:
+        notes.append(f"from the arguments in {src.name}: {', '.join(beside)}")
     state_dict = convert_authors_state_dict(weights)
     kernel = state_dict[ANCHORS[0]]
     kernel_size = kernel.shape[-1] if kernel.ndim == 4 else 0
@@ -213,7 +223,7 @@ def convert(
         )
     classifier = state_dict.get("head.fc.bias")
     num_classes = 0 if classifier is None else classifier.numel()
-    model_args: dict[str, Any] = dict(kernel_size=kernel_size, num_classes=num_classes)
+    model_args: dict[str, Any] = said.args | dict(kernel_size=kernel_size, num_classes=num_classes)
     if not any(name.startswith(HEAD) for name in state_dict):
         fresh = timm.create_model(model, **model_args).state_dict()
         state_dict |= {name: tensor for name, tensor in fresh.items() if name.startswith(HEAD)}
@@ -238,14 +248,47 @@ def convert(
     save_pretrained(
         network,
         dst,
-        model_args=dict(kernel_size=kernel_size),
+        model_args=said.args | dict(kernel_size=kernel_size),
         # nobody states a license for the authors' weights, so none is recorded
-        pretrained_cfg=dict(mean=mean, std=std, license=None),
+        pretrained_cfg=dict(mean=mean, std=std, license=None) | said.cfg,
         extra=dict(conv2former=provenance),
     )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     found: dict[str, Any] = dict(folder=dst, model=architecture, parameters=parameters, notes=tuple(notes))
-    return ConvertReport(**found, **model_args, **provenance)
+    return ConvertReport(**found, kernel_size=kernel_size, num_classes=num_classes, **provenance)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What timm's train.py keeps beside weights: arguments of the network, and of its images."""
+
+    args: dict[str, Any]
+    cfg: dict[str, Any]
+
+
+def _said(checkpoint: Any, path: Path, architecture: str, *, asked: Collection[str]) -> _Said:
+    """All but what the user has ``asked`` for; raises UserError where it is of another network, or of none."""
+    if not isinstance(checkpoint, Mapping):
+        return _Said({}, {})
+    options = checkpoint.get("args")
+    given = dict(vars(options)) if isinstance(options, argparse.Namespace) else {}
+    named = str(checkpoint.get("arch") or given.get("model") or architecture).partition(".")[0]
+    if named.startswith("conv2former") and named != architecture and timm.is_model(named):
+        way = f"give --model {named}" if named in family() else "convert takes the authors' networks alone"
+        raise UserError(f"{path} says that it holds a {named}: {way}")
+    own = given.get("model_kwargs")
+    args = {key: value for key, value in (own if isinstance(own, dict) else {}).items() if key != "num_classes"}
+    if given.get("gp") not in (None, "avg"):
+        args["global_pool"] = given["gp"]
+    cfg = {key: tuple(given[key]) for key in ("mean", "std") if _is_three_numbers(given.get(key))}
+    if isinstance(size := given.get("img_size"), int) and 0 < size <= MOST_SIDE:
+        cfg["input_size"] = (3, size, size)
+    check_args(args, f"the arguments in {path}")
+    return _Said(args, {key: value for key, value in cfg.items() if key not in asked})
+
+
+def _is_three_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(part, int | float) for part in value)
 
 
 def family() -> list[str]:

@@ -80,6 +80,9 @@ def save_pretrained(
         UserError: The model is fused, or ``folder`` is a file, holds something else than a model, or cannot be written.
         ValueError: Another number of ``label_names`` than the model has classes.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+    if not hasattr(model, "num_classes"):
+        raise UserError(f"a {type(model).__name__} (features_only) is a part of a model: save the whole model")
     if getattr(getattr(model, "head", None), "fused", False):
         raise UserError("a fused network has other weights than timm builds it with: save it before fuse()")
     if label_names is not None and len(label_names) != model.num_classes:
@@ -236,9 +239,10 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
     """
     if match := HUB.fullmatch(os.fspath(path)):
         return _downloaded(match[1])
-    path = Path(os.fspath(path).removeprefix("local-dir:"))
+    given = os.fspath(path).removeprefix("local-dir:")
+    path = Path(given)
     if not os.path.exists(path):
-        raise MissingWeights(f"{path} does not exist: give {FROM_FOLDER}")
+        raise MissingWeights(f"{given} does not exist: give {FROM_FOLDER}{_elsewhere(given)}")
     if not path.is_dir():
         if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
             return path.parent, path
@@ -248,13 +252,28 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
             for name in WEIGHT_FILES:
                 if (folder / name).is_file():
                     return folder, folder / name
-            raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: copy the weights as well")
+            shards = (folder / f"{WEIGHT_FILES[0]}.index.json").is_file()
+            way = (
+                "its weights are in several files: save the model again, in one"
+                if shards
+                else "copy the weights as well"
+            )
+            raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: {way}")
     if (path / "recipe.yaml").is_file():
         raise UserError(
             f"{path} has no weights yet, because it was not evaluated: continue it with `conv2former train --out "
             f"{shlex.quote(str(path))} --resume`"
         )
     raise UserError(f"{path} has no {CONFIG_FILE}: give {FROM_FOLDER}")
+
+
+def _elsewhere(given: str) -> str:
+    """Where a name that is no path may lead instead."""
+    if re.match("https?:", given):
+        return "; addresses are not fetched: download it, or give hf-hub:OWNER/NAME"
+    if timm.is_model(given.partition(".")[0]):
+        return f", or --model {given} --pretrained for what timm publishes"
+    return f", or hf-hub:{given} for a repository on the hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
 
 
 @contextlib.contextmanager

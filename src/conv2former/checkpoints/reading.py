@@ -6,7 +6,9 @@ import argparse
 import os
 import pickle
 import re
+import tarfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ StrPath = str | os.PathLike[str]
 # and nothing else. NumPy's constructors are left out on purpose: no known checkpoint needs them.
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]
 
-EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict")
+EMA_KEYS = (
+    *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema_state"),
+    *("ema_model_state_dict", "ema_params", "averaged_model", "swa_model", "swa_state_dict", "state_dict_swa"),
+)
 PLAIN_KEYS = ("state_dict", "model", "model_state_dict", "net")
 # torch.compile, activation checkpointing, FSDP: also around parts of a network
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -76,9 +81,13 @@ def read_checkpoint(path: Path) -> Any:
             start = file.read(512)
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < MOST_OF_A_HEADER:
             return load_file(path)
+        if start.startswith(b"PK") and (inside := _packed(path)):
+            raise UserError(f"{path} is no checkpoint but a zip file (of {some(inside, 2)}): unpack it first")
         for known, what in FOREIGN:
             if start.lstrip().lower().startswith(known):
                 raise UserError(f"{path} is no checkpoint but {what}")
+        if tarfile.is_tarfile(path) and not start.startswith((b"PK", b"\x80")):
+            raise UserError(f"{path} is no checkpoint but a tar file: unpack it first")
         if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):  # whose name promises no pickle
             raise UserError(f"{path} is no safetensors file but PyTorch's: rename it to {path.stem}.pth")
         return load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
@@ -92,6 +101,16 @@ def read_checkpoint(path: Path) -> Any:
             f"{path} cannot be read as a checkpoint ({reason(error)}): it is damaged, cut short or something else; "
             "copy or download it again"
         ) from error
+
+
+def _packed(path: Path) -> list[str]:
+    """The names in a zip file that is not PyTorch's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):  # a damaged one, which PyTorch's error is about
+        return []
+    return [] if any(name.endswith(("data.pkl", "constants.pkl")) for name in names) else names
 
 
 def load_pickle(path: Path) -> Any:
@@ -109,6 +128,11 @@ def load_pickle(path: Path) -> Any:
                 refused = refused_globals(path, error)
                 if not refused:
                     raise
+                if any("numpy" in name for name in refused):
+                    raise UserError(
+                        f"{path} holds arrays of NumPy, which the safe reader does not take: where you trust the file, "
+                        "save them as tensors, torch.save({name: torch.as_tensor(array) for name, array in ...}, FILE)"
+                    ) from error
                 raise UserError(
                     f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused, 3)}, which "
                     "the safe reader does not take; where you trust the file, save its weights alone with "
@@ -127,11 +151,13 @@ def refused_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
 def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[str, Tensor], bool]:
     """The state dict inside a checkpoint, and whether it is a moving average; see ``read_state_dict``."""
     averaged = False
+    if isinstance(checkpoint, Mapping) and {"task", "optimizer", "position"} <= checkpoint.keys():
+        raise UserError(f"{path} is what a training resumes from: give its run folder, or continue it with --resume")
     for _ in range(4):  # a bound, because a pickle can hold a dictionary that contains itself
         if not isinstance(checkpoint, Mapping):
             break
         inside = [key for key in EMA_KEYS + PLAIN_KEYS if _may_hold_weights(checkpoint.get(key))]
-        if not inside and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        if not inside and not any(_is_weight(value) for value in checkpoint.values()):
             # whatever it is called: the only dictionary that holds tensors, or dictionaries
             inside = [key for key, value in checkpoint.items() if _may_hold_weights(value)]
             inside = inside if len(inside) == 1 else []
@@ -169,7 +195,13 @@ def extract_weights(checkpoint: Any, path: StrPath, *, ema: bool) -> tuple[dict[
 
 
 def _may_hold_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(inner, Tensor | Mapping) for inner in value.values())
+    inner = value.values() if isinstance(value, Mapping) else ()
+    return any(_is_weight(one) or isinstance(one, Mapping) for one in inner)
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether it is a tensor and no single number, such as a moving average's decay."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def check_types(state_dict: Mapping[str, Tensor], path: StrPath) -> None:

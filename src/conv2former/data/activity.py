@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import time
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 SIZE, READERS = 512, 255
 HEAD = struct.Struct("<qqddq")  # process, changes so far, since when, seconds allowed (0: any), bytes of text
 SAVING, WAITING = "writing a checkpoint", "waiting for images"
+# what asks a run to stop: a person, a scheduler, a terminal or connection that is closed; Windows lacks some
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class Activity(NamedTuple):

@@ -257,9 +257,8 @@ def _start_worker(worker: int, *, board: activity.Board | None, first: int) -> N
     sys.excepthook = _unless_disconnected
     activity.announce(board, activity.slot(first + worker))
     activity.doing("waiting for work")
-    # Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach the whole process group; the training process stops the workers
-    # when its step is done
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    # they reach the whole process group; the training process stops the workers when its step is done
+    for number in activity.STOPS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

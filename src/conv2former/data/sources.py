@@ -100,6 +100,16 @@ def counted(classes: Sequence[str], splits: Splits, *, what: str = "classes") ->
     return f"{len(classes):,} {what}: {printable(some(classes, NAMED))}; {images}"
 
 
+def alike(classes: Sequence[str]) -> str | None:
+    """The line about classes whose names differ in case or spaces alone, if there are any."""
+    forms: dict[str, list[str]] = {}
+    for name in classes:
+        forms.setdefault("".join(name.casefold().split()), []).append(name)
+    pairs = [" and ".join(map(repr, names)) for names in forms.values() if len(names) > 1]
+    what = "are classes of their own, though they differ in case or spaces alone: if they are not, join them"
+    return printable(f"{some(pairs, 4)} {what}") if pairs else None
+
+
 def spread(count: int, most: int) -> list[int]:
     """All numbers below ``count``, or ``most`` that are spread evenly."""
     return [index * count // most for index in range(most)] if count > most else list(range(count))

@@ -10,7 +10,7 @@ from conv2former.config import COUNTERPARTS, NORMALISATION, Choices, Recipe, Sta
 from conv2former.data.sources import Splits
 from conv2former.engine.launch import on_nvidia_gpu, world_size
 from conv2former.engine.progress import Ticker
-from conv2former.errors import UserError, is_first, say_once
+from conv2former.errors import UserError, is_first, plural, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
@@ -56,6 +56,11 @@ def checked_weights(recipe: Recipe) -> Weights | None:
         say_once(warning)
     weights = open_weights(recipe.model)
     expected = weights.normalisation if weights else {}
+    if weights and any(len(values) != 3 for values in expected.values()):
+        channels = len(next(iter(expected.values())))
+        raise UserError(
+            f"{weights.origin} is for images of {plural(channels, 'channel')}, ours have 3: give other weights"
+        )
     given = {key: tuple(getattr(recipe.data, key)) for key in expected}
     wrong = [key for key in expected if f"data.{key}" not in recipe.auto and expected[key] != given[key]]
     if wrong:

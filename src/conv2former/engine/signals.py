@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -9,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from conv2former.data.activity import STOPS
 
 REPEAT = 1.0  # seconds
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the same command again with --resume
@@ -18,7 +21,7 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state.
 
     Attributes:
-        code: The exit status: 130 after Ctrl-C, ``RESUME_ME`` after a scheduler's SIGTERM or SIGUSR1.
+        code: The exit status: 130 after Ctrl-C, ``RESUME_ME`` after SIGTERM, SIGUSR1 or SIGHUP.
     """
 
     def __init__(self, run: Path, step: int | None, signum: int, *, saved_step: int | None = None) -> None:
@@ -33,10 +36,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request that the loop meets between steps.
+    """Turns the first of ``STOPS`` into a request that the loop meets between steps; nohup has SIGHUP ignored.
 
     A second Ctrl-C interrupts at once, if it does not come within ``REPEAT`` seconds: a launcher passes on what its
-    processes get by themselves as well. The other two may come as often as a scheduler likes.
+    processes get by themselves as well. The others may come as often as a scheduler likes.
     """
 
     def __init__(self) -> None:
@@ -46,8 +49,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # signals are the main thread's: a training in another one is stopped by whoever started it
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
-        self.previous = {number: signal.signal(number, self._ask) for number in numbers}
+        wanted = [number for number in STOPS if main and signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._ask) for number in wanted}
         return self
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
@@ -57,7 +60,8 @@ class StopRequest:
             return
         self.signum, self.asked_at = signum, time.monotonic()
         # not by print, which may be what the signal has interrupted
-        os.write(2, b"stopping after this step (Ctrl-C again to stop at once, without saving)\n")
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(2, b"stopping after this step (Ctrl-C again to stop at once, without saving)\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

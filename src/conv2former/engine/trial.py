@@ -111,6 +111,11 @@ def refusals(task: Task) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         name, (height, width) = task.recipe.model.name, example_images(task, 1).shape[-2:]
-        raise UserError(f"{name} cannot be trained on images of {height} x {width} pixels: {one_line(error)}") from None
+        own = (getattr(task.backbone, "pretrained_cfg", None) or {}).get("input_size") or (3, height)
+        way = f": add --set data.input_size={own[1]}, or --set model.args.img_size={height} if it takes that"
+        raise UserError(
+            f"{name} cannot be trained on images of {height} x {width} pixels: {one_line(error)}"
+            + way * (own[1] != height and height == width)
+        ) from None
     finally:
         logger.setLevel(level)

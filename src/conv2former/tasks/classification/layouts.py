@@ -14,7 +14,7 @@ import numpy as np
 
 from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import counted, given_folder, spread
+from conv2former.data.sources import alike, counted, given_folder, spread
 from conv2former.errors import UserError, nearest, some, visible
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
@@ -44,8 +44,8 @@ class Splits:
     def notes(self) -> list[str]:
         """What lies beside them and is not read, the classes with their numbers of training images."""
         counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
-        each = [f"{name} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
-        return [*filter(None, [self.unread]), counted(each, self)]
+        each = [f"{visible(name)} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
+        return [*filter(None, [self.unread, alike(self.train.classes)]), counted(each, self)]
 
     def digest(self) -> str:
         """A hash of the names and classes of all images, by which a resumed run knows its data."""
