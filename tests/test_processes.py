@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from conv2former.engine.batch import plan_batch, recorded_batch
+from conv2former.engine.launch import make_fabric
 from conv2former.engine.resuming import resumed_batch
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import RESUME_ME
@@ -254,3 +255,9 @@ def test_what_the_first_alone_meets_ends_all(data: Path, tmp_path: Path) -> None
     answer = subprocess.run(command(data, tmp_path / "run", *TWO), capture_output=True, text=True, timeout=120)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "exists and is not a run" in answer.stderr
+
+
+def test_a_port_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "abc")
+    with pytest.raises(UserError, match="MASTER_PORT=abc in the environment is no port"):
+        make_fabric(tiny_recipe("engine.devices=2", "engine.accelerator=cpu"))

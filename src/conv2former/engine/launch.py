@@ -76,6 +76,8 @@ def make_fabric(recipe: Recipe) -> L.Fabric:
             )
     elif several:
         strategy = DDPStrategy(timeout=TIMEOUT)
+    if several and not (port := os.environ.get("MASTER_PORT", "0")).isdecimal():
+        raise UserError(f"MASTER_PORT={port} in the environment is no port: give a number, or unset it")
     try:
         return L.Fabric(
             accelerator=accelerator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +208,10 @@ def _one_line_errors(run: RunDir) -> Any:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise UserError(
+                "too many open files: raise the limit with `ulimit -n 65536`, or lower data.workers"
+            ) from None
         raise UserError(f"cannot go on in the run folder {run.path}: {one_line(error)}") from None
     except torch.OutOfMemoryError:
         raise UserError(
