@@ -1,6 +1,7 @@
 """Checkpoints: safe reading, the authors' names, conversion, folders in timm's hub layout."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -912,3 +913,21 @@ def test_wrapped_models_are_saved_and_parts_are_refused(model: nn.Module, tmp_pa
     load_pretrained(tmp_path / "a")
     part = timm.create_model(NAME, features_only=True)
     assert "is a part of a model: save the whole model" in refusal(save_pretrained, part, tmp_path / "b")
+
+
+def test_changed_networks_are_named(model: nn.Module, tmp_path: Path) -> None:
+    state = model.state_dict()
+    name = "stages.0.blocks.0.mod.w1"
+    changed = {
+        "merge them": state | {f"{name}.base_layer.weight": state[f"{name}.weight"]},
+        "prune.remove": state | {f"{name}.weight_orig": state[f"{name}.weight"]},
+        "features_only": {f"stages_0.{key}": value for key, value in state.items() if key.startswith("stem")},
+        "before fuse": fuse(model).state_dict(),
+    }
+    for way, content in changed.items():
+        torch.save(content, tmp_path / "c.pth")
+        assert way in refusal(convert, tmp_path / "c.pth", tmp_path / "out", model=NAME)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().fuse()  # type: ignore[operator]

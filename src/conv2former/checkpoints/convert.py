@@ -111,6 +111,19 @@ ANCHORS = ("stages.0.blocks.0.mod.dwconv.weight", "stages.0.0.attn.att.2.weight"
 # what profilers (thop) and AveragedModel leave among the weights
 COUNTERS = (".total_ops", ".total_params", ".n_averaged")
 HEAD = "head."
+# what names say of a network that was changed, with the way back
+CHANGED = (
+    (r"\.lora_|\.base_layer\.", "it has adapters: merge them into the weights first"),
+    (r"\.weight_orig$", "it is pruned: make that permanent first, with torch.nn.utils.prune.remove"),
+    (r"stages\.\d+\.blocks\.\d+\.weights$", "it was fused: save it before fuse()"),
+    (r"(^|\.)stages_\d\.", "it was made with features_only: save the whole model"),
+    (r"_packed_params|\.zero_point$", "it is quantized: save it before"),
+)
+
+
+def _changed(names: Collection[str]) -> str | None:
+    """What was done to a network, as its names show."""
+    return next((way for pattern, way in CHANGED if any(re.search(pattern, name) for name in names)), None)
 
 
 def network_prefixes(names: Collection[str]) -> list[str]:
@@ -129,6 +142,8 @@ def network_part(state_dict: Mapping[str, Tensor], path: Path) -> tuple[dict[str
     """
     prefixes = network_prefixes(state_dict)
     if not prefixes:
+        if way := _changed(state_dict):
+            raise UserError(f"{path} does not hold the weights of a plain Conv2Former: {way}")
         raise UserError(
             f"{path} is not a Conv2Former checkpoint: no name in it ends in {ANCHORS[0]} (ours) or {ANCHORS[1]} "
             f"(theirs), there are {some(list(state_dict), 3)}"
@@ -236,7 +251,8 @@ def convert(
     if difference := differences(expected, state_dict):
         # the sizes differ in width or depth, so that one fits at most
         fits = next((n for n in family() if not differences(expected_shapes(n, **model_args), state_dict)), None)
-        advice = f"it fits {fits}: give that as model" if fits else "it fits no registered size"
+        unknown = _changed(state_dict) or "it fits no registered size"
+        advice = f"it fits {fits}: give that as model" if fits else unknown
         raise UserError(f"{src} does not fit {architecture}: {difference}; {advice}")
 
     mean, std = MEAN_STD[mean_std]
