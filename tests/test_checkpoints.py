@@ -900,19 +900,19 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", w=np.zeros(2))
     assert "a zip file (of w.npy)" in refusal(read_state_dict, tmp_path / "b.npz")
     torch.save({"w": np.zeros(2)}, tmp_path / "c.pth")
-    assert "save them as tensors" in refusal(read_state_dict, tmp_path / "c.pth")
+    assert "save its weights alone, as tensors" in refusal(read_state_dict, tmp_path / "c.pth")
     torch.save(dict(task={"model.w": torch.zeros(2)}, optimizer={}, position={}, scaler=None), tmp_path / "d.ckpt")
     assert "is what a training resumes from" in refusal(read_state_dict, tmp_path / "d.ckpt")
     assert "give hf-hub:OWNER/NAME" in refusal(load_pretrained, "https://huggingface.co/timm/a")
     assert "or hf-hub:timm/abc" in refusal(load_pretrained, "timm/abc")
-    assert "or --model resnet18.a1_in1k --pretrained" in refusal(load_pretrained, "resnet18.a1_in1k")
+    assert "--model resnet18.a1_in1k --pretrained" in refusal(load_pretrained, "resnet18.a1_in1k")
 
 
 def test_wrapped_models_are_saved_and_parts_are_refused(model: nn.Module, tmp_path: Path) -> None:
     save_pretrained(torch.compile(model), tmp_path / "a")  # type: ignore[arg-type]
     load_pretrained(tmp_path / "a")
     part = timm.create_model(NAME, features_only=True)
-    assert "is a part of a model: save the whole model" in refusal(save_pretrained, part, tmp_path / "b")
+    assert "(features_only makes parts): save the whole model" in refusal(save_pretrained, part, tmp_path / "b")
 
 
 def test_changed_networks_are_named(model: nn.Module, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_one_file_is_enough(coco: Path, tmp_path: Path) -> None:
     names = [[source.name(index) for index in range(len(source))] for source in (splits.train, splits.val)]
     assert splits.held_out and len(names[1]) == 2 and not {*names[0]} & {*names[1]}  # two of four images
     assert sum(splits.train.per_class) == sum(splits.train.counted) < sum(CocoSource(*_only(root)).per_class)
-    said = f"no annotations of validation images: 2 images of {_only(root)[1]} are held out"
+    said = f"no annotations of validation images: 2 images of {_only(root)[1]} held out"
     assert said in splits.notes and any("1 image without objects is not" in line for line in splits.notes)
     assert splits.digest() == open_coco(data, root, seed=0).digest()
     others = {open_coco(data, root, seed=seed).digest() for seed in range(5)}

@@ -342,20 +342,25 @@ def test_masks_of_an_evaluation_are_looked_at(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hold 255, which means no class, and class 'background' alone occurs"):
         open_eval_pairs(PAIRS, root, ["background", "object"])
     table = PAIRS.model_copy(update=dict(mask_values={"0": "background", "255": "object"}))
-    with pytest.raises(
-        UserError, match=r"it holds 1, which data.mask_values does not name: [^:]*\)$"
-    ):  # not the nearest
-        open_eval_pairs(table, write(tmp_path / "b", grey(0, 1), classes=""), ["background", "object"])
+    source = open_eval_pairs(table, write(tmp_path / "b", grey(0, 1), classes=""), ["background", "object"])
+    with pytest.raises(BadImage, match=r"it holds 1, which data.mask_values does not name: [^:]*\)$"):
+        source.load(0)  # the nearest value is not proposed: all would be background
+    one_class = write(tmp_path / "c", grey(1, 255), classes="")  # an evaluation of one class beside what is ignored
+    assert len(open_eval_pairs(PAIRS, one_class, ["background", "object"])) == 4
 
 
-@pytest.mark.parametrize(
-    "text", ["# names\nroad\ncar\n", "1 car\n0 road\n", "id,name\n0,road\n1,car\n", "0: road\n1: car"]
-)
+def test_tables_for_numbers_name_them_all(tmp_path: Path) -> None:
+    message = refused(PAIRS, write(tmp_path, grey(0, 1, 2, 3, 4)))
+    assert "{0: CLASS, 1: CLASS, 2: CLASS, 3: CLASS, 4: CLASS}" in message and "nearest" not in message
+
+
+@pytest.mark.parametrize("text", ["# names\nroad\ncar\n", "1 car\n0 road\n", "id,name\n0,road\n1,car\n"])
 def test_what_is_more_than_names_is_refused(tmp_path: Path, text: str) -> None:
     root = write(tmp_path, grey(0, 1), classes=text)
     assert "leave the names alone in it" in refused(PAIRS, root)
-    (root / "classes.txt").write_text("1 euro\n2 euro\n")
-    assert open_pairs(PAIRS, root, seed=0).train.classes == ["1 euro", "2 euro"]
+    for names in (["1 euro", "2 euro"], ["16:9", "4:3"], ["#ff0000", "#00ff00"], ["2,4-D", "3,5-T"]):
+        (root / "classes.txt").write_text("\n".join(names))
+        assert open_pairs(PAIRS, root, seed=0).train.classes == names
 
 
 def test_a_mask_of_several_pages_is_refused(tmp_path: Path) -> None:
@@ -365,3 +370,5 @@ def test_a_mask_of_several_pages_is_refused(tmp_path: Path) -> None:
     Image.fromarray(grey(0, 1)).save(file, "TIFF", save_all=True, append_images=[Image.fromarray(grey(1, 0))])
     with pytest.raises(BadImage, match="it has 2 pages or frames: a mask is one image"):
         source.load(0)
+    Image.fromarray(grey(0, 1)).save(file, "TIFF", save_all=True, append_images=[Image.fromarray(grey(0))])
+    assert set(np.unique(source.load(0)[1])) == {0, 1}  # a smaller page is an overview

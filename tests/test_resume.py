@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 from conv2former.engine import trainer as engine
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.run_dir import RunDir
-from conv2former.engine.signals import RESUME_ME
+from conv2former.engine.signals import RESUME_ME, stops
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from digits import tiny_recipe, write_digits
@@ -170,6 +173,34 @@ def test_a_signal_saves_and_says_how_to_go_on(data: Path, tmp_path: Path, signum
     assert "Traceback" not in errors
     assert errors.rstrip().endswith(f"continue with: conv2former train --out {tmp_path / 'run'} --resume")
     assert f"stopped at step {state(tmp_path / 'run')['position']['step']}," in errors
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_saves_the_run(data: Path, tmp_path: Path) -> None:
+    """SIGHUP, and from then on an error for whatever is printed, of the bar too."""
+    words = command(data, tmp_path / "run", "schedule.epochs=2000", "data.workers=0")
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(words[0], words)
+    rows, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (rows.exists() and '"kind": "epoch"' in rows.read_text()):
+        assert time.monotonic() < deadline and os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == RESUME_ME
+    history = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    step = state(tmp_path / "run")["position"]["step"]
+    assert f"stopped at step {step}, state saved" in json.loads(history[-1])["reason"]
+
+
+def test_a_run_under_nohup_and_one_in_the_background_keep_their_signals() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert stops() == [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in stops()
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_the_last_two_checkpoints_are_kept(finished: Path) -> None:

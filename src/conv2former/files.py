@@ -231,14 +231,14 @@ def output_names(files: Sequence[Path], inputs: Sequence[Path], ending: str) -> 
     """Relative paths for what is made from image files: a folder's as they lie in it, single ones by their names.
 
     The ending differs from the images', because the files may go to the same folder. Images that differ by their
-    endings alone keep these, so that another one of them changes no name; a number tells apart what is left.
+    endings alone keep these, so that none takes the name of another; a number tells apart what is left.
     """
     folders = {path for path in inputs if path.is_dir()}
     alike = Counter((file.parent, file.stem) for file in dict.fromkeys(files))
     names: dict[Path, Path] = {}
     taken = set[Path]()
     for file in dict.fromkeys(files):
-        folder = next((parent for parent in file.parents if parent in folders), file.parent)
+        folder = next((parent for parent in reversed(file.parents) if parent in folders), file.parent)
         stem, number = file.name if alike[file.parent, file.stem] > 1 else file.stem, 2
         name = file.relative_to(folder).with_name(stem + ending)
         while name in taken:

@@ -59,8 +59,7 @@ def train(
     Settings may stand without --set where their name is clear: --epochs 20 --lr 1e-4 -b 32 --input-size 384.
 
     Exit status: 0 when done, 75 when stopped by SIGTERM, SIGUSR1 or SIGHUP with the state saved (run again with
-    --resume),
-    130 after Ctrl-C likewise, 1 on an error.
+    --resume), 130 after Ctrl-C likewise, 1 on an error.
 
     Example: conv2former train --recipe cifar --data cifar10 --out runs/cifar --set schedule.epochs=10
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
 from conv2former.checkpoints.reading import StrPath, check_finite, check_types, extract_weights, read_checkpoint
 from conv2former.config import MOST_SIDE
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, one_line, some
 from conv2former.models import variants
 from conv2former.models.meta import check_args
 
@@ -111,6 +112,8 @@ ANCHORS = ("stages.0.blocks.0.mod.dwconv.weight", "stages.0.0.attn.att.2.weight"
 # what profilers (thop) and AveragedModel leave among the weights
 COUNTERS = (".total_ops", ".total_params", ".n_averaged")
 HEAD = "head."
+# arguments that change what a network computes, and no shape of its weights
+TRACELESS = ("stem_stride", "act_layer", "output_stride", "global_pool")
 # what names say of a network that was changed, with the way back
 CHANGED = (
     (r"\.lora_|\.base_layer\.", "it has adapters: merge them into the weights first"),
@@ -166,7 +169,7 @@ class ConvertReport:
     kernel_size: int  # side of the modulation kernel, read off the checkpoint
     num_classes: int  # read off the checkpoint
     parameters: int  # how many
-    normalisation: str  # 'imagenet' or 'half', as recorded
+    normalisation: str  # 'imagenet', 'half' or 'of its arguments', as recorded
     ema: bool  # whether the weights are a moving average
     source: str  # name of the file converted
     sha256: str  # its hash
@@ -245,7 +248,10 @@ def convert(
         notes.append(
             "it has no head: what is in front of a classifier starts new; fine-tune it, or take it as a backbone"
         )
-    expected = expected_shapes(model, **model_args)
+    try:
+        expected = expected_shapes(model, **model_args)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"no network has the arguments in {src.name}: {one_line(error)}") from None
     counts = [name for name in expected if name.endswith(".num_batches_tracked")]  # which older programs leave out
     state_dict |= {name: torch.zeros((), dtype=torch.long) for name in counts if name not in state_dict}
     if difference := differences(expected, state_dict):
@@ -260,7 +266,8 @@ def convert(
     network.load_state_dict(state_dict)
     with open(src, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    provenance: dict[str, Any] = dict(source=src.name, sha256=sha256, normalisation=mean_std, ema=averaged)
+    normalisation = "of its arguments" if {"mean", "std"} & said.cfg.keys() else mean_std
+    provenance: dict[str, Any] = dict(source=src.name, sha256=sha256, normalisation=normalisation, ema=averaged)
     save_pretrained(
         network,
         dst,
@@ -293,7 +300,7 @@ def _said(checkpoint: Any, path: Path, architecture: str, *, asked: Collection[s
         way = f"give --model {named}" if named in family() else "convert takes the authors' networks alone"
         raise UserError(f"{path} says that it holds a {named}: {way}")
     own = given.get("model_kwargs")
-    args = {key: value for key, value in (own if isinstance(own, dict) else {}).items() if key != "num_classes"}
+    args = {key: value for key, value in (own if isinstance(own, dict) else {}).items() if key in TRACELESS}
     if given.get("gp") not in (None, "avg"):
         args["global_pool"] = given["gp"]
     cfg = {key: tuple(given[key]) for key in ("mean", "std") if _is_three_numbers(given.get(key))}
@@ -304,7 +311,11 @@ def _said(checkpoint: Any, path: Path, architecture: str, *, asked: Collection[s
 
 
 def _is_three_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(part, int | float) for part in value)
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(part, int | float) and math.isfinite(part) for part in value)
+    )
 
 
 def family() -> list[str]:

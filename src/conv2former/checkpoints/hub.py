@@ -82,7 +82,9 @@ def save_pretrained(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if not hasattr(model, "num_classes"):
-        raise UserError(f"a {type(model).__name__} (features_only) is a part of a model: save the whole model")
+        raise UserError(
+            f"a {type(model).__name__} is no model of timm's (features_only makes parts): save the whole model"
+        )
     if getattr(getattr(model, "head", None), "fused", False):
         raise UserError("a fused network has other weights than timm builds it with: save it before fuse()")
     if label_names is not None and len(label_names) != model.num_classes:
@@ -272,8 +274,9 @@ def _elsewhere(given: str) -> str:
     if re.match("https?:", given):
         return "; addresses are not fetched: download it, or give hf-hub:OWNER/NAME"
     if timm.is_model(given.partition(".")[0]):
-        return f", or --model {given} --pretrained for what timm publishes"
-    return f", or hf-hub:{given} for a repository on the hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", given) else ""
+        return f" (train takes what timm publishes: --model {given} --pretrained)"
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not Path(given).parent.exists() and not Path(given).suffix
+    return f", or hf-hub:{given} for a repository on the hub" if named else ""
 
 
 @contextlib.contextmanager

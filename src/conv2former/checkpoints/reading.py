@@ -6,7 +6,6 @@ import argparse
 import os
 import pickle
 import re
-import tarfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -86,7 +85,7 @@ def read_checkpoint(path: Path) -> Any:
         for known, what in FOREIGN:
             if start.lstrip().lower().startswith(known):
                 raise UserError(f"{path} is no checkpoint but {what}")
-        if tarfile.is_tarfile(path) and not start.startswith((b"PK", b"\x80")):
+        if start[257:262] == b"ustar":
             raise UserError(f"{path} is no checkpoint but a tar file: unpack it first")
         if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):  # whose name promises no pickle
             raise UserError(f"{path} is no safetensors file but PyTorch's: rename it to {path.stem}.pth")
@@ -128,15 +127,10 @@ def load_pickle(path: Path) -> Any:
                 refused = refused_globals(path, error)
                 if not refused:
                     raise
-                if any("numpy" in name for name in refused):
-                    raise UserError(
-                        f"{path} holds arrays of NumPy, which the safe reader does not take: where you trust the file, "
-                        "save them as tensors, torch.save({name: torch.as_tensor(array) for name, array in ...}, FILE)"
-                    ) from error
                 raise UserError(
                     f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused, 3)}, which "
-                    "the safe reader does not take; where you trust the file, save its weights alone with "
-                    "torch.save(state_dict, FILE) and give that one"
+                    "the safe reader does not take; where you trust the file, save its weights alone, as "
+                    "tensors, with torch.save(state_dict, FILE) and give that one"
                 ) from error
 
 

@@ -192,7 +192,7 @@ def copy_weights(
             f"model.weights ({weights.origin}) does not fit the recipe's model.args: {some(lacking, 3)} differ"
         )
     model.load_state_dict(fitting, strict=False)
-    reasons = some([*(new or {}).values()])
+    reasons = some(list(dict.fromkeys((new or {}).values())))
     parts = [f"weights: {len(fitting)} tensors of {weights.origin} ({weights.architecture}) loaded"]
     parts += [f"{len(missing)} start new ({_groups(missing)}{': ' + reasons if reasons else ''})"] * bool(missing)
     parts += [f"{len(unused)} of the weights not used ({_groups(unused)})"] * bool(unused)

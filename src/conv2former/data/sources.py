@@ -229,9 +229,10 @@ def class_lines(path: Path) -> list[str]:
 
 def plain_names(lines: list[str], path: Path) -> list[str]:
     """The lines of a file as names; raises UserError where there is more in them than names."""
-    if lines and lines[0].startswith("#"):
+    if lines and lines[0].startswith("# "):
         raise UserError(f"{path} begins with a comment, {shortened(lines[0])}: leave the names alone in it, one a line")
-    if _numbered(lines) or _numbered(lines[1:]):
+    order = _numbers(lines)
+    if order != sorted(order) or (not order and _numbers(lines[1:])):  # in order, they do no harm
         raise UserError(
             f"{path} has numbers before the names ({shortened(lines[-1])}): leave the names alone in it, in the order "
             "of the numbers"
@@ -239,11 +240,10 @@ def plain_names(lines: list[str], path: Path) -> list[str]:
     return lines
 
 
-def _numbered(lines: Sequence[str]) -> bool:
-    """Whether names have their numbers before them: ``0,road``, ``1: car``; ``1 euro`` and ``2 euro`` are names."""
-    found = [re.fullmatch(r"(\d+)\s*([:,;=\t ])\s*\S.*", line) for line in lines]
+def _numbers(lines: Sequence[str]) -> list[int]:
+    """The numbers before names, ``0,road`` or ``1: car``, if they count from 0 or 1 in any order; else none."""
+    found = [re.fullmatch(r"(\d{1,5})\s*([:,;=\t ])\s*\S.*", line) for line in lines]
     known = [match for match in found if match]
-    if len(known) < max(len(lines), 2):
-        return False
-    numbers = {int(match[1]) for match in known}
-    return len(numbers) == len(known) and (" " not in {match[2] for match in known} or numbers == {*range(len(known))})
+    numbers = [int(match[1]) for match in known]
+    counted = len(known) == len(lines) > 1 and len({match[2] for match in known}) == 1
+    return numbers if counted and sorted(numbers) in (list(range(len(lines))), list(range(1, len(lines) + 1))) else []

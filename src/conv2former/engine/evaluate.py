@@ -23,7 +23,7 @@ from conv2former.engine.distributed import Processes
 from conv2former.engine.launch import make_fabric, place, world_size
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
-from conv2former.engine.run_dir import HELD_OUT, RunDir
+from conv2former.engine.run_dir import HELD_OUT_LIST, RunDir
 from conv2former.errors import UserError, attempt, or_left_out, say, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
@@ -209,7 +209,8 @@ def _seen_in_training(run: RunDir, data: Path | None, count: int) -> str | None:
         return None
     facts = run.facts()
     own, parts = recorded_data(facts), facts.get("images", {})
-    divided = count == sum(parts.values()) or ((run.path / HELD_OUT).is_file() and count > parts.get("val", count))
+    whole = sum(parts.values())
+    divided = count == whole or (count > whole and (run.path / HELD_OUT_LIST).is_file())  # some have no objects
     if own is None or own.resolve() != data.resolve() or not parts.get("train") or not divided:
         return None
     seen = f"the run was trained on {parts['train']:,} of these {count:,} images"

@@ -35,7 +35,7 @@ class Rows:
 
     Attributes:
         left: Numbers of the files whose rows this process is to write.
-        continued: Whether an earlier call has written rows.
+        continued: Whether an earlier call has begun to write.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Rows:
                 raise UserError(f"{path} has rows of a model with other weights: give another --out-file")
             if lacking := [key for key in keys if any(row.get("ok") and key not in row for row in known.values())]:
                 raise UserError(f"{path} has rows without {' and '.join(lacking)}: give another --out-file")
-            self.continued = bool(known)
+            self.continued = bool(known) or self.own.exists()
             self.left = [i for i, name in enumerate(self.names) if i % world == rank and name not in known]
             self.file = self.own.open("a+b")
             self._cut_off_half_a_line()

@@ -42,12 +42,12 @@ from conv2former.files import append_line, read_lines, replace_bytes, replace_te
 from conv2former.recipes.load import parse_recipe
 from conv2former.tasks.base import Reported
 
-HELD_OUT = "held_out.txt"  # names of the images that were held out of a set
+HELD_OUT_LIST = "held_out.txt"  # names of the images that were held out of a set
 # what a run and the commands on it write; nothing else is ever deleted
 CONTENTS = {
     *("recipe.yaml", "run.json", "metrics.jsonl", "metrics.csv", "tensorboard", "checkpoints", "best", "last"),
     *("evaluation.json", "confusion_matrix.png", "predictions.png", "learning_curves.png", "detections.json"),
-    *("mistakes.csv", HELD_OUT),
+    *("mistakes.csv", HELD_OUT_LIST),
     *("evaluations", "samples", "predictions", "loggers", "recipes", "schedule.png"),
     *("history.jsonl", "bad_images.jsonl", "skipped_steps.jsonl", ".lock"),
 }
@@ -244,7 +244,7 @@ class RunDir:
     def list_held_out(self, source: Any) -> None:
         """Writes ``held_out.txt``: the name of a validation image per line."""
         names = "".join(f"{source.name(index)}\n" for index in range(len(source)))
-        replace_bytes(self.path / HELD_OUT, os.fsencode(names))
+        replace_bytes(self.path / HELD_OUT_LIST, os.fsencode(names))
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file of the run, whole or not at all."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
+import stat
 import threading
 import time
 from pathlib import Path
@@ -15,6 +15,12 @@ from conv2former.data.activity import STOPS
 
 REPEAT = 1.0  # seconds
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the same command again with --resume
+
+
+def stops() -> list[signal.Signals]:
+    """The signals that ask a run to stop; nohup has SIGHUP ignored, which stays so."""
+    ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOPS if not (ignored and number == signal.SIGHUP)]
 
 
 class Interrupted(Exception):
@@ -36,7 +42,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turns the first of ``STOPS`` into a request that the loop meets between steps; nohup has SIGHUP ignored.
+    """Turns the first of ``stops()`` into a request that the loop meets between steps.
 
     A second Ctrl-C interrupts at once, if it does not come within ``REPEAT`` seconds: a launcher passes on what its
     processes get by themselves as well. The others may come as often as a scheduler likes.
@@ -49,8 +55,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # signals are the main thread's: a training in another one is stopped by whoever started it
         main = threading.current_thread() is threading.main_thread()
-        wanted = [number for number in STOPS if main and signal.getsignal(number) != signal.SIG_IGN]
-        self.previous = {number: signal.signal(number, self._ask) for number in wanted}
+        self.previous = {number: signal.signal(number, self._ask) for number in (stops() if main else ())}
         return self
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
@@ -60,8 +65,13 @@ class StopRequest:
             return
         self.signum, self.asked_at = signum, time.monotonic()
         # not by print, which may be what the signal has interrupted
-        with contextlib.suppress(OSError):  # a terminal that is gone
+        try:
             os.write(2, b"stopping after this step (Ctrl-C again to stop at once, without saving)\n")
+        except OSError:  # the terminal is gone: nothing that is printed from now on may end the run
+            with open(os.devnull, "w") as nowhere:
+                for stream in (1, 2):
+                    if stat.S_ISCHR(os.fstat(stream).st_mode):
+                        os.dup2(nowhere.fileno(), stream)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -115,7 +115,7 @@ def refusals(task: Task) -> Iterator[None]:
         way = f": add --set data.input_size={own[1]}, or --set model.args.img_size={height} if it takes that"
         raise UserError(
             f"{name} cannot be trained on images of {height} x {width} pixels: {one_line(error)}"
-            + way * (own[1] != height and height == width)
+            + way * (own[1] != height and hasattr(task.recipe.data, "input_size"))
         ) from None
     finally:
         logger.setLevel(level)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conv2former.data.folders import SPLITS, respelled, subfolders, unread
+from conv2former.data.folders import SPLITS, listed, respelled, subfolders, unread
+from conv2former.data.images import IMAGE_EXTENSIONS
 from conv2former.data.sources import counted, given_folder, held_out
 from conv2former.errors import UserError, plural, printable, some, visible
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
 
-WORDS = dict(train="training", val="validation")
+WORDS = dict(train="training", val="validation", test="test")
 VALIDATION = re.compile("(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
@@ -102,7 +103,9 @@ def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]]
     lines = [unread(root, subfolders(root), {parts[0] for parts in read if parts})]
     if splits.held_out:
         others = [file.name for file in _json_files(root) if file != places[0][1]]
-        lines.append(f"no annotations of validation images: {len(splits.val):,} images of {places[0][1]} are held out")
+        lines.append(
+            f"no annotations of validation images: {plural(len(splits.val), 'image')} of {places[0][1]} held out"
+        )
         lines.append(printable(f"{root}: not read: {some(others)}") if others else None)
     if empty:
         what = f"{plural(empty, 'image')} without objects {'is' if empty == 1 else 'are'} not trained on"
@@ -111,14 +114,15 @@ def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]]
     return [line for line in lines if line]
 
 
-def _missing(file: Path, root: Path, part: str) -> UserError:
-    """The error about annotations that are not there."""
+def _missing(file: Path, root: Path, part: str, *, held: bool = True) -> UserError:
+    """The error about annotations that are not there; ``held`` where a part may be held out of the others."""
+    own = "train" if part == "train" else "val"
     there = [str(found.relative_to(root)) for found in _json_files(root)]
     formats = f"there are {some(there)}" if there else "other formats (YOLO, labelme, VOC) are not read: export as COCO"
-    held = ", or hold out a fraction with --set data.val_fraction=0.1" if part == "val" else ""
+    way = ", or hold out a fraction with --set data.val_fraction=0.1" if part == "val" and held else ""
     return UserError(
         f"there are no annotations {file}; {formats}: name those of the {WORDS[part]} images, by their paths below "
-        f"{root}, with --set data.{part}_annotations=FILE --set data.{part}_images=FOLDER{held}"
+        f"{root}, with --set data.{own}_annotations=FILE --set data.{own}_images=FOLDER{way}"
     )
 
 
@@ -152,17 +156,20 @@ def _named(data: DetectionDataSection, part: str) -> bool:
 
 def _alone(root: Path, data: DetectionDataSection) -> tuple[Path, Path] | None:
     """The one set in a folder without parts: its only JSON file, and ``images/`` or the folder itself."""
-    files = _json_files(root)
+    files = _likely(_json_files(root))
     if _named(data, "train") or _named(data, "val") or len(files) != 1 or len(_parts_of(files[0].stem)) == 1:
         return None
     return (root / "images" if (root / "images").is_dir() else root), files[0]
 
 
 def _json_files(root: Path) -> list[Path]:
-    """Those that may be the annotations of a set; of several those that COCO and CVAT call ``instances``."""
     places = (root / "annotations", root / "images", root)
-    files = [file for place in places for file in sorted(place.glob("*.json")) if not file.name.startswith(".")]
-    return [file for file in files if file.name.startswith("instances")] or files
+    return [file for place in places for file in sorted(place.glob("*.json")) if not file.name.startswith(".")]
+
+
+def _likely(files: Sequence[Path]) -> list[Path]:
+    """Of several files those that COCO, CVAT and Roboflow give such names."""
+    return [file for file in files if file.name.startswith(("instances", "_annotations"))] or list(files)
 
 
 def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, Path]:
@@ -180,10 +187,13 @@ def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, P
     folders = [place / name for place in (root / "images", root) if place.is_dir() for name in subfolders(place)]
     folders = [folder for folder in folders if split in _parts_of(folder.name)]
     folders = [folder for folder in folders if folder.name.casefold() in SPLITS[split]] or folders
-    inside = [(folder, file) for folder in folders for file in _json_files(folder) if file.parent == folder]
+    if len(folders) > 1:
+        folders = [folder for folder in folders if listed(folder, IMAGE_EXTENSIONS).files] or folders
+    own_files = {folder: [file for file in _json_files(folder) if file.parent == folder] for folder in folders}
+    inside = [(folder, file) for folder, found in own_files.items() for file in _likely(found)]
     if inside:
         return _only(inside, split, root)
-    files = [file for file in _json_files(root) if _parts_of(file.stem) == {split}]
+    files = _likely([file for file in _json_files(root) if _parts_of(file.stem) == {split}])
     images = folders or [folder for folder in [root / "images"] if folder.is_dir()] or [root]
     return _only([(folder, file) for folder in images for file in files], split, root) or (
         root / given[0],
@@ -197,7 +207,7 @@ def _only(places: Sequence[tuple[Path, Path]], split: str, root: Path) -> Any:
         found = [" with ".join(str(path.relative_to(root)) for path in place) for place in places]
         own = "train" if split == "train" else "val"
         raise UserError(
-            f"{root}: several may be the {WORDS.get(split, split)} images and their annotations ({some(found)}): say "
+            f"{root}: several may be the {WORDS[split]} images and their annotations ({some(found)}): say "
             f"which with --set data.{own}_images=FOLDER --set data.{own}_annotations=FILE"
         )
     return places[0] if places else None
@@ -218,13 +228,18 @@ def open_eval_coco(
         UserError: Anything wrong with the files, or categories that the model does not know.
     """
     root = given_folder(root, "images and annotations")
-    place = _places(root, data, split or "val")
-    if not place[1].is_file() and split != "test" and not _named(data, "val"):
+    place, instead = _places(root, data, split or "val"), False
+    if not place[1].is_file() and split != "test" and not _named(data, "train" if split == "train" else "val"):
         train = _places(root, data, "train")
-        place = _alone(root, data) or (train if train[1].is_file() else place)
+        found = (
+            _alone(root, data) or (train if split is None and train[1].is_file() else None) if split != "val" else None
+        )
+        place, instead = found or place, bool(found)
     if not place[1].is_file():
-        raise _missing(place[1], root, "train" if split == "train" else "val")
+        raise _missing(place[1], root, split or "val", held=False)
     source = CocoSource(*place, turn=data.exif == "turn")
+    if instead:
+        source.notes.append(f"no annotations of validation images: all images of {place[1]} are evaluated")
     source.classes = respelled(source.classes, classes)
     unknown = [name for name in source.classes if name not in classes]
     if unknown:

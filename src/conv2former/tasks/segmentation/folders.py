@@ -144,8 +144,12 @@ class PairSource:
         chosen.pairs = [self.pairs[int(index)] for index in indices]
         return chosen
 
-    def look(self, where: Path) -> list[str]:
-        """What is to be said of the values in a sample of the masks; raises UserError if there is nothing to learn."""
+    def look(self, where: Path, *, learns: bool = True) -> list[str]:
+        """What is to be said of the values in a sample of the masks, before a training or an evaluation.
+
+        Raises:
+            UserError: There is nothing to learn, or nothing to evaluate.
+        """
         pixels, masks, without, others = np.zeros(1 << 16, np.int64), 0, 0, 0
         unnamed = not self.values or not (self.values.colours or IGNORED in self.values.given)  # 255 is no class
         for index in spread(len(self), LOOKED_AT):
@@ -159,7 +163,7 @@ class PairSource:
                     f"the masks in {where} are colour images ({found})", error.colours, self.classes
                 ) from None
             except BadImage as error:
-                if self.values and "data.mask_values" in error.reason:
+                if learns and self.values and "data.mask_values" in error.reason:
                     raise UserError(str(error)) from None
                 continue  # training meets it, and does what the recipe says
             pixels += counts
@@ -172,7 +176,7 @@ class PairSource:
             present = set(np.flatnonzero(pixels[:IGNORED]).tolist())
             lines = missing_classes(f"{masks} masks of {where}", present, self.classes)
         else:
-            lines = check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero)
+            lines = check_values(where, pixels, masks, self.classes, reduce_zero=self.reduce_zero, learns=learns)
         if without and others and not self.reduce_zero:
             lines.append(
                 f"{where}: {without} of {masks} masks that were looked at hold 0 and 255 alone, others hold classes: "
@@ -290,7 +294,7 @@ def open_eval_pairs(
         way = "; evaluate its test images with --split test" * ("test" in places)
         raise UserError(f"no validation set ({_expected(data.source)}) in {root}{way}")
     source = _open(root, found, classes, data)
-    source.notes += source.look(found[1])
+    source.notes += source.look(found[1], learns=False)
     return source
 
 

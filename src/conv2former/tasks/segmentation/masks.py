@@ -66,7 +66,10 @@ def read_labels(
                         str(path), f"its {width} x {height} pixels are more than the limit of {max_pixels:,}"
                     )
                 if (frames := getattr(image, "n_frames", 1)) > 1:
-                    raise BadImage(str(path), f"it has {frames} pages or frames: a mask is one image")
+                    image.seek(1)  # smaller ones are overviews of the first (GDAL's)
+                    if image.size == (width, height):
+                        raise BadImage(str(path), f"it has {frames} pages or frames: a mask is one image")
+                    image.seek(0)
                 mode, depth = image.mode, image.tile[0][3] if image.format == "PNG" and image.tile else None
                 shown = ImageOps.exif_transpose(image) if turn else image
                 if greys and mode == "P":

@@ -17,6 +17,8 @@ from conv2former.data.images import IGNORED, BadImage
 from conv2former.errors import UserError, say_once, some
 
 NEAREST = "data.mask_nearest=true"
+MOST_LISTED = 40  # values in a table that is proposed
+MOST_EXACT = 0.5  # of the pixels hold a class's own value, where edges are soft
 EDGE = 16  # by so much values of classes differ in masks with soft edges
 NO_CLASS = "ignore"  # in a table, like null
 COLOUR = re.compile(r"[(\[]?\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[)\]]?|#([0-9a-fA-F]{6})")
@@ -189,9 +191,9 @@ def colour_trouble(what: str, colours: Counter[int], classes: Sequence[str]) -> 
 
 
 def check_values(
-    where: Path, pixels: np.ndarray, masks: int, classes: Sequence[str], *, reduce_zero: bool
+    where: Path, pixels: np.ndarray, masks: int, classes: Sequence[str], *, reduce_zero: bool, learns: bool = True
 ) -> list[str]:
-    """What is to be said of the values of some masks, before anything is trained.
+    """What is to be said of the values of some masks, before anything is trained or evaluated.
 
     Args:
         where: Their folder.
@@ -199,6 +201,7 @@ def check_values(
         masks: How many were looked at.
         classes: K names.
         reduce_zero: Whether value 0 is no class.
+        learns: Whether this is a training; an evaluation may be of few classes, and leaves out single masks.
 
     Raises:
         UserError: One class at most occurs beside pixels of value 255, or values beyond the classes do.
@@ -207,13 +210,15 @@ def check_values(
     counted = values[(values != IGNORED) & ~((values == 0) & reduce_zero)] - reduce_zero
     inside, beyond = counted[counted < len(classes)], counted[counted >= len(classes)] + reduce_zero
     looked = f"{masks} masks of {where}"
-    if len(inside) <= 1 and pixels[IGNORED] and not len(beyond):
+    if len(inside) <= 1 and pixels[IGNORED] and not len(beyond) and (learns or not inside.any()):
         share = pixels[IGNORED] / pixels.sum()
         occurs = [f"class {classes[inside[0]]!r} alone occurs"] if len(inside) else ["no class occurs"]
         raise UserError(
             f"{share:.1%} of the pixels in {looked} hold 255, which means no class, and {occurs[0]}: there is nothing "
-            f"to learn; if 255 is a class, add {remedy(values.tolist(), classes)}"
+            f"to {'learn' if learns else 'evaluate'}; if 255 is a class, add {remedy(values.tolist(), classes)}"
         )
+    if not learns:
+        return []
     if len(beyond) and int(beyond.max()) == len(classes) and not reduce_zero:
         raise UserError(
             f"{looked} hold values up to {len(classes)}, and {len(classes)} classes are 0 to {len(classes) - 1}: if 0 "
@@ -224,12 +229,12 @@ def check_values(
         known = (
             f"the {len(classes)} classes are {int(reduce_zero)} to {len(classes) - 1 + reduce_zero} (255 is ignored)"
         )
-        often = np.sort(_apart(values[np.argsort(-pixels[values], kind="stable")], max(len(classes), 2)))
+        often = _apart(values[np.argsort(-pixels[values], kind="stable")], max(len(classes), 2))
+        soft = len(often) > 1 and pixels[often].sum() >= MOST_EXACT * pixels.sum() and len(often) < len(values)
+        often = sorted(often) if soft else values[:MOST_LISTED].tolist()
         raise UserError(
             f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
-            f"fits, or say what they mean with {remedy(often.tolist(), classes)}"
-            + f" --set {NEAREST}"
-            * (len(often) < len(values))
+            f"fits, or say what they mean with {remedy(often, classes)}" + f" --set {NEAREST}" * soft
         )
     lines = missing_classes(looked, set(inside.tolist()), classes)
     if lines and pixels[IGNORED]:

@@ -17,9 +17,8 @@ from typing import Any
 from safetensors import safe_open
 
 from conv2former.config import Recipe
-from conv2former.data.activity import STOPS
 from conv2former.engine.run_dir import RunDir
-from conv2former.engine.signals import RESUME_ME
+from conv2former.engine.signals import RESUME_ME, stops
 from conv2former.errors import UserError, attempt, nearest_or_all, say
 from conv2former.files import append_line, read_lines, replace_text
 from conv2former.tasks import task_class
@@ -247,7 +246,7 @@ def _train(job: Job) -> int:
         child.send_signal(signum)
 
     # Ctrl-C is ignored: the terminal tells the child itself
-    handlers: dict[signal.Signals, Any] = dict.fromkeys(STOPS, pass_on) | {signal.SIGINT: signal.SIG_IGN}
+    handlers: dict[signal.Signals, Any] = dict.fromkeys(stops(), pass_on) | {signal.SIGINT: signal.SIG_IGN}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         code = child.wait()
