@@ -248,18 +248,10 @@ def convert(
         notes.append(
             "it has no head: what is in front of a classifier starts new; fine-tune it, or take it as a backbone"
         )
-    try:
-        expected = expected_shapes(model, **model_args)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"no network has the arguments in {src.name}: {one_line(error)}") from None
+    expected = _expected(model, model_args, src)
     counts = [name for name in expected if name.endswith(".num_batches_tracked")]  # which older programs leave out
     state_dict |= {name: torch.zeros((), dtype=torch.long) for name in counts if name not in state_dict}
-    if difference := differences(expected, state_dict):
-        # the sizes differ in width or depth, so that one fits at most
-        fits = next((n for n in family() if not differences(expected_shapes(n, **model_args), state_dict)), None)
-        unknown = _changed(state_dict) or "it fits no registered size"
-        advice = f"it fits {fits}: give that as model" if fits else unknown
-        raise UserError(f"{src} does not fit {architecture}: {difference}; {advice}")
+    _check_fit(state_dict, expected, src, architecture, model_args)
 
     mean, std = MEAN_STD[mean_std]
     network = timm.create_model(model, **model_args)
@@ -279,6 +271,26 @@ def convert(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     found: dict[str, Any] = dict(folder=dst, model=architecture, parameters=parameters, notes=tuple(notes))
     return ConvertReport(**found, kernel_size=kernel_size, num_classes=num_classes, **provenance)
+
+
+def _expected(model: str, model_args: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Names and shapes of the weights; raises UserError where a checkpoint's arguments are none of the network's."""
+    try:
+        return expected_shapes(model, **model_args)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"no network has the arguments in {path.name}: {one_line(error)}") from None
+
+
+def _check_fit(
+    state_dict: dict[str, Tensor], expected: dict[str, Any], src: Path, architecture: str, model_args: dict[str, Any]
+) -> None:
+    """Raises UserError, with the network that they fit, where weights do not fit the one that was named."""
+    if difference := differences(expected, state_dict):
+        # the sizes differ in width or depth, so that one fits at most
+        fits = next((n for n in family() if not differences(expected_shapes(n, **model_args), state_dict)), None)
+        unknown = _changed(state_dict) or "it fits no registered size"
+        advice = f"it fits {fits}: give that as model" if fits else unknown
+        raise UserError(f"{src} does not fit {architecture}: {difference}; {advice}")
 
 
 @dataclass(frozen=True)
