@@ -90,18 +90,20 @@ def run_predict(
         raise UserError(f"{world} processes share the images: say with --out-file where their rows go")
     files = given_images(inputs)
     files = list(dict.fromkeys(files)) if out_file else files
-    drawn, stored = (output_names(files, inputs, ending) for ending in (DRAWN, ".png"))
-    made = {file: _made(file, out and out / drawn[file], masks and masks / stored[file]) for file in files}
+    # what is made of each image, by the keys of the rows
+    made: dict[str, dict[Path, Path]] = {}
+    for key, folder, ending in (("drawn_file", out, DRAWN), ("mask_file", masks, ".png")):
+        if folder:
+            made[key] = {file: folder / name for file, name in output_names(files, inputs, ending).items()}
     if masks:
         _check_masks(masks, inputs, files)
     rows = None
     if out_file:
         texts = [_text(file) for file in files]
-        keys = [key for key, folder in (("drawn_file", out), ("mask_file", masks)) if folder]
-        rows = Rows(out_file, texts, weights=fingerprint(checkpoint), keys=keys, rank=rank, world=world)
+        rows = Rows(out_file, texts, weights=fingerprint(checkpoint), keys=list(made), rank=rank, world=world)
     mine = files if rows is None else [files[i] for i in rows.left]
     if masks and not (rows and rows.continued):
-        _refuse_to_replace([masks / stored[file] for file in mine])
+        _refuse_to_replace([made["mask_file"][file] for file in mine])
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
@@ -112,12 +114,13 @@ def run_predict(
         with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
             for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
                 failed += isinstance(found, BadImage)
+                row = _row(file, found)
                 if isinstance(found, Prediction):  # before the row, after which the file counts as done
                     if out:
-                        _write(found.draw(decode(file, turn=_turned(task))), out / drawn[file])
+                        _write(found.draw(decode(file, turn=_turned(task))), made["drawn_file"][file])
                     if masks and found.mask:
-                        _write(found.mask(), masks / stored[file])
-                row = _row(file, found) | (made[file] if isinstance(found, Prediction) else {})
+                        _write(found.mask(), made["mask_file"][file])
+                    row |= {key: _text(paths[file]) for key, paths in made.items()}
                 rows.add(row) if rows else print(json_line(row), flush=True)
                 done += 1
     except KeyboardInterrupt:
@@ -160,11 +163,6 @@ def _refuse_to_replace(targets: list[Path]) -> None:
             f"{plural(len(there), 'mask')} would be replaced ({some(there, 2)}): give another --masks folder, or "
             "remove them"
         )
-
-
-def _made(file: Path, drawn: Path | None, mask: Path | None) -> dict[str, str]:
-    """What a row says of the files that are made from an image."""
-    return {key: _text(path) for key, path in (("drawn_file", drawn), ("mask_file", mask)) if path}
 
 
 def _turned(task: Task) -> bool:
