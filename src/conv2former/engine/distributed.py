@@ -169,7 +169,7 @@ class Watch:
         handles = (self.board.handle, control.fileno(), signals.fileno())
         program = [sys.executable, "-IS", watchdog.__file__, *map(str, (*handles, os.getpid()))]
         devices: Any = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, watchdog.FOR_TRAINING)  # which the watchdog inherits
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, activity.STOPS)  # which the watchdog inherits
         try:
             self.process = subprocess.Popen(program, pass_fds=handles, **devices)
         finally:

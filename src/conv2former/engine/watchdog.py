@@ -25,8 +25,6 @@ SILENCE = 30.0  # seconds without a heartbeat after which a process is taken for
 GRACE = 3.0  # seconds that a training process has to end by itself
 REPEAT = 1.0  # a second Ctrl-C within this many seconds is the first, passed on by a launcher
 LONGEST = 65536  # bytes of a message
-# signals that the watchdog ignores; Windows lacks some
-FOR_TRAINING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
 HELP = "what was saved is kept: continue with --resume"
 
 
@@ -402,6 +400,6 @@ def _kill(pid: int) -> None:
 
 
 if __name__ == "__main__":
-    for number in FOR_TRAINING:
+    for number in _activity().STOPS:  # they are for the training
         signal.signal(number, signal.SIG_IGN)
     Watchdog(*map(int, sys.argv[1:])).run()
