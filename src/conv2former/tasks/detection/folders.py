@@ -17,6 +17,7 @@ from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
 
 WORDS = dict(train="training", val="validation", test="test")
+KEYS = dict(train="train", val="val", test="val")  # of the recipe, by part
 VALIDATION = re.compile("(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
@@ -116,7 +117,7 @@ def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]]
 
 def _missing(file: Path, root: Path, part: str, *, held: bool = True) -> UserError:
     """The error about annotations that are not there; ``held`` where a part may be held out of the others."""
-    own = "train" if part == "train" else "val"
+    own = KEYS[part]
     there = [str(found.relative_to(root)) for found in _json_files(root)]
     formats = f"there are {some(there)}" if there else "other formats (YOLO, labelme, VOC) are not read: export as COCO"
     way = ", or hold out a fraction with --set data.val_fraction=0.1" if part == "val" and held else ""
@@ -178,12 +179,13 @@ def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, P
     Where the recipe leaves COCO's own names and there are no such files, a folder or a JSON file that is called after
     the part (Roboflow's ``valid/_annotations.coco.json``, ``annotations/val.json``); UserError where several are.
     """
-    own = "train" if split == "train" else "val"
+    own = KEYS[split]
     given = [getattr(data, key) for key in (f"{own}_images", f"{own}_annotations")]
     if split == "test":
         given = [re.sub(VALIDATION, "test", name) for name in given]
-    if _named(data, own) or (root / given[1]).is_file():
-        return root / given[0], root / given[1]
+    place = root / given[0], root / given[1]
+    if _named(data, own) or place[1].is_file():
+        return place
     folders = [place / name for place in (root / "images", root) if place.is_dir() for name in subfolders(place)]
     folders = [folder for folder in folders if split in _parts_of(folder.name)]
     folders = [folder for folder in folders if folder.name.casefold() in SPLITS[split]] or folders
@@ -195,17 +197,14 @@ def _places(root: Path, data: DetectionDataSection, split: str) -> tuple[Path, P
         return _only(inside, split, root)
     files = _likely([file for file in _json_files(root) if _parts_of(file.stem) == {split}])
     images = folders or [folder for folder in [root / "images"] if folder.is_dir()] or [root]
-    return _only([(folder, file) for folder in images for file in files], split, root) or (
-        root / given[0],
-        root / given[1],
-    )
+    return _only([(folder, file) for folder in images for file in files], split, root) or place
 
 
 def _only(places: Sequence[tuple[Path, Path]], split: str, root: Path) -> Any:
     """The one place of a part; None without; raises UserError where there are several."""
     if len(places) > 1:
         found = [" with ".join(str(path.relative_to(root)) for path in place) for place in places]
-        own = "train" if split == "train" else "val"
+        own = KEYS[split]
         raise UserError(
             f"{root}: several may be the {WORDS[split]} images and their annotations ({some(found)}): say "
             f"which with --set data.{own}_images=FOLDER --set data.{own}_annotations=FILE"
@@ -228,13 +227,9 @@ def open_eval_coco(
         UserError: Anything wrong with the files, or categories that the model does not know.
     """
     root = given_folder(root, "images and annotations")
-    place, instead = _places(root, data, split or "val"), False
-    if not place[1].is_file() and split != "test" and not _named(data, "train" if split == "train" else "val"):
-        train = _places(root, data, "train")
-        found = (
-            _alone(root, data) or (train if split is None and train[1].is_file() else None) if split != "val" else None
-        )
-        place, instead = found or place, bool(found)
+    place = _places(root, data, split or "val")
+    instead = None if place[1].is_file() else _instead(root, data, split)
+    place = instead or place
     if not place[1].is_file():
         raise _missing(place[1], root, split or "val", held=False)
     source = CocoSource(*place, turn=data.exif == "turn")
@@ -253,6 +248,17 @@ def open_eval_coco(
     source.category_ids = [ids.get(name, spare + number) for number, name in enumerate(classes, 1)]
     source.classes = list(classes)
     return source
+
+
+def _instead(root: Path, data: DetectionDataSection, split: str | None) -> tuple[Path, Path] | None:
+    """The one set that is there, where the annotations of a part are not; the training set if no part was asked for."""
+    if split in ("val", "test") or (split is None and _named(data, "val")):
+        return None
+    alone = _alone(root, data)
+    if alone or split:
+        return alone
+    train = _places(root, data, "train")
+    return train if train[1].is_file() else None
 
 
 def _check_same(train: CocoSource, val: CocoSource) -> None:
