@@ -242,13 +242,13 @@ def convert(
     classifier = state_dict.get("head.fc.bias")
     num_classes = 0 if classifier is None else classifier.numel()
     model_args: dict[str, Any] = said.args | dict(kernel_size=kernel_size, num_classes=num_classes)
+    expected = _expected(model, model_args, src)
     if not any(name.startswith(HEAD) for name in state_dict):
         fresh = timm.create_model(model, **model_args).state_dict()
         state_dict |= {name: tensor for name, tensor in fresh.items() if name.startswith(HEAD)}
         notes.append(
             "it has no head: what is in front of a classifier starts new; fine-tune it, or take it as a backbone"
         )
-    expected = _expected(model, model_args, src)
     counts = [name for name in expected if name.endswith(".num_batches_tracked")]  # which older programs leave out
     state_dict |= {name: torch.zeros((), dtype=torch.long) for name in counts if name not in state_dict}
     _check_fit(state_dict, expected, src, architecture, model_args)
