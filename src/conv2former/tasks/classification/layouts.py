@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
+from conv2former.data.recognise import holds_images, images_and_masks
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import alike, counted, given_folder, spread
 from conv2former.errors import UserError, nearest, some, visible
@@ -173,8 +174,9 @@ def _layout(kind: str, root: Path | None) -> _Layout:
 def _folder_layout(root: Path) -> _Layout:
     names = subfolders(root)
     found = _splits(names)
-    if not found and like_splits(names):
-        raise UserError(f"{root}: the folders {some(names)} look like parts of a set: call them train/ and val/")
+    shown = [] if found else [name for name in names if holds_images(root / name)]
+    if like_splits(shown):
+        raise UserError(f"{root}: the folders {some(shown)} look like parts of a set: call them train/ and val/")
     inside, below = root, names
     while len(below) == 1 and len(inside.parts) < len(root.parts) + DEEP:
         inside /= below[0]
@@ -186,6 +188,8 @@ def _folder_layout(root: Path) -> _Layout:
     _refuse_parts_of_classes(root, names if not found else [])
     for folder in (root, *places.values()):
         _refuse_archives(folder)
+    for folder in places.values() or [root]:
+        _refuse_masks(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
     parts: dict[str, Opener] = {split: partial(FolderSource, place) for split, place in places.items()}
     return _Layout(parts, partial(FolderSource, root), words, _rest(root, names, found))
@@ -212,6 +216,18 @@ def _refuse_parts_of_classes(root: Path, names: Sequence[str]) -> None:
                 f"({inner['train']}/{name}/ and so on), or give --data {shlex.quote(str(root / name))} if that is the "
                 "whole set"
             )
+
+
+def _refuse_masks(folder: Path) -> None:
+    """Refuses images beside their masks, as folders of classes or inside of these: masks would be learnt as images."""
+    names = subfolders(folder)
+    for place in (folder, *(folder / names[index] for index in spread(len(names), LOOKED_INTO))):
+        pair = images_and_masks(subfolders(place))
+        if pair and all(holds_images(place / name) for name in pair):
+            what = f"{pair[0]}/ and {pair[1]}/ in {place}"
+            if place == folder:
+                raise UserError(f"{what} are not taken for classes: rename these folders if they are")
+            raise UserError(f"{what} look like images and their masks: move the masks elsewhere")
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection
 from conv2former.data.images import shown
 from conv2former.data.loading import Normalizer
+from conv2former.data.recognise import read_for
 from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Task, Words
 from conv2former.tasks.classification import probe
@@ -139,7 +140,8 @@ class ClassificationTask(Task):
     @classmethod
     def open_splits(cls, recipe: ClassificationRecipe, root: Path | None) -> Splits:
         """Class folders, archives, datasets: see ``layouts``."""
-        return open_splits(recipe.data, root, seed=recipe.engine.seed)
+        with read_for(cls.name, root):
+            return open_splits(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> ImageSource:
         return open_eval_source(root, self.classes, kind=self.source, split=self.split)

@@ -119,11 +119,16 @@ def _missing(file: Path, root: Path, part: str, *, held: bool = True) -> UserErr
     """The error about annotations that are not there; ``held`` where a part may be held out of the others."""
     own = KEYS[part]
     there = [str(found.relative_to(root)) for found in _json_files(root)]
-    formats = f"there are {some(there)}" if there else "other formats (YOLO, labelme, VOC) are not read: export as COCO"
     way = ", or hold out a fraction with --set data.val_fraction=0.1" if part == "val" and held else ""
+    lacking = f"there are no annotations {file}; there are {some(there)}: name"
+    if not there:
+        lacking = (
+            f"there are no annotations in {root}: export them in COCO's format (YOLO's, labelme's and Pascal VOC's are "
+            "not read), and name"
+        )
     return UserError(
-        f"there are no annotations {file}; {formats}: name those of the {WORDS[part]} images, by their paths below "
-        f"{root}, with --set data.{own}_annotations=FILE --set data.{own}_images=FOLDER{way}"
+        f"{lacking} those of the {WORDS[part]} images, by their paths below {root}, with "
+        f"--set data.{own}_annotations=FILE --set data.{own}_images=FOLDER{way}"
     )
 
 

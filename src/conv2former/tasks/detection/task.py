@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from conv2former.checkpoints.exported import ExportedNetwork
 from conv2former.config import ModelSection
 from conv2former.data.images import shown
+from conv2former.data.recognise import read_for
 from conv2former.data.rle import decode_mask
 from conv2former.errors import UserError, or_left_out
 from conv2former.files import replace_text
@@ -84,7 +85,8 @@ class DetectionTask(DenseTask):
     @classmethod
     def open_splits(cls, recipe: DetectionRecipe, root: Path | None) -> CocoSplits:
         """COCO's layout, or files of its format that the recipe names."""
-        return open_coco(recipe.data, root, seed=recipe.engine.seed)
+        with read_for(cls.name, root):
+            return open_coco(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> CocoSource:
         return open_eval_coco(self.recipe.data, root, self.classes, self.split)

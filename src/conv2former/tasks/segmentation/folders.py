@@ -18,6 +18,7 @@ from PIL import Image
 
 from conv2former.data.folders import find_splits, listed, one_form, respelled, subfolders, unread
 from conv2former.data.images import IGNORED, IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
+from conv2former.data.recognise import IMAGES, MASKS
 from conv2former.data.sources import (
     class_lines,
     counted,
@@ -55,8 +56,6 @@ from conv2former.tasks.segmentation.values import (
 LOOKED_AT = 64  # masks whose values are counted before the first step
 BREAK = re.compile(r"[ ._(-]")  # stands between an image's name and what is behind it: cat_1, cat (1), cat-rust-0
 TRIED = 20  # images whose names are looked for in those of masks
-IMAGES = ("images", "image", "imgs", "img")  # the folders, in upper and lower case
-MASKS = ("masks", "mask", "annotations", "labels", "label")
 MAX_CLASSES = 255  # one number of a byte stands for none
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # one name a line; ADE20K's table
 
@@ -245,7 +244,6 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
         UserError: Missing data, images without masks, no validation set, no classes.
     """
     root = given_folder(root, "images")
-    classes = _classes(root, data)
     places = _places(data.source, root)
     found = places.get("train", places.get("alone"))
     if found is None:
@@ -254,6 +252,7 @@ def open_pairs(data: SegmentationDataSection, root: Path | None, *, seed: int) -
             f"no {_expected(data.source)} in {root} (there: {there}): call the folders so; masks have the names of "
             "their images, or the same word before or behind each"
         )
+    classes = _classes(root, data)
     train = _open(root, found, classes, data)
     train.notes += [*_unread(root, places), *train.look(found[1])]
     if "val" in places:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conv2former.config import ModelSection
 from conv2former.data.images import shown
+from conv2former.data.recognise import read_for
 from conv2former.data.rle import encode_mask
 from conv2former.errors import UserError, or_left_out
 from conv2former.tasks.base import Evaluation, Exportable, Line, Prediction, Prepared, Reported, Words
@@ -68,7 +69,8 @@ class SegmentationTask(DenseTask):
     @classmethod
     def open_splits(cls, recipe: SegmentationRecipe, root: Path | None) -> PairSplits:
         """ADE20K's layout, or folders of images and masks."""
-        return open_pairs(recipe.data, root, seed=recipe.engine.seed)
+        with read_for(cls.name, root):
+            return open_pairs(recipe.data, root, seed=recipe.engine.seed)
 
     def eval_source(self, root: Path | None) -> PairSource:
         """The validation set, or the one set that is there."""
