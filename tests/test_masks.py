@@ -214,6 +214,19 @@ def test_predicted_masks_have_the_values_of_the_data_set(
         assert np.array_equal(mask == {"ground": 0, "block": 200, "disc": 100}[row["label"]], decode_mask(row["mask"]))
     assert run_command(monkeypatch, *words) == 1
     assert "1 mask would be replaced" in capsys.readouterr().err
+    rows = [*words, "--out-file", str(tmp_path / "rows.jsonl")]
+    for _ in range(2):  # a call that is refused leaves nothing behind that the next one would go on with
+        assert run_command(monkeypatch, *rows) == 1
+        assert "1 mask would be replaced" in capsys.readouterr().err and not (tmp_path / "rows.jsonl").exists()
+    several = [*words[:2], *map(str, sorted(image.parent.glob("*.png"))[:3]), "--masks", str(tmp_path / "three")]
+    several += ["--out-file", str(tmp_path / "three.jsonl")]
+    assert run_command(monkeypatch, *several) == 0
+    first, *_ = (tmp_path / "three.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "three.jsonl").write_text(first)  # as if it had been stopped, with the other masks of somebody else
+    assert run_command(monkeypatch, *several) == 1
+    assert "1 mask would be replaced" in capsys.readouterr().err
+    assert run_command(monkeypatch, *words, "--out", str(tmp_path / "masks")) == 1
+    assert "--masks and --out are one folder" in capsys.readouterr().err
     assert run_command(monkeypatch, *words[:-1], str(image.parent)) == 1
     assert "masks could replace: give another folder" in capsys.readouterr().err
     assert run_command(monkeypatch, *words[:2], str(image.parent), "--masks", str(image.parent / "masks")) == 1

@@ -96,37 +96,42 @@ def run_predict(
         if folder:
             made[key] = {file: folder / name for file, name in output_names(files, inputs, ending).items()}
     if masks:
-        _check_masks(masks, inputs, files)
+        _check_masks(masks, out, inputs, files)
     rows = None
     if out_file:
         texts = [_text(file) for file in files]
         rows = Rows(out_file, texts, weights=fingerprint(checkpoint), keys=list(made), rank=rank, world=world)
     mine = files if rows is None else [files[i] for i in rows.left]
-    if masks and not (rows and rows.continued):
-        _refuse_to_replace([made["mask_file"][file] for file in mine])
-    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local % torch.cuda.device_count()}"
-    task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
-    if masks and task.layers != ("masks",):
-        raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
-    failed, done = 0, 0
+    try:
+        if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{local % torch.cuda.device_count()}"
+        task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
+        if masks and task.layers != ("masks",):
+            raise UserError(f"--masks is for segmentation models, this is a {task.name} model: leave it out")
+        if masks:  # a call that was stopped may have left a mask without its row, of its next image
+            rest = mine[1:] if rows and rows.continued else mine
+            _refuse_to_replace([made["mask_file"][file] for file in rest])
+    except UserError:
+        if rows:
+            rows.abandon()
+        raise
+    failed = empty = done = 0
     try:
         with Ticker(lambda: f"predicting, {done} of {len(mine)} images done", enabled=rows is not None):
             for file, found in _found(task, mine, batch_size=batch_size, workers=workers):
-                failed += isinstance(found, BadImage)
                 row = _row(file, found)
-                if isinstance(found, Prediction):  # before the row, after which the file counts as done
-                    if out:
-                        _write(found.draw(decode(file, turn=_turned(task))), made["drawn_file"][file])
-                    if masks and found.mask:
-                        _write(found.mask(), made["mask_file"][file])
-                    row |= {key: _text(paths[file]) for key, paths in made.items()}
+                if isinstance(found, Prediction):
+                    empty += not found.lines
+                    row |= _write_made(task, file, found, {key: paths[file] for key, paths in made.items()})
                 rows.add(row) if rows else print(json_line(row), flush=True)
-                done += 1
+                failed, done = failed + (not row["ok"]), done + 1
     except KeyboardInterrupt:
         if rows:
             say(f"stopped, {done} of {len(mine)} rows are written: the same command continues there")
         raise
+    if done and empty == done:
+        where = "the image" if done == 1 else f"any of the {done:,} images"
+        say(f"nothing was found on {where}: a lower --threshold shows what the model is less sure of")
     if rows:
         there = rows.finish()
         if there is None:
@@ -145,9 +150,21 @@ def _opened(checkpoint: Path | str, *, device: str, fuse: bool, **options: Any) 
     return for_inference(task, device, fuse=fuse)
 
 
-def _check_masks(folder: Path, inputs: Sequence[Path], files: list[Path]) -> None:
+def _write_made(task: Task, file: Path, found: Prediction, places: dict[str, Path]) -> dict[str, str]:
+    """Writes what is made of an image, before the row after which it counts as done; the paths, as rows name them."""
+    for key, path in places.items():
+        if key == "drawn_file":
+            _write(found.draw(decode(file, turn=_turned(task))), path)
+        elif found.mask:
+            _write(found.mask(), path)
+    return {key: _text(path) for key, path in places.items()}
+
+
+def _check_masks(folder: Path, out: Path | None, inputs: Sequence[Path], files: list[Path]) -> None:
     """Raises UserError where masks could replace images, or be taken for some by the next call."""
     own = folder.resolve()
+    if out and out.resolve() == own:
+        raise UserError(f"--masks and --out are one folder, {folder}: give each its own")
     if own in {file.parent.resolve() for file in files}:
         raise UserError(f"--masks {folder} holds images, which masks could replace: give another folder")
     if any(path.is_dir() and own.is_relative_to(path.resolve()) for path in inputs):

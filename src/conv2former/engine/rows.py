@@ -54,7 +54,7 @@ class Rows:
                 raise UserError(f"{path} has rows of a model with other weights: give another --out-file")
             if lacking := [key for key in keys if any(row.get("ok") and key not in row for row in known.values())]:
                 raise UserError(f"{path} has rows without {' and '.join(lacking)}: give another --out-file")
-            self.continued = bool(known) or self.own.exists()
+            self.continued = self.own.exists()
             self.left = [i for i, name in enumerate(self.names) if i % world == rank and name not in known]
             self.file = self.own.open("a+b")
             self._cut_off_half_a_line()
@@ -62,6 +62,13 @@ class Rows:
             raise UserError(f"another command writes {self.own}: wait for its end") from None
         except OSError as error:
             raise UserError(f"cannot write {self.own}: {one_line(error)}") from None
+
+    def abandon(self) -> None:
+        """Leaves no trace of a call that was refused before it wrote a row."""
+        self.file.close()
+        if not self.continued:
+            self.own.unlink(missing_ok=True)
+        self.lock.release()
 
     def add(self, row: dict[str, Any]) -> None:
         """Writes a row; raises UserError."""
