@@ -59,7 +59,7 @@ def open_coco(data: DetectionDataSection, root: Path | None, *, seed: int) -> Co
     fraction = 0.0 if val_place[1].is_file() or _named(data, "val") else data.val_fraction
     for part, (_, file) in dict(train=place, **{} if fraction else dict(val=val_place)).items():
         if not file.is_file():
-            raise _missing(file, root, part)
+            raise _missing(file, root, part, held=not _named(data, part))
     train = CocoSource(*place, turn=data.exif == "turn")
     if fraction:
         val, train = _divided(train, fraction, seed, root)
@@ -118,7 +118,8 @@ def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]]
 def _missing(file: Path, root: Path, part: str, *, held: bool = True) -> UserError:
     """The error about annotations that are not there; ``held`` where a part may be held out of the others."""
     own = KEYS[part]
-    there = [str(found.relative_to(root)) for found in _json_files(root)]
+    inside = [file for name in subfolders(root) for file in sorted((root / name).glob("*.json"))]
+    there = [str(found.relative_to(root)) for found in dict.fromkeys([*_json_files(root), *inside])]
     way = ", or hold out a fraction with --set data.val_fraction=0.1" if part == "val" and held else ""
     lacking = f"there are no annotations {file}; there are {some(there)}: name"
     if not there:
@@ -239,7 +240,7 @@ def open_eval_coco(
         raise _missing(place[1], root, split or "val", held=False)
     source = CocoSource(*place, turn=data.exif == "turn")
     if instead:
-        source.notes.append(f"no annotations of validation images: all images of {place[1]} are evaluated")
+        source.notes.append(f"no annotations of {WORDS[split or 'val']} images: all images of {place[1]} are evaluated")
     source.classes = respelled(source.classes, classes)
     unknown = [name for name in source.classes if name not in classes]
     if unknown:
