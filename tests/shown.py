@@ -20,7 +20,8 @@ import torch
 import typer.main
 
 import conv2former_cli
-from conv2former.checkpoints import authors_state_dict, convert, save_pretrained
+from authors import authors_state_dict
+from conv2former.checkpoints import convert, save_pretrained
 from conv2former.engine.train import train
 from conv2former.recipes import load_recipe, recipe_names
 from conv2former.recipes.load import parse_yaml

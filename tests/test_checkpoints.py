@@ -9,17 +9,18 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.data import resolve_model_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 from torch import nn
 
+from authors import authors_state_dict
 from conv2former.checkpoints import (
-    authors_state_dict,
     convert,
     convert_authors_state_dict,
     hub,
@@ -874,10 +875,35 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path) -> None:
     convert(tmp_path / "a.pth.tar", tmp_path / "half", model=NAME, mean_std="half")  # what is asked for comes first
     made = timm.create_model(f"local-dir:{tmp_path / 'half'}", pretrained=True)
     assert tuple(resolve_model_data_config(made)["std"]) == (0.5, 0.5, 0.5)
+    convert(tmp_path / "a.pth.tar", tmp_path / "net", model=NAME, mean_std="imagenet")
+    made = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True)
+    assert tuple(resolve_model_data_config(made)["mean"]) == IMAGENET_DEFAULT_MEAN
     torch.save(content | dict(arch="conv2former_n_sum"), tmp_path / "b.pth.tar")
     assert "says that it holds a conv2former_n_sum" in refusal(
         convert, tmp_path / "b.pth.tar", tmp_path / "b", model=NAME
     )
+
+
+def test_shapes_and_images_come_from_the_arguments_too(tmp_path: Path) -> None:
+    model = timm.create_model(NAME, num_classes=3, head_hidden_size=24)
+    args: dict[str, Any] = dict(
+        model_kwargs=dict(head_hidden_size=24), input_size=[3, 96, 96], crop_pct=1.0, interpolation="bilinear"
+    )
+    path = tmp_path / "a.pth.tar"
+    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**args)), path)
+    convert(path, tmp_path / "a", model=NAME)
+    config = resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True))
+    assert {key: config[key] for key in ("input_size", "crop_pct", "interpolation")} == dict(
+        input_size=(3, 96, 96), crop_pct=1.0, interpolation="bilinear"
+    )
+    for wrong, message in (
+        (dict(std=[0.0, 0.0, 0.0]), "prepare no images: std.0"),
+        (dict(img_size=8184), "prepare no images: input_size.1"),
+        (dict(model_kwargs=dict(stem_stride=3)), "no network has the arguments in a.pth.tar"),
+    ):
+        torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**(args | wrong))), path)
+        assert message in refusal(convert, path, tmp_path / "b", model=NAME)
+        assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("key", ["ema_model", "swa_state_dict", "averaged_model"])

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from conv2former_cli.common import app, tell
-
-
-class Normalisation(StrEnum):  # mean and standard deviation that a checkpoint expects
-    imagenet = "imagenet"
-    half = "half"
 
 
 @app.command()
@@ -22,8 +16,11 @@ def convert(
     dst: Annotated[Path, Argument(help="Folder to make.")],
     model: Annotated[str, Option(help="What it is, conv2former_t for example.")],
     normalisation: Annotated[
-        Normalisation, Option(help="Mean and std that the weights expect: ImageNet's, or 0.5.")
-    ] = Normalisation.imagenet,
+        Literal["imagenet", "half"] | None,
+        Option(
+            help="Mean and std that the weights expect: ImageNet's, or 0.5 (default: the file's own, or ImageNet's)."
+        ),
+    ] = None,
     ema: Annotated[bool, Option(help="Prefer averaged weights where the file has both.")] = True,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
@@ -33,7 +30,5 @@ def convert(
     """
     from conv2former.checkpoints import convert as run_convert
 
-    tell(
-        *str(run_convert(src, dst, model=model, mean_std=normalisation.value, ema=ema, overwrite=overwrite)).split("\n")
-    )
+    tell(*str(run_convert(src, dst, model=model, mean_std=normalisation, ema=ema, overwrite=overwrite)).split("\n"))
     tell(f"load it with timm.create_model('local-dir:{dst}', pretrained=True)")

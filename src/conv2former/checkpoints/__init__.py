@@ -7,7 +7,7 @@ read as data and never executed (``reading``). The authors' checkpoints name the
 takes as it is.
 """
 
-from conv2former.checkpoints.convert import ConvertReport, authors_state_dict, convert, convert_authors_state_dict
+from conv2former.checkpoints.convert import ConvertReport, convert, convert_authors_state_dict
 from conv2former.checkpoints.hub import (
     load_pretrained,
     save_pretrained,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import torch
+from pydantic import ValidationError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from conv2former.checkpoints.hub import check_replaceable, differences, expected_shapes, save_pretrained
 from conv2former.checkpoints.reading import StrPath, check_finite, check_types, extract_weights, read_checkpoint
-from conv2former.config import MOST_SIDE
+from conv2former.checkpoints.schema import Preprocessing, first_fault
 from conv2former.errors import UserError, one_line, some
 from conv2former.models import variants
 from conv2former.models.meta import check_args
@@ -64,27 +63,17 @@ def convert_authors_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Te
     Raises:
         UserError: Two names stand for the same parameter.
     """
-    return _renamed(state_dict, NAMES, _to_linear)
-
-
-def authors_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``convert_authors_state_dict``: the hierarchical network's names to the authors'."""
-    return _renamed(state_dict, [(ours, theirs, linear) for theirs, ours, linear in NAMES], _to_conv)
-
-
-def _renamed(state_dict: Mapping[str, Tensor], names: list[tuple[str, str, bool]], reshape: Any) -> dict[str, Tensor]:
-    """Every tensor under its new name, weights of the marked rows reshaped."""
     table = []
-    for old, new, linear in names:
-        module = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(old))
-        table.append((re.compile(rf"{module}(?P<tail>(?:\.\w+)?)"), new, linear))  # tail: '.weight' and the like
+    for theirs, ours, linear in NAMES:
+        module = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(theirs))
+        table.append((re.compile(rf"{module}(?P<tail>(?:\.\w+)?)"), ours, linear))  # tail: '.weight' and the like
     renamed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         for pattern, template, linear in table:
             if match := pattern.fullmatch(name):
                 groups = match.groupdict()
                 name = template.format(**groups) + groups["tail"]
-                tensor = reshape(tensor) if linear and groups["tail"] == ".weight" else tensor
+                tensor = _to_linear(tensor) if linear and groups["tail"] == ".weight" else tensor
                 break
         if name in renamed:
             raise UserError(f"the checkpoint holds {name} under two names: save one model alone")
@@ -95,10 +84,6 @@ def _renamed(state_dict: Mapping[str, Tensor], names: list[tuple[str, str, bool]
 def _to_linear(weight: Tensor) -> Tensor:
     """(out, in, 1, 1) -> (out, in); any other shape stays and is reported where it does not fit."""
     return weight.flatten(1) if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight
-
-
-def _to_conv(weight: Tensor) -> Tensor:
-    return weight[:, :, None, None] if weight.ndim == 2 else weight
 
 
 MEAN_STD = {
@@ -112,8 +97,11 @@ ANCHORS = ("stages.0.blocks.0.mod.dwconv.weight", "stages.0.0.attn.att.2.weight"
 # what profilers (thop) and AveragedModel leave among the weights
 COUNTERS = (".total_ops", ".total_params", ".n_averaged")
 HEAD = "head."
-# arguments that change what a network computes, and no shape of its weights
-TRACELESS = ("stem_stride", "act_layer", "output_stride", "global_pool")
+# arguments of a network that are taken from beside its weights; the kernel and the classes are read off the weights
+TAKEN = (
+    *("stem_stride", "act_layer", "output_stride", "global_pool"),  # without a trace in the weights
+    *("dims", "depths", "mlp_ratio", "head_hidden_size", "ls_init_value"),
+)
 # what names say of a network that was changed, with the way back
 CHANGED = (
     (r"\.lora_|\.base_layer\.", "it has adapters: merge them into the weights first"),
@@ -191,7 +179,7 @@ def convert(
     dst: StrPath,
     *,
     model: str,
-    mean_std: Literal["imagenet", "half"] = "imagenet",
+    mean_std: Literal["imagenet", "half"] | None = None,
     ema: bool = True,
     overwrite: bool = False,
 ) -> ConvertReport:
@@ -199,15 +187,16 @@ def convert(
 
     The kernel size and the number of classes come from the weights. What leaves no trace in them (the stride of the
     stem, the pooling, the images' size and normalisation) comes from the arguments that timm's train.py keeps beside
-    them, else it is taken for the paper's; ``model``'s tag and ``mean_std='half'`` come first. The result loads with
+    them, else it is taken for the paper's; ``model``'s tag and ``mean_std`` come first. The result loads with
     ``timm.create_model("local-dir:DST", pretrained=True)`` and with ``load_pretrained``.
 
     Args:
         src: The checkpoint, see ``read_state_dict``.
         dst: The folder to write.
         model: A registered hierarchical Conv2Former; a tag sets the input size (``conv2former_b.untrained_384``).
-        mean_std: Normalisation of the images to record. The authors' README says ImageNet's mean and deviation;
-            the default of their old library was 0.5 and 0.5 ('half'). Evaluate both where accuracy looks low.
+        mean_std: Normalisation of the images to record, whatever the arguments say; None for theirs, else 'imagenet'.
+            The authors' README says ImageNet's mean and deviation; the default of their old library was 0.5 and 0.5
+            ('half'). Evaluate both where accuracy looks low.
         ema: Prefer the moving average of the weights.
         overwrite: Replace a model that is in ``dst`` already. A folder with anything else in it is never replaced.
 
@@ -215,22 +204,22 @@ def convert(
         UserError: Unknown model, unreadable checkpoint, a checkpoint that does not fit the model, ``dst`` taken or not
             writable.
     """
-    if mean_std not in MEAN_STD:
+    if mean_std and mean_std not in MEAN_STD:
         raise UserError(f"mean_std is {mean_std!r}: use 'imagenet' or 'half'")
     architecture = check_model_name(model)
     src, dst = Path(src), Path(dst)
     check_replaceable(dst, overwrite=overwrite)
 
     checkpoint = read_checkpoint(src)
-    said = _said(
-        checkpoint, src, architecture, asked=("mean", "std") * (mean_std == "half") + ("input_size",) * ("." in model)
-    )
+    args, cfg = _said(checkpoint, src, architecture)
+    asked = ("mean", "std") * bool(mean_std) + ("input_size",) * ("." in model)
+    cfg = {key: value for key, value in cfg.items() if key not in asked}
     weights, averaged = extract_weights(checkpoint, src, ema=ema)
     weights, others = network_part(weights, src)
     check_types(weights, src)
     check_finite(weights, src)
     notes = [f"{len(others)} tensors beside the network are left out ({some(others, 3)})"] * bool(others)
-    if beside := [f"{key} {value}" for key, value in (said.args | said.cfg).items()]:
+    if beside := [f"{key} {value}" for key, value in (args | cfg).items()]:
         notes.append(f"from the arguments in {src.name}: {', '.join(beside)}")
     state_dict = convert_authors_state_dict(weights)
     kernel = state_dict[ANCHORS[0]]
@@ -241,31 +230,32 @@ def convert(
         )
     classifier = state_dict.get("head.fc.bias")
     num_classes = 0 if classifier is None else classifier.numel()
-    model_args: dict[str, Any] = said.args | dict(kernel_size=kernel_size, num_classes=num_classes)
+    model_args: dict[str, Any] = args | dict(kernel_size=kernel_size, num_classes=num_classes)
     expected = _expected(model, model_args, src)
-    if not any(name.startswith(HEAD) for name in state_dict):
-        fresh = timm.create_model(model, **model_args).state_dict()
-        state_dict |= {name: tensor for name, tensor in fresh.items() if name.startswith(HEAD)}
+    network = timm.create_model(model, **model_args)
+    headless = not any(name.startswith(HEAD) for name in state_dict)
+    if headless:
         notes.append(
             "it has no head: what is in front of a classifier starts new; fine-tune it, or take it as a backbone"
         )
-    counts = [name for name in expected if name.endswith(".num_batches_tracked")]  # which older programs leave out
-    state_dict |= {name: torch.zeros((), dtype=torch.long) for name in counts if name not in state_dict}
-    _check_fit(state_dict, expected, src, architecture, model_args)
-
-    mean, std = MEAN_STD[mean_std]
-    network = timm.create_model(model, **model_args)
-    network.load_state_dict(state_dict)
+    own = {  # the counts of batches, which older programs leave out, are zero here
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        if name.endswith(".num_batches_tracked") or (headless and name.startswith(HEAD))
+    }
+    _check_fit(own | state_dict, expected, src, architecture, model_args)
+    network.load_state_dict(own | state_dict)
+    mean, std = MEAN_STD[mean_std or "imagenet"]
     with open(src, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    normalisation = "of its arguments" if {"mean", "std"} & said.cfg.keys() else mean_std
+    normalisation = "of its arguments" if {"mean", "std"} & cfg.keys() else mean_std or "imagenet"
     provenance: dict[str, Any] = dict(source=src.name, sha256=sha256, normalisation=normalisation, ema=averaged)
     save_pretrained(
         network,
         dst,
-        model_args=said.args | dict(kernel_size=kernel_size),
+        model_args=args | dict(kernel_size=kernel_size),
         # nobody states a license for the authors' weights, so none is recorded
-        pretrained_cfg=dict(mean=mean, std=std, license=None) | said.cfg,
+        pretrained_cfg=dict(mean=mean, std=std, license=None) | cfg,
         extra=dict(conv2former=provenance),
     )
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -293,18 +283,14 @@ def _check_fit(
         raise UserError(f"{src} does not fit {architecture}: {difference}; {advice}")
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What timm's train.py keeps beside weights: arguments of the network, and of its images."""
+def _said(checkpoint: Any, path: Path, architecture: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What timm's train.py keeps beside weights: arguments of the network, and how its images are prepared.
 
-    args: dict[str, Any]
-    cfg: dict[str, Any]
-
-
-def _said(checkpoint: Any, path: Path, architecture: str, *, asked: Collection[str]) -> _Said:
-    """All but what the user has ``asked`` for; raises UserError where it is of another network, or of none."""
+    Raises:
+        UserError: It is of another network, or of none.
+    """
     if not isinstance(checkpoint, Mapping):
-        return _Said({}, {})
+        return {}, {}
     options = checkpoint.get("args")
     given = dict(vars(options)) if isinstance(options, argparse.Namespace) else {}
     named = str(checkpoint.get("arch") or given.get("model") or architecture).partition(".")[0]
@@ -312,22 +298,22 @@ def _said(checkpoint: Any, path: Path, architecture: str, *, asked: Collection[s
         way = f"give --model {named}" if named in family() else "convert takes the authors' networks alone"
         raise UserError(f"{path} says that it holds a {named}: {way}")
     own = given.get("model_kwargs")
-    args = {key: value for key, value in (own if isinstance(own, dict) else {}).items() if key in TRACELESS}
+    args = {key: value for key, value in (own if isinstance(own, dict) else {}).items() if key in TAKEN}
     if given.get("gp") not in (None, "avg"):
         args["global_pool"] = given["gp"]
-    cfg = {key: tuple(given[key]) for key in ("mean", "std") if _is_three_numbers(given.get(key))}
-    if isinstance(size := given.get("img_size"), int) and 0 < size <= MOST_SIDE:
-        cfg["input_size"] = (3, size, size)
     check_args(args, f"the arguments in {path}")
-    return _Said(args, {key: value for key, value in cfg.items() if key not in asked})
-
-
-def _is_three_numbers(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and all(isinstance(part, int | float) and math.isfinite(part) for part in value)
-    )
+    cfg = {key: given[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation") if given.get(key)}
+    if given.get("img_size") and "input_size" not in cfg:
+        cfg["input_size"] = (3, given["img_size"], given["img_size"])
+    if cfg.get("interpolation") == "random":  # of training alone
+        del cfg["interpolation"]
+    try:
+        cfg = Preprocessing(**cfg).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise UserError(
+            f"the arguments in {path} prepare no images: {first_fault(error)}: save the weights alone, without them"
+        ) from None
+    return args, {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
 
 
 def family() -> list[str]:

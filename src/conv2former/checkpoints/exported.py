@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.hub import find_model
 from conv2former.checkpoints.schema import ExportedModel, first_fault
-from conv2former.errors import UserError, attempt, one_line
+from conv2former.errors import UserError, attempt, failing, one_line
 from conv2former.files import parse_json
 from conv2former_runtime import file as runtime_file
 from conv2former_runtime.model import Model
@@ -62,12 +62,8 @@ def open_exported(path: Path) -> tuple[dict[str, Any], Runtime]:
         raise UserError(f"{path}: no such file")
     if (needed := NEEDS.get(path.suffix)) and importlib.util.find_spec(needed) is None:
         raise UserError(f"{path} needs {needed}: pip install {needed}")
-    try:
+    with failing(f"{path} cannot be opened"):
         text, runtime = _OPEN[path.suffix](path)
-    except UserError:
-        raise
-    except Exception as error:  # each runtime has its own
-        raise UserError(f"{path} cannot be opened: {one_line(error)[:300]}") from None
     try:
         return ExportedModel.model_validate(parse_json(text)).model_dump(), runtime
     except ValidationError as error:
@@ -172,11 +168,9 @@ class ExportedNetwork(nn.Module):
 
     def compute(self, *inputs: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """The outputs, of these shapes, on the CPU; raises UserError where they are others, or the runtime fails."""
-        try:
+        with failing(f"{self.path} cannot be computed"):
             found = self.runtime(*map(np.ascontiguousarray, inputs))
             tensors = [torch.from_numpy(np.ascontiguousarray(output)) for output in found]
-        except Exception as error:  # each runtime has its own
-            raise UserError(f"{self.path} cannot be computed: {one_line(error)[:300]}") from None
         if (given := [tuple(tensor.shape) for tensor in tensors]) != [*shapes]:
             raise UserError(f"{self.path} gives {given[:4]} and says {[*shapes]}: export the run again")
         return tensors

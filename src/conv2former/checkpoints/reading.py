@@ -113,25 +113,20 @@ def _packed(path: Path) -> list[str]:
 
 
 def load_pickle(path: Path) -> Any:
-    """``torch.load`` restricted to data: tensors and containers, then once more with ``SAFE_GLOBALS`` besides."""
-    with warnings.catch_warnings():
+    """``torch.load`` restricted to data: tensors, containers, and ``SAFE_GLOBALS`` besides."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
         warnings.simplefilter("ignore")  # remarks on the pickle's protocol; what matters becomes a UserError
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            pass
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                refused = refused_globals(path, error)
-                if not refused:
-                    raise
-                raise UserError(
-                    f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused, 3)}, which "
-                    "the safe reader does not take; where you trust the file, save its weights alone, as "
-                    "tensors, with torch.save(state_dict, FILE) and give that one"
-                ) from error
+        except pickle.UnpicklingError as error:
+            refused = refused_globals(path, error)
+            if not refused:
+                raise
+            raise UserError(
+                f"{path} was refused and nothing in it was executed: its pickle asks for {some(refused, 3)}, which "
+                "the safe reader does not take; where you trust the file, save its weights alone, as "
+                "tensors, with torch.save(state_dict, FILE) and give that one"
+            ) from error
 
 
 def refused_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
