@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from enum import EnumType
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
 # the paper's tables that were trained here at small scale
@@ -51,8 +50,9 @@ def _leaves(group: Any, above: str = "") -> list[tuple[str, Any]]:
 def _option(given: Any) -> str:
     """A row of an argument or option, from what typer keeps of its annotation."""
     kind = given.type_descriptor.annotation
+    of = [one for one in (kind, *get_args(kind)) if get_origin(one) is Literal]
+    choices = get_args(of[0]) if of else ()
     kind = next(iter(get_args(kind)), kind)
-    choices = [str(one) for one in kind] if isinstance(kind, EnumType) else []
     if given.param_type_name == "argument":
         name = f"`{(given.metavar or given.name or '').upper()}`"
     else:

@@ -23,7 +23,7 @@ from conv2former.checkpoints import load_pretrained, save_pretrained
 from conv2former.checkpoints.weights import saved_weights
 from conv2former.data.images import BadImage, decode
 from conv2former.engine.progress import TrainingProgress
-from conv2former.errors import UserError, in_markdown, say, tell
+from conv2former.errors import UserError, in_markdown
 from conv2former.files import MOST_BYTES, MOST_LINE, parse_json, parse_yaml, read_lines
 from conv2former.recipes.load import load_recipe
 from conv2former.tasks import load, task_class
@@ -32,6 +32,7 @@ from conv2former.tasks.classification.network import build_model
 from conv2former.tasks.classification.sources import HfdsSource
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former_cli.common import print_table
+from conv2former_runtime.errors import say, tell
 from scenes import small_detector, small_segmenter, write_coco
 
 RED = "\x1b[31m\nerror: all is well"

@@ -7,10 +7,9 @@ import difflib
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from conv2former_runtime.errors import UserError, printable
+from conv2former_runtime.errors import UserError, printable, say
 
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, SLURM, and Lightning's own launcher
 
@@ -70,20 +69,6 @@ def markdown_row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(in_markdown, cells))} |"
 
 
-def tell(*lines: str) -> None:
-    """Prints lines to stdout, each of them one line whatever it quotes."""
-    print(*map(printable, lines), sep="\n")
-
-
-def say(*lines: str) -> None:
-    """Prints lines to stderr, as ``tell`` does. That nobody reads any more is no reason to end a training."""
-    try:
-        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # a reader, a terminal or a connection that is gone
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
 def is_first() -> bool:
     """Whether this is the first process of a run, even before the processes are connected."""
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
@@ -103,6 +88,17 @@ def attempt(what: str, advice: str = "") -> Iterator[None]:
     except OSError as error:
         file = f" ({error.filename})" if error.filename and str(error.filename) not in what else ""
         raise UserError(f"cannot {what}: {error.strerror or one_line(error)}{file}{advice}") from None
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Raises ``UserError`` in the place of whatever other software raises: ``{what}: reason``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {one_line(error)[:300]}") from error
 
 
 @contextlib.contextmanager

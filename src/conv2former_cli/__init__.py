@@ -23,7 +23,7 @@ from conv2former_cli import (
 )  # fmt: skip
 
 # isort: on
-from conv2former_cli.common import app
+from conv2former_cli.common import app, say
 
 __all__ = ["app", "main"]
 
@@ -45,9 +45,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _print_error(line: str) -> None:
-    # as conv2former.errors.printable, which cannot be imported where the working folder or PyTorch is gone
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
-    print(f"error: {line}", file=sys.stderr)
+    say(f"error: {line}")
 
 
 def _at_home(word: str) -> str:

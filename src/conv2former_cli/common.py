@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
+
+from conv2former_runtime.errors import printable, say, tell
+
+__all__ = ["say", "tell"]
 
 app = typer.Typer(
     name="conv2former",
@@ -68,23 +71,7 @@ CheckpointArgument = Annotated[
 InputsArgument = Annotated[list[Path], Argument(help="Images, or folders of images.")]
 
 
-class BadImages(StrEnum):  # what to do about an image that cannot be read
-    error = "error"
-    skip = "skip"
-
-
-def tell(*lines: str) -> None:
-    """``conv2former.errors.tell``, imported when it is called."""
-    from conv2former import errors
-
-    errors.tell(*lines)
-
-
-def say(*lines: str) -> None:
-    """``conv2former.errors.say``, imported when it is called."""
-    from conv2former import errors
-
-    errors.say(*lines)
+BadImages = Literal["error", "skip"]  # what to do about an image that cannot be read
 
 
 def result_line(evaluation: Any, what: str, folder: Path | None) -> str:
@@ -97,8 +84,6 @@ def wrote(files: list[Path], folder: Path) -> str:
 
 def print_table(columns: list[str], cells: list[list[str]], *, right: Any = ()) -> None:
     # not a rich table: a pipe or a narrow terminal must not cut the names
-    from conv2former.errors import printable
-
     columns, *cells = [[printable(cell) for cell in row] for row in (columns, *cells)]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for row in [columns, *cells]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -25,14 +24,6 @@ from conv2former_cli.common import (
 MOST_ROWS = 60  # of a table; what is between is left out
 
 
-class Split(StrEnum):
-    """Parts of a set of images."""
-
-    train = "train"
-    val = "val"
-    test = "test"
-
-
 @app.command()
 def evaluate(
     checkpoint: CheckpointArgument,
@@ -47,9 +38,10 @@ def evaluate(
         str | None, Option(help="Layout of a classifier's --data: class folders (the default), tar files, ...")
     ] = None,
     split: Annotated[
-        Split | None, Option(help="Part of --data, or of what the run was trained on: train, val or test.")
+        Literal["train", "val", "test"] | None,
+        Option(help="Part of --data, or of what the run was trained on: train, val or test."),
     ] = None,
-    on_bad_image: Annotated[BadImages, Option(help="'skip' leaves out what cannot be read.")] = BadImages.error,
+    on_bad_image: Annotated[BadImages, Option(help="'skip' leaves out what cannot be read.")] = "error",
     multi_scale: Annotated[bool, Option("--multi-scale", help="Segmentation: six scales, also mirrored.")] = False,
     set_: Annotated[
         list[str] | None,
@@ -75,8 +67,8 @@ def evaluate(
         device=device,
         fuse=fuse,
         source=source,
-        split=split.value if split else None,
-        on_bad_image=on_bad_image.value,
+        split=split,
+        on_bad_image=on_bad_image,
         multi_scale=multi_scale,
         settings=tuple(set_ or []),
     )

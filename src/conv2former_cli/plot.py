@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from conv2former_cli.common import app, tell
-
-XAxis = StrEnum("XAxis", ["epoch", "step", "minutes"])  # what learning curves are drawn over
 
 
 @app.command()
@@ -23,7 +20,10 @@ def plot(
             "several)."
         ),
     ] = None,
-    x: Annotated[XAxis, Option("--x", help="What to draw over; minutes are those of training alone.")] = XAxis.epoch,
+    x: Annotated[
+        Literal["epoch", "step", "minutes"],
+        Option("--x", help="What to draw over; minutes are those of training alone."),
+    ] = "epoch",
 ) -> None:
     """Draw the learning curves of a run, or of several in one figure.
 
@@ -31,4 +31,4 @@ def plot(
     """
     from conv2former.tools.plot import plot_runs
 
-    tell(f"learning curves are in {plot_runs(runs, out=out, x=x.value)}")
+    tell(f"learning curves are in {plot_runs(runs, out=out, x=x)}")

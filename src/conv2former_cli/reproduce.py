@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from conv2former_cli.common import app, say, tell, wrote
-
-
-class Scale(StrEnum):  # how large the rows are trained
-    small = "small"
-    full = "full"
 
 
 @app.command()
@@ -22,7 +16,7 @@ def reproduce(
     table: Annotated[str, Argument(help="table2 to table9, fig4a, fig4b.")],
     data: Annotated[Path | None, Option(help="Folder of images; without it the table is drawn alone.")] = None,
     pretraining_data: Annotated[Path | None, Option(help="Pre-training images for tables 4, 8, 9, full scale.")] = None,
-    scale: Annotated[Scale, Option(help="The paper's, or what one machine can train.")] = Scale.small,
+    scale: Annotated[Literal["small", "full"], Option(help="The paper's, or what one machine can train.")] = "small",
     seeds: Annotated[int, Option(min=1, help="Trainings of each row.")] = 1,
     out: Annotated[Path, Option(help="Folder for runs, rows.jsonl and tables.")] = Path("reproduction"),
     row: Annotated[list[str] | None, Option(help="Train this row alone, by its recipe; repeatable.")] = None,
@@ -45,7 +39,7 @@ def reproduce(
         table,
         data=data,
         pretraining_data=pretraining_data,
-        scale=scale.value,
+        scale=scale,
         seeds=seeds,
         out=out,
         only=tuple(row or ()),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from conv2former_cli.common import app, tell
 
-Kind = StrEnum("Kind", ["classification", "segmentation", "detection"])  # what the images are for
-
 
 @app.command()
 def samples(
-    kind: Annotated[Kind, Argument(help="The task that the images are for.")],
+    kind: Annotated[
+        Literal["classification", "segmentation", "detection"], Argument(help="The task that the images are for.")
+    ],
     folder: Annotated[Path, Argument(help="A new folder.")],
     count: Annotated[int, Option(min=5, help="Images; for classification, images per class.")] = 60,
     seed: Annotated[int, Option(min=0, help="Another one draws other images.")] = 0,
@@ -26,4 +25,4 @@ def samples(
     """
     from conv2former.tools.samples import write_samples
 
-    tell(f"{folder}: {write_samples(kind.value, folder, count=count, seed=seed)}")
+    tell(f"{folder}: {write_samples(kind, folder, count=count, seed=seed)}")

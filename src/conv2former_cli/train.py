@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
 from conv2former_cli.common import BadImages, DataOption, app, result_line, say, tell
 from conv2former_cli.habits import TrainCommand
-
-Resume = StrEnum("Resume", ["yes", "auto"])  # what to do with a run that is there
 
 FIRST = (
     "For your own images in one folder per class: conv2former train --recipe finetune --model "
@@ -44,7 +41,8 @@ def train(
         list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe; repeatable.")
     ] = None,
     resume: Annotated[
-        Resume | None, Option(metavar="[auto]", help="Continue the run in --out; 'auto' starts it where there is none.")
+        Literal["yes", "auto"] | None,
+        Option(metavar="[auto]", help="Continue the run in --out; 'auto' starts it where there is none."),
     ] = None,
     force: Annotated[bool, Option("--force", help="With --resume: allow other settings or images.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
@@ -78,7 +76,7 @@ def train(
     overrides += ["model.weights=null", "model.needs_weights=false"] * from_scratch
     overrides += ["model.fit_head=only"] * probe_only
     overrides += set_ or []
-    overrides += [f"data.on_bad_image={on_bad_image.value}"] if on_bad_image else []
+    overrides += [f"data.on_bad_image={on_bad_image}"] if on_bad_image else []
     given: Any = dict(out=out, resume=bool(resume), dry_run=dry_run)
     loaded = _recipe(recipe, _named(model) + overrides, **given)
     if weights is not None and recipe and not model and not any("model.name=" in one for one in set_ or []):
@@ -95,7 +93,7 @@ def train(
         return
     if out is None:
         raise UserError("no run folder given: name one with --out DIR")
-    going_on: Any = "auto" if resume == Resume.auto else bool(resume)
+    going_on: Any = "auto" if resume == "auto" else bool(resume)
     _train(loaded, out, data=data, resume=going_on, overwrite=overwrite, force=force)
 
 

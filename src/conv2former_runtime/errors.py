@@ -1,6 +1,9 @@
 """The exception for a user's mistake, and texts of files that a terminal is to see."""
 
+import contextlib
 import json
+import os
+import sys
 from typing import Any
 
 LONGEST = 2000  # characters of a message
@@ -28,3 +31,17 @@ def json_line(row: dict[str, Any]) -> str:
     """A row as JSON in one line; escaped if a name holds what no terminal is to see, or bytes that are no text."""
     text = json.dumps(row, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(row)
+
+
+def tell(*lines: str) -> None:
+    """Prints lines to stdout, each of them one line whatever it quotes."""
+    print(*map(printable, lines), sep="\n")
+
+
+def say(*lines: str) -> None:
+    """Prints lines to stderr, as ``tell`` does. That nobody reads any more is no reason to end a training."""
+    try:
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # a reader, a terminal or a connection that is gone
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
