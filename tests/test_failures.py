@@ -29,6 +29,7 @@ from conv2former.engine.evaluate import evaluate
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.train import Interrupted, train
 from conv2former.errors import UserError
+from conv2former.files import append_line, read_lines
 from conv2former.tasks.classification.task import ClassificationTask
 from digits import tiny_recipe, write_digits
 from runs import after_step, state, stop_at
@@ -314,11 +315,11 @@ def test_a_logger_that_fails_does_not_end_the_run(
 
 def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.add_bad_image("a.png", "why")
+    append_line(run.bad_images_jsonl, dict(file="a.png", reason="why"))
     with run.bad_images_jsonl.open("a") as file:
         file.write('{"file": "b.p')
-    run.add_bad_image("c.png", "why")
-    assert run.bad_images() == {"a.png", "c.png"}
+    append_line(run.bad_images_jsonl, dict(file="c.png", reason="why"))
+    assert [row["file"] for row in read_lines(run.bad_images_jsonl)] == ["a.png", "c.png"]
 
 
 def test_other_loggers_by_recipe(data: Path, tmp_path: Path) -> None:

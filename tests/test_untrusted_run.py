@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from conv2former.engine.faults import Faults
 from conv2former.engine.model_card import card
 from conv2former.engine.run_dir import RunDir
 from conv2former.tasks import task_class
 from conv2former.viz.plots import draw_curves
+from digits import tiny_recipe
 from test_untrusted import DEEP, RED, one_line_or_fine
 
 
@@ -26,10 +29,12 @@ def test_any_value_in_a_run_folder_is_used_or_refused(name: str, finished: Path,
     rows = [] if good else [json.loads(line) for line in lines[:3]]
     task = task_class("classification")
 
+    nothing: Any = None
+
     def everything() -> None:
         for use in (
             lambda: card(config, run),
-            lambda: (run.bad_images(), run.drop_rows_after(1, evaluated=1)),
+            lambda: (Faults(run, tiny_recipe(), nothing, nothing, print), run.drop_rows_after(1, evaluated=1)),
             lambda: draw_curves({"run": run.rows()}, tmp_path / "a.png", "epoch") if run.rows("epoch") else None,
             lambda: run.recorded(task.reported),
         ):

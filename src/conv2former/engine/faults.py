@@ -13,6 +13,7 @@ from conv2former.engine.distributed import Processes, agreed
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.state import TrainState
 from conv2former.errors import UserError, some
+from conv2former.files import append_line, read_lines
 
 
 def calmer(run: RunDir, recipe: Recipe) -> str:
@@ -40,7 +41,8 @@ class Faults:
         self, run: RunDir, recipe: Recipe, images: Source, processes: Processes, say: Callable[[str], None]
     ) -> None:
         self.run, self.recipe, self.images, self.processes, self.say = run, recipe, images, processes, say
-        self.bad_images = run.bad_images()
+        rows = read_lines(run.bad_images_jsonl)
+        self.bad_images = {row["file"] for row in rows if isinstance(row.get("file"), str)}
 
     def new_bad_images(self, parts: list[AnyBatch]) -> list[BadImage]:
         """Those of this process's batches that are not listed yet."""
@@ -54,7 +56,7 @@ class Faults:
                     self.bad_images.add(file)
                     self.say(f"skipping {file}: {reason}")
                     if self.processes.rank == 0:
-                        self.run.add_bad_image(file, reason)
+                        append_line(self.run.bad_images_jsonl, dict(file=file, reason=reason))
 
     def too_many_bad_images(self) -> Exception | None:
         """The error where the limit is passed."""
@@ -77,7 +79,7 @@ class Faults:
         indices = [index for part in parts for index in part.indices.tolist()]
         files = [self.images.name(i) for own in self.processes.all_gather(indices) for i in own]
         if self.processes.rank == 0:
-            self.run.add_skipped_step(dict(step=step, lr=lr, files=files))
+            append_line(self.run.skipped_steps_jsonl, dict(step=step, lr=lr, files=files))
         self.say(f"step {step} skipped: its loss is not finite")
         if in_row >= self.recipe.engine.max_skipped_steps:
             raise agreed(

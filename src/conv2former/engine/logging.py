@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import resource
 import sys
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from conv2former.config import LoggerSection, Recipe
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, nearest_or_all, one_line, say
+from conv2former.errors import UserError, failing, nearest_or_all, one_line, say
 
 
 class RunLog:
@@ -90,21 +91,13 @@ def _lightning_logger(section: LoggerSection, run: RunDir) -> Any:
     folder = run.path / "loggers"
     folder.mkdir(exist_ok=True)
     where = {"save_dir": str(folder)} if "save_dir" in inspect.signature(kind).parameters else {}
-    try:
+    with failing(f"engine.loggers: {section.name} does not start"):  # no package, no service, unknown arguments
         return kind(**(where | section.args))
-    except ModuleNotFoundError as error:
-        raise UserError(f"engine.loggers: {section.name} needs a package: {one_line(error)}") from None
-    except Exception as error:  # a service that is not there, an argument that it does not know
-        raise UserError(f"engine.loggers: {section.name} does not start: {one_line(error)}") from None
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory taken so far in gigabytes: of a GPU by tensors, else of this process; not a number on Windows."""
+    """The most memory taken so far in gigabytes: of a GPU by tensors, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux kibibytes

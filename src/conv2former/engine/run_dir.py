@@ -36,7 +36,7 @@ from typing import Any
 
 from conv2former.config import Recipe
 from conv2former.engine.machine import machine_facts
-from conv2former.engine.run_files import read_bad_images, read_facts, read_raw_recipe, read_report, read_rows
+from conv2former.engine.run_files import read_facts, read_raw_recipe, read_report, read_rows
 from conv2former.errors import UserError, attempt, some
 from conv2former.files import append_line, read_lines, replace_bytes, replace_text
 from conv2former.recipes.load import parse_recipe
@@ -254,18 +254,6 @@ class RunDir:
         """Appends to ``history.jsonl`` what happens to the run."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         append_line(self.path / "history.jsonl", dict(event=kind, time=now) | facts)
-
-    def add_bad_image(self, file: str, reason: str) -> None:
-        """Appends to ``bad_images.jsonl``."""
-        append_line(self.bad_images_jsonl, dict(file=file, reason=reason))
-
-    def bad_images(self) -> set[str]:
-        """The files listed there."""
-        return read_bad_images(self.bad_images_jsonl)
-
-    def add_skipped_step(self, row: dict[str, Any]) -> None:
-        """Appends to ``skipped_steps.jsonl``."""
-        append_line(self.skipped_steps_jsonl, row)
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Appends to ``metrics.jsonl``; a row that ends an epoch goes to ``metrics.csv`` too."""

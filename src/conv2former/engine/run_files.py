@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from conv2former.checkpoints.schema import Name
+from conv2former.checkpoints.schema import Name, first_fault
 from conv2former.errors import UserError, one_line
 from conv2former.files import MOST_YAML, parse_json, parse_yaml, read_lines, read_within
 
@@ -56,9 +56,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         return Facts.model_validate(_json(path)).model_dump(exclude_unset=True)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path} is not what a training writes: {where}: {fault['msg']}") from None
+        raise UserError(f"{path} is not what a training writes: {first_fault(error)}") from None
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -92,11 +90,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = {key: value for key, value in row.items() if value is None or key == "kind" or _is_number(value)}
         rows.append(row)
     return rows
-
-
-def read_bad_images(path: Path) -> set[str]:
-    """The files that a ``bad_images.jsonl`` lists."""
-    return {row["file"] for row in read_lines(path) if isinstance(row.get("file"), str)}
 
 
 def _json(path: Path, *, finite: bool = True) -> Any:

@@ -11,7 +11,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from conv2former.config import ModelSection
-from conv2former.errors import UserError, nearest, one_line
+from conv2former.errors import UserError, failing, nearest
 from conv2former.models.meta import bounded, check_args
 
 RESERVED = ("num_classes",)  # beside what timm's factory takes: the data say it
@@ -85,18 +85,13 @@ def created(name: str, attempt: Mapping[str, Any] | None = None, **options: Any)
     Raises:
         UserError: Whatever a network's constructor raises for arguments that it does not like.
     """
-    try:
-        with bounded(f"model.args of {name}"):
-            try:
-                return timm.create_model(name, **(attempt or {}), **options)
-            except TypeError:
-                if not attempt:
-                    raise
-                return timm.create_model(name, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"model.args of {name}: {one_line(error)}") from None
+    with failing(what := f"model.args of {name}"), bounded(what):
+        try:
+            return timm.create_model(name, **(attempt or {}), **options)
+        except TypeError:
+            if not attempt:
+                raise
+            return timm.create_model(name, **options)
 
 
 class OnBackbone(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 from conv2former.checkpoints.weights import Weights, copy_weights, open_weights
 from conv2former.config import ModelSection
-from conv2former.errors import UserError, nearest, one_line, say_once
+from conv2former.errors import UserError, failing, nearest, say_once
 from conv2former.models.meta import check_args
 from conv2former.ops import use_backend
 from conv2former.tasks.backbone import RESERVED, created
@@ -93,8 +93,5 @@ def check_answers(model: Any, config: Mapping[str, Any], args: Mapping[str, Any]
         raise UserError(f"{what} does not make one number for each class of RGB images: save the model again")
     if min(size) > SMALL:
         return
-    try:  # many networks take no images so small
-        with use_backend("reference"):
-            model(torch.zeros(1, 3, *size))
-    except Exception as error:
-        raise UserError(f"{what} does not take the images that its preprocessing makes: {one_line(error)}") from None
+    with failing(f"{what} does not take the images that its preprocessing makes"), use_backend("reference"):
+        model(torch.zeros(1, 3, *size))  # many networks take no images so small

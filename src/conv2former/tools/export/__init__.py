@@ -20,7 +20,7 @@ from conv2former.checkpoints.exported import Runtime, fingerprint
 from conv2former.checkpoints.hub import CONFIG_FILE
 from conv2former.engine.model_card import write_card
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, attempt, nearest_or_all, one_line
+from conv2former.errors import UserError, attempt, failing, nearest_or_all
 from conv2former.files import parse_json, read_within, replace_text
 from conv2former.tools.export.check import Comparison, compare, images_in, latency, top1, validated_on
 from conv2former.tools.export.formats import FORMATS, Format, Program, trace
@@ -210,16 +210,12 @@ def _recorded(out: Path, model: Path, rows: list[dict[str, Any]]) -> list[dict[s
 def _exported(format: Format, subject: Subject, program: Program, folder: Path) -> tuple[Exported, Runtime]:
     """A file in a folder, compared with PyTorch, and its runtime; raises UserError."""
     files = format.files(folder)
-    try:
+    with failing(f"--format {format.name} failed"):
         with contextlib.redirect_stdout(sys.stderr):  # some report their progress
             format.write(subject, program, files[0])
         runtime = format.load(files[0])
         comparison = compare(runtime, subject, subject.images)
         seconds = latency(runtime, subject, subject.images)
-    except UserError:
-        raise
-    except Exception as error:  # each exporter has its own
-        raise UserError(f"--format {format.name} failed: {one_line(error)[:300]}") from error
     size = sum(file.stat().st_size for file in files)
     return Exported(format.name, files, size, seconds, comparison, format.tolerance, format.agreement), runtime
 

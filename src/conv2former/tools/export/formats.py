@@ -21,7 +21,7 @@ from conv2former.checkpoints.exported import (
     open_torch,
     torch_runtime,
 )
-from conv2former.errors import UserError, one_line
+from conv2former.errors import failing
 from conv2former.models.conv2former import Conv2Former
 from conv2former.tools.export.channels_first import channels_first
 from conv2former.tools.export.runtime import write_runtime
@@ -66,11 +66,8 @@ def trace(subject: Subject, *, first: bool) -> ExportedProgram:
     example = [torch.zeros(2, 3, *size)]  # two images: a batch of one would be taken for a constant
     if one := subject.part.one:
         example = [*map(torch.from_numpy, one.feed(np.zeros((3, *size), np.float32)))]
-    try:
+    with failing(f"torch.export cannot follow {subject.metadata['architecture']}"):
         return torch.export.export(network, tuple(example), dynamic_shapes=None if one else (free,), strict=False)
-    except Exception as error:  # PyTorch names dozens of kinds
-        name = subject.metadata["architecture"]
-        raise UserError(f"torch.export cannot follow {name}: {one_line(error)[:300]}") from error
 
 
 def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
