@@ -13,6 +13,7 @@ import yaml
 from timm.layers import DropPath
 
 from conv2former.config import Start
+from conv2former.engine.automatic import choices
 from conv2former.engine.batch import plan_batch
 from conv2former.engine.dry_run import build_without_memory
 from conv2former.engine.optim import build_optimizer, build_schedule, scaled_lr
@@ -257,6 +258,21 @@ def test_fine_tuning_takes_any_number_of_images(name: str, images: int, weights:
     steps = images // plan_batch(decided, world=1).total
     assert steps >= 1 and 60 <= decided.schedule.total(steps) <= 2_000_000
     assert decided.model.freeze_batchnorm <= weights and bool(decided.model.fit_head) <= weights
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_sizes_of_a_detectors_training_follow_the_one_that_is_set(gpu: bool) -> None:
+    recipe = load_recipe("finetune_detection", overrides=["data.short_side=640"])
+    usual = recipe.choices(Start(gpu=gpu))
+    factor = 640 / usual["data.short_side"][0]
+    found = choices(recipe, None, 1000)  # on a CPU
+    found = recipe.choices(Start(gpu=gpu, short_side=640)) if gpu else found
+    assert max(found["augment.short_sides"][0]) == 640 and found["data.long_side"][1] == "data.short_side=640"
+    for key in ("data.long_side", "augment.long_side", "augment.crop_sizes", "augment.crop_short_sides"):
+        value, before = found[key][0], usual[key][0]
+        assert value == pytest.approx(
+            [side * factor for side in before] if key.endswith("s") else before * factor, abs=1
+        )
 
 
 def test_what_is_set_stays_and_auto_can_be_asked_for() -> None:

@@ -303,8 +303,8 @@ class Start:
         counted: What of ``COUNTERPARTS`` is set.
         world: Processes.
         masks: Whether one of the objects has a mask.
-        mean: Of the images that the weights were trained on; None where they do not say.
-        std: Likewise.
+        short_side: Of images of a detector, if somebody has set it.
+        mean: Of the images that the weights were trained on, None where they do not say; ``std`` likewise.
     """
 
     images: int = 1000
@@ -315,6 +315,7 @@ class Start:
     counted: frozenset[str] = frozenset()
     world: int = 1
     masks: bool = True
+    short_side: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 

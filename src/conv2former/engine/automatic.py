@@ -85,6 +85,7 @@ def choices(recipe: Recipe, weights: Weights | None, images: int, *, masks: bool
     schedule, machine = recipe.schedule, on_nvidia_gpu(recipe)
     epochs = None if "schedule.epochs" in recipe.auto else schedule.epochs
     counted = frozenset(key for key in COUNTERPARTS if getattr(schedule, key) is not None)
+    known |= dict(short_side=None if "data.short_side" in recipe.auto else getattr(recipe.data, "short_side", None))
     known |= dict(epochs=epochs, counted=counted, world=world_size(recipe), sharded=recipe.engine.strategy == "fsdp")
     found = recipe.choices(Start(images=images, weights=weights is not None, gpu=machine, masks=masks, **known))
     if weights is not None and weights.task == recipe.task:  # its head has the shape that it was trained with

@@ -97,18 +97,24 @@ class DetectionRecipe(Recipe):
         epochs = (60 if n < 200 else 24 if n < 20_000 else 12) if start.gpu else 24 if n < 200 else 12
         batch = min(4 if n < 1_000 else 8, n)
         machine = "a GPU: the paper's" if start.gpu else "a CPU: a fraction of the paper's, so that it takes minutes"
-        short, long = (800, 1333) if start.gpu else (320, 512)
+        own = 800 if start.gpu else 320
+        short, side = start.short_side or own, f"data.short_side={start.short_side}" if start.short_side else machine
+
+        def scaled(*sides: int) -> list[int]:
+            return [min(max(round(one * short / own), 32), MOST_SIDE) for one in sides]
+
+        sizes = scaled(*range(480, 801, 32)) if start.gpu else scaled(256, 288, 320)
+        (long,) = scaled(1333 if start.gpu else 512)
         begin = "pretrained backbone" if weights else "random weights"
-        sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] if start.gpu else [256, 288, 320]
         why = "objects have masks" if start.masks else "no object has a mask: trained and evaluated for boxes"
         found: Choices = {
             "detector.masks": (start.masks, why),
             "data.short_side": (short, machine),
-            "data.long_side": (long, machine),
-            "augment.short_sides": (sizes, machine),
-            "augment.long_side": (long, machine),
-            "augment.crop_short_sides": ([400, 500, 600] if start.gpu else [288, 352], machine),
-            "augment.crop_sizes": ((384, 600) if start.gpu else (224, 352), machine),
+            "data.long_side": (long, side),
+            "augment.short_sides": (sizes, side),
+            "augment.long_side": (long, side),
+            "augment.crop_short_sides": (scaled(400, 500, 600) if start.gpu else scaled(288, 352), side),
+            "augment.crop_sizes": (tuple(scaled(384, 600) if start.gpu else scaled(224, 352)), side),
             "detector.channels": (256 if start.gpu else 96, machine),
             "detector.box_head_channels": (1024 if start.gpu else 256, machine),
             "detector.train_proposals": (1000 if start.gpu else 300, machine),
