@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from conv2former.config import Recipe
 from conv2former.data.images import MAX_PIXELS
-from conv2former.data.loading import Normalizer, checked, train_loader
+from conv2former.data.loading import Normalizer, checked, keyed_loader
 from conv2former.data.sampling import TrainSampler
 from conv2former.engine.machine import machine_facts
 from conv2former.errors import UserError
@@ -182,7 +182,7 @@ class Benchmark:
         dataset = ImageDataset(source, train_transform(data, augment), seed=seed)
         sampler = TrainSampler(len(source), self.batch_size, seed=seed, steps=self.batches)
         # the sampler's keys and the loader's settings are those of a training, the dataset is timed
-        loader: Any = train_loader(TimedDataset(dataset, clock.sample), sampler, workers=workers)  # type: ignore[arg-type]
+        loader: Any = keyed_loader(TimedDataset(dataset, clock.sample), batch_sampler=sampler, workers=workers)  # type: ignore[arg-type]
         normalise = Normalizer(data.mean, data.std)
         erase = RandomErasing(augment.random_erasing, mode="pixel", device=CPU)  # as in the task's training step
         for batch in TimedLoader(loader, clock):

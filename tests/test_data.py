@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from conv2former.data.images import BadImage
-from conv2former.data.loading import Normalizer, checked, eval_loader, train_loader
+from conv2former.data.loading import Normalizer, checked, keyed_loader
 from conv2former.data.sampling import EvalSampler, SampleKey, TrainSampler
 from conv2former.errors import UserError
 from conv2former.tasks.classification.data import (
@@ -204,7 +205,7 @@ def test_workers_do_not_change_the_images(data: Path) -> None:
     source = open_splits(WHOLE, data, seed=0).train
     dataset = ImageDataset(source, train_transform(recipe.data, recipe.augment))
     runs = [
-        list(train_loader(dataset, TrainSampler(len(source), 8, seed=0, steps=6), workers=workers))
+        list(keyed_loader(dataset, batch_sampler=TrainSampler(len(source), 8, seed=0, steps=6), workers=workers))
         for workers in (0, 2)
     ]
     assert len(runs[0]) == 6
@@ -212,9 +213,13 @@ def test_workers_do_not_change_the_images(data: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine[:3], theirs[:3], strict=True))
 
 
+def shown(source: Any) -> ImageDataset:
+    return ImageDataset(source, eval_transform(CONFIG))
+
+
 def test_evaluation_loader_keeps_the_last_small_batch(data: Path) -> None:
     source = open_splits(WHOLE, data, seed=0).train
-    loader = eval_loader(ImageDataset(source, eval_transform(CONFIG)), EvalSampler(24), batch_size=5, workers=0)
+    loader = keyed_loader(shown(source), sampler=EvalSampler(24), batch_size=5, workers=0)
     indices = torch.cat([batch.indices for batch in loader])
     assert indices.tolist() == list(range(24))
 
@@ -223,7 +228,7 @@ def test_a_broken_image_travels_as_a_value_and_is_raised_where_it_is_asked_for(d
     victim = sorted((data / "train" / "digit-1").iterdir())[0]
     victim.write_bytes(b"")
     source = open_splits(WHOLE, data, seed=0).train
-    loader = eval_loader(ImageDataset(source, eval_transform(CONFIG)), EvalSampler(24), batch_size=12, workers=2)
+    loader = keyed_loader(shown(source), sampler=EvalSampler(24), batch_size=12, workers=2)
     batches = list(loader)
     assert sum(isinstance(batch, BadImage) for batch in batches) == 1
     with pytest.raises(BadImage, match=victim.name):
@@ -295,7 +300,7 @@ from conv2former.data.loading import *
 from conv2former.tasks.classification.sources import FolderSource
 from conv2former.data.sampling import EvalSampler
 dataset = ImageDataset(FolderSource(__import__("pathlib").Path({str(data / "val")!r})), lambda image: image)
-left = iter(eval_loader(dataset, EvalSampler(4), batch_size=1, workers=2))
+left = iter(keyed_loader(dataset, sampler=EvalSampler(4), batch_size=1, workers=2))
 next(left)
 raise SystemExit(7)
 """

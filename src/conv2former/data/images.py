@@ -10,33 +10,15 @@ from pathlib import Path
 
 from conv2former.data import folders
 from conv2former.errors import UserError, printable, say_once
-from conv2former_runtime.images import (
-    FORMATS,
-    HEIC,
-    MAX_FILE_BYTES,
-    MAX_PIXELS,
-    BadImage,
-    decode,
-    shown,
-    shown_size,
-    turned,
-)
-
-__all__ = [
-    "FORMATS",
-    "HEIC",
-    "IGNORED",
-    "IMAGE_EXTENSIONS",
-    "MAX_FILE_BYTES",
-    "MAX_PIXELS",
-    "BadImage",
-    "decode",
-    "find_images",
-    "given_images",
-    "shown",
-    "shown_size",
-    "turned",
-]
+from conv2former_runtime.images import FORMATS as FORMATS
+from conv2former_runtime.images import HEIC as HEIC
+from conv2former_runtime.images import MAX_FILE_BYTES as MAX_FILE_BYTES
+from conv2former_runtime.images import MAX_PIXELS as MAX_PIXELS
+from conv2former_runtime.images import BadImage as BadImage
+from conv2former_runtime.images import decode as decode
+from conv2former_runtime.images import shown as shown
+from conv2former_runtime.images import shown_size as shown_size
+from conv2former_runtime.images import turned as turned
 
 IGNORED = 255  # in a mask: of no class
 # which files of a folder are images; `find_images` takes them in any case

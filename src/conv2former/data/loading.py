@@ -24,7 +24,7 @@ from torch.utils.data._utils import signal_handling
 
 from conv2former.data import activity
 from conv2former.data.images import MAX_PIXELS, BadImage
-from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, TrainSampler, seed_cpu
+from conv2former.data.sampling import Purpose, SampleKey, seed_cpu
 from conv2former.errors import UserError, one_line
 
 CPU = torch.device("cpu")
@@ -219,30 +219,12 @@ class Batches:
             self.meanwhile()
 
 
-def train_loader(
-    dataset: KeyedDataset, sampler: TrainSampler, *, workers: int, device: torch.device = CPU
-) -> DataLoader:
-    """One endless pass: the sampler runs through all epochs, so that workers never restart."""
-    return _loader(dataset, workers, device, batch_sampler=sampler)
-
-
-def eval_loader(
-    dataset: KeyedDataset,
-    sampler: EvalSampler | Sequence[SampleKey],
-    *,
-    batch_size: int,
-    workers: int,
-    device: torch.device = CPU,
-) -> DataLoader:
-    """Every image of the sampler once, in order, the last batch smaller."""
-    return _loader(dataset, workers, device, sampler=sampler, batch_size=batch_size)
-
-
 # it counts the processors of this process; the progress line shows whether reading is too slow
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 
-def _loader(dataset: KeyedDataset, workers: int, device: torch.device, **options: Any) -> DataLoader:
+def keyed_loader(dataset: KeyedDataset, *, workers: int, device: torch.device = CPU, **options: Any) -> DataLoader:
+    """PyTorch's loader of what a sampler asks for; its ``options`` are ``batch_sampler``, or ``sampler`` and a size."""
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # after multiprocessing's own, hence before it when the process ends

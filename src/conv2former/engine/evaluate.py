@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from conv2former.config import EngineSection
 from conv2former.data import activity
-from conv2former.data.loading import Batches, checked, eval_loader
+from conv2former.data.loading import Batches, checked, keyed_loader
 from conv2former.data.sampling import EvalSampler
 from conv2former.data.sources import Source, Splits, notes
 from conv2former.engine.devices import for_inference
@@ -104,7 +104,7 @@ def evaluate_task(
     )
     size = 1 if task.one_at_a_time else batch_size or BATCH
     sampler = EvalSampler(len(dataset), rank=rank, world=world)
-    loader = eval_loader(dataset, sampler, batch_size=size, workers=workers, device=device)
+    loader = keyed_loader(dataset, sampler=sampler, batch_size=size, workers=workers, device=device)
     done = [0]  # batches
     with Ticker(lambda: f"evaluating, {done[0]} of {len(loader)} batches done", enabled=not sys.stderr.isatty()):
         batches, pace = _announced(loader, device, done), activity.Pace()

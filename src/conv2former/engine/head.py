@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from conv2former.data.loading import Batches, checked, eval_loader
+from conv2former.data.loading import Batches, checked, keyed_loader
 from conv2former.data.sampling import EvalSampler, Purpose, SampleKey, derive_seed
 from conv2former.data.sources import Source
 from conv2former.engine.distributed import Processes, agreed
@@ -57,7 +57,7 @@ def fit_head(
     keys = _keys(len(dataset), task.recipe.engine.seed, fabric)
     size, total = task.recipe.optim.batch_size, len(keys) * fabric.world_size
     found: list[tuple[Tensor, Tensor]] = []
-    loader = eval_loader(dataset, keys, batch_size=size, workers=data.workers, device=device)
+    loader = keyed_loader(dataset, sampler=keys, batch_size=size, workers=data.workers, device=device)
 
     def progress() -> str:
         done = min(len(found) * size * fabric.world_size, total)

@@ -21,7 +21,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 
 from conv2former.data import activity
-from conv2former.data.loading import AnyBatch, Batches, checked, eval_loader, killed_reader, train_loader
+from conv2former.data.loading import AnyBatch, Batches, checked, keyed_loader, killed_reader
 from conv2former.data.sampling import EvalSampler, Purpose, TrainSampler, derive_seed, seed_all, steps_per_epoch
 from conv2former.data.sources import Splits
 from conv2former.engine.batch import BatchPlan
@@ -400,7 +400,8 @@ class Trainer:
             rank=fabric.global_rank,
             world=fabric.world_size,
         )
-        loader = train_loader(self.train_dataset, sampler, workers=recipe.data.workers, device=fabric.device)
+        workers, device = recipe.data.workers, fabric.device
+        loader = keyed_loader(self.train_dataset, batch_sampler=sampler, workers=workers, device=device)
         return Batches(loader, fabric.device, self._unless_stopped)
 
     def _unless_stopped(self) -> None:
@@ -413,7 +414,7 @@ class Trainer:
         sampler = EvalSampler(len(dataset), rank=fabric.global_rank, world=fabric.world_size)
         size = 1 if self.task.one_at_a_time else self.batch.per_process
         workers = self.recipe.data.workers
-        return eval_loader(dataset, sampler, batch_size=size, workers=workers, device=fabric.device)
+        return keyed_loader(dataset, sampler=sampler, batch_size=size, workers=workers, device=fabric.device)
 
     @property
     def operations(self) -> str | None:
