@@ -48,7 +48,10 @@ def train(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
     on_bad_image: Annotated[BadImages | None, Option(help="Same as --set data.on_bad_image=...")] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Print what would be done; --out is then a plot (.png) or its folder.")
+        bool,
+        Option(
+            "--dry-run", help="Print what would be done, and write nothing; --out FILE.png draws the learning rate."
+        ),
     ] = False,
     verbose: Annotated[bool, Option("--verbose", help="With --dry-run: the recipe and all numbers.")] = False,
 ) -> None:

@@ -71,7 +71,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
     Args:
         recipe: What would be trained.
         data: Folder of images to count; None for the numbers of the recipe's claim.
-        out: Image (.png) of learning rate and weight decay to write, or its folder; None for no image.
+        out: Image (.png) of learning rate and weight decay to write; with any other, a run folder, nothing is written.
         verbose: Whether to describe the recipe, the groups of parameters and the memory in full.
 
     Returns:
@@ -88,11 +88,11 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
     per_epoch = None if images.count is None else _steps_per_epoch(images.count, batch)
     network, groups = _network(task), _groups(optimizer)
     memory = _memory(task, batch)
-    chart = None
-    if out is not None:
+    chart = out if out and out.suffix.lower() == ".png" else None
+    if chart:
         # where the images are unknown the curve is drawn with enough steps to be smooth
         schedule = build_schedule(optimizer, recipe.schedule, steps_per_epoch=per_epoch or POINTS)
-        _draw(recipe, optimizer, schedule, per_epoch, chart := _chart_path(recipe, out))
+        _draw(recipe, optimizer, schedule, per_epoch, chart)
     steps = _steps(recipe, images.count, batch, per_epoch)
     head = f"Dry run of {recipe.name}: nothing is trained."
     drawn = f"{chart} shows the learning rate" if chart else "--out FILE.png draws the learning rate"
@@ -423,13 +423,6 @@ def _memory(task: Task, batch: BatchPlan) -> list[str]:
 
 def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _chart_path(recipe: Recipe, out: Path) -> Path:
-    """Where the image goes; never into a new folder, which a training would then find in its way."""
-    if out.suffix.lower() == ".png":
-        return out
-    return out / "schedule.png" if out.is_dir() else out.with_name(f"{out.name}.schedule.png")
 
 
 def _draw(recipe: Recipe, optimizer: torch.optim.Optimizer, schedule: Any, per_epoch: int | None, chart: Path) -> None:
