@@ -867,7 +867,7 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path) -> None:
     content = dict(arch=NAME, state_dict=model.state_dict(), args=args)
     torch.save(content, tmp_path / "a.pth.tar")
     report = convert(tmp_path / "a.pth.tar", tmp_path / "a", model=NAME)
-    assert "from the arguments in a.pth.tar: global_pool avgmax, mean (0.5, 0.5, 0.5)" in str(report)
+    assert "from the arguments in a.pth.tar: global_pool avgmax, input_size (3, 64, 64), mean (0.5, 0.5, 0.5)" in str(report)
     made = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
     assert torch.equal(made(x), model(x))
     config = resolve_model_data_config(made)
@@ -898,7 +898,7 @@ def test_shapes_and_images_come_from_the_arguments_too(tmp_path: Path) -> None:
     )
     for wrong, message in (
         (dict(std=[0.0, 0.0, 0.0]), "prepare no images: std.0"),
-        (dict(img_size=8184), "prepare no images: input_size.1"),
+        (dict(input_size=None, img_size=8184), "prepare no images: input_size.1"),
         (dict(model_kwargs=dict(stem_stride=3)), "no network has the arguments in a.pth.tar"),
     ):
         torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(**(args | wrong))), path)

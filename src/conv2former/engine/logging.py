@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import resource
 import sys
 from typing import Any
 
@@ -96,8 +95,12 @@ def _lightning_logger(section: LoggerSection, run: RunDir) -> Any:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory taken so far in gigabytes: of a GPU by tensors, else of this process."""
+    """The most memory taken so far in gigabytes: of a GPU by tensors, else of this process; not a number on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux kibibytes
