@@ -867,7 +867,8 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path) -> None:
     content = dict(arch=NAME, state_dict=model.state_dict(), args=args)
     torch.save(content, tmp_path / "a.pth.tar")
     report = convert(tmp_path / "a.pth.tar", tmp_path / "a", model=NAME)
-    assert "from the arguments in a.pth.tar: global_pool avgmax, input_size (3, 64, 64), mean (0.5, 0.5, 0.5)" in str(report)
+    said = "from the arguments in a.pth.tar: global_pool avgmax, input_size (3, 64, 64), mean (0.5, 0.5, 0.5)"
+    assert said in str(report)
     made = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
     assert torch.equal(made(x), model(x))
     config = resolve_model_data_config(made)

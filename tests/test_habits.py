@@ -39,7 +39,8 @@ def test_settings_and_folders_need_no_option(
     for line in ("--recipe quickstart", f"--data {data}", "--set schedule.epochs=2", "--set optim.base_lr=1e-3"):
         assert f"taken as {line}\n" in said, "what can be typed instead"
     assert run_command(monkeypatch, "train", "quickstart", "--epoches", "2") == 2
-    assert "No such option: --epoches" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "No such option: --epoches" in said and "there is no option --epoches; did you mean --epochs?" in said
 
 
 def test_no_arguments_and_the_version(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

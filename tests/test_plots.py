@@ -68,6 +68,9 @@ def test_one_run_is_drawn_into_its_folder(tmp_path: Path, drawn: list[Figure]) -
     assert [line.get_label() for line in shown["validation"].lines] == ["top-1", "top-5"]
     np.testing.assert_allclose(shown["time"].lines[0].get_ydata(), [25, 25])
     assert legend(drawn[0]) == ["best top-1 52.00 at epoch 2"]
+    rows = [row | ({"val_top5": 100.0} if row["kind"] == "epoch" else {}) for row in RunDir(run).rows()]
+    plots.draw_curves({"few classes": rows}, tmp_path / "few.png", "epoch")
+    assert [line.get_label() for line in panels(drawn[1])["validation"].lines] == ["top-1"]
 
 
 def test_the_end_of_a_run_draws_the_same(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,8 @@ class TrainCommand(TyperCommand):
             elif not name.startswith("-") and (option := _option(word)):
                 full += _said(option, word)
             else:
+                if name.startswith("--") and (near := _near(name, options)):
+                    say(f"there is no option {name}; did you mean {near}?")
                 full.append(word)
         return super().parse_args(ctx, full)
 
@@ -76,18 +80,28 @@ def _option(word: str) -> str | None:
     return "--recipe" if word in recipe_names() or word.endswith((".yaml", ".yml")) else None
 
 
-def _setting(word: str) -> str | None:
-    """The setting ``section.key`` that a word means; None where there is none, or several."""
+def _settings() -> set[str]:
+    """All that recipes may say, ``section.key``."""
     from conv2former.tasks import TASKS, task_class
 
-    word = word.replace("-", "_")
-    known = {
+    return {
         f"{section}.{key}"
         for task in TASKS
         for section, field in task_class(task).config_class.model_fields.items()
         for key in getattr(field.annotation, "model_fields", {})
         if section != "claim"
     }
+
+
+def _near(name: str, options: Iterable[str]) -> str | None:
+    """The option or setting whose name is nearly that of an unknown one."""
+    settings = [f"--{key.partition('.')[2].replace('_', '-')}" for key in _settings()]
+    return next(iter(difflib.get_close_matches(name, {*options, *settings}, n=1, cutoff=0.75)), None)
+
+
+def _setting(word: str) -> str | None:
+    """The setting ``section.key`` that a word means; None where there is none, or several."""
+    word, known = word.replace("-", "_"), _settings()
     word = ALIASES.get(word, word)
     found = [word] if word in known else [key for key in known if key.partition(".")[2] == word]
     return found[0] if len(found) == 1 else None

@@ -48,7 +48,8 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
         (line,) = accuracy.plot(at_epochs, _column(epochs, key), color=colour, marker=".", label=title)
         for number, (other, other_title) in enumerate(others if alone else [], 1):
             column = _column(epochs, other)
-            accuracy.plot(at_epochs, column, color=f"C{number}", marker=".", alpha=0.5, label=other_title)
+            if (column < 100).any():  # else it is the top five of at most five classes
+                accuracy.plot(at_epochs, column, color=f"C{number}", marker=".", alpha=0.5, label=other_title)
         lr.plot(at_steps, _column(steps, "lr"), **dots)
         speed.plot(at_epochs, _column(epochs, "images_per_second"), color=colour, marker=".")
         waiting.plot(at_epochs, 100 * _column(epochs, "data_wait"), **dots, linestyle="--", alpha=0.7)
