@@ -369,13 +369,19 @@ def test_broken_requests_get_no_traceback(client: TestClient) -> None:
 
 
 def look(client: TestClient, *data: Any) -> str:
-    """The HTML that the page gets for what its components hold."""
-    body = dict(data=data, fn_index=0, session_hash="abc", trigger_id=None, event_data=None)
+    """The HTML of the answers for what the page's components hold."""
+    answers, *_ = parts(client, *data)
+    return answers
+
+
+def parts(client: TestClient, *data: Any, action: int = 1) -> list[str]:
+    """The HTML that the page gets; ``action`` 0 is that of another model."""
+    body = dict(data=data, fn_index=action, session_hash="abc", trigger_id=None, event_data=None)
     assert client.post("/gradio_api/queue/join", json=body).status_code == 200
     for line in client.get("/gradio_api/queue/data", params=dict(session_hash="abc")).text.splitlines():
         message = json.loads(line.removeprefix("data: ")) if line else {}
         if message.get("msg") == "process_completed":
-            return message["output"]["data"][0]
+            return message["output"]["data"]
     raise AssertionError("no answer")
 
 
@@ -390,7 +396,10 @@ def test_a_request_names_no_file_that_was_not_uploaded(client: TestClient, tmp_p
     gone = dict(path=str(tmp_path / "uploads" / "gone.png")) | META
     assert "It is not here any more" in look(client, *inputs([gone]))
     path = sent(client, "digit.png", outside.read_bytes())
-    assert "ms in the network" in look(client, *inputs([upload(Path(path)) | META]))
+    given = inputs([upload(Path(path)) | META])
+    assert "ms in the network" in look(client, *given)
+    # what the models are and their examples, which are large, come with another model alone
+    assert len(parts(client, *given)) == 3 and len(parts(client, *given, action=0)) == 5
 
 
 def test_uploads_are_deleted_after_a_while(client: TestClient, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_what_is_no_request_of_the_page_is_a_line(
     served: Served, client: httpx.Client, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for changes, status in (
-        *((dict(fn_index=number), 404) for number in (1, 2, 99, -1)),
+        *((dict(fn_index=number), 404) for number in (2, 3, 99, -1)),
         *((dict(fn_index=value), 400) for value in (None, "x", [0], {}, 10**30)),
         *((dict(data=value), 400) for value in (None, [], {}, 1)),
         *((dict(data=[None] * (NUMBER_OF_INPUTS + more)), 400) for more in (-1, 1)),

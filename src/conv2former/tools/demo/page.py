@@ -38,9 +38,9 @@ class Page(NamedTuple):
 
     answers: str
     status: str
+    code: str
     about: str
     examples: str
-    code: str
 
 
 class Answers:
@@ -60,7 +60,7 @@ class Answers:
             models = {name: self._model(name) for name in names}  # one that is broken is opened once
             about, examples, code = self._about(models, asked)
             answers, status = self._answers(_uploads(files, camera), camera, models, asked)
-            return Page(answers, status, about, examples, code)
+            return Page(answers, status, code, about, examples)
         except Exception:
             return Page(results.paragraph("notice", _reported()), "", "", "", "")
 
@@ -155,12 +155,15 @@ def _reported() -> str:
 
 
 def build_page(answers: Answers) -> gr.Blocks:
-    """The page with its one action, which every change starts."""
+    """The page with its one action, which every change starts, for another model with more of the page."""
     # Gradio's threads come and go, and each leaves memory behind that the next cannot use
     worker = ThreadPoolExecutor(1, "answers")
 
     async def answer(*inputs: Any) -> Page:
         return await asyncio.get_running_loop().run_in_executor(worker, answers, *inputs)
+
+    async def answer_alone(*inputs: Any) -> tuple[str, ...]:
+        return (await answer(*inputs))[:3]
 
     names = answers.models.names
     start = answers(None, None, names[0], None)
@@ -186,17 +189,18 @@ def build_page(answers: Answers) -> gr.Blocks:
                     camera = gr.Image(
                         sources=["webcam"], type="filepath", label="Camera", height=214, elem_id="camera", buttons=[]
                     )
-        gr.on(
-            [files.change, camera.change, first.input, second.input]
-            + [control.input for control in (*sliders, *boxes)],  # not release, which the keyboard does not cause
-            answer,
+        action: Any = dict(
             inputs=[files, camera, first, second, *sliders, *boxes],
-            outputs=[answered, status, about, examples, code],
             preprocess=False,
             api_visibility="private",
             trigger_mode="always_last",
             concurrency_limit=1,  # two at a time would spoil each other's times
+            concurrency_id="answers",
         )
+        gr.on([first.input, second.input], answer, outputs=[answered, status, code, about, examples], **action)
+        # the rest changes neither what the models are nor their examples, which are large
+        changes = [control.input for control in (*sliders, *boxes)]  # not release, which the keyboard does not cause
+        gr.on([files.change, camera.change, *changes], answer_alone, outputs=[answered, status, code], **action)
         page.unload(_nothing)  # for which the page keeps a stream open, by which the gate knows that it is there
         page.queue(max_size=WAITING)
         page.state_session_capacity = SESSIONS
