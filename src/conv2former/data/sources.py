@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from timm.utils.misc import natural_key
 
 from conv2former.data.images import decode, turned
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.errors import UserError, one_line, plural, printable, shortened, some
+from conv2former.errors import UserError, one_line, plural, printable, shortened, some, visible
 from conv2former.files import read_within
 
 MOST_OF_A_NAME = 1000  # characters, of a class's or a file's
@@ -199,6 +199,12 @@ def held_out(count: int, fraction: float, seed: int, root: Path) -> tuple[list[i
     held = min(max(round(count * fraction), 1), count - 1)
     order = np.random.default_rng(derive_seed(Purpose.SPLIT, seed, 0)).permutation(count).tolist()
     return sorted(order[held:]), sorted(order[:held])
+
+
+def only_in(train: str, classes: Collection[str], val: str, others: Collection[str]) -> str:
+    """What one of two sets has and the other lacks, in words that name them; empty where they have the same."""
+    alone = ((train, {*classes} - {*others}), (val, {*others} - {*classes}))
+    return "; ".join(f"only in {name}: {some([*map(visible, sorted(found))])}" for name, found in alone if found)
 
 
 def in_order(name: str) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
 from conv2former.data.recognise import holds_images, images_and_masks
 from conv2former.data.sampling import Purpose, derive_seed
-from conv2former.data.sources import alike, counted, given_folder, spread
+from conv2former.data.sources import alike, counted, given_folder, only_in, spread
 from conv2former.errors import UserError, nearest, some, visible
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
@@ -331,13 +331,8 @@ def _check_class_count(source: ImageSource) -> None:
 
 
 def _check_same_classes(splits: Splits) -> None:
-    train, val = set(splits.train.classes), set(splits.val.classes)
-    if getattr(splits.val, "numbered", False) and val < train:
+    train, val = splits.train.classes, splits.val.classes
+    if getattr(splits.val, "numbered", False) and {*val} < {*train}:
         return  # nobody named the classes, and some may have no image for validation
-    if train != val:
-        parts = [
-            f"only in {where}: {some([*map(visible, sorted(names))])}"
-            for where, names in (("train", train - val), ("val", val - train))
-            if names
-        ]
-        raise UserError(f"train and val have different classes ({'; '.join(parts)}): make them match")
+    if differ := only_in("train", train, "val", val):
+        raise UserError(f"train and val have different classes ({differ}): make them match")

@@ -11,8 +11,8 @@ from typing import Any
 
 from conv2former.data.folders import SPLITS, listed, respelled, subfolders, unread
 from conv2former.data.images import IMAGE_EXTENSIONS
-from conv2former.data.sources import counted, given_folder, held_out
-from conv2former.errors import UserError, plural, printable, some, visible
+from conv2former.data.sources import counted, given_folder, held_out, only_in
+from conv2former.errors import UserError, plural, printable, some
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
 
@@ -136,7 +136,11 @@ def _missing(file: Path, root: Path, part: str, *, held: bool = True) -> UserErr
 def _unite(train: CocoSource, val: CocoSource) -> None:
     """Gives the validation set the classes of the training set, in its order; raises UserError where they differ."""
     val.classes = respelled(val.classes, train.classes)
-    _check_same(train, val)
+    if differ := only_in(str(train.annotations), train.classes, str(val.annotations), val.classes):
+        raise UserError(
+            f"training and validation have different categories ({differ}): make them match; the list 'categories' of "
+            "both files names all, also those without an object in it"
+        )
     val.category_ids = [val.category_ids[val.classes.index(name)] for name in train.classes]
     val.classes = train.classes
 
@@ -157,8 +161,7 @@ def _check_counts(train: CocoSource, val: CocoSource) -> None:
 
 def _named(data: DetectionDataSection, part: str) -> bool:
     """Whether the recipe says where a part of the set is."""
-    keys = f"{part}_images", f"{part}_annotations"
-    return any(getattr(data, key) != getattr(DetectionDataSection(), key) for key in keys)
+    return bool(data.model_dump(include={f"{part}_images", f"{part}_annotations"}, exclude_defaults=True))
 
 
 def _alone(root: Path, data: DetectionDataSection) -> tuple[Path, Path] | None:
@@ -258,21 +261,10 @@ def open_eval_coco(
 
 def _instead(root: Path, data: DetectionDataSection, split: str | None) -> tuple[Path, Path] | None:
     """The one set that is there, where the annotations of a part are not; the training set if no part was asked for."""
-    if split in ("val", "test") or (split is None and _named(data, "val")):
+    if split in ("val", "test"):
         return None
     alone = _alone(root, data)
-    if alone or split:
+    if alone or split or _named(data, "val"):
         return alone
     train = _places(root, data, "train")
     return train if train[1].is_file() else None
-
-
-def _check_same(train: CocoSource, val: CocoSource) -> None:
-    if {*train.classes} == {*val.classes}:
-        return
-    alone = [(own, {*own.classes} - {*other.classes}) for own, other in ((train, val), (val, train))]
-    parts = [f"only in {own.annotations}: {some([*map(visible, sorted(names))])}" for own, names in alone if names]
-    raise UserError(
-        f"training and validation have different categories ({'; '.join(parts)}): make them match; the list "
-        "'categories' of both files names all, also those without an object in it"
-    )
