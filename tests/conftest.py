@@ -21,6 +21,10 @@ from conv2former.models.meta import SkipFilling
 # The tests' tensors are small. On a busy machine more threads wait for each other: minutes instead of seconds.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# Without a GPU, PyTorch built for one looks for its driver anew at each operation on fake tensors. Told that there is
+# none, it does not. This is asked in a way that leaves a GPU as it is.
+if not torch.cuda.device_count():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
