@@ -157,6 +157,7 @@ def prediction_sheet(
     for part, (title, items) in zip(parts, blocks, strict=True):
         part.suptitle(title, x=0.01, ha="left", fontweight="bold")
         for axes in (grid := part.subplots(-(-len(items) // columns), columns, squeeze=False).ravel()):
+            axes.set(xticks=[], yticks=[])  # which would be laid out unseen
             axes.set_axis_off()
         for axes, (image, caption, correct) in zip(grid, items, strict=False):
             axes.imshow(image, interpolation="nearest" if max(image.size) <= 64 else "antialiased")
