@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import statistics
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from conv2former.errors import UserError, attempt, in_markdown
 from conv2former.files import replace_text
 from conv2former.tasks import task_class
 from conv2former.tools.reproduce.jobs import Job, Request
-from conv2former.tools.reproduce.scales import at_scale, in_words, where
+from conv2former.tools.reproduce.scales import Scale, at_scale, in_words, where
 from conv2former.tools.reproduce.tables import PaperRow, PaperTable
 
 COLUMNS = ["row", "parameters", "paper", "ours", "std", "seeds", "paper, to last", "ours, to last"]
@@ -79,17 +80,22 @@ def changes(request: Request, table: PaperTable) -> list[str]:
         return []
 
     def digest(row: PaperRow, settings: list[str]) -> str | None:
-        try:
-            recipe = at_scale(str(row.recipe), row.model, request.scale, settings)
-        except UserError:  # some can only be used together
-            return None
-        return recipe.digest() if recipe else None
+        return _digest(str(row.recipe), row.model, request.scale, tuple(settings))
 
     rows = [row for row in table.rows if row.recipe]
     whole = [digest(row, settings) for row in rows]
     return [
         one for one in settings if whole != [digest(row, [other for other in settings if other != one]) for row in rows]
     ]
+
+
+@functools.cache  # a table is written anew after each training
+def _digest(recipe: str, model: str | None, scale: Scale, settings: tuple[str, ...]) -> str | None:
+    try:
+        found = at_scale(recipe, model, scale, settings)
+    except UserError:  # some can only be used together
+        return None
+    return found.digest() if found else None
 
 
 def head(request: Request, table: PaperTable, done: dict[str, dict[str, Any]]) -> str:
