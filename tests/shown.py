@@ -115,8 +115,11 @@ def write_own_recipes(root: Path) -> None:
             (root / f"{parse_yaml(block)['name']}.yaml").write_text(block)
 
 
-def write_files(root: Path) -> None:
-    """Small forms of the data, images, checkpoints and runs that the documents name; takes some ten seconds."""
+def write_files(root: Path, *, runs: bool = True) -> None:
+    """Small forms of the data, images, checkpoints and runs that the documents name.
+
+    The last two take some ten seconds, and are left out without ``runs``.
+    """
     write_own_recipes(root)
     for name in ("benchmarks", "examples", "tests", "Makefile", "constraints.txt"):
         (root / name).symlink_to(ROOT / name)
@@ -124,8 +127,9 @@ def write_files(root: Path) -> None:
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     _write_data(root)
-    _write_checkpoints(root)
-    _write_runs(root)
+    if runs:
+        _write_checkpoints(root)
+        _write_runs(root)
 
 
 def _write_data(root: Path) -> None:

@@ -69,8 +69,9 @@ APPENDED = (
         r"train --recipe photos_from_nothing",
         f"{CLASSIFIER} {NARROW} --set optim.global_batch=4 --set claim.processes=1",
     ),
-    (r"--recipe (imagenet1k_b|imagenet22k_l|ade20k_upernet_l) --dry-run", NARROW),
+    (r"--recipe (imagenet1k_[tb]|imagenet22k_l|ade20k_upernet_l) --dry-run", NARROW),
     (r"--dry-run|--resume|smoke_", ""),
+    (r"samples (segmentation|detection)", "--count 10"),
     (r"train --recipe quickstart", f"{TRAINING} --set model.drop_path_rate=0"),
     (r"train --recipe cifar", f"{CLASSIFIER} {NARROW}"),
     (r"train --recipe camvid", f"{TRAINING} {NARROW} --set data.crop_size=64 --set optim.batch_size=2"),
@@ -168,13 +169,18 @@ def test_what_the_text_runs_exists() -> None:
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """What the documents name, made by the first of several test processes; not to be changed."""
+def files(tmp_path_factory: pytest.TempPathFactory, worker_id: str, request: pytest.FixtureRequest) -> Path:
+    """What the documents name, made by the first of several test processes; not to be changed.
+
+    The commands for newcomers make their runs themselves: without the others there are none to be made here.
+    """
+    tests = [item for item in request.session.items if "run" in getattr(item, "fixturenames", ())]
+    named = [item.callspec.params.get("document") for item in tests if item.path == Path(__file__)]
     folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
     with FileLock(folder / "shown.lock"):
         if not (folder / "shown").exists():
             place = tmp_path_factory.mktemp("files")
-            write_files(place)
+            write_files(place, runs=not {*named} <= {*FIRST})
             (folder / "shown").symlink_to(place)  # not moved: runs know the paths of their images
     return (folder / "shown").resolve()
 
@@ -293,11 +299,16 @@ def serve(words: list[str]) -> None:
 
 
 QUICK = [command for command in SHOWN if not command.needs and not is_long(command)]
-FIRST = ("README.md", "docs/start.md")  # what a newcomer runs; the others are slow tests
+FIRST = ("README.md",)  # what a newcomer runs, docs/start.md's too; the others are slow tests
 DOCUMENTS = [
     document if document in FIRST else pytest.param(document, marks=pytest.mark.slow)
     for document in sorted({command.document for command in QUICK})
 ]
+
+
+def test_the_first_commands_are_also_in_the_readme() -> None:
+    shown = {command.text for command in QUICK if command.document == "README.md"}
+    assert {command.text for command in QUICK if command.document == "docs/start.md"} <= shown
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
