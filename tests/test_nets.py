@@ -17,6 +17,7 @@ from conv2former.tools.explain.maps import run_maps
 from conv2former.tools.export import ExportOptions, export
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", nets.recipes())
 def test_the_same_losses_and_weights_as_before(name: str, tmp_path: Path) -> None:
     """To the last bit on the machine that stored them, and to 1e-4 elsewhere (44 steps with AVX2 end 3e-5 apart)."""
@@ -47,19 +48,34 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return root, nets.write_data(root / "data")
 
 
+def first_picture(folder: Path) -> Path:
+    return next(path for path in sorted(folder.rglob("*.png")) if "masks" not in path.parts)
+
+
+SLOW = pytest.mark.slow  # the others load as they do for the test below
+
+
+@pytest.mark.parametrize(
+    "task", ["classification", *(pytest.param(task, marks=SLOW) for task in ("detection", "segmentation"))]
+)
+def test_a_run_of_an_earlier_release_is_exported(task: str, earlier: Any, tmp_path: Path) -> None:
+    root, data = earlier
+    kind = "runtime" if task == "classification" else "torch"  # the quickest that the task has
+    options = ExportOptions((kind,), [first_picture(data[task])], size=(64, 64))
+    (exported,) = export(str(root / task), tmp_path / "exported", options)
+    assert exported.ok
+
+
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_a_run_of_an_earlier_release_works(task: str, earlier: Any, tmp_path: Path) -> None:
     root, data = earlier
     run, folder = root / task, data[task]
-    picture = next(path for path in sorted(folder.rglob("*.png")) if "masks" not in path.parts)
+    picture = first_picture(folder)
     (found,) = predict(run, [picture])
     assert found["ok"]
     evaluation, _ = evaluate(run, data=folder, workers=0)
     assert evaluation.details["images"] > 0
     assert run_maps(run, [picture], out=tmp_path / "maps") == 0
-    kind = "runtime" if task == "classification" else "torch"  # the quickest that the task has
-    (exported,) = export(str(run), tmp_path / "exported", ExportOptions((kind,), [picture], size=(64, 64)))
-    assert exported.ok
     before = torch.load(next((run / "checkpoints").glob("*.ckpt")), weights_only=True)["position"]
     assert train(None, data=folder, out=run, resume=True) is not None
     after = torch.load(max((run / "checkpoints").glob("*.ckpt")), weights_only=True)["position"]
