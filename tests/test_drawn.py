@@ -83,15 +83,15 @@ def test_a_training_with_such_names_finishes_and_goes_on(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_drawn_is_left_out_with_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("no\nway")
 
     for name in ("confusion_matrix", "draw_curves"):
         monkeypatch.setattr(plots, name, fail)
-    recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0", "data.source=digits", "data.workers=0")
-    train(recipe, data=None, out=tmp_path / "run")
+    recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0", "data.workers=0")
+    train(recipe, data=data, out=tmp_path / "run")
     said = capsys.readouterr().err
     assert "left out: confusion_matrix.png: ZeroDivisionError: no way" in said and "left out: learning curves" in said
     assert (tmp_path / "run" / "predictions.png").is_file() and (tmp_path / "run" / "best" / "README.md").is_file()
