@@ -78,7 +78,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert_same_run(runs[task], tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)])
 def test_readers_do_not_change_a_run(runs: dict[str, Path], scenes: dict[str, Path], task: str, tmp_path: Path) -> None:
     train(small(task, "data.workers=2"), data=scenes[task], out=tmp_path / "run")
     mine, theirs = weights(runs[task]), weights(tmp_path / "run")
