@@ -52,6 +52,7 @@ def test_every_command_shows_an_example(
     assert f"Example: conv2former {command}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_train_evaluate_predict(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +68,7 @@ def test_train_evaluate_predict(
     assert run(monkeypatch, "train", "--out", out, "--resume") == 0
 
 
+@pytest.mark.slow  # tests/test_train.py has it without the command line, which sets --model as any other setting
 def test_the_same_recipe_with_another_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [part for override in [*TINY, "schedule.epochs=2", "data.input_size=32"] for part in ("--set", override)]
     arguments = ["train", "--recipe", "quickstart", "--data", data, "--out", tmp_path / "run", *options]

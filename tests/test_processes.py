@@ -96,7 +96,10 @@ def test_a_sharded_detector_learns_the_same(tmp_path: Path) -> None:
     assert_same_figures(tmp_path / "whole", tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("settings", [["model.name=test_convnext", "model.args={}", "data.input_size=32"], []])
+@pytest.mark.parametrize(
+    "settings",
+    [["model.name=test_convnext", "model.args={}", "data.input_size=32"], pytest.param([], marks=pytest.mark.slow)],
+)
 def test_accumulation_is_the_large_batch(uneven: Path, tmp_path: Path, settings: list[str]) -> None:
     """To rounding without batch norm; with it (Conv2Former's stem) each part is normalised by its own statistics."""
     whole, parts = tiny_recipe(*PLAIN, *settings), tiny_recipe(*PLAIN, *settings, "optim.batch_size=4")

@@ -229,7 +229,7 @@ def test_checkpoints_come_by_the_clock_too(data: Path, tmp_path: Path, monkeypat
     assert written == [0, 4, 8, 12]
 
 
-@pytest.mark.parametrize("damage", ["cut off", "a flipped bit", "empty"])
+@pytest.mark.parametrize("damage", ["cut off", "a flipped bit", pytest.param("empty", marks=pytest.mark.slow)])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
