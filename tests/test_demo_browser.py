@@ -136,6 +136,7 @@ def test_controls_change_what_is_shown(page: Visit, tmp_path: Path) -> None:
     assert len(seen) == 4 and np.abs(np.asarray(bare, int) - np.asarray(scene(5)[0], int)).mean() < 10
 
 
+@pytest.mark.slow  # tests/test_demo.py counts agreement, tests/test_explain.py computes the maps
 def test_class_activation_and_agreement(page: Visit, tmp_path: Path) -> None:
     page.upload(one_picture(tmp_path / "one.png", 1), one_picture(tmp_path / "two.png", 2))
     with page.answered():
@@ -309,6 +310,7 @@ def test_damaged_and_hostile_files(page: Visit, tmp_path: Path) -> None:
     assert page.page.locator("#files img, #answers img[src=x]").count() == 0
 
 
+@pytest.mark.slow  # tests/test_demo_server.py refuses such bodies
 def test_an_upload_that_is_too_large_in_all(page: Visit, tmp_path: Path) -> None:
     (tmp_path / "huge.png").write_bytes(bytes(round(17 * FILE_MB * 1e6)))
     page.page.set_input_files("#files input[type=file]", str(tmp_path / "huge.png"))

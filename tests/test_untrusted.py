@@ -227,7 +227,7 @@ MERGED = "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n -
 @pytest.mark.parametrize(
     "text",
     [
-        *(LAUGHS, MERGED, "a: &a [*a]", "a: &a {b: *a}", "[" * 1500, "a: " + "9" * 6000, "a: 0x" + "f" * 5000),
+        *(LAUGHS, MERGED, "a: &a [*a]", "a: &a {b: *a}", "[" * 700, "a: " + "9" * 6000, "a: 0x" + "f" * 5000),
         *("a: !!timestamp x", "a: !!binary '#'", "a: !!int b", "a: !!bool b", "a: !!set {b, c}", "? [a]\n: b", "a: \0"),
         *("a: !!python/name:os.system", "a: .inf", "a: .nan", "a: 1e999", "{<<: 3}", "--- 1\n--- 2", "x" * (1 << 19)),
     ],
