@@ -385,3 +385,15 @@ def test_a_mask_of_several_pages_is_refused(tmp_path: Path) -> None:
         source.load(0)
     Image.fromarray(grey(0, 1)).save(file, "TIFF", save_all=True, append_images=[Image.fromarray(grey(0))])
     assert set(np.unique(source.load(0)[1])) == {0, 1}  # a smaller page is an overview
+
+
+def test_numbers_beyond_the_classes_are_no_soft_edges(tmp_path: Path) -> None:
+    """All values of data sets with more classes than are named: an error to be pasted, and nothing merged by it."""
+    names = "".join(f"class {number}\n" for number in range(19))
+    city = write(tmp_path / "city", np.arange(64, dtype=np.uint8).reshape(8, 8) % 34, classes=names)
+    with pytest.raises(UserError, match=r"hold 0, 1, 2, 3, 4 and 29 more, the 19 classes are 0 to 18"):
+        open_pairs(PAIRS, city, seed=0)
+    wide = np.array([[0, 1, 1000] * 4] * 8, np.uint16)
+    with pytest.raises(UserError, match=r"hold 0, 1, 1000") as caught:
+        open_pairs(PAIRS, write(tmp_path / "wide", wide), seed=0)
+    assert "mask_nearest" not in str(caught.value)

@@ -12,9 +12,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from conv2former.errors import percent
+from conv2former.errors import percent, some
 from conv2former.tasks.base import Evaluation
 from conv2former.tasks.segmentation.masks import IGNORED
+
+UNSEEN = 0.001  # of the pixels of a class, below which it counts as not found
 
 
 class SegmentationMetric(Metric):
@@ -84,8 +86,14 @@ class SegmentationMetric(Metric):
         line = f"{'multi-scale ' if self.multi_scale else ''}mIoU {miou:.2f}%, mean accuracy {mean:.2f}%, "
         line += f"pixel accuracy {pixel:.2f}% ({counts['images']} images)"
         metrics = {name: counts[name] for name in names}
-        found, true = (np.flatnonzero(np.sum(counts["matrix"], axis)) for axis in (0, 1))
-        useless = f"all pixels were taken for {self.classes[found[0]]!r}" if len(found) == 1 < len(true) else ""
+        matrix = np.array(counts["matrix"])
+        found, true = (np.flatnonzero(matrix.sum(axis)) for axis in (0, 1))
+        unseen = [index for index in true if matrix[index, index] < UNSEEN * matrix[index].sum()]
+        useless = ""
+        if len(found) == 1 < len(true):
+            useless = f"all pixels were taken for {self.classes[found[0]]!r}"
+        elif len(unseen) == len(true) - 1 > 0:
+            useless = f"next to no pixel of {some([repr(self.classes[index]) for index in unseen])} was found"
         sound = math.isfinite(counts["loss"])
         return Evaluation(metrics, line, counts, sound=sound, table=_table(counts), useless=useless)
 

@@ -19,6 +19,7 @@ from conv2former.errors import UserError, say_once, some
 NEAREST = "data.mask_nearest=true"
 MOST_LISTED = 40  # values in a table that is proposed
 MOST_EXACT = 0.5  # of the pixels hold a class's own value, where edges are soft
+SEVERAL = 2  # values of soft edges
 EDGE = 16  # by so much values of classes differ in masks with soft edges
 NO_CLASS = "ignore"  # in a table, like null
 COLOUR = re.compile(r"[(\[]?\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*[)\]]?|#([0-9a-fA-F]{6})")
@@ -230,7 +231,7 @@ def check_values(
             f"the {len(classes)} classes are {int(reduce_zero)} to {len(classes) - 1 + reduce_zero} (255 is ignored)"
         )
         often = _apart(values[np.argsort(-pixels[values], kind="stable")], max(len(classes), 2))
-        soft = len(often) > 1 and pixels[often].sum() >= MOST_EXACT * pixels.sum() and len(often) < len(values)
+        soft = _soft(np.setdiff1d(values, often), often, pixels)
         often = sorted(often) if soft else values[:MOST_LISTED].tolist()
         raise UserError(
             f"{looked} hold {some([str(value) for value in values])}, {known}: give a classes.txt or data.classes that "
@@ -251,6 +252,13 @@ def _apart(values: np.ndarray, most: int) -> list[int]:
         if len(found) < most and (len(values) <= most or all(abs(value - other) >= EDGE for other in found)):
             found.append(value)
     return found
+
+
+def _soft(rest: np.ndarray, often: list[int], pixels: np.ndarray) -> bool:
+    """Whether the rest of the values are soft edges: several, between the frequent ones, and each of them rarer."""
+    if len(often) < 2 or len(rest) < SEVERAL or pixels[often].sum() < MOST_EXACT * pixels.sum():
+        return False
+    return bool(min(often) < rest.min() and rest.max() < max(often) and pixels[rest].max() < pixels[often].min())
 
 
 def missing_classes(looked: str, present: set[int], classes: Sequence[str]) -> list[str]:
