@@ -21,7 +21,7 @@ from conv2former.data.images import BadImage
 from conv2former.data.rle import decode_mask, encode_mask, polygons_to_mask
 from conv2former.data.sampling import SampleKey, seed_cpu
 from conv2former.errors import UserError
-from conv2former.tasks.detection.coco import CocoSource
+from conv2former.tasks.detection.coco import APART, BEYOND, CocoSource
 from conv2former.tasks.detection.config import DetectionAugmentSection, DetectionDataSection
 from conv2former.tasks.detection.data import EvalObjects, TrainObjects, View, draw_view, fitted, view_objects
 from conv2former.tasks.detection.folders import open_coco, open_eval_coco
@@ -75,7 +75,8 @@ def no_category(content: dict[str, Any]) -> None:
 
 
 def other_categories(content: dict[str, Any]) -> None:
-    content["categories"].append(dict(id=8, name="star"))
+    """Of validation images, since those of training come first: with an object."""
+    content["categories"][0]["name"] = "star"
 
 
 def two_of_one_name(content: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ def two_of_one_name(content: dict[str, Any]) -> None:
         (lambda content: content.pop("annotations"), "has no list 'annotations': give COCO annotations"),
         (no_file, "1 of the 4 images that .* names are not in .*train2017: gone.png"),
         (no_category, "annotation 1 is of category 9, which it does not list"),
-        (other_categories, "different categories (only in .*instances_train2017.json: star): make them match"),
+        (other_categories, "different categories (only in .*instances_train2017.json: star; only in .*: block|disc"),
         (
             two_of_one_name,
             "category name block occurs more than once (id 7 with 3 objects, id 3 with 6 objects): rename",
@@ -430,3 +431,35 @@ def test_an_image_that_is_missing_is_not_its_namesake(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"1 of the 4 images .* are not in .*train2017: b/1.png"):
         open_coco(DATA, change(root, names), seed=0)
+
+
+def test_categories_that_one_part_lacks(coco: Path, tmp_path: Path) -> None:
+    """An export lists all categories or those that occur: what matters is that no object is of an unknown one."""
+    root = Path(shutil.copytree(coco, tmp_path / "coco"))
+    names = {part: root / "annotations" / f"instances_{part}2017.json" for part in ("train", "val")}
+    content = {part: json.loads(path.read_text()) for part, path in names.items()}
+    first, second = (entry["id"] for entry in content["val"]["categories"])
+    content["val"]["categories"] = [dict(id=99, name="star"), content["val"]["categories"][1]]
+    kept = [entry for entry in content["val"]["annotations"] if entry["category_id"] == second]
+    content["val"]["annotations"] = kept
+    names["val"].write_text(json.dumps(content["val"]))
+    splits = open_coco(DATA, root, seed=0)
+    place = splits.train.category_ids.index(second)
+    assert splits.val.classes == splits.train.classes and splits.val.category_ids[place] == second
+    assert splits.val.category_ids[1 - place] not in (first, second, 99)
+    counted = sum(not entry["iscrowd"] for entry in kept)
+    assert sum(splits.val.per_class) == splits.val.per_class[place] == counted > 0
+    assert any(f"no objects of {splits.train.classes[1 - place]} to validate on" in line for line in splits.val.notes)
+
+
+def test_boxes_that_leave_the_image_or_their_mask_are_said(coco: Path, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        one, two = content["annotations"][:2]
+        one["bbox"] = [one["bbox"][0] - 50, one["bbox"][1] - 50, one["bbox"][2] + 50, one["bbox"][3] + 50]
+        two["bbox"][:2] = two["bbox"][0] + two["bbox"][2] + 5, two["bbox"][1]
+
+    root = change(Path(shutil.copytree(coco, tmp_path / "x")), edit)
+    source = CocoSource(coco / "train2017", root / "annotations" / "instances_train2017.json")
+    assert sum(BEYOND in line for line in source.notes) == 1 and sum(APART in line for line in source.notes) == 1
+    truth = source.ground_truth(range(len(source)))
+    assert all(min(entry["bbox"][:2]) >= 0 for entry in truth["annotations"])

@@ -217,7 +217,11 @@ def test_no_truth_is_left_out_of_evaluation(tmp_path: Path) -> None:
     root = write(tmp_path, change)
     check(root, content(root))
     masks = content(root)
-    masks["annotations"] = [entry for entry in masks["annotations"] if entry.get("segmentation")]
+    for entry in masks["annotations"]:  # without a mask: a region in which nothing counts
+        if not entry.get("segmentation"):
+            (left, top, width, _), right, low = entry["bbox"], sum(entry["bbox"][::2]), sum(entry["bbox"][1::2])
+            entry.update(iscrowd=1, segmentation=[[left, top, right, top, right, low, left, low]] if width else None)
+    masks["annotations"] = [entry for entry in masks["annotations"] if entry["segmentation"]]
     source, rows = open_coco(DATA, root, seed=0).val, detections(content(root))
     ours = coco_evaluation(source.ground_truth(range(3)), rows, "segm")[0]
     assert ours["ap"] == pytest.approx(reference(masks, rows, "segm")[0], abs=1e-9)

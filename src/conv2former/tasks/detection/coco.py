@@ -17,7 +17,19 @@ from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, deco
 from conv2former.data.rle import library
 from conv2former.data.sources import MOST_OF_A_NAME, exif_remark, stored_pixels
 from conv2former.errors import UserError, one_line, printable, some
-from conv2former.tasks.detection.objects import Ids, area_of, flag, has_area, id_order, is_id, number, usable
+from conv2former.tasks.detection.objects import (
+    Ids,
+    area_of,
+    box_of,
+    clipped,
+    flag,
+    has_area,
+    id_order,
+    is_id,
+    number,
+    overlap,
+    usable,
+)
 
 # what the lists must hold
 FIELDS: dict[str, dict[str, str]] = dict(
@@ -30,6 +42,7 @@ FIELDS: dict[str, dict[str, str]] = dict(
 BEYOND = "have a box that reaches beyond the image"
 CROWDS = "are crowds (iscrowd): not trained on"
 ROTATED = "are rotated (attributes.rotation) and have no mask: their boxes are taken without that"
+APART = "have a box that is not that of their mask: COCO's are [x, y, width, height], its polygons x1, y1, x2, y2, ..."
 TWICE = "have the class and the box of another one of their image: if they are one object, remove one"
 
 
@@ -228,8 +241,10 @@ class CocoSource:
                 said.setdefault("whose box has no area take that of their mask", []).append(name)
             right, low = own["bbox"][0] + own["bbox"][2], own["bbox"][1] + own["bbox"][3]
             fractions &= max(right, low) <= 1
-            if right > entry.width + 1 or low > entry.height + 1:
+            if right > entry.width + 1 or low > entry.height + 1 or min(own["bbox"][:2]) < -1:
                 said.setdefault(BEYOND, []).append(name)
+            if isinstance(own.get("segmentation"), list) and overlap(own["bbox"], box_of(own["segmentation"])) < 0.5:
+                said.setdefault(APART, []).append(name)
             self.per_class[category] += not crowd
             attributes = annotation.get("attributes")
             if isinstance(attributes, dict) and number(attributes.get("rotation")) and "segmentation" not in own:
@@ -297,7 +312,7 @@ class CocoSource:
         for index in indices:
             image = self.entries[index]
             for entry in self.objects_of(index) + self.spare.get(image.id, []):
-                own = dict(id=len(annotations) + 1, image_id=image.id)
+                own = dict(id=len(annotations) + 1, image_id=image.id, bbox=clipped(entry["bbox"], image))
                 annotations.append(dict(area=area_of(entry, (image.width, image.height))) | entry | own)
         categories = [dict(id=i, name=n) for i, n in zip(self.category_ids, self.classes, strict=True)]
         images = [dict(id=e.id, width=e.width, height=e.height) for e in (self.entries[index] for index in indices)]

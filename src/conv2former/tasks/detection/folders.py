@@ -11,7 +11,7 @@ from typing import Any
 
 from conv2former.data.folders import SPLITS, listed, respelled, subfolders, unread
 from conv2former.data.images import IMAGE_EXTENSIONS
-from conv2former.data.sources import counted, given_folder, held_out, only_in
+from conv2former.data.sources import alike, counted, given_folder, held_out, only_in
 from conv2former.errors import UserError, plural, printable, some
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
@@ -111,7 +111,7 @@ def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]]
     if empty:
         what = f"{plural(empty, 'image')} without objects {'is' if empty == 1 else 'are'} not trained on"
         lines.append(f"{what}: --set data.keep_empty=true includes them")
-    lines.append(counted(each, splits, what="classes with objects to train on"))
+    lines += [alike(train.classes), counted(each, splits, what="classes with objects to train on")]
     return [line for line in lines if line]
 
 
@@ -134,15 +134,25 @@ def _missing(file: Path, root: Path, part: str, *, held: bool = True) -> UserErr
 
 
 def _unite(train: CocoSource, val: CocoSource) -> None:
-    """Gives the validation set the classes of the training set, in its order; raises UserError where they differ."""
+    """Gives the validation set the classes of the training set; raises UserError where objects are of others."""
     val.classes = respelled(val.classes, train.classes)
-    if differ := only_in(str(train.annotations), train.classes, str(val.annotations), val.classes):
-        raise UserError(
-            f"training and validation have different categories ({differ}): make them match; the list 'categories' of "
-            "both files names all, also those without an object in it"
-        )
-    val.category_ids = [val.category_ids[val.classes.index(name)] for name in train.classes]
-    val.classes = train.classes
+    if any(count and name not in train.classes for name, count in zip(val.classes, val.per_class, strict=True)):
+        differ = only_in(str(train.annotations), train.classes, str(val.annotations), val.classes)
+        raise UserError(f"training and validation have different categories ({differ}): make them match")
+    _take_classes(val, train.classes)
+    both = zip(train.classes, train.per_class, val.per_class, strict=True)
+    if unseen := [name for name, own, other in both if own > other == 0]:
+        val.notes.append(f"{val.annotations}: no objects of {printable(some(unseen))} to validate on")
+
+
+def _take_classes(source: CocoSource, classes: Sequence[str]) -> None:
+    """Gives a set these classes in this order, with ids that do not occur for those that the file lacks."""
+    ids = dict(zip(source.classes, source.category_ids, strict=True))
+    counts = dict(zip(source.classes, source.per_class, strict=True))
+    spare = max((number for number in source.category_ids if isinstance(number, int)), default=0)
+    source.category_ids = [ids.get(name, spare + number) for number, name in enumerate(classes, 1)]
+    source.per_class = [counts.get(name, 0) for name in classes]
+    source.classes = list(classes)
 
 
 def _check_counts(train: CocoSource, val: CocoSource) -> None:
@@ -245,17 +255,15 @@ def open_eval_coco(
     if instead:
         source.notes.append(f"no annotations of {WORDS[split or 'val']} images: all images of {place[1]} are evaluated")
     source.classes = respelled(source.classes, classes)
-    unknown = [name for name in source.classes if name not in classes]
-    if unknown:
+    named = zip(source.classes, source.per_class, strict=True)
+    if unknown := [name for name, count in named if count and name not in classes]:
         raise UserError(
             f"{source.annotations} has {len(unknown)} categories that the model does not know ({some(unknown)}); its "
             f"{len(classes)} are {some(list(classes))}"
         )
-    # the model's classes, with ids that do not occur for those that the file lacks
-    ids = dict(zip(source.classes, source.category_ids, strict=True))
-    spare = max((number for number in source.category_ids if isinstance(number, int)), default=0)
-    source.category_ids = [ids.get(name, spare + number) for number, name in enumerate(classes, 1)]
-    source.classes = list(classes)
+    if not any(source.counted):
+        source.notes.append(f"{source.annotations} has no object that counts: there is nothing to measure")
+    _take_classes(source, classes)
     return source
 
 

@@ -19,6 +19,7 @@ from conv2former.tasks.base import Evaluation
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.model.detector import Detections
 from conv2former.tasks.detection.model.mask_head import paste_masks
+from conv2former.tasks.detection.objects import has_area
 
 NUMBERS = (  # COCO's twelve, in its order
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
@@ -160,9 +161,12 @@ def coco_evaluation(
     Args:
         truth: COCO's dictionary; its images alone count. Ids may be anything.
         rows: COCO's results.
-        kind: 'bbox' or 'segm'; for the latter objects without a mask do not count.
+        kind: 'bbox' or 'segm'; for the latter objects without a mask do not count, nor do masks that are found there.
     """
-    objects = [entry for entry in truth["annotations"] if kind == "bbox" or entry.get("segmentation")]
+    objects = truth["annotations"]
+    if kind == "segm":
+        seen = [entry for entry in objects if entry.get("segmentation") or has_area(entry["bbox"])]
+        objects = [*map(_with_mask, seen)] if any(entry.get("segmentation") for entry in seen) else []
     if not rows or not objects:
         there = {entry["category_id"] for entry in objects if not entry["iscrowd"]}
         nothing = [0.0 if entry["id"] in there else None for entry in truth["categories"]]
@@ -198,6 +202,15 @@ def coco_evaluation(
     # (thresholds, recalls, categories, areas, limits of detections): all areas, the highest limit; -1 without objects
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
     return numbers, [_percent(precision[:, :, index].mean()) for index in range(precision.shape[2])]
+
+
+def _with_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    """An object; one without a mask as a region in which nothing counts, as COCO's crowds do."""
+    if entry.get("segmentation"):
+        return entry
+    left, top, width, height = entry["bbox"]
+    right, low = left + width, top + height
+    return entry | dict(iscrowd=1, segmentation=[[left, top, right, top, right, low, left, low]])
 
 
 def _percent(value: float) -> float | None:

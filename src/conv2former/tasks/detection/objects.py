@@ -183,6 +183,23 @@ def box_of(mask: Any) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
+def overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes [x, y, width, height]."""
+    sides = [min(one[i] + one[i + 2], other[i] + other[i + 2]) - max(one[i], other[i]) for i in (0, 1)]
+    shared = max(sides[0], 0) * max(sides[1], 0)
+    return shared / max(one[2] * one[3] + other[2] * other[3] - shared, 1e-9)
+
+
+def clipped(box: Sequence[float], image: Any) -> Sequence[float]:
+    """A box [x, y, width, height] in evaluation: what reaches more than a pixel beyond its image is cut off."""
+    (left, top), right, low = box[:2], box[0] + box[2], box[1] + box[3]
+    inside = left >= -1 and top >= -1 and right <= image.width + 1 and low <= image.height + 1
+    if inside or not overlap(box, [0, 0, image.width, image.height]):
+        return box
+    left, top = max(left, 0), max(top, 0)
+    return [left, top, min(right, image.width) - left, min(low, image.height) - top]
+
+
 def area_of(entry: Mapping[str, Any], size: tuple[int, int]) -> float:
     """An object's area in pixels: what its annotation says, else that of its mask, else of its box."""
     if "area" in entry:
