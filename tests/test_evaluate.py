@@ -91,6 +91,9 @@ def test_images_of_the_training_are_named(tmp_path: Path, capsys: pytest.Capture
     rows = list(csv.DictReader((tmp_path / "run" / "mistakes.csv").open()))
     wrong = np.flatnonzero(result.records.predicted != result.records.targets)
     assert len(rows) == len(wrong) and all((folder / row["file"]).is_file() for row in rows)
+    shutil.copytree(folder, tmp_path / "copied")
+    evaluate(tmp_path / "run", data=tmp_path / "copied", workers=0)
+    assert "warning: 36 of the 48 images are training images, too" in capsys.readouterr().err
     held = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
     assert len({*held}) == 12 and {row["file"] for row in rows} <= {*held}
     assert all(row["file"].startswith(row["true"]) and row["predicted"] != row["true"] for row in rows)

@@ -14,8 +14,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
 from conv2former.data.images import BadImage
+from conv2former.data.sources import plain_names, remarks
 from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.tasks.classification.archives import ShardSource, TarSource
@@ -392,3 +394,20 @@ def test_folders_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("os.access", lambda path, mode: "digit-2" not in str(path))  # root may read everything
     with pytest.raises(UserError, match=r"may not be read: .*train/digit-2: change their permissions"):
         FolderSource(folder / "train")
+
+
+@pytest.mark.parametrize("text", ["__ignore__\n_background_\ncrack\n", "name,r,g,b\nroad,1,2,3\n", "- road\n- car\n"])
+def test_lists_that_hold_more_than_names_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds more than names"):
+        plain_names(text.split("\n")[:-1], tmp_path / "classes.txt")
+    plain = ["road 66", "route 1, 2, 3", "a-b", "-"]
+    assert plain_names(plain, tmp_path / "classes.txt") == plain
+
+
+def test_versions_of_a_photo_in_both_parts_are_said(tmp_path: Path) -> None:
+    names = [f"{name}/photo{n}_jpg.rf.{v}.png" for name in ("cat", "dog") for n in range(3) for v in "abc"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
+    splits = open_splits(tiny_recipe().data.model_copy(update=dict(val_fraction=0.3)), tmp_path, seed=0)
+    assert any(line.startswith("versions of") and "are trained on" in line for line in remarks(splits))

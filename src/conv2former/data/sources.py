@@ -68,7 +68,7 @@ def notes(*sources: Any) -> list[str]:
 
 def remarks(splits: Splits) -> list[str]:
     """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
-    found = [repeated(splits.train, splits.val), dark(splits.train)]
+    found = [repeated(splits.train, splits.val), versions(splits.train, splits.val), dark(splits.train)]
     return [*notes(splits.train, splits.val, splits), *filter(None, found)]
 
 
@@ -115,12 +115,24 @@ def spread(count: int, most: int) -> list[int]:
     return [index * count // most for index in range(most)] if count > most else list(range(count))
 
 
-def repeated(train: Any, val: Any) -> str | None:
+def versions(train: Any, val: Any) -> str | None:
+    """The line about validation images of which Roboflow has made versions to train on (``NAME.rf.HASH.jpg``)."""
+    if not len(train) or ".rf." not in train.name(0):
+        return None
+    stems = [{part.name(index).rpartition(".rf.")[0] for index in range(len(part))} - {""} for part in (train, val)]
+    if not (both := sorted(stems[0] & stems[1])):
+        return None
+    what = f"versions of {plural(len(both), 'validation image')}, {both[0]} for example, are trained on"
+    return printable(f"{what}: what is measured is too good; have Roboflow divide the images, or leave versions out")
+
+
+def repeated(train: Any, val: Any, *, what: str = "validation images") -> str | None:
     """The line about validation images that are training images, too, byte for byte; of large sets a part is looked at.
 
     Args:
         train: A source; nothing is looked at unless it has ``file(index)``, the path of an image.
         val: Likewise.
+        what: The name of the latter.
     """
     if not (hasattr(train, "file") and hasattr(val, "file")):
         return None
@@ -139,8 +151,8 @@ def repeated(train: Any, val: Any) -> str | None:
     if not twins:
         return None
     part = "" if len(looked) == len(val) else " that were looked at"
-    what = f"{len(twins):,} of the {len(looked):,} validation images{part} are training images, too"
-    return printable(f"{what} ({some(twins, 2)}): what is measured on them says nothing about new images")
+    found = f"{len(twins):,} of the {len(looked):,} {what}{part} are training images, too"
+    return printable(f"{found} ({some(twins, 2)}): what is measured on them says nothing about new images")
 
 
 def _size(file: str | Path | None) -> int:
@@ -237,6 +249,12 @@ def plain_names(lines: list[str], path: Path) -> list[str]:
     """The lines of a file as names; raises UserError where there is more in them than names."""
     if lines and lines[0].startswith("# "):
         raise UserError(f"{path} begins with a comment, {shortened(lines[0])}: leave the names alone in it, one a line")
+    coloured = [line for line in lines if re.fullmatch(r"\S.*([,;\t ])\s*\d+\1\s*\d+\1\s*\d+", line)]
+    if lines and (len(coloured) >= max(len(lines) - 1, 1) or lines[0].startswith(("- ", "__"))):
+        raise UserError(
+            f"{path} holds more than names ({shortened((coloured or lines)[0])}): leave the names alone in it, one a "
+            "line, without colours, marks and labelme's __ignore__"
+        )
     order = _numbers(lines)
     if order != sorted(order) or (not order and _numbers(lines[1:])):  # in order, they do no harm
         raise UserError(

@@ -17,7 +17,7 @@ from conv2former.config import EngineSection
 from conv2former.data import activity
 from conv2former.data.loading import Batches, checked, keyed_loader
 from conv2former.data.sampling import EvalSampler
-from conv2former.data.sources import Source, Splits, notes
+from conv2former.data.sources import Source, Splits, notes, repeated
 from conv2former.engine.devices import for_inference
 from conv2former.engine.distributed import Processes
 from conv2former.engine.launch import make_fabric, place, world_size
@@ -31,6 +31,7 @@ from conv2former.tasks import load, set_options, task_class
 from conv2former.tasks.base import Evaluation, Metric, Task
 
 STALL = 60.0  # seconds after which a process that does not advance is named, of several
+MOST_COMPARED = 20_000  # training images that those of an evaluation are compared with
 BATCH = 64  # images of a forward pass, of a task that takes several
 
 
@@ -182,8 +183,8 @@ def evaluate(
         max_pixels = run.recipe().data.max_pixels
     else:
         images = task.eval_source(data)
-        if warning := _seen_in_training(run, data, len(images)):
-            say_once(warning)
+        if warning := _seen_in_training(run, data, images):
+            say_once(f"warning: {warning}")
     for line in notes(images):
         say_once(line)
     fabric = _launched(task, device)
@@ -203,18 +204,25 @@ def evaluate(
     return evaluation, folder
 
 
-def _seen_in_training(run: RunDir, data: Path | None, count: int) -> str | None:
-    """A warning where the images are all of those that a run divided into training and validation images itself."""
+def _seen_in_training(run: RunDir, data: Path | None, images: Source) -> str | None:
+    """What to say where the run was trained on images that it is now evaluated on."""
     if data is None or not run.exists():
         return None
-    facts = run.facts()
+    facts, count = run.facts(), len(images)
     own, parts = recorded_data(facts), facts.get("images", {})
     whole = sum(parts.values())
     divided = count == whole or (count > whole and (run.path / HELD_OUT_LIST).is_file())  # some have no objects
     if own is None or own.resolve() != data.resolve() or not parts.get("train") or not divided:
-        return None
+        return _copied(run, own, images) if parts.get("train", 0) <= MOST_COMPARED else None
     seen = f"the run was trained on {parts['train']:,} of these {count:,} images"
-    return f"warning: {seen}: leave --data out to evaluate the others alone"
+    return f"{seen}: leave --data out to evaluate the others alone"
+
+
+def _copied(run: RunDir, data: Path | None, images: Source) -> str | None:
+    """The line about images that are byte for byte those of the training, as far as that is still there."""
+    with contextlib.suppress(UserError):
+        return repeated(task_class(run.recipe().task).open_splits(run.recipe(), data).train, images, what="images")
+    return None
 
 
 def _launched(task: Task, device: str) -> L.Fabric | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from conv2former.config import OptimSection, ScheduleSection
 from conv2former.engine.batch import BatchPlan
-from conv2former.errors import UserError, one_line
+from conv2former.errors import UserError, one_line, say_once
 
 
 def scaled_lr(optim: OptimSection, batch: BatchPlan) -> float:
@@ -102,6 +102,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleSection, 
         milestones = [round(epoch * steps_per_epoch) + 1 for epoch in schedule.milestones]
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=schedule.gamma, **common)
     common["lr_min"] = schedule.min_lr
+    if schedule.min_lr > (highest := max(group["lr"] for group in optimizer.param_groups)):
+        say_once(
+            f"warning: the learning rate rises from {highest:.3g} to schedule.min_lr, {schedule.min_lr:g}: lower that"
+        )
     if schedule.kind == "polynomial":
         return PolyLRScheduler(optimizer, t_initial=steps, power=schedule.power, **common)
     return CosineLRScheduler(optimizer, t_initial=steps - warmup, warmup_prefix=True, **common)
