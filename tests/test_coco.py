@@ -463,3 +463,11 @@ def test_boxes_that_leave_the_image_or_their_mask_are_said(coco: Path, tmp_path:
     assert sum(BEYOND in line for line in source.notes) == 1 and sum(APART in line for line in source.notes) == 1
     truth = source.ground_truth(range(len(source)))
     assert all(min(entry["bbox"][:2]) >= 0 for entry in truth["annotations"])
+
+
+def test_images_in_no_annotation_are_counted(coco: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(coco, tmp_path / "coco"))
+    assert not any("in no annotation" in line for line in open_coco(DATA, root, seed=0).notes)
+    shutil.copy(root / "val2017" / "100.png", root / "val2017" / "new.png")
+    line = f"{root / 'val2017'}: not read: 1 image in no annotation (new.png)"
+    assert line in open_coco(DATA, root, seed=0).notes

@@ -411,3 +411,15 @@ def test_versions_of_a_photo_in_both_parts_are_said(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
     splits = open_splits(tiny_recipe().data.model_copy(update=dict(val_fraction=0.3)), tmp_path, seed=0)
     assert any(line.startswith("versions of") and "are trained on" in line for line in remarks(splits))
+
+
+def test_training_images_of_two_classes_are_said(tmp_path: Path) -> None:
+    for number in range(8):
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (number, len(name) + 20 * (name == "dog") * (number > 1), 0)).save(
+                tmp_path / name / f"{number}.png"
+            )
+    splits = open_splits(tiny_recipe().data.model_copy(update=dict(val_fraction=0.2)), tmp_path, seed=0)
+    said = [line for line in remarks(splits) if "in two classes" in line]
+    assert len(said) == 1 and said[0].endswith("keep each in one")

@@ -68,7 +68,8 @@ def notes(*sources: Any) -> list[str]:
 
 def remarks(splits: Splits) -> list[str]:
     """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
-    found = [repeated(splits.train, splits.val), versions(splits.train, splits.val), dark(splits.train)]
+    found = [repeated(splits.train, splits.val), versions(splits.train, splits.val)]
+    found += [contradictory(splits.train), dark(splits.train)]
     return [*notes(splits.train, splits.val, splits), *filter(None, found)]
 
 
@@ -153,6 +154,24 @@ def repeated(train: Any, val: Any, *, what: str = "validation images") -> str | 
     part = "" if len(looked) == len(val) else " that were looked at"
     found = f"{len(twins):,} of the {len(looked):,} {what}{part} are training images, too"
     return printable(f"{found} ({some(twins, 2)}): what is measured on them says nothing about new images")
+
+
+def contradictory(train: Any) -> str | None:
+    """The line about training images that are in two classes, byte for byte; of large sets a part is looked at."""
+    if not (hasattr(train, "file") and hasattr(train, "targets")):
+        return None
+    by_size: dict[int, list[int]] = {}
+    for index in spread(len(train), MOST_LOOKED_AT):
+        if size := _size(train.file(index)):
+            by_size.setdefault(size, []).append(index)
+    first: dict[bytes, int] = {}
+    twins = []
+    for index in (index for same in by_size.values() if len(same) > 1 for index in same[:MOST_ALIKE]):
+        other = first.setdefault(_content(train.file(index)), index)
+        if train.targets[index] != train.targets[other]:
+            twins.append(f"{train.name(index)} is {train.name(other)}")
+    what = f"{plural(len(twins), 'training image')} {'is' if len(twins) == 1 else 'are'} in two classes"
+    return printable(f"{what} ({some(twins, 2)}): keep each in one") if twins else None
 
 
 def _size(file: str | Path | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,13 +67,28 @@ def open_coco(data: DetectionDataSection, root: Path | None, *, seed: int) -> Co
     else:
         val = CocoSource(*val_place, turn=data.exif == "turn")
         _unite(train, val)
+    unlisted = _unlisted(root, [train, val])
     empty = 0
     if not data.keep_empty:
         shown = [index for index, count in enumerate(train.counted) if count]
         empty, train = len(train) - len(shown), train.part(shown)
     _check_counts(train, val)
     splits = CocoSplits(train, val, held_out=bool(fraction))
-    return replace(splits, notes=tuple(_remarks(root, splits, [place] if fraction else [place, val_place], empty)))
+    remarks = _remarks(root, splits, [place] if fraction else [place, val_place], empty)
+    return replace(splits, notes=(*unlisted, *remarks))
+
+
+def _unlisted(root: Path, sources: Sequence[CocoSource]) -> list[str]:
+    """The lines about images that no annotation file lists."""
+    known = {os.path.normpath(source.file(index)) for source in sources for index in range(len(source))}
+    lines = []
+    for folder in {source.images: None for source in sources if source.images != root}:
+        files = listed(folder, IMAGE_EXTENSIONS).files
+        if rest := [name for name in files if os.path.normpath(folder / name) not in known]:
+            lines.append(
+                printable(f"{folder}: not read: {plural(len(rest), 'image')} in no annotation ({some(rest, 3)})")
+            )
+    return lines
 
 
 def _divided(source: CocoSource, fraction: float, seed: int, root: Path) -> tuple[CocoSource, CocoSource]:
