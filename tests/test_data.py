@@ -108,7 +108,7 @@ def rename_class(data: Path) -> None:
         (empty, "no images in .*train: expected one folder per class"),
         (one_class, "only one class \\('digit-0'\\) in .*train: give at least two"),
         (rename_class, "different classes \\(only in train: digit-3; only in val: three\\)"),
-        (lambda data: shutil.rmtree(data / "val" / "digit-1"), "only in train: digit-1"),
+        (lambda data: shutil.rmtree(data / "train" / "digit-1"), "only in val: digit-1"),
         (lambda data: shutil.rmtree(data), "no such folder"),
         (lambda data: shutil.rmtree(data / "train"), "no train/ folder"),
         (lambda data: one_picture(data / "train" / "loose.png"), "loose.png lies in no class folder"),

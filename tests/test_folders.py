@@ -147,6 +147,23 @@ def test_names_match_in_any_unicode_form(tmp_path: Path) -> None:
     assert FolderSource(root / "train").classes == [apart, "dog"] and len(FolderSource(root / "train")) == 12
 
 
+def test_a_rare_class_may_have_no_validation_images(tmp_path: Path) -> None:
+    """Targets follow the order of training; a class without images has no recall, in training and in evaluation."""
+    root = images(tmp_path / "data", "train", classes=("ape", "bat", "cat"))
+    images(root, "val", classes=("bat", "cat"), count=2)
+    splits = open_splits(DATA, root, seed=0)
+    assert splits.val.classes == ["ape", "bat", "cat"] and splits.val.targets == [1, 1, 2, 2]
+    assert "no validation images of: ape" in splits.notes
+    recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0", "data.val_fraction=0.0", "data.workers=0")
+    recipe = recipe.model_copy(update=dict(optim=recipe.optim.model_copy(update=dict(batch_size=4))))
+    train(recipe, data=root, out=tmp_path / "run")
+    classes = evaluate(tmp_path / "run", workers=0)[0].details["per_class"]
+    assert classes["ape"]["top1"] is None and classes["bat"]["images"] == 2
+    images(root, "val", classes=("dog",))
+    with pytest.raises(UserError, match="only in train: ape; only in val: dog"):
+        open_splits(DATA, root, seed=0)
+
+
 def test_runs_inside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trainings of one folder into itself; the first resumes, is evaluated, and so is a part of its data."""
     images(tmp_path, "train", "val", "test")

@@ -134,9 +134,6 @@ class ShardSource(ArchiveSource):
     holds, or ``label`` or ``cls`` in the ``.json`` file: a number or a name. ``classes.txt`` in the shards' folder
     (or ``classes``) names the numbers, one per line; without it the values are the names.
 
-    Attributes:
-        numbered: The classes are numbers for which no names are known.
-
     Args:
         root: The shards' folder.
         shards: The shards in order; None for all tar files of the folder.
@@ -152,7 +149,6 @@ class ShardSource(ArchiveSource):
         values: list[int | str] = []
         super().__init__(root, shards, [f"{shard.name}/" for shard in shards], self._samples(shards, values))
         known = _class_names(root)
-        self.numbered = known is None and all(isinstance(value, int) for value in values)
         names = sorted({str(value) for value in values}, key=in_order)
         self.classes = names if known is None else known
         numbers: dict[int | str, int] = {name: number for number, name in enumerate(self.classes)}

@@ -16,7 +16,7 @@ from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled
 from conv2former.data.recognise import holds_images, images_and_masks
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import alike, counted, given_folder, only_in, spread
-from conv2former.errors import UserError, nearest, some, visible
+from conv2former.errors import UserError, nearest, printable, some, visible
 from conv2former.tasks.classification.archives import ShardSource, TarSource, is_shard, tar_files
 from conv2former.tasks.classification.config import DataSection
 from conv2former.tasks.classification.sources import (
@@ -46,7 +46,10 @@ class Splits:
         """What lies beside them and is not read, the classes with their numbers of training images."""
         counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
         each = [f"{visible(name)} ({count:,})" for name, count in zip(self.train.classes, counts, strict=True)]
-        return [*filter(None, [self.unread, alike(self.train.classes)]), counted(each, self)]
+        tried = {*self.val.targets}
+        missing = [visible(name) for i, name in enumerate(self.train.classes) if counts[i] and i not in tried]
+        untried = f"no validation images of: {printable(some(missing))}" if missing else None
+        return [*filter(None, [self.unread, alike(self.train.classes), untried]), counted(each, self)]
 
     def digest(self) -> str:
         """A hash of the names and classes of all images, by which a resumed run knows its data."""
@@ -332,7 +335,7 @@ def _check_class_count(source: ImageSource) -> None:
 
 def _check_same_classes(splits: Splits) -> None:
     train, val = splits.train.classes, splits.val.classes
-    if getattr(splits.val, "numbered", False) and {*val} < {*train}:
-        return  # nobody named the classes, and some may have no image for validation
+    if {*val} <= {*train}:
+        return  # a rare class may have no image for validation
     if differ := only_in("train", train, "val", val):
         raise UserError(f"train and val have different classes ({differ}): make them match")

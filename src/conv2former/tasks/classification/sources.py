@@ -118,9 +118,6 @@ class HfdsSource:
 
     The images are in the dataset's order. Classes are the label's names in the order of the dataset, or its values.
 
-    Attributes:
-        numbered: The classes are numbers for which no names are known.
-
     Args:
         root: A folder that the `datasets` library can read (class folders, parquet files), or a dataset's name on the
             hub.
