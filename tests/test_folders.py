@@ -247,12 +247,130 @@ def test_folders_that_may_mean_something_else_are_refused(
         open_splits(HELD, tmp_path, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (
+            "seg_train/seg_train/sea seg_test/seg_test/sea seg_pred/seg_pred",
+            "seg_test, seg_train look like parts of a set",
+        ),
+        ("train2017 val2017", "train2017, val2017 look like parts"),
+        ("TrainImages TestImages other", "TestImages, TrainImages look like parts"),
+        (
+            "x_images_part_1 x_images_part_2",
+            "look like pieces of one set, and not like classes: sort their images into",
+        ),
+        ("images_001/images images_002/images", "look like pieces"),
+        ("jpg segmim", "jpg/ and segmim/ in .* are not taken for classes: rename"),
+        ("img masks_machine", "img/ and masks_machine/"),
+        (
+            "no yes brain/no brain/yes",
+            r"brain holds folders that are called as other classes \(no, yes\): remove it if",
+        ),
+        ("images/Images/cat images/Images/dog", r"only one class \('images'\).* give --data \S+/images/Images$"),
+        (
+            "train/train/cat train/train/dog val/val/cat val/val/dog",
+            r"only one class \('train'\) in .*, move them to \S+",
+        ),
+        ("Data/all/train/cat Data/all/val/cat", r"train and val lie in .*: give --data \S+/Data/all$"),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(folders: str, message: str, tmp_path: Path) -> None:
+    for folder in folders.split():
+        write(tmp_path, *(f"{folder}/{number}.png" for number in range(2)))
+    (tmp_path / "docs").mkdir()
+    with pytest.raises(UserError, match=message):
+        open_splits(HELD, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        *(
+            "train_station test_tube",
+            "training_fake training_real",
+            "train_日本 test_中国",
+            "test_positive test_negative",
+        ),
+        *("digit_1 digit_2", "class_1 class_2", "part_1 image", "images_1 photos_2", "1 2 3", "data_1 cat"),
+        *("mask no_mask", "jpg cat", "segmentation depth", "cat/no/x no yes/x/y", "no/yes/x yes/no/x"),
+        *("a/b/x b/a/x", "a/a/x a/b/x b/a/x b/b/x"),
+    ],
+)
+def test_classes_that_are_called_nearly_so_are_read(folders: str, tmp_path: Path) -> None:
+    for folder in folders.split():
+        write(tmp_path, *(f"{folder}/{number}.png" for number in range(2)))
+    expected = {folder.split("/")[0] for folder in folders.split()}
+    assert {*open_splits(HELD, tmp_path, seed=0).train.classes} == expected
+
+
+def test_tar_files_are_refused_as_folders_are(tmp_path: Path) -> None:
+    for number, (folders, message) in enumerate(
+        [
+            (
+                "train val",
+                "train, val look like parts of a set: give each a tar file of its own, train.tar and val.tar",
+            ),
+            ("all/train all/test", "test, train look like parts"),
+            ("images masks", "images/ and masks/ in .* are not taken for classes"),
+            ("data_1 data_2", "look like pieces"),
+            ("train_station test_tube", None),
+        ]
+    ):
+        root = write(tmp_path / f"{number}", *(f"x/{folder}/{n}.png" for folder in folders.split() for n in range(2)))
+        with tarfile.open(root / "y.tar", "w") as tar:
+            tar.add(root / "x", ".")
+        if message is None:
+            assert len(TarSource(root / "y.tar").classes) == 2
+            continue
+        with pytest.raises(UserError, match=message):
+            TarSource(root / "y.tar")
+
+
+def test_masks_beside_the_images_of_a_class_are_refused(tmp_path: Path) -> None:
+    """Photographs called so, as of people with and without a mask, have more colours than masks."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    for root, pixels in (("masks", np.eye(32, dtype=np.uint8)), ("photos", noise)):
+        write(tmp_path / root, *(f"{name}/{n} (1).png" for name in ("ill", "well") for n in range(8)))
+        for name in ("0 (1)_mask", "1 (1)_mask", "1 (1)_mask_1"):
+            Image.fromarray(pixels).save(tmp_path / root / "ill" / f"{name}.png")
+    assert len(open_splits(HELD, tmp_path / "photos", seed=0).train.classes) == 2
+    with pytest.raises(UserError, match=r"ill holds masks beside its images \(0 \(1\)_mask.png and so on\): move"):
+        open_splits(HELD, tmp_path / "masks", seed=0)
+    for n in range(2):
+        (tmp_path / "masks" / "ill" / f"{n} (1)_mask.png").unlink()  # one of nine remains
+    assert len(open_splits(HELD, tmp_path / "masks", seed=0).train.classes) == 2
+
+
+def test_the_way_for_shards_in_a_part_works(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / split, "0.png", "1.png")
+        with tarfile.open(tmp_path / split / "000.tar", "w") as tar:
+            for n in range(2):
+                (tmp_path / split / f"{n}.cls").write_text(str(n))
+                for ending in ("png", "cls"):
+                    tar.add(tmp_path / split / f"{n}.{ending}", f"{n}.{ending}")
+                    (tmp_path / split / f"{n}.{ending}").unlink()
+    with pytest.raises(UserError, match=r"move them to .* as train-000.tar and so on, and add --set data.source=wds"):
+        open_splits(DATA, tmp_path, seed=0)
+    for split in ("train", "val"):
+        shutil.move(tmp_path / split / "000.tar", tmp_path / f"{split}-000.tar")
+    assert len(open_splits(DATA.model_copy(update=dict(source="wds")), tmp_path, seed=0).val) == 2
+
+
 def test_class_folders_that_all_hold_the_same_are_named(tmp_path: Path) -> None:
     for fold in ("fold1", "fold2"):
         write(tmp_path, *(f"{fold}/{name}.png" for name in ("cat/1", "cat/2", "dog/1", "dog/2")))
     splits = open_splits(HELD, tmp_path, seed=0)
     assert splits.train.classes == ["fold1", "fold2"]
     assert any("all class folders hold cat, dog, and the first folder names" in line for line in remarks(splits))
+    write(tmp_path / "office", "a/images/bike/0.png", "a/images/mug/0.png", "b/images/bike/0.png", "b/images/mug/0.png")
+    write(tmp_path / "office", "b/images/pen/0.png")
+    assert any("hold bike, mug, and" in line for line in remarks(open_splits(HELD, tmp_path / "office", seed=0)))
+    write(tmp_path / "years", *(f"{name}.png" for name in ("a/1/0", "a/2/0", "a/3/0", "b/3/0", "b/4/0", "b/5/0")))
+    assert not any("all class folders" in line for line in remarks(open_splits(HELD, tmp_path / "years", seed=0)))
+    shutil.rmtree(tmp_path / "office")
+    shutil.rmtree(tmp_path / "years")
     write(tmp_path, "fold1/0.png")
     assert not any("all class folders" in line for line in remarks(open_splits(HELD, tmp_path, seed=0)))
 

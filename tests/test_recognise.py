@@ -96,3 +96,21 @@ def test_masks_inside_of_class_folders_are_not_learnt(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"^images/ and masks/ in .*ill look like images and their masks: move"):
         task_class("classification").open_splits(load_recipe("finetune"), tmp_path)
+
+
+def test_annotations_beside_class_folders_are_not_what_is_wrong(tmp_path: Path) -> None:
+    """DTD has lists in labels/, Stanford Dogs has boxes: their class folders lie further down."""
+    write(tmp_path / "dtd", "images/a/0.png", "images/b/0.png", "labels/train1.txt")
+    with pytest.raises(UserError, match=r"^only one class \('images'\)"):
+        task_class("classification").open_splits(load_recipe("finetune"), tmp_path / "dtd")
+
+
+def test_masks_by_other_names_are_recognised(tmp_path: Path) -> None:
+    write(tmp_path / "voc", "JPEGImages/0.png", "SegmentationClass/0.png", "SegmentationObject/0.png")
+    said = "^JPEGImages/ and SegmentationClass/ in .* which are read from images/ and masks/: train with"
+    with pytest.raises(UserError, match=said):
+        task_class("classification").open_splits(load_recipe("finetune"), tmp_path / "voc")
+    write(tmp_path / "voc", "Annotations/0.xml")
+    for task in ("classification", "detection"):
+        with pytest.raises(UserError, match=r"Annotations looks like annotations of Pascal VOC"):
+            task_class(task).open_splits(load_recipe(TASKS[task]), tmp_path / "voc")

@@ -15,6 +15,7 @@ from conv2former.errors import UserError, attempt, printable, some
 
 # what the parts of a set are called, in upper and lower case; what is first counts where there are two
 SPLITS = dict(train=("train", "training"), val=("val", "validation", "valid"), test=("test", "testing"))
+PIECES = {"images", "image", "img", "part", "chunk", "batch", "folder", "data"}  # what is numbered and no class
 # folders that file managers, disks in a network and packers make
 JUNK = {
     *("@eadir", "@__thumb", "thumbnails", "__macosx", "$recycle.bin", "#recycle", "@recycle", "#snapshot"),
@@ -49,11 +50,23 @@ def find_splits(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def like_splits(names: Iterable[str]) -> bool:
-    """Whether all names look like parts of a set, one for training among them (``train_images``, ``val_images``)."""
-    words = [{*re.findall("[a-z]+", name.casefold())} for name in names]
-    known = {word for part in SPLITS.values() for word in part} | {"dev", "eval"}
-    return len(words) > 1 and all(own & known for own in words) and any(own & {*SPLITS["train"]} for own in words)
+def like_splits(names: Iterable[str]) -> list[str]:
+    """Names that look like parts of a set: one for training, others with the same words beside (``val_images``)."""
+    training, known = {*SPLITS["train"]}, {word for part in SPLITS.values() for word in part} | {"dev", "eval"}
+    found: dict[tuple[str, ...], dict[str, bool]] = {}
+    for name in names:
+        words = [word.casefold() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name) if word]
+        if part := next((word for word in words if word in known), None):
+            words.remove(part)
+            found.setdefault(tuple(words), {})[name] = part in training
+    return [name for group in found.values() if len({*group.values()}) > 1 for name in group]
+
+
+def like_pieces(names: Iterable[str]) -> bool:
+    """Whether names number the pieces of one set (``images_001``, ``images_002``); ``class_1`` may well be a class."""
+    ends = [re.fullmatch(r"(.*?([^\W\d_]+))[\W_]*\d+\W*", name.casefold()) for name in names]
+    stems = {(end[1], end[2]) if end else ("", "") for end in ends}
+    return len(ends) > 1 and len(stems) == 1 and stems.pop()[1] in PIECES
 
 
 def subfolders(root: Path) -> list[str]:

@@ -4,32 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from conv2former.data.folders import ends_in, find_splits, is_junk, like_splits, subfolders
+from conv2former.data.folders import ends_in, find_splits, is_junk, like_pieces, like_splits, subfolders
 from conv2former.data.images import IMAGE_EXTENSIONS
 from conv2former.errors import UserError, printable, some
 
 # what the folders of images and of their masks are called, in upper and lower case; what is first counts where two are
 IMAGES = ("images", "image", "imgs", "img", "img_dir")
 MASKS = ("masks", "mask", "annotations", "labels", "label", "ann_dir", "ground_truth", "groundtruth", "gt")
+# what other sets call them, which no task reads: Pascal VOC, Flowers-102, CUB, Supervisely and so on
+OTHER_IMAGES = ("jpegimages", "jpg", "jpgs", "jpeg", "original_images")
+OTHER_MASKS = (
+    *("segmentationclass", "segmentationobject", "segmentationclassaug", "segmentations", "segmentation", "segmim"),
+    *("masks_machine", "masks_human", "masks_instances", "trimaps", "label_images_semantic"),
+)
 LABELS = {  # annotations that are not read: what their folders and files are called
     "YOLO": (("labels", "label"), ".txt"),
     "Pascal VOC": (("annotations",), ".xml"),
 }
 RECIPES = dict(classification="finetune", detection="finetune_detection", segmentation="finetune_segmentation")
-LOOKED_INTO, HEAD = 20, 1 << 16  # JSON files of a folder, and bytes of each
+LOOKED_INTO, HEAD = 20, 1 << 16  # JSON files or folders of a folder, and bytes of each file
+DEPTH = 4  # of folders
 COCO = (b'"images"', b'"annotations"', b'"categories"')
 
 
 def images_and_masks(names: Iterable[str]) -> tuple[str, str] | None:
     """Of the names of folders those of images and of masks, if both are there."""
     known = {name.casefold(): name for name in names}
-    images = [known[word] for word in IMAGES if word in known]
-    masks = [known[word] for word in MASKS if word in known]
+    images = [known[word] for word in (*IMAGES, *OTHER_IMAGES) if word in known]
+    masks = [known[word] for word in (*MASKS, *OTHER_MASKS) if word in known]
     return (images[0], masks[0]) if images and masks else None
+
+
+def masked(place: Path) -> tuple[str, str] | None:
+    """``images_and_masks`` of the folders in one that hold images."""
+    names = subfolders(place)
+    if not images_and_masks(names):
+        return None
+    words = (*IMAGES, *MASKS, *OTHER_IMAGES, *OTHER_MASKS)
+    return images_and_masks(name for name in names if name.casefold() in words and holds_images(place / name))
+
+
+def refuse_parts(place: Path, names: Sequence[str], way: str) -> None:
+    """Refuses folders, by their names, that would be taken for classes and are the parts or the pieces of a set.
+
+    Args:
+        place: Where they lie.
+        names: Those that hold images.
+        way: What to do with parts.
+
+    Raises:
+        UserError: They are.
+    """
+    if parts := like_splits(names):
+        raise UserError(printable(f"{place}: the folders {some(parts)} look like parts of a set: {way}"))
+    if like_pieces(names):
+        what = f"{place}: the folders {some([*names], 3)} look like pieces of one set, and not like classes"
+        raise UserError(printable(f"{what}: sort their images into a folder per class, or rename them if they are"))
+
+
+def refuse_masks(place: Path, pair: tuple[str, str] | None) -> None:
+    """Refuses images and their masks as two classes; raises UserError."""
+    if pair:
+        what = f"{pair[0]}/ and {pair[1]}/ in {place} are not taken for classes"
+        raise UserError(printable(f"{what}: rename these folders if they are"))
 
 
 @contextlib.contextmanager
@@ -57,19 +98,36 @@ def _seen(root: Path) -> Iterator[tuple[str, str]]:
         if file := next((file for file in islice(place.glob("*.json"), LOOKED_INTO) if _is_coco(file)), None):
             yield "detection", f"{file} looks like annotations of COCO's format"
             break
-    for place in parts:
-        pair = images_and_masks(subfolders(place))
-        if pair and all(holds_images(place / name) for name in pair):
-            yield "segmentation", f"{pair[0]}/ and {pair[1]}/ in {place} look like images and their masks"
-            return
-    for kind, (called, ending) in LABELS.items():
-        if labels := [place for place in folders if place.name.casefold() in called and _has(place, (ending,))]:
-            yield kind, f"{labels[0]} looks like annotations of {kind}"
-            return
-    place = root / splits.get("train", "")
-    classes = [name for name in subfolders(place) if _has(place / name, IMAGE_EXTENSIONS, deep=False)]
-    if len(classes) > 1 and not find_splits(classes) and not like_splits(classes):
+    place, pair = next(((place, pair) for place in parts if (pair := masked(place))), (root, ("", "")))
+    what = f"{pair[0]}/ and {pair[1]}/ in {place} look like images and their masks"
+    read = pair[0].casefold() in IMAGES and pair[1].casefold() in MASKS
+    if read:
+        yield "segmentation", what
+        return
+    labels = [
+        (kind, f"{folder} looks like annotations of {kind}")
+        for kind, (called, ending) in LABELS.items()
+        for folder in folders
+        if folder.name.casefold() in called and _has(folder, (ending,))
+    ]
+    yield from labels[:1]
+    if pair[0]:
+        yield "segmentation", f"{what}, which are read from images/ and masks/"
+        return
+    # where there are labels, classes are looked for further down: that something is not for classification must be sure
+    if found := _classes(root / splits.get("train", ""), DEPTH if labels else 0):
+        place, classes = found
         yield "classification", f"{some([f'{name}/' for name in classes], 3)} in {place} look like folders of classes"
+
+
+def _classes(place: Path, deep: int) -> tuple[Path, list[str]] | None:
+    """A folder whose folders hold images and do not look like parts of a set, with these; the topmost."""
+    names = subfolders(place)
+    classes = [name for name in names if _has(place / name, IMAGE_EXTENSIONS, deep=False)]
+    if len(classes) > 1 and not find_splits(classes) and not like_splits(classes):
+        return place, classes
+    below = (_classes(place / name, deep - 1) for name in names[: LOOKED_INTO * (deep > 0)])
+    return next((found for found in below if found), None)
 
 
 def holds_images(folder: Path) -> bool:

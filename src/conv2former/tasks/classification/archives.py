@@ -16,6 +16,7 @@ from timm.data.readers.reader_image_in_tar import extract_tarinfos
 
 from conv2former.data.folders import find_splits, is_junk
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_FILE_BYTES, MAX_PIXELS, BadImage, decode
+from conv2former.data.recognise import images_and_masks, refuse_masks, refuse_parts
 from conv2former.data.sources import MOST_OF_A_NAME, class_lines, in_order, plain_names
 from conv2former.errors import UserError, attempt, one_line
 from conv2former.files import MOST_BYTES, MOST_DIGITS, parse_json
@@ -125,6 +126,8 @@ class TarSource(ArchiveSource):
         if loose:
             raise UserError(f"{loose[2]} in {root} lies in no class folder: make the tar file anew without it")
         self.classes, self.targets = numbered(_class_folders(found, alone=root.is_file()))
+        refuse_parts(root, self.classes, "give each a tar file of its own, train.tar and val.tar (or test.tar)")
+        refuse_masks(root, images_and_masks(self.classes))
 
 
 class ShardSource(ArchiveSource):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conv2former.data.folders import SPLITS, find_splits, like_splits, respelled, subfolders, unread
-from conv2former.data.recognise import holds_images, images_and_masks
+from conv2former.data.folders import SPLITS, find_splits, respelled, subfolders, unread
+from conv2former.data.recognise import holds_images, masked, refuse_masks, refuse_parts
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import alike, counted, given_folder, only_in, spread
 from conv2former.errors import UserError, nearest, printable, some, visible
@@ -103,9 +103,9 @@ def _opened(layout: _Layout, root: Path | None, fraction: float, seed: int) -> S
         return _split(parts["train"](), fraction, seed)
     splits = Splits(parts["train"](), parts["val"]())
     _respell(splits.val, splits.train.classes)
+    _check_class_count(splits.train)
     _check_same_classes(splits)
     _put_in_order(splits.val, splits.train.classes)
-    _check_class_count(splits.train)
     return splits
 
 
@@ -178,24 +178,29 @@ def _folder_layout(root: Path) -> _Layout:
     names = subfolders(root)
     found = _splits(names)
     shown = [] if found else [name for name in names if holds_images(root / name)]
-    if like_splits(shown):
-        raise UserError(f"{root}: the folders {some(shown)} look like parts of a set: call them train/ and val/")
-    inside, below = root, names
-    while len(below) == 1 and len(inside.parts) < len(root.parts) + DEEP:
-        inside /= below[0]
-        below = subfolders(inside)
+    refuse_parts(root, shown, "call them train/ and val/ (or test/), with the class folders in them")
+    inside, below = _innermost(root, shown or names)
     if inside != root and "train" in (inner := find_splits(below)):
         where = shlex.quote(str(inside))
         raise UserError(f"{' and '.join(inner.values())} lie in {inside}: give --data {where}")
     places = {split: root / name for split, name in found.items()}
     _refuse_parts_of_classes(root, names if not found else [])
-    for folder in (root, *places.values()):
-        _refuse_archives(folder)
+    for split, folder in {"": root, **places}.items():
+        _refuse_archives(folder, split)
     for folder in places.values() or [root]:
         _refuse_masks(folder)
     words = ("train/ folder", "val/ folder", "train/ and val/ with one folder per class, or class folders")
     parts: dict[str, Opener] = {split: partial(FolderSource, place) for split, place in places.items()}
     return _Layout(parts, partial(FolderSource, root), words, _rest(root, names, found))
+
+
+def _innermost(folder: Path, below: list[str]) -> tuple[Path, list[str]]:
+    """Where folders that hold one folder each lead, and the folders there; ``below`` are those to begin with."""
+    inside = folder
+    while len(below) == 1 and len(inside.parts) < len(folder.parts) + DEEP:
+        inside /= below[0]
+        below = subfolders(inside)
+    return inside, below
 
 
 def _refuse_class_called_train(root: Path) -> None:
@@ -223,14 +228,12 @@ def _refuse_parts_of_classes(root: Path, names: Sequence[str]) -> None:
 
 def _refuse_masks(folder: Path) -> None:
     """Refuses images beside their masks, as folders of classes or inside of these: masks would be learnt as images."""
+    refuse_masks(folder, masked(folder))
     names = subfolders(folder)
-    for place in (folder, *(folder / names[index] for index in spread(len(names), LOOKED_INTO))):
-        pair = images_and_masks(subfolders(place))
-        if pair and all(holds_images(place / name) for name in pair):
-            what = f"{pair[0]}/ and {pair[1]}/ in {place}"
-            if place == folder:
-                raise UserError(f"{what} are not taken for classes: rename these folders if they are")
-            raise UserError(f"{what} look like images and their masks: move the masks elsewhere")
+    for place in (folder / names[index] for index in spread(len(names), LOOKED_INTO)):
+        if pair := masked(place):
+            what = f"{pair[0]}/ and {pair[1]}/ in {place} look like images and their masks"
+            raise UserError(f"{what}: move the masks elsewhere")
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:
@@ -241,12 +244,15 @@ def _splits(names: Sequence[str]) -> dict[str, str]:
     return {split: name for split, name in found.items() if name in ("val", "validation")}
 
 
-def _refuse_archives(folder: Path) -> None:
-    """Refuses tar files and no class folders where these are asked for."""
+def _refuse_archives(folder: Path, split: str) -> None:
+    """Refuses tar files and no class folders where these are asked for; shards of a part lie beside those of others."""
     tars = tar_files(folder)
     if tars and not any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
         kind, what = ("wds", "webdataset shards") if is_shard(tars[0]) else ("tar", "tar files")
-        raise UserError(f"{folder} holds {what} and no class folders: read them with --set data.source={kind}")
+        way = f"read them with --set data.source={kind}"
+        if split and kind == "wds":
+            way = f"move them to {folder.parent} as {split}-{tars[0].name} and so on, and add --set data.source=wds"
+        raise UserError(f"{folder} holds {what} and no class folders: {way}")
 
 
 def _tar_layout(root: Path) -> _Layout:
@@ -327,8 +333,10 @@ def _check_class_count(source: ImageSource) -> None:
     if len(source.classes) > 1:
         return
     where, name = getattr(source, "root", "the data"), source.classes[0]
-    ways, inside = "give at least two", Path(where) / name
-    if inside.is_dir() and len(subfolders(inside)) > 1:
+    ways, inside, below = "give at least two", Path(where), list[str]()
+    if (inside / name).is_dir():
+        inside, below = _innermost(inside, [name])
+    if len(below) > 1:
         ways = f"if its folders are the classes, move them to {where}, or give --data {shlex.quote(str(inside))}"
     raise UserError(f"only one class ({name!r}) in {where}: {ways}")
 

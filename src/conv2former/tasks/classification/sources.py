@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,8 @@ from conv2former.data.folders import listed, one_form, passed_over
 from conv2former.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode
 from conv2former.data.sources import in_order, notes
 from conv2former.errors import UserError, one_line, printable, some
+
+MASK = re.compile(r"_mask(_\d+)?\.[^.]*$", re.IGNORECASE)
 
 
 class ImageSource(Protocol):
@@ -71,6 +75,8 @@ class FolderSource:
             )
         self.names = sorted(found.files, key=in_order)
         self.classes, self.targets = numbered([name.split(os.sep, 1)[0] for name in self.names])
+        _refuse_copies(root, self.names)
+        self._refuse_masks()
         self.notes = found.lines(root) + _alike(root, self.names)
 
     def __len__(self) -> int:
@@ -86,17 +92,53 @@ class FolderSource:
     def name(self, index: int) -> str:
         return self.names[index]
 
+    def _refuse_masks(self) -> None:
+        """Refuses masks among the images of a class: ``x_mask.png`` and ``x_mask_1.png`` beside ``x.png``."""
+        marks = [(name, mark.start()) for name in self.names if (mark := MASK.search(name))]
+        stems = {os.path.splitext(name)[0] for name in self.names} if marks else set()
+        masks: dict[str, list[str]] = {}
+        for name, end in marks:
+            if name[:end] in stems:
+                masks.setdefault(name.split(os.sep)[0], []).append(name)
+        sizes = Counter(name.split(os.sep)[0] for name in self.names) if masks else {}
+        for folder, found in masks.items():
+            if len(found) * 5 >= sizes[folder] and _few_colours(os.path.join(self.root, found[0])):
+                what = f"{self.root / folder} holds masks beside its images ({found[0].partition(os.sep)[2]} and so on)"
+                raise UserError(printable(f"{what}: move the masks elsewhere"))
+
+
+def _few_colours(file: str) -> bool:
+    try:
+        return decode(file).getcolors(256) is not None
+    except BadImage:
+        return True
+
+
+def _refuse_copies(root: Path, names: Sequence[str]) -> None:
+    """Refuses a class folder that holds folders called as the other classes, as a copy of the whole set does."""
+    inside: dict[str, set[str]] = {}
+    for name in names:
+        first, *rest = name.split(os.sep, 2)
+        inside.setdefault(first, set()).update(rest[:-1])
+    single = {name for name, below in inside.items() if not below & inside.keys()}  # all may hold the same folders
+    for name, below in inside.items():
+        if len(others := sorted((below & single) - {name})) > 1:
+            what = f"{root / name} holds folders that are called as other classes ({some(others)})"
+            raise UserError(printable(f"{what}: remove it if it is a copy of them, or move it out of {root}"))
+
 
 def _alike(root: Path, names: Sequence[str]) -> list[str]:
-    """The line about class folders that all hold the same folders: these may be the classes."""
-    inside: dict[str, set[str]] = {}
+    """The line about class folders that all hold much the same folders: these may be the classes."""
+    inside: dict[str, set[tuple[str, ...]]] = {}
     for name in names:
         first, *rest = name.split(os.sep)
         if len(rest) < 2:
             return []
-        inside.setdefault(first, set()).add(rest[0])
-    same, *others = inside.values()
-    if not others or len(same) < 2 or any(other != same for other in others):
+        inside.setdefault(first, set()).add(tuple(rest[:-1]))
+    levels = [[{*level} for level in zip(*folders, strict=False)] for folders in inside.values()]
+    found = [next((level for level in of_class if len(level) > 1), set()) for of_class in levels]  # below single ones
+    same = set.intersection(*found)
+    if len(found) < 2 or len(same) < 2 or 2 * len(same) < len(set.union(*found)):
         return []
     what = f"all class folders hold {some(sorted(same), 4)}, and the first folder names the class"
     return [printable(f"{root}: {what}: if these are the classes, put them at the top")]
