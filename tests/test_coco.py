@@ -454,9 +454,10 @@ def test_categories_that_one_part_lacks(coco: Path, tmp_path: Path) -> None:
 
 def test_boxes_that_leave_the_image_or_their_mask_are_said(coco: Path, tmp_path: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
-        one, two = content["annotations"][:2]
+        one = content["annotations"][0]
         one["bbox"] = [one["bbox"][0] - 50, one["bbox"][1] - 50, one["bbox"][2] + 50, one["bbox"][3] + 50]
-        two["bbox"][:2] = two["bbox"][0] + two["bbox"][2] + 5, two["bbox"][1]
+        other = next(entry for entry in content["annotations"][1:] if isinstance(entry["segmentation"], list))
+        other["bbox"][:2] = [side + (12 if side < 40 else -12) for side in other["bbox"][:2]]
 
     root = change(Path(shutil.copytree(coco, tmp_path / "x")), edit)
     source = CocoSource(coco / "train2017", root / "annotations" / "instances_train2017.json")

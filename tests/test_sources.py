@@ -396,7 +396,9 @@ def test_folders_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPa
         FolderSource(folder / "train")
 
 
-@pytest.mark.parametrize("text", ["__ignore__\n_background_\ncrack\n", "name,r,g,b\nroad,1,2,3\n", "- road\n- car\n"])
+@pytest.mark.parametrize(
+    "text", ["__ignore__\n_background_\ncrack\n", "name,r,g,b\nroad,1,2,3\ncar,4,5,6\n", "- road\n- car\n"]
+)
 def test_lists_that_hold_more_than_names_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds more than names"):
         plain_names(text.split("\n")[:-1], tmp_path / "classes.txt")

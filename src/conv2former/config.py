@@ -29,7 +29,6 @@ MOST_SIDE = 8192  # pixels, of an image that is prepared for a network
 Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 Width = Annotated[int, Field(ge=1, le=1 << 16)]  # channels of a layer, objects of an image
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Level = Annotated[float, Field(ge=-1, le=1)]  # of pixels, 0 to 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -102,7 +101,7 @@ class ImagesSection(Section):
     )
     max_bad_images: int = Field(default=100, ge=0, description="files that may be skipped before the run stops")
     max_pixels: PositiveInt = Field(default=1 << 27, description="larger images count as images that cannot be read")
-    mean: tuple[Level, Level, Level] = Field(default=IMAGENET_MEAN, description="subtracted from colours of 0 to 1")
+    mean: tuple[float, float, float] = Field(default=IMAGENET_MEAN, description="subtracted from colours of 0 to 1")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         default=IMAGENET_STD, description="what the difference is divided by"
     )

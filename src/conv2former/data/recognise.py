@@ -27,8 +27,8 @@ LABELS = {  # annotations that are not read: what their folders and files are ca
 }
 RECIPES = dict(classification="finetune", detection="finetune_detection", segmentation="finetune_segmentation")
 LOOKED_INTO, HEAD = 20, 1 << 16  # JSON files or folders of a folder, and bytes of each file
-DEPTH = 4  # of folders
-COCO = (b'"images"', b'"annotations"', b'"categories"')
+DEPTH, MOST_NAMES = 4, 2000  # of folders, and files in one
+COCO = (b'"file_name"', b'"category_id"', b'"supercategory"')  # keys of COCO's lists
 
 
 def images_and_masks(names: Iterable[str]) -> tuple[str, str] | None:
@@ -45,7 +45,19 @@ def masked(place: Path) -> tuple[str, str] | None:
     if not images_and_masks(names):
         return None
     words = (*IMAGES, *MASKS, *OTHER_IMAGES, *OTHER_MASKS)
-    return images_and_masks(name for name in names if name.casefold() in words and holds_images(place / name))
+    pair = images_and_masks(name for name in names if name.casefold() in words and holds_images(place / name))
+    return pair if pair and _of_one_name(place / pair[0], place / pair[1]) else None
+
+
+def _of_one_name(images: Path, masks: Path) -> bool:
+    """Whether some image's name is in that of a mask, as far as both are looked at."""
+    stems = {os.path.splitext(name)[0] for name in islice(_image_names(images), LOOKED_INTO)}
+    return any(stem in name for name in islice(_image_names(masks), MOST_NAMES) for stem in stems)
+
+
+def _image_names(folder: Path) -> Iterator[str]:
+    for _, _, files in os.walk(folder):
+        yield from sorted(name for name in files if ends_in(name, IMAGE_EXTENSIONS))
 
 
 def refuse_parts(place: Path, names: Sequence[str], way: str) -> None:
@@ -81,7 +93,7 @@ def read_for(task: str, root: Path | None) -> Iterator[None]:
     except UserError as error:
         seen: dict[str, str] = {}
         with contextlib.suppress(UserError):  # a folder that may not be read
-            seen = dict(_seen(root)) if root is not None and root.is_dir() else {}
+            seen = dict(_seen(root, task)) if root is not None and root.is_dir() else {}
         if not seen or task in seen:
             raise
         kind, what = next(iter(seen.items()))
@@ -89,7 +101,7 @@ def read_for(task: str, root: Path | None) -> Iterator[None]:
         raise UserError(f"{printable(what)}: {way} (for {task}: {error})") from None
 
 
-def _seen(root: Path) -> Iterator[tuple[str, str]]:
+def _seen(root: Path, task: str) -> Iterator[tuple[str, str]]:
     """The tasks that a folder seems to be for, each with what shows it; the surest first."""
     splits = find_splits(subfolders(root))
     parts = [root, *(root / name for name in splits.values())]
@@ -110,13 +122,15 @@ def _seen(root: Path) -> Iterator[tuple[str, str]]:
         for folder in folders
         if folder.name.casefold() in called and _has(folder, (ending,))
     ]
-    yield from labels[:1]
+    yield from labels[: task != "segmentation"]  # whose masks may lie beside them
     if pair[0]:
         yield "segmentation", f"{what}, which are read from images/ and masks/"
         return
     # where there are labels, classes are looked for further down: that something is not for classification must be sure
     if found := _classes(root / splits.get("train", ""), DEPTH if labels else 0):
         place, classes = found
+        if task == "segmentation" and len(classes) == 2:  # they may be images and masks of other names
+            return
         yield "classification", f"{some([f'{name}/' for name in classes], 3)} in {place} look like folders of classes"
 
 
@@ -149,4 +163,4 @@ def _is_coco(file: Path) -> bool:
             head = stream.read(HEAD)
     except OSError:
         return False
-    return any(word in head for word in COCO)
+    return head.lstrip().startswith(b"{") and any(word in head for word in COCO)

@@ -269,7 +269,8 @@ def plain_names(lines: list[str], path: Path) -> list[str]:
     if lines and lines[0].startswith("# "):
         raise UserError(f"{path} begins with a comment, {shortened(lines[0])}: leave the names alone in it, one a line")
     coloured = [line for line in lines if re.fullmatch(r"\S.*([,;\t ])\s*\d+\1\s*\d+\1\s*\d+", line)]
-    if lines and (len(coloured) >= max(len(lines) - 1, 1) or lines[0].startswith(("- ", "__"))):
+    table = len(coloured) > 1 and len(coloured) >= len(lines) - 1
+    if lines and (table or lines[0].startswith("- ") or lines[0] == "__ignore__"):
         raise UserError(
             f"{path} holds more than names ({shortened((coloured or lines)[0])}): leave the names alone in it, one a "
             "line, without colours, marks and labelme's __ignore__"

@@ -14,6 +14,7 @@ from conv2former.errors import UserError, is_first, plural, say_once
 from conv2former.tasks import task_class
 
 HELD_OUT = "data.val_fraction"
+MOST_MEAN = 2  # above, it is of values to 255
 
 
 def settled(recipe: Recipe, data: Path | None, weights: Weights | None) -> tuple[Recipe, Splits]:
@@ -52,6 +53,8 @@ def checked_weights(recipe: Recipe) -> Weights | None:
     Raises:
         UserError: Weights are needed and none are given, they are not there, or they expect other images.
     """
+    if max(recipe.data.mean) > MOST_MEAN:
+        raise UserError("data.mean is subtracted from values of 0 to 1: divide it, and data.std, by 255")
     if warning := check_start(recipe.model):
         say_once(warning)
     weights = open_weights(recipe.model)

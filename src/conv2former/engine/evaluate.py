@@ -24,7 +24,7 @@ from conv2former.engine.launch import make_fabric, place, world_size
 from conv2former.engine.progress import Ticker
 from conv2former.engine.resuming import recorded_data
 from conv2former.engine.run_dir import HELD_OUT_LIST, RunDir
-from conv2former.errors import UserError, attempt, or_left_out, say, say_once
+from conv2former.errors import UserError, attempt, is_first, or_left_out, say, say_once
 from conv2former.files import replace_text
 from conv2former.recipes.load import with_settings
 from conv2former.tasks import load, set_options, task_class
@@ -213,14 +213,14 @@ def _seen_in_training(run: RunDir, data: Path | None, images: Source) -> str | N
     whole = sum(parts.values())
     divided = count == whole or (count > whole and (run.path / HELD_OUT_LIST).is_file())  # some have no objects
     if own is None or own.resolve() != data.resolve() or not parts.get("train") or not divided:
-        return _copied(run, own, images) if parts.get("train", 0) <= MOST_COMPARED else None
+        return _copied(run, own, images) if 0 < parts.get("train", 0) <= MOST_COMPARED and is_first() else None
     seen = f"the run was trained on {parts['train']:,} of these {count:,} images"
     return f"{seen}: leave --data out to evaluate the others alone"
 
 
 def _copied(run: RunDir, data: Path | None, images: Source) -> str | None:
     """The line about images that are byte for byte those of the training, as far as that is still there."""
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, OSError):
         return repeated(task_class(run.recipe().task).open_splits(run.recipe(), data).train, images, what="images")
     return None
 

@@ -19,6 +19,7 @@ from conv2former.data.sources import MOST_OF_A_NAME, exif_remark, stored_pixels
 from conv2former.errors import UserError, one_line, printable, some
 from conv2former.tasks.detection.objects import (
     Ids,
+    apart,
     area_of,
     box_of,
     clipped,
@@ -27,7 +28,6 @@ from conv2former.tasks.detection.objects import (
     id_order,
     is_id,
     number,
-    overlap,
     usable,
 )
 
@@ -239,11 +239,10 @@ class CocoSource:
             given = annotation.get("bbox")
             if given and given != own["bbox"] and not has_area([*map(number, given)]):
                 said.setdefault("whose box has no area take that of their mask", []).append(name)
-            right, low = own["bbox"][0] + own["bbox"][2], own["bbox"][1] + own["bbox"][3]
-            fractions &= max(right, low) <= 1
-            if right > entry.width + 1 or low > entry.height + 1 or min(own["bbox"][:2]) < -1:
+            fractions &= max(own["bbox"][0] + own["bbox"][2], own["bbox"][1] + own["bbox"][3]) <= 1
+            if clipped(own["bbox"], entry) is not own["bbox"]:
                 said.setdefault(BEYOND, []).append(name)
-            if isinstance(own.get("segmentation"), list) and overlap(own["bbox"], box_of(own["segmentation"])) < 0.5:
+            if isinstance(own.get("segmentation"), list) and apart(own["bbox"], box_of(own["segmentation"])):
                 said.setdefault(APART, []).append(name)
             self.per_class[category] += not crowd
             attributes = annotation.get("attributes")
@@ -312,7 +311,8 @@ class CocoSource:
         for index in indices:
             image = self.entries[index]
             for entry in self.objects_of(index) + self.spare.get(image.id, []):
-                own = dict(id=len(annotations) + 1, image_id=image.id, bbox=clipped(entry["bbox"], image))
+                entry = entry | dict(bbox=clipped(entry["bbox"], image))
+                own = dict(id=len(annotations) + 1, image_id=image.id)
                 annotations.append(dict(area=area_of(entry, (image.width, image.height))) | entry | own)
         categories = [dict(id=i, name=n) for i, n in zip(self.category_ids, self.classes, strict=True)]
         images = [dict(id=e.id, width=e.width, height=e.height) for e in (self.entries[index] for index in indices)]

@@ -190,6 +190,12 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
     return shared / max(one[2] * one[3] + other[2] * other[3] - shared, 1e-9)
 
 
+def apart(box: Sequence[float], mask: Sequence[float]) -> bool:
+    """Whether a box is not that of its mask, by more than rounding; it may hold more, of an object that is hidden."""
+    outside = [box[i] - mask[i] for i in (0, 1)] + [mask[i] + mask[i + 2] - box[i] - box[i + 2] for i in (0, 1)]
+    return max(outside) > 2 and overlap(box, mask) < 0.5
+
+
 def clipped(box: Sequence[float], image: Any) -> Sequence[float]:
     """A box [x, y, width, height] in evaluation: what reaches more than a pixel beyond its image is cut off."""
     (left, top), right, low = box[:2], box[0] + box[2], box[1] + box[3]

@@ -258,7 +258,8 @@ def _soft(rest: np.ndarray, often: list[int], pixels: np.ndarray) -> bool:
     """Whether the rest of the values are soft edges: several, between the frequent ones, and each of them rarer."""
     if len(often) < 2 or len(rest) < SEVERAL or pixels[often].sum() < MOST_EXACT * pixels.sum():
         return False
-    return bool(min(often) < rest.min() and rest.max() < max(often) and pixels[rest].max() < pixels[often].min())
+    near = min(often) - EDGE < rest.min() and rest.max() < max(often) + EDGE  # some edges overshoot
+    return bool(near and pixels[rest].max() < pixels[often].min())
 
 
 def missing_classes(looked: str, present: set[int], classes: Sequence[str]) -> list[str]:
