@@ -137,10 +137,7 @@ def repeated(train: Any, val: Any, *, what: str = "validation images") -> str | 
     """
     if not (hasattr(train, "file") and hasattr(val, "file")):
         return None
-    by_size: dict[int, list[int]] = {}
-    for index in spread(len(train), MOST_LOOKED_AT):
-        if (size := _size(train.file(index))) and len(by_size.get(size, ())) < MOST_ALIKE:
-            by_size.setdefault(size, []).append(index)
+    by_size = _by_size(train)
     content = functools.cache(_content)
     looked, twins = spread(len(val), MOST_LOOKED_AT // 10), []
     for index in looked:
@@ -160,18 +157,23 @@ def contradictory(train: Any) -> str | None:
     """The line about training images that are in two classes, byte for byte; of large sets a part is looked at."""
     if not (hasattr(train, "file") and hasattr(train, "targets")):
         return None
-    by_size: dict[int, list[int]] = {}
-    for index in spread(len(train), MOST_LOOKED_AT):
-        if size := _size(train.file(index)):
-            by_size.setdefault(size, []).append(index)
     first: dict[bytes, int] = {}
     twins = []
-    for index in (index for same in by_size.values() if len(same) > 1 for index in same[:MOST_ALIKE]):
+    for index in (index for same in _by_size(train).values() if len(same) > 1 for index in same):
         other = first.setdefault(_content(train.file(index)), index)
         if train.targets[index] != train.targets[other]:
             twins.append(f"{train.name(index)} is {train.name(other)}")
     what = f"{plural(len(twins), 'training image')} {'is' if len(twins) == 1 else 'are'} in two classes"
     return printable(f"{what} ({some(twins, 2)}): keep each in one") if twins else None
+
+
+def _by_size(source: Any) -> dict[int, list[int]]:
+    """Images by the bytes of their files; of many images, and of many of one size, a part."""
+    found: dict[int, list[int]] = {}
+    for index in spread(len(source), MOST_LOOKED_AT):
+        if (size := _size(source.file(index))) and len(found.get(size, ())) < MOST_ALIKE:
+            found.setdefault(size, []).append(index)
+    return found
 
 
 def _size(file: str | Path | None) -> int:
