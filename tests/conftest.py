@@ -123,8 +123,32 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of a report are made but not drawn, which would take more time than a tiny run itself."""
+def quick(monkeypatch: pytest.MonkeyPatch, tried: dict[str, Any]) -> None:
+    """Runs without what takes more time than a tiny training itself.
+
+    The figures of a report are made but not drawn, and a network that was tried out in another test is not tried again.
+    """
     from matplotlib.figure import Figure
 
+    from conv2former.engine import train as engine
+    from conv2former.engine.trial import try_out
+
+    def try_once(task: Any) -> None:
+        engine_of, network = (
+            task.recipe.engine,
+            task.recipe.model_dump(exclude={"name", "claim", "optim", "schedule", "engine"}),
+        )
+        key = str((engine_of.strategy, engine_of.grad_checkpointing, len(task.classes), network))
+        if key not in tried:
+            try_out(task)
+            tried[key] = task.sharded_blocks
+        task.sharded_blocks = tried[key]
+
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+    monkeypatch.setattr(engine, "try_out", try_once)
+
+
+@pytest.fixture(scope="session")
+def tried() -> dict[str, Any]:
+    """What ``try_out`` found, by recipe."""
+    return {}

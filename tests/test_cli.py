@@ -52,7 +52,7 @@ def test_every_command_shows_an_example(
     assert f"Example: conv2former {command}" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_train_evaluate_predict(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

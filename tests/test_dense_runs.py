@@ -27,7 +27,7 @@ from digits import tiny_recipe
 from runs import assert_same_run, start, stopped_run, weights
 from scenes import small_detector, small_segmenter, write_coco, write_pairs
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 TASKS = ["detection", "segmentation"]

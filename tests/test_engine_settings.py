@@ -32,7 +32,7 @@ from digits import tiny_recipe
 from runs import assert_same_run, state, stopped_run
 from scenes import small_detector, small_segmenter
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # computed before there were engine.compile=auto, engine.compile_mode and what came after them

@@ -40,7 +40,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_counts_equal_a_plain_loop_whatever_batch_and_workers(run: Path, data: Path) -> None:
     model = load_pretrained(run).eval()
     source = FolderSource(data / "val")
@@ -59,7 +59,7 @@ def test_counts_equal_a_plain_loop_whatever_batch_and_workers(run: Path, data: P
         assert all(row["images"] == 9 for row in result.details["per_class"].values())
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_without_data_a_run_is_evaluated_on_its_own_validation_set(run: Path) -> None:
     before = json.loads((run / "evaluation.json").read_text())
     result, folder = evaluate(run, data=None, workers=0)
@@ -77,7 +77,7 @@ def test_a_saved_model_reports_where_it_is_told(run: Path, data: Path, tmp_path:
     }
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_images_of_the_training_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Class folders alone: a part is held out, and the whole folder holds the images of the training, too."""
     folder = write_digits(tmp_path / "digits", train=12) / "train"
@@ -157,7 +157,7 @@ def test_the_sheet_shows_no_image_twice(wrong: int) -> None:
         assert {index // 10 for index in seen[len(mistakes) :]} == {0, 1, 2, 3}
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_a_model_that_finds_one_class_everywhere_is_called_so(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ from conv2former.tasks.classification.task import ClassificationTask
 from digits import tiny_recipe, write_digits
 from runs import after_step, state, stop_at
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from conv2former.tasks.classification.layouts import open_eval_source, open_spli
 from conv2former.tasks.classification.sources import FolderSource
 from digits import tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 DATA = tiny_recipe().data.model_copy(update=dict(val_fraction=0.0))
 HELD = DATA.model_copy(update=dict(val_fraction=0.25))

@@ -27,7 +27,7 @@ from digits import TINY, one_picture, tiny_recipe
 SHORT = [*(f"--set={setting}" for setting in TINY), "--set=schedule.epochs=1", "--set=schedule.warmup_epochs=0"]
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_settings_and_folders_need_no_option(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,7 +53,7 @@ def test_no_arguments_and_the_version(monkeypatch: pytest.MonkeyPatch, capfd: py
     assert re.fullmatch(r"conv2former \d+\.\d+\.\d+\n", capfd.readouterr().out)
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_the_first_lines_say_what_is_done(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0"), data=data, out=tmp_path / "a run")
     said = capfd.readouterr().err
@@ -123,7 +123,7 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr == "error: the working folder is gone: go to another one\n"
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_training_in_a_thread_with_texts_for_paths(data: Path, tmp_path: Path) -> None:
     found: list[Any] = []
     recipe = tiny_recipe("schedule.epochs=1", "schedule.warmup_epochs=0")

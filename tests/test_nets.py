@@ -17,7 +17,7 @@ from conv2former.tools.explain.maps import run_maps
 from conv2former.tools.export import ExportOptions, export
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", nets.recipes())
 def test_the_same_losses_and_weights_as_before(name: str, tmp_path: Path) -> None:
     """To the last bit on the machine that stored them, and to 1e-4 elsewhere (44 steps with AVX2 end 3e-5 apart)."""
@@ -71,7 +71,7 @@ def test_a_run_of_an_earlier_release_works(
     task: str, earlier: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if task != "classification":  # whose figures those of the others are
-        request.getfixturevalue("undrawn")
+        request.getfixturevalue("quick")
     root, data = earlier
     run, folder = root / task, data[task]
     picture = first_picture(folder)

@@ -35,7 +35,7 @@ from conv2former.tasks.detection.metrics import NUMBERS, CocoMetric, coco_evalua
 from conv2former.tasks.detection.objects import usable_mask
 from scenes import small_detector
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 DATA = DetectionDataSection(short_side=96, long_side=128)
 Edit = Callable[[dict[str, Any]], Any]

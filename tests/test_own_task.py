@@ -111,7 +111,7 @@ def test_a_run_has_its_report_and_card(trained: Path) -> None:
     assert not any("depth_task" in path.read_text() for path in files if path.name != "run.json")
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_it_resumes_bit_for_bit(
     trained: Path, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
 ) -> None:

@@ -26,7 +26,7 @@ from digits import tiny_recipe, write_digits
 from runs import EVERYTHING, TIMING, command, family, signal_all, start, state, stopped_run, wait_for, weights
 from scenes import write_coco
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 # the same sixteen images per step, however they are dealt out
 PLAIN = ["optim.batch_size=16", "optim.global_batch=16", "model.drop_path_rate=0"]

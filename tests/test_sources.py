@@ -151,7 +151,7 @@ def test_it_gives_the_images_of_the_folder(folder: Path, packed: Callable[[str],
         ),
     ],
 )
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("quick")
 def test_it_trains(packed: Callable[[str], Path], tmp_path: Path, layout: str) -> None:
     settings = ["schedule.epochs=1", "schedule.warmup_epochs=0", "data.workers=2", "model.name=conv2former_test"]
     recipe = tiny_recipe(f"data.source={KINDS[layout]}", *settings, "model.args={}", "data.input_size=32")

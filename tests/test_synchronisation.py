@@ -21,7 +21,7 @@ from digits import tiny_recipe
 from runs import EVERYTHING
 from scenes import small_segmenter, write_pairs
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 # whose answer a program on a GPU has to wait for; an index by a mask is one more
 WAITING = {

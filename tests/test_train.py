@@ -20,7 +20,7 @@ from conv2former.models.conv2former import Conv2Former
 from digits import tiny_recipe, write_digits
 from runs import weights
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:

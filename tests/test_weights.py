@@ -32,7 +32,7 @@ from digits import one_picture
 from hub import Hub
 from runs import assert_same_run, stopped_run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 TINY_TIMM = "test_convnext.r160_in1k"  # the smallest network of which timm publishes weights

@@ -91,7 +91,8 @@ def train(
         _refuse_overlap(out, recipe, data)
         RunDir.check_free(out, overwrite=overwrite)
     recipe, splits = _opened(recipe, data) if begun else settled(recipe, data, checked_weights(recipe))
-    task = _build(recipe, splits.train.classes, model_args=facts["model_args"] if begun else None)
+    model_args, trained = facts["model_args"] if begun else None, begun and own == recipe
+    task = _build(recipe, splits.train.classes, model_args=model_args, trained=trained)
 
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -232,14 +233,18 @@ def _recorded(data: Path | None) -> str | None:
     return str(data.resolve() if data.exists() else data)  # what is not a path here is a name on a hub
 
 
-def _build(recipe: Recipe, classes: list[str], *, model_args: dict[str, Any] | None) -> Task:
-    """The task with its first weights; given ``model_args``, those of a checkpoint take their place afterwards."""
+def _build(recipe: Recipe, classes: list[str], *, model_args: dict[str, Any] | None, trained: bool) -> Task:
+    """The task with its first weights; given ``model_args``, those of a checkpoint take their place afterwards.
+
+    A network that was ``trained`` by this very recipe needs no trial; FSDP learns from it which blocks to shard.
+    """
     seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
     section = recipe.model
     if model_args is not None:
         section = section.model_copy(update=dict(weights=None, args=model_args))
     task = task_class(recipe.task).build(recipe, classes, section=section)
-    try_out(task)
+    if not trained or recipe.engine.strategy == "fsdp":
+        try_out(task)
     if section.freeze_batchnorm:
         freeze(task.backbone)
     return task

@@ -20,6 +20,7 @@ X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time,
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 SPELLED = {"miou": "mIoU", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "top1": "top-1", "top5": "top-5"}
 GOOD, BAD = "#1b7f4b", "#b3261e"
+CELL, CAPTION, GAP = (190, 230), 44, 8  # of a sheet of predictions, pixels: an image with its caption, between two
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> None:
@@ -153,16 +154,29 @@ def prediction_sheet(
     blocks = [(title, items) for title, items in (("worst mistakes", mistakes), ("others", samples)) if items]
     heights = [-(-len(items) // columns) for _, items in blocks]
     figure = Figure(figsize=(1.75 * columns, 2.15 * sum(heights) + 0.5 * len(blocks)), layout="constrained")
-    parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, (title, items) in zip(parts, blocks, strict=True):
-        part.suptitle(title, x=0.01, ha="left", fontweight="bold")
-        for axes in (grid := part.subplots(-(-len(items) // columns), columns, squeeze=False).ravel()):
-            axes.set(xticks=[], yticks=[])  # which would be laid out unseen
-            axes.set_axis_off()
-        for axes, (image, caption, correct) in zip(grid, items, strict=False):
-            axes.imshow(image, interpolation="nearest" if max(image.size) <= 64 else "antialiased")
-            axes.set_title(drawable(caption), fontsize=8, color=GOOD if correct else BAD)
+    grids = figure.subplots(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, rows, (title, items) in zip(grids, heights, blocks, strict=True):
+        # one image for a block: a pair of axes for each of 48 would take most of the time
+        sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
+        for number, (image, caption, correct) in enumerate(items):
+            row, column = divmod(number, columns)
+            middle, small = (2 * column + 1) * CELL[0] // 2, _fitted(image)
+            top = (row + 1) * CELL[1] - (CELL[1] - CAPTION + small.height) // 2
+            sheet.paste(small, (middle - small.width // 2, top))
+            style: Any = dict(fontsize=8, color=GOOD if correct else BAD, ha="center", va="bottom")
+            axes.text(middle, top - GAP // 2, drawable(caption), **style)
+        axes.imshow(sheet)
+        axes.set_axis_off()
+        axes.set_title(title, loc="left", fontweight="bold")
     figure.savefig(path, dpi=110)
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """An image at the size of a cell; small ones with their pixels visible."""
+    scale = min((CELL[0] - GAP) / image.width, (CELL[1] - CAPTION - GAP) / image.height)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    nearest = max(image.size) <= 64
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS)
 
 
 def schedule(
