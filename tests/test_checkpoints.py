@@ -2,10 +2,12 @@
 
 import argparse
 import copy
+import functools
 import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -53,6 +55,17 @@ def trained(name: str = NAME, **kwargs: object) -> nn.Module:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return trained(num_classes=7)
+
+
+@functools.cache
+def known_shapes(name: str, **model_args: Any) -> dict[str, Any]:
+    return hub.expected_shapes(name, **model_args)
+
+
+@pytest.fixture(autouse=True)
+def quick_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that do not fit are compared with all sizes, whose shapes are worked out once."""
+    monkeypatch.setattr(sys.modules["conv2former.checkpoints.convert"], "expected_shapes", known_shapes)
 
 
 @pytest.fixture
@@ -488,6 +501,7 @@ def test_the_configuration_repeats_nothing(tmp_path: Path) -> None:
     assert (other.num_classes, other.head.global_pool.pool_type) == (0, "max")
 
 
+@pytest.mark.slow  # half a gigabyte is written
 def test_a_tag_sets_the_input_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of B at 384 are those at 224; only the name tells."""
     written = []

@@ -187,9 +187,9 @@ def test_numbers_of_threads(name: str, sizes: tuple[int, ...], batch: int, dtype
     arguments = make(name, (batch, *sizes), dtype)
     alone = compute(name, arguments)
     assert_as_good(name, arguments, alone)
-    for number in (1, 2, 3, 5, 16):
+    for number in (2, 3, 16):
         threads(number)
-        assert all(torch.equal(alone, compute(name, arguments)) for _ in range(3))
+        assert all(torch.equal(alone, compute(name, arguments)) for _ in range(2))
 
 
 def test_far_from_zero() -> None:

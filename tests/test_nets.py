@@ -16,9 +16,13 @@ from conv2former.engine.train import train
 from conv2former.tools.explain.maps import run_maps
 from conv2former.tools.export import ExportOptions, export
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", nets.recipes())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name == "quickstart" else ()) for name in nets.recipes()]
+)
 def test_the_same_losses_and_weights_as_before(name: str, tmp_path: Path) -> None:
     """To the last bit on the machine that stored them, and to 1e-4 elsewhere (44 steps with AVX2 end 3e-5 apart)."""
     stored = nets.stored("losses")
@@ -52,10 +56,7 @@ def first_picture(folder: Path) -> Path:
     return next(path for path in sorted(folder.rglob("*.png")) if "masks" not in path.parts)
 
 
-SLOW = pytest.mark.slow  # the others load as they do for the test below
-
-
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # the others load as they do for the test below
     "task", ["classification", *(pytest.param(task, marks=SLOW) for task in ("detection", "segmentation"))]
 )
 def test_a_run_of_an_earlier_release_is_exported(task: str, earlier: Any, tmp_path: Path) -> None:

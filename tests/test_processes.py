@@ -207,6 +207,7 @@ def test_torchrun_goes_on_when_a_machine_is_lost(data: Path, tmp_path: Path) -> 
     assert_equal_in_double(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_slurm_starts_the_processes(one: Path, uneven: Path, tmp_path: Path) -> None:
     """Two processes with the variables that srun gives to two tasks on one machine."""
     slurm = dict(

@@ -47,6 +47,8 @@ SECOND = [-1, 1e-300, 10**7, float("inf"), "x", [[]], ["a"], [1, 2, 3, 4], {"a":
 EACH = [
     pytest.param(value, id=repr(value)[:20], marks=pytest.mark.slow if value in SECOND else ()) for value in ANYTHING
 ]
+# of the places for a value a third, every third one from another first one for each value; the rest are slow tests
+PART = pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2))])
 ELSEWHERE = dict(
     url="http://127.0.0.1:1/a.pth",
     file="/etc/passwd",
@@ -58,6 +60,12 @@ ELSEWHERE = dict(
     tag="x",
     origin_url="http://127.0.0.1:1",
 )
+
+
+def a_third(places: list[Any], value: Any, part: int) -> list[Any]:
+    """The places of a part: all three are all of them."""
+    first = next(number for number, other in enumerate(ANYTHING) if other is value)
+    return places[(first + part) % 3 :: 3]
 
 
 def one_line_or_fine(call: Callable[[], Any]) -> str:
@@ -138,16 +146,17 @@ def test_a_configuration_leads_nowhere(classifier: Path, config: Any, monkeypatc
         assert value not in [*model.pretrained_cfg.values(), *saved_weights(str(classifier)).cfg.values()]
 
 
+@PART
 @pytest.mark.parametrize("value", EACH)
-def test_any_value_in_a_configuration_is_used_or_refused(classifier: Path, config: Any, value: Any) -> None:
+def test_any_value_in_a_configuration_is_used_or_refused(classifier: Path, config: Any, value: Any, part: int) -> None:
     inner = config["pretrained_cfg"]
     keys = [*inner, "label_names", "label_offset", "test_input_size", "label_descriptions", "pool_size"]
-    for key in [*config, "task", "model_args", "recipe", "labels"]:
-        use(classifier, config | {key: value})
-    for key in keys:
-        use(classifier, config | dict(pretrained_cfg=inner | {key: value}))
-    for key in ("dims", "depths", "kernel_size", "mod_layer", "act_layer", "in_chans", "global_pool", "num_classes"):
-        use(classifier, config | dict(model_args={key: value}))
+    args = ("dims", "depths", "kernel_size", "mod_layer", "act_layer", "in_chans", "global_pool", "num_classes")
+    changes = [{key: value} for key in [*config, "task", "model_args", "recipe", "labels"]]
+    changes += [dict(pretrained_cfg=inner | {key: value}) for key in keys]
+    changes += [dict(model_args={key: value}) for key in args]
+    for change in a_third(changes, value, part):
+        use(classifier, config | change)
 
 
 def test_what_makes_no_sense_is_refused(classifier: Path, config: Any) -> None:
@@ -248,18 +257,16 @@ def test_yaml_says_what_it_said() -> None:
     assert parse_yaml("") is None and parse_yaml("{0: background, 255: crack}") == {0: "background", 255: "crack"}
 
 
+@PART
 @pytest.mark.parametrize("value", EACH[:-1])
-def test_any_value_in_a_recipe_is_used_or_refused(value: Any, tmp_path: Path) -> None:
+def test_any_value_in_a_recipe_is_used_or_refused(value: Any, part: int, tmp_path: Path) -> None:
     raw = load_recipe("quickstart").raw()
-
-    def read(content: Any) -> None:
-        (tmp_path / "mine.yaml").write_text(yaml.dump(content, Dumper=DUMPER))
-        one_line_or_fine(lambda: load_recipe(str(tmp_path / "mine.yaml")).to_yaml())
-
+    changes = [{section: value} for section in raw]
     for section, content in raw.items():
-        read(raw | {section: value})
-        for key in content if isinstance(content, dict) else ():
-            read(raw | {section: content | {key: value}})
+        changes += [{section: content | {key: value}} for key in (content if isinstance(content, dict) else ())]
+    for change in a_third(changes, value, part):
+        (tmp_path / "mine.yaml").write_text(yaml.dump(raw | change, Dumper=DUMPER))
+        one_line_or_fine(lambda: load_recipe(str(tmp_path / "mine.yaml")).to_yaml())
 
 
 def test_json_is_read_within_limits(tmp_path: Path) -> None:
