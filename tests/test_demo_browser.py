@@ -174,7 +174,7 @@ def test_downloads_and_the_lines_of_python(
 
 
 def test_a_phone_needs_no_sideways_scrolling(page: Visit, tmp_path: Path) -> None:
-    scene(5)[0].resize((640, 480)).save(tmp_path / f"{'long name ' * 20}.jpg")
+    scene(5)[0].save(tmp_path / f"{'long name ' * 20}.jpg")
     page.page.set_viewport_size(dict(width=PHONE, height=844))
     try:
         assert page.too_wide() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import unicodedata
@@ -164,7 +165,9 @@ def test_a_rare_class_may_have_no_validation_images(tmp_path: Path) -> None:
         open_splits(DATA, root, seed=0)
 
 
-def test_runs_inside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_inside_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Two trainings of one folder into itself; the first resumes, is evaluated, and so is a part of its data."""
     images(tmp_path, "train", "val", "test")
     shutil.copytree(tmp_path / "train", tmp_path, dirs_exist_ok=True)
@@ -176,6 +179,8 @@ def test_runs_inside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     recipe = recipe.model_copy(update=dict(optim=recipe.optim.model_copy(update=dict(batch_size=4))))
     for run in ("runs/a", "runs/b"):
         train(recipe, data=Path("."), out=Path(run))
+        said = capfd.readouterr().err
+        assert re.search(r"^no validation images: 4 of 16 are held out \(data.val_fraction=0.25\)$", said, re.M), said
     train(None, data=None, out=Path("runs/a"), resume=True)
     evaluation, folder = evaluate("runs/b", split="train", workers=0)
     assert folder == Path("runs/b/evaluations/train") and evaluation.details["images"] > 8

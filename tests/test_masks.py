@@ -327,6 +327,10 @@ def test_masks_that_no_image_has(tmp_path: Path) -> None:
     for path in sorted((root / "masks").iterdir()):
         shutil.copy(path, path.with_name(path.name.replace("crack", "rust")))
     assert "several masks of one image, " in refused(PAIRS, root)
+    root = write(tmp_path / "before", grey(0, 1), name="crack_{}.png")
+    for path in sorted((root / "masks").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("crack", "rust")))
+    assert "several masks of one image, " in refused(PAIRS, root)
 
 
 def test_masks_of_two_kinds_in_one_folder(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def network(**arguments: Any) -> nn.Module:
 
 
 @needs_compiler
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("amp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "autocast"])
 def test_the_same_training(amp: bool) -> None:
     """Thirty steps: one loss curve. In float32 to 1e-4; under autocast both wander from it by bfloat16's rounding."""
 

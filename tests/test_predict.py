@@ -43,6 +43,15 @@ def test_a_line_per_file(run: Path, pictures: Path, capsys: pytest.CaptureFixtur
         assert all(entry["label"] == f"digit-{entry['index']}" for entry in row["top"])
 
 
+def test_masks_are_not_taken_for_images(run: Path, tmp_path: Path) -> None:
+    for name in ("val/images/a.png", "val/masks/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        one_picture(tmp_path / name)
+    with pytest.raises(UserError, match=r"val holds images and their masks: give .*val/images, or name masks/ "):
+        list(predict(run, tmp_path))
+    assert len(list(predict(run, tmp_path / "val" / "images"))) == 1
+
+
 def test_the_batch_does_not_change_a_prediction(run: Path, pictures: Path) -> None:
     one, many = (list(predict(run, [pictures], batch_size=size, top_k=4)) for size in (1, 8))
     for mine, theirs in zip(one, many, strict=True):

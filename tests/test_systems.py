@@ -29,7 +29,11 @@ for name in ("getuid", "geteuid", "fork", "pread", "sched_getaffinity"):
 """
 
 NETWORKS = """
-import logging, torch, timm, conv2former, conv2former.engine.train
+import sys, torch, timm, conv2former, conv2former.engine.predict
+from conv2former.tasks import TASKS, task_class
+[task_class(name) for name in TASKS]
+print(*{name.partition(".")[0] for name in sys.modules})
+import conv2former.engine.train
 model = timm.create_model("conv2former_test", num_classes=5)
 x = torch.randn(2, 3, 64, 64)
 model(x).sum().backward()
@@ -46,9 +50,14 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_networks_need_none_of_them() -> None:
-    """Trained and fused; one line says why it is plain PyTorch."""
+    """Trained and fused; one line says why it is plain PyTorch.
+
+    What predicts loads nothing of training: Lightning, torchmetrics with SciPy, and matplotlib load for longer than
+    PyTorch.
+    """
     answer = run(NETWORKS)
     assert answer.returncode == 0, answer.stderr
+    assert not {"lightning", "torchmetrics", "scipy", "matplotlib"} & {*answer.stdout.split()}
     assert answer.stderr.strip().splitlines() == [
         "operations on cpu are computed by plain PyTorch, because the C++ kernels are made for Linux and macOS"
     ]
@@ -98,14 +107,17 @@ print(beside.WORD, sum(p.numel() for p in timm.create_model(sys.argv[2]).paramet
 """
 
 
-def test_scripts_of_others_know_the_models(tmp_path: Path) -> None:
+def test_scripts_of_others_know_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``python -m conv2former SCRIPT.py``, for timm's own."""
     (tmp_path / "beside.py").write_text("WORD = 'parameters'")
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "conv2former", str(script), "--model", "conv2former_test"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert answer.returncode == 0 and answer.stdout.startswith("parameters 1"), answer.stderr
+    monkeypatch.setattr(sys, "argv", ["conv2former", str(script), "--model", "conv2former_test"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main()
+    assert capsys.readouterr().out.startswith("parameters 1")
 
 
 @pytest.mark.slow
@@ -128,15 +140,6 @@ def test_anything_else_is_the_command_line(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match="0"):
         main()
     assert "models" in capsys.readouterr().out
-
-
-def test_predictions_load_nothing_of_training() -> None:
-    """Lightning, torchmetrics with SciPy, and matplotlib take longer to load than PyTorch."""
-    code = "import sys, conv2former.engine.predict\nfrom conv2former.tasks import TASKS, task_class\n"
-    code += "[task_class(name) for name in TASKS]\nprint(*{name.partition('.')[0] for name in sys.modules})"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert answer.returncode == 0, answer.stderr
-    assert not {"lightning", "torchmetrics", "scipy", "matplotlib"} & {*answer.stdout.split()}
 
 
 WITHOUT_PYDANTIC = "import sys; sys.modules['pydantic'] = None; "

@@ -117,8 +117,7 @@ def check(errors: dict[str, Any], factor: float) -> None:
 SMALL = [
     Case("modulation", (1, 5, 6, 19), 3),
     Case("modulation", (1, 2, 3, 5), 21),
-    Case("modulation", (1, 3, 9, 72), 11, "bfloat16", "halves"),
-    Case("modulation", (1, 7, 7, 9), 11),
+    Case("modulation", (1, 3, 9, 40), 11, "bfloat16", "halves"),
     Case("modulation", (3, 1, 1, 5), 11, "float16"),
     Case("modulation", (1, 1, 9, 19), 5, "bfloat16", "halves"),
     Case("modulation", (1, 2, 1, 136), 3),  # the groups of channels overlap
@@ -338,8 +337,11 @@ def test_marches_cover_the_map_once_and_fill_the_processors() -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        *("forward", "weight gradient"),
-        *(pytest.param(what, marks=pytest.mark.slow) for what in ("input gradient", "MLP forward", "MLP inner")),
+        "forward",
+        *(
+            pytest.param(what, marks=pytest.mark.slow)
+            for what in ("weight gradient", "input gradient", "MLP forward", "MLP inner")
+        ),
     ],
 )
 def test_compiles_without_spills(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -66,10 +66,14 @@ def notes(*sources: Any) -> list[str]:
     return list(dict.fromkeys(line for source in sources for line in getattr(source, "notes", ())))
 
 
-def remarks(splits: Splits) -> list[str]:
-    """What is to be said of images before they are trained on; sources and splits may have ``notes``."""
+def remarks(splits: Splits, data: Any = None) -> list[str]:
+    """What is to be said of images before they are trained on, with a recipe's ``data`` section.
+
+    Sources and splits may have ``notes``, splits ``too_small(data)``.
+    """
     found = [repeated(splits.train, splits.val), versions(splits.train, splits.val)]
     found += [contradictory(splits.train), dark(splits.train)]
+    found += [splits.too_small(data)] if data and hasattr(splits, "too_small") else []
     return [*notes(splits.train, splits.val, splits), *filter(None, found)]
 
 

@@ -34,12 +34,16 @@ def settled(recipe: Recipe, data: Path | None, weights: Weights | None) -> tuple
             return task_class(recipe.task).open_splits(recipe, data)
 
     splits, said = open_splits(recipe, data), Choices()
+    held = getattr(splits, "held_out", False)
     if HELD_OUT in recipe.auto:
         fraction = choices(recipe, weights, len(splits.train) + len(splits.val))[HELD_OUT]
         if fraction[0] != recipe.value(HELD_OUT):
             splits = open_splits(recipe.settled({HELD_OUT: fraction[0]}), data)
         recipe = recipe.settled({HELD_OUT: fraction[0]})
-        said = {HELD_OUT: fraction} if getattr(splits, "held_out", False) else {}
+        said = {HELD_OUT: fraction} if held else {}
+    elif held and not recipe.brings_data:
+        val, of, fraction = len(splits.val), len(splits.train) + len(splits.val), recipe.value(HELD_OUT)
+        say_once(f"no validation images: {val:,} of {of:,} are held out ({HELD_OUT}={fraction:g})")
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     # nothing is to be told where what nobody has set stays as it is
     usual = [key for key in recipe.auto if key in recipe.left_open and found[key][0] == recipe.value(key)]

@@ -138,7 +138,7 @@ def _decided(recipe: Recipe, data: Path | None) -> tuple[Recipe, Images, str]:
         recipe, weights = recipe.model_copy(update=dict(model=without)), None
     if data is not None or recipe.brings_data:
         recipe, splits = settled(recipe, data, weights)
-        images = _counted(splits, data)
+        images = _counted(splits, data, recipe)
     else:
         images = _claimed(recipe)
         found = choices(recipe, weights, images.count or ASSUMED_IMAGES)
@@ -290,11 +290,11 @@ def state_bytes(optim: OptimSection) -> dict[int, float] | None:
     return found
 
 
-def _counted(splits: Splits, data: Path | None) -> Images:
+def _counted(splits: Splits, data: Path | None, recipe: Recipe) -> Images:
     train, val, classes = len(splits.train), len(splits.val), len(splits.train.classes)
     where = data or "the recipe's own images"
     counts = f"{train:,} training and {val:,} validation images"
-    said = [line for line in remarks(splits) if not line.endswith(counts)]
+    said = [line for line in remarks(splits, recipe.data) if not line.endswith(counts)]
     return Images(train, classes, f"{counts} of {classes:,} classes: {where}", said)
 
 

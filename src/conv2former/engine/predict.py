@@ -12,13 +12,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from conv2former.checkpoints.exported import fingerprint
-from conv2former.data.folders import DRAWN
+from conv2former.data.folders import DRAWN, find_splits, subfolders
 from conv2former.data.images import BadImage, decode, given_images
+from conv2former.data.recognise import masked
 from conv2former.engine.devices import for_inference
 from conv2former.engine.launch import place
 from conv2former.engine.progress import Ticker
 from conv2former.engine.rows import Rows
-from conv2former.errors import UserError, attempt, plural, say, some
+from conv2former.errors import UserError, attempt, plural, printable, say, some
 from conv2former.files import output_names
 from conv2former.tasks import load, set_options
 from conv2former.tasks.base import Prediction, Task
@@ -56,7 +57,7 @@ def predict(
         UserError: The checkpoint cannot be used, an option is for another task, or there is no image in the inputs.
     """
     task = _opened(checkpoint, device=device, fuse=fuse, top_k=top_k, threshold=threshold, batch_size=batch_size)
-    files = given_images([Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)])
+    files = _given([Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)])
     for file, found in _found(task, files, batch_size=batch_size, workers=workers):
         yield _row(file, found)
 
@@ -88,7 +89,7 @@ def run_predict(
     rank, world, local = place()
     if world > 1 and out_file is None:
         raise UserError(f"{world} processes share the images: say with --out-file where their rows go")
-    files = given_images(inputs)
+    files = _given(inputs)
     files = list(dict.fromkeys(files)) if out_file else files
     # what is made of each image, by the keys of the rows
     made: dict[str, dict[Path, Path]] = {}
@@ -142,6 +143,16 @@ def run_predict(
     if failed:
         say(f"{failed} of {len(mine)} files could not be read")
     return 1 if failed else 0
+
+
+def _given(inputs: Sequence[Path]) -> list[Path]:
+    """The images; raises UserError where there are none, or masks among them."""
+    for folder in (path for path in inputs if path.is_dir()):
+        for part in (folder, *(folder / name for name in find_splits(subfolders(folder)).values())):
+            if pair := masked(part):
+                what = f"{part} holds images and their masks: give {part / pair[0]}"
+                raise UserError(printable(f"{what}, or name {pair[1]}/ otherwise if it holds images"))
+    return given_images(inputs)
 
 
 def _opened(checkpoint: Path | str, *, device: str, fuse: bool, **options: Any) -> Task:

@@ -91,8 +91,8 @@ def train(
         _refuse_overlap(out, recipe, data)
         RunDir.check_free(out, overwrite=overwrite)
     recipe, splits = _opened(recipe, data) if begun else settled(recipe, data, checked_weights(recipe))
-    model_args, trained = facts["model_args"] if begun else None, begun and own == recipe
-    task = _build(recipe, splits.train.classes, model_args=model_args, trained=trained)
+    model_args = facts["model_args"] if begun else None
+    task = _build(recipe, splits.train.classes, model_args=model_args, trained=begun and own == recipe)
 
     fabric = make_fabric(recipe)
     fabric.launch()
@@ -104,11 +104,10 @@ def train(
         processes=fabric.world_size,
         model_args=task.model_args,
     )
-    patience = recipe.engine.stall_seconds
     with StopRequest() as stop, contextlib.ExitStack() as ending:  # a stop comes too late while the report is written
         ending.callback(lambda: run.unlock())
         try:
-            with Processes(fabric, patience=patience) as processes, _one_line_errors(run):
+            with Processes(fabric, patience=recipe.engine.stall_seconds) as processes, _one_line_errors(run):
                 with met_by_all():
                     changes = check_same(run, facts, found, own=own, recipe=recipe, force=force) if own else []
                     batch = _batch(recipe, run, facts, own, fabric, force=force)
@@ -166,7 +165,7 @@ def _opened(recipe: Recipe, data: Path | None) -> tuple[Recipe, Splits]:
 
 def _first_lines(asked: Recipe, trainer: Trainer) -> list[str]:
     """What is to be said of the images and the machine before the first step."""
-    return remarks(trainer.splits) + start_lines(asked, trainer.recipe, trainer.fabric.device)
+    return remarks(trainer.splits, trainer.recipe.data) + start_lines(asked, trainer.recipe, trainer.fabric.device)
 
 
 def _written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from typing import Any
 
 from conv2former.data.folders import SPLITS, listed, respelled, subfolders, unread
 from conv2former.data.images import IMAGE_EXTENSIONS
-from conv2former.data.sources import alike, counted, given_folder, held_out, only_in
+from conv2former.data.sources import alike, counted, given_folder, held_out, only_in, spread
 from conv2former.errors import UserError, plural, printable, some
+from conv2former.tasks.dense import fitted
 from conv2former.tasks.detection.coco import CocoSource
 from conv2former.tasks.detection.config import DetectionDataSection
 
 WORDS = dict(train="training", val="validation", test="test")
 KEYS = dict(train="train", val="val", test="val")  # of the recipe, by part
+LOOKED_AT, HARDLY_SEEN, MANY = 1000, 8, 0.25  # images; pixels; the fraction of all objects that is said
 VALIDATION = re.compile("(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE)
 
 
@@ -35,6 +38,23 @@ class CocoSplits:
     def has_masks(self) -> bool:
         """Whether an object to train on has a mask."""
         return self.train.has_masks
+
+    def too_small(self, data: DetectionDataSection) -> str | None:
+        """The line about objects that are hardly seen at the size of the training, if they are many."""
+        sides = []
+        for index in spread(len(self.train), LOOKED_AT):
+            entry = self.train.entries[index]
+            width, _ = fitted((entry.width, entry.height), short=data.short_side, long=data.long_side)
+            boxes = [own["bbox"] for own in self.train.objects_of(index) if not own["iscrowd"]]
+            sides += [width / entry.width * math.sqrt(box[2] * box[3]) for box in boxes]
+        few = sum(side < HARDLY_SEEN for side in sides)
+        if few <= MANY * len(sides):
+            return None
+        what = f"{few / len(sides):.0%} of the objects measure less than {HARDLY_SEEN} pixels when images have "
+        what += f"data.short_side={data.short_side}, and are hardly seen"
+        return (
+            f"{what}: --set data.short_side={2 * data.short_side} shows them better, and takes about four times as long"
+        )
 
     def digest(self) -> str:
         """A hash of all images and objects."""
@@ -120,9 +140,6 @@ def _remarks(root: Path, splits: CocoSplits, places: Sequence[tuple[Path, Path]]
     lines = [unread(root, subfolders(root), {parts[0] for parts in read if parts})]
     if splits.held_out:
         others = [file.name for file in _json_files(root) if file != places[0][1]]
-        lines.append(
-            f"no annotations of validation images: {plural(len(splits.val), 'image')} of {places[0][1]} held out"
-        )
         lines.append(printable(f"{root}: not read: {some(others)}") if others else None)
     if empty:
         what = f"{plural(empty, 'image')} without objects {'is' if empty == 1 else 'are'} not trained on"

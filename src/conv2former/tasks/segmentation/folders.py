@@ -54,7 +54,7 @@ from conv2former.tasks.segmentation.values import (
 )
 
 LOOKED_AT = 64  # masks whose values are counted before the first step
-BREAK = re.compile(r"[ ._(-]")  # stands between an image's name and what is behind it: cat_1, cat (1), cat-rust-0
+BREAK = re.compile(r"[ ._(-]")  # stands between an image's name and what is beside it: cat_1, cat (1), rust-cat
 TRIED = 20  # images whose names are looked for in those of masks
 MAX_CLASSES = 255  # one number of a byte stands for none
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # one name a line; ADE20K's table
@@ -386,9 +386,10 @@ def _check_rest(where: Path, rest: set[Path], images: Iterable[str], masks: dict
     further: dict[Path, Path] = {}
     for path in sorted(rest):
         name = path.relative_to(where).with_suffix("").as_posix()
-        starts = [name[: found.start()] for found in BREAK.finditer(name)]
-        if known := [start for start in starts if start in used]:
-            further[path] = used[known[-1]]
+        breaks = [*BREAK.finditer(name)]
+        parts = [name[: found.start()] for found in reversed(breaks)] + [name[found.end() :] for found in breaks]
+        if known := [part for part in parts if part in used]:
+            further[path] = used[known[0]]
     if 2 * len(further) > len(rest) and len({*further.values()}) > 1:
         path, first = next(iter(further.items()))
         raise UserError(
