@@ -152,6 +152,8 @@ def test_the_trial_leaves_the_network_as_it_was() -> None:
     with pytest.raises(UserError, match=r"cannot be trained on images of 16 x 16 pixels: .*reduction dim"):
         network.head = nn.Linear(7, 4)
         try_out(task)
+    with pytest.raises(UserError, match=r"3 channels \(RGB\): leave model.args.in_chans out"):
+        try_out(ClassificationTask(Remembering(), tiny_recipe("model.args={in_chans: 1}")))
 
 
 def test_learning_rate_scales_with_the_effective_batch() -> None:

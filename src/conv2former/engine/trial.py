@@ -102,6 +102,8 @@ def refusals(task: Task) -> Iterator[None]:
     batch: Any = task.example_batch(2)
     if missing := [name for name in ("images", "indices", "bad") if not hasattr(batch, name)]:
         raise UserError(f"the batches of {task.name} lack {', '.join(missing)}")
+    if task.recipe.model.args.get("in_chans", 3) != 3:
+        raise UserError("images are read in 3 channels (RGB): leave model.args.in_chans out")
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # which would print a traceback beside it
     level = logger.level
     logger.setLevel(logging.CRITICAL)
