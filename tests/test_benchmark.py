@@ -210,7 +210,7 @@ def expected() -> torch.Tensor:
     [
         ("eager", "float32"),
         ("eager", "bfloat16"),
-        ("compile", "float32"),
+        pytest.param("compile", "float32", marks=pytest.mark.slow),  # test_model.py compiles, too
         ("onnxruntime", "float32"),
         # OpenVINO's files of both kinds are among the quick tests of the export
         pytest.param("openvino-int8", "float32", marks=pytest.mark.slow),
