@@ -365,9 +365,12 @@ def test_objects_that_are_hardly_seen_are_said(coco: Path) -> None:
     ]  # of objects, as fractions of the short side of their image
     data = DATA.model_copy(update=dict(short_side=int(7 / sorted(sides)[len(sides) // 2]), long_side=1000))
     line = splits.too_small(data)
-    assert line is not None and f"--set data.short_side={2 * data.short_side} shows them better" in line
+    assert line is not None and line.endswith(
+        f"(--set data.short_side={2 * data.short_side} --set data.long_side=2000)"
+    )
     assert re.match(r"\d+% of the objects measure less than 8 pixels", line) and line in remarks(splits, data)
     assert splits.too_small(DATA.model_copy(update=dict(short_side=round(9 / min(sides)), long_side=9999))) is None
+    assert splits.too_small(data.model_copy(update=dict(short_side=9999, long_side=data.short_side))) is not None
 
 
 def test_one_file_is_enough(coco: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import socket
 import threading
@@ -153,10 +152,12 @@ def test_what_is_no_request_of_the_page_is_a_line(
         answer = served.ask(client, "someone", None, **changes)
         assert (answer.status_code, "\n" in answer.text) == (status, False), (changes, answer.text)
     deep = b'{"data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    kinds = ("application/json", "multipart/form-data", "multipart/form-data; boundary=x", "text/plain")
+    multipart = "multipart/form-data; boundary=x"
+    kinds = ("application/json", "multipart/form-data", multipart, "text/plain")
     bodies = (b"", b"{", b"[]", b"null", b"\xff", deep, b'{"fn_index": ' + b"9" * 6000 + b"}")
-    for number, path in enumerate(("queue/join", "upload", "cancel", "reset")):
-        asked = [*itertools.product(bodies[:1], kinds), *itertools.product(bodies[1:], kinds[number : number + 1])]
+    for path in ("queue/join", "upload", "cancel", "reset"):
+        own = multipart if path == "upload" else kinds[0]
+        asked = [*((body, own) for body in bodies), *((b"", kind) for kind in kinds if kind != own)]
         for body, kind in asked:
             answer = client.post(f"{served.url}/{path}", content=body, headers={"content-type": kind})
             assert answer.status_code < 500, (path, body[:20], kind, answer.text)

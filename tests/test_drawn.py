@@ -36,6 +36,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
 def test_names_of_every_kind_are_drawn(tmp_path: Path) -> None:
     count = len(NAMES)
     plots.confusion_matrix(np.eye(count, dtype=int), NAMES, tmp_path / "matrix.png")

@@ -415,6 +415,12 @@ def test_a_batch_script_of_slurm_without_srun_is_told(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="has 2 tasks, and srun has not started this process: write srun before"):
         make_fabric(recipe)
     assert world_size(recipe) == 2, "for a dry run"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # of srun, whose processes they are
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert world_size(recipe) == 4
+    with pytest.raises(UserError, match=r"engine.nodes=1, but SLURM has started 2: add --set engine.nodes=auto"):
+        world_size(load_recipe("quickstart", overrides=["engine.devices=auto", "engine.nodes=1"]))
     monkeypatch.setenv("SLURM_NNODES", "x")
     with pytest.raises(UserError, match="SLURM_NNODES=x in the environment is no number of processes"):
         world_size(recipe)

@@ -330,7 +330,16 @@ def test_masks_that_no_image_has(tmp_path: Path) -> None:
     root = write(tmp_path / "before", grey(0, 1), name="crack_{}.png")
     for path in sorted((root / "masks").iterdir()):
         shutil.copy(path, path.with_name(path.name.replace("crack", "rust")))
-    assert "several masks of one image, " in refused(PAIRS, root)
+    assert "several masks of one image, crack_0.png and rust_0.png" in refused(PAIRS, root)
+    for folder in ("images", "masks"):
+        (root / folder / "a").mkdir()
+        for path in sorted((root / folder).glob("*.*")):
+            path.rename(root / folder / "a" / path.name)
+    assert "several masks of one image, crack_0.png and rust_0.png" in refused(PAIRS, root)
+    root = write(tmp_path / "others", grey(0, 1))  # the masks of another film are no further masks of this one
+    for path in sorted((root / "masks").iterdir()):
+        shutil.copy(path, path.with_name(f"film2_{path.name}"))
+    assert any("4 masks of no image: " in note for note in open_pairs(PAIRS, root, seed=0).train.notes)
 
 
 def test_masks_of_two_kinds_in_one_folder(tmp_path: Path) -> None:

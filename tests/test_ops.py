@@ -287,9 +287,9 @@ def network(**arguments: Any) -> nn.Module:
 
 
 @needs_compiler
-@pytest.mark.parametrize("amp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "autocast"])
-def test_the_same_training(amp: bool) -> None:
-    """Thirty steps: one loss curve. In float32 to 1e-4; under autocast both wander from it by bfloat16's rounding."""
+@pytest.mark.parametrize(("amp", "steps"), [(False, 30), (True, 8), pytest.param(True, 30, marks=pytest.mark.slow)])
+def test_the_same_training(amp: bool, steps: int) -> None:
+    """One loss curve. In float32 to 1e-4; under autocast both wander from it by bfloat16's rounding."""
 
     def losses(choice: str, amp: bool) -> Tensor:
         model = network().train()
@@ -297,7 +297,7 @@ def test_the_same_training(amp: bool) -> None:
         images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 5
         curve = []
         with ops.use_backend(choice):
-            for _ in range(30):
+            for _ in range(steps):
                 with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                     loss = F.cross_entropy(model(images).float(), labels)
                 optimizer.zero_grad()
@@ -307,7 +307,7 @@ def test_the_same_training(amp: bool) -> None:
         return torch.stack(curve)
 
     plain, fused = losses("reference", amp), losses("auto", amp)
-    assert plain[-1] < 0.2 * plain[0] and not torch.equal(plain, fused)
+    assert plain[-1] < (0.2 if steps == 30 else 1) * plain[0] and not torch.equal(plain, fused)
     if not amp:
         torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
     else:

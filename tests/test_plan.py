@@ -254,7 +254,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     [
         ("coco_mask_rcnn_t", "44,856,828"),
         pytest.param("coco_cascade_mask_rcnn_s", "106,027,518", marks=pytest.mark.slow),  # heads: test_detector.py
-        pytest.param("ade20k_upernet_t", "55,511,096", marks=pytest.mark.slow),
+        ("ade20k_upernet_t", "55,511,096"),
     ],
 )
 def test_detectors_and_segmenters_are_planned(recipe: str, parameters: str, tmp_path: Path) -> None:

@@ -47,9 +47,12 @@ def test_masks_are_not_taken_for_images(run: Path, tmp_path: Path) -> None:
     for name in ("val/images/a.png", "val/masks/a.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         one_picture(tmp_path / name)
-    with pytest.raises(UserError, match=r"val holds images and their masks: give .*val/images, or name masks/ "):
+    with pytest.raises(
+        UserError, match=r"val holds images and their masks: give .*val/images, and .*val/masks beside it if "
+    ):
         list(predict(run, tmp_path))
     assert len(list(predict(run, tmp_path / "val" / "images"))) == 1
+    assert len(list(predict(run, [tmp_path / "val" / "images", tmp_path / "val" / "masks"]))) == 2
 
 
 def test_the_batch_does_not_change_a_prediction(run: Path, pictures: Path) -> None:

@@ -18,7 +18,7 @@ from conv2former.engine.train import train
 from conv2former.errors import UserError
 from conv2former.models.conv2former import Conv2Former
 from digits import tiny_recipe, write_digits
-from runs import weights
+from runs import after_step, stopped_run, weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -211,8 +211,20 @@ def test_switches(data: Path, tmp_path: Path, switch: str) -> None:
     assert result is not None and result.details["images"] == 16
 
 
-def test_grad_checkpointing_changes_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
-    train(tiny_recipe("engine.grad_checkpointing=true"), data=data, out=tmp_path / "run")
+def test_grad_checkpointing_changes_nothing(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there in a run that goes on, too, whose network is not tried out again."""
+    recipe, checkpointed = tiny_recipe("engine.grad_checkpointing=true"), []
+    stopped_run(recipe, data, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr("conv2former.engine.train.try_out", lambda task: pytest.fail("it was trained by this recipe"))
+    after_step(
+        monkeypatch,
+        6,
+        lambda trainer: checkpointed.extend(stage.grad_checkpointing for stage in trainer.task.model.stages),
+    )
+    train(None, data=data, out=tmp_path / "run", resume=True)
+    assert checkpointed and all(checkpointed)
     mine, theirs = weights(tmp_path / "run"), weights(finished)
     # BatchNorm and dropout sit outside the recomputed blocks, so the arithmetic is the same to the last bit
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

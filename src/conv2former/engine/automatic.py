@@ -42,8 +42,8 @@ def settled(recipe: Recipe, data: Path | None, weights: Weights | None) -> tuple
         recipe = recipe.settled({HELD_OUT: fraction[0]})
         said = {HELD_OUT: fraction} if held else {}
     elif held and not recipe.brings_data:
-        val, of, fraction = len(splits.val), len(splits.train) + len(splits.val), recipe.value(HELD_OUT)
-        say_once(f"no validation images: {val:,} of {of:,} are held out ({HELD_OUT}={fraction:g})")
+        count = plural(len(splits.val), "image")
+        say_once(f"no validation set: {count} held out for it ({HELD_OUT}={recipe.value(HELD_OUT):g})")
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     # nothing is to be told where what nobody has set stays as it is
     usual = [key for key in recipe.auto if key in recipe.left_open and found[key][0] == recipe.value(key)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import subprocess
@@ -44,7 +43,6 @@ def _program(path: Path) -> str:
     return path.parent.name if path.name == "__main__.py" else path.name  # python -m PACKAGE
 
 
-@functools.cache
 def _commit() -> str | None:
     # only where the package runs from a checkout of its own; an installed wheel has its version
     git: Any = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -148,10 +149,15 @@ def run_predict(
 def _given(inputs: Sequence[Path]) -> list[Path]:
     """The images; raises UserError where there are none, or masks among them."""
     for folder in (path for path in inputs if path.is_dir()):
-        for part in (folder, *(folder / name for name in find_splits(subfolders(folder)).values())):
-            if pair := masked(part):
+        parts, pair = [folder], None
+        with contextlib.suppress(UserError):  # a folder that may not be read: its images are rows that failed
+            parts += [folder / name for name in find_splits(subfolders(folder)).values()]
+        for part in parts:
+            with contextlib.suppress(UserError):
+                pair = masked(part)
+            if pair:
                 what = f"{part} holds images and their masks: give {part / pair[0]}"
-                raise UserError(printable(f"{what}, or name {pair[1]}/ otherwise if it holds images"))
+                raise UserError(printable(f"{what}, and {part / pair[1]} beside it if that holds images, too"))
     return given_images(inputs)
 
 

@@ -36,7 +36,7 @@ from conv2former.engine.run_dir import RunDir
 from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
 from conv2former.engine.trainer import Trainer
-from conv2former.engine.trial import try_out
+from conv2former.engine.trial import refusals, try_out
 from conv2former.errors import UserError, is_first, one_line, say, say_once
 from conv2former.recipes.load import load_recipe
 from conv2former.tasks import task_class
@@ -235,13 +235,16 @@ def _recorded(data: Path | None) -> str | None:
 def _build(recipe: Recipe, classes: list[str], *, model_args: dict[str, Any] | None, trained: bool) -> Task:
     """The task with its first weights; given ``model_args``, those of a checkpoint take their place afterwards.
 
-    A network that was ``trained`` by this very recipe needs no trial; FSDP learns from it which blocks to shard.
+    A network that was ``trained`` by this very recipe needs no trial, but for FSDP, which learns from it what to shard.
     """
     seed_all(derive_seed(Purpose.INIT, recipe.engine.seed))
     section = recipe.model
     if model_args is not None:
         section = section.model_copy(update=dict(weights=None, args=model_args))
     task = task_class(recipe.task).build(recipe, classes, section=section)
+    if recipe.engine.grad_checkpointing:
+        with refusals(task):
+            task.model.set_grad_checkpointing()
     if not trained or recipe.engine.strategy == "fsdp":
         try_out(task)
     if section.freeze_batchnorm:

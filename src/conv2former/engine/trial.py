@@ -45,8 +45,6 @@ def try_out(task: Task) -> None:
     """
     called: set[str] = set()
     with refusals(task):
-        if task.recipe.engine.grad_checkpointing:
-            task.model.set_grad_checkpointing()
         trial = copy.deepcopy(task, {id(parameter): parameter for parameter in task.parameters()}).train()
         if task.recipe.engine.strategy == "fsdp":
             for name, block in blocks(trial.backbone).items():

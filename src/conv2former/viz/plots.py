@@ -20,6 +20,7 @@ X_AXES = {"epoch": "epoch", "step": "optimizer step", "minutes": "training time,
 MAX_LABELLED_CLASSES = 60  # above this a label per row is not readable
 SPELLED = {"miou": "mIoU", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "top1": "top-1", "top5": "top-5"}
 GOOD, BAD = "#1b7f4b", "#b3261e"
+MOST_DRAWN = 48  # characters of a line
 CELL, CAPTION, GAP = (190, 230), 44, 8  # of a sheet of predictions, pixels: an image with its caption, between two
 
 
@@ -78,8 +79,12 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path, x: str) -> No
 
 
 def drawable(text: str) -> str:
-    """A text as matplotlib takes it: a dollar would begin a formula, and bytes that are no text end in an error."""
-    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
+    """A text as matplotlib takes it: a dollar would begin a formula, and bytes that are no text end in an error.
+
+    Lines that would take the place of the figure keep their two ends.
+    """
+    lines = [line if len(line) <= MOST_DRAWN else f"{line[:30]}...{line[-15:]}" for line in text.split("\n")]
+    return "\n".join(map(printable, lines)).replace("$", r"\$")
 
 
 def _positions(name: str, rows: list[dict[str, Any]], x: str) -> Callable[[list[dict[str, Any]]], np.ndarray]:
@@ -163,7 +168,7 @@ def prediction_sheet(
             middle, small = (2 * column + 1) * CELL[0] // 2, _fitted(image)
             top = (row + 1) * CELL[1] - (CELL[1] - CAPTION + small.height) // 2
             sheet.paste(small, (middle - small.width // 2, top))
-            style: Any = dict(fontsize=8, color=GOOD if correct else BAD, ha="center", va="bottom")
+            style: Any = dict(fontsize=8, color=GOOD if correct else BAD, ha="center", va="bottom", in_layout=False)
             axes.text(middle, top - GAP // 2, drawable(caption), **style)
         axes.imshow(sheet)
         axes.set_axis_off()

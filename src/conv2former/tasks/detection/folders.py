@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from conv2former.config import MOST_SIDE
 from conv2former.data.folders import SPLITS, listed, respelled, subfolders, unread
 from conv2former.data.images import IMAGE_EXTENSIONS
 from conv2former.data.sources import alike, counted, given_folder, held_out, only_in, spread
@@ -50,11 +51,13 @@ class CocoSplits:
         few = sum(side < HARDLY_SEEN for side in sides)
         if few <= MANY * len(sides):
             return None
-        what = f"{few / len(sides):.0%} of the objects measure less than {HARDLY_SEEN} pixels when images have "
-        what += f"data.short_side={data.short_side}, and are hardly seen"
-        return (
-            f"{what}: --set data.short_side={2 * data.short_side} shows them better, and takes about four times as long"
+        what = (
+            f"{few / len(sides):.0%} of the objects measure less than {HARDLY_SEEN} pixels when images are scaled to "
         )
+        what += f"{data.short_side} x {data.long_side} pixels at most, and are hardly seen"
+        short, long = (min(2 * side, MOST_SIDE) for side in (data.short_side, data.long_side))
+        way = f"--set data.short_side={short} --set data.long_side={long}"
+        return f"{what}: larger images show them better, and take more time ({way})"
 
     def digest(self) -> str:
         """A hash of all images and objects."""

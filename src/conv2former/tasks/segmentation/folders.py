@@ -381,23 +381,23 @@ def _check_rest(where: Path, rest: set[Path], images: Iterable[str], masks: dict
     """What is to be said of masks that no image has; raises UserError if most are further masks of an image."""
     if not rest:
         return
-    used = {path.relative_to(where).with_suffix("").as_posix(): path for path in masks.values() if path not in rest}
+    used = {path.relative_to(where).with_suffix("").as_posix(): path for path in {*masks.values()} - rest}
     used |= {name: masks[name] for name in images}
+    # whose own mask has something before the name: else what ends in it may well be the mask of another image
+    behind = {name for name in images if not masks[name].stem.startswith(os.path.basename(name))}
     further: dict[Path, Path] = {}
     for path in sorted(rest):
-        name = path.relative_to(where).with_suffix("").as_posix()
-        breaks = [*BREAK.finditer(name)]
-        parts = [name[: found.start()] for found in reversed(breaks)] + [name[found.end() :] for found in breaks]
-        if known := [part for part in parts if part in used]:
+        folder, base = path.relative_to(where).parent, path.stem
+        breaks = [*BREAK.finditer(base)]
+        starts = [(folder / base[: found.start()]).as_posix() for found in reversed(breaks)]
+        ends = [(folder / base[found.end() :]).as_posix() for found in breaks]
+        if known := [name for name in starts if name in used] + [name for name in ends if name in behind]:
             further[path] = used[known[0]]
     if 2 * len(further) > len(rest) and len({*further.values()}) > 1:
-        path, first = next(iter(further.items()))
-        raise UserError(
-            f"{where} holds several masks of one image, {first.name} and {path.name} for example: merge them into one, "
-            "or move masks of other images elsewhere"
-        )
-    names = [path.name for path in sorted(rest)]
-    notes.append(f"{where}: {plural(len(rest), 'mask')} of no image: {some(names, 3)}")
+        two = " and ".join(path.name for path in reversed(next(iter(further.items()))))
+        way = "merge them into one, or move masks of other images elsewhere"
+        raise UserError(f"{where} holds several masks of one image, {two} for example: {way}")
+    notes.append(f"{where}: {plural(len(rest), 'mask')} of no image: {some([path.name for path in sorted(rest)], 3)}")
 
 
 def _matched(images: Sequence[str], masks: dict[str, Path], where: Path, notes: list[str]) -> dict[str, Path]:

@@ -72,7 +72,7 @@ def trace(subject: Subject, *, first: bool) -> ExportedProgram:
 
 def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
     import onnx
-    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+    from onnxscript.optimizer import fold_constants, inline, remove_unused_nodes
 
     names: Any = dict(input_names=["images"], output_names=subject.part.outputs)
     if one := subject.part.one:
@@ -81,9 +81,10 @@ def _write_onnx(subject: Subject, program: Program, path: Path) -> None:
         names |= dict(input_names=one.inputs, custom_translation_table=translations())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # not ``optimize``: its rewriting takes as long as all the rest, and ONNX Runtime does the same when it loads
+        # without ``optimize``, whose rewriting takes as long as all the rest and makes nothing faster in ONNX Runtime
         made = torch.onnx.export(program(), (), verbose=False, optimize=False, **names)
         assert made is not None
+        inline(made.model)
         fold_constants(made.model)
         remove_unused_nodes(made.model)
     model = made.model_proto
