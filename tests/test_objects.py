@@ -390,6 +390,20 @@ def test_names_sizes_and_ids_that_the_files_tell(tmp_path: Path) -> None:
     assert any("sizes of images are missing: the files say them" in line for line in source.notes)
 
 
+def test_names_as_addresses_write_them(tmp_path: Path) -> None:
+    """Label Studio's annotations name files in the form of addresses."""
+
+    def encoded(content: dict[str, Any]) -> None:
+        for entry in content["images"]:
+            entry["file_name"] = f"a%20b%20{entry['file_name']}"
+
+    root = write(tmp_path, encoded)
+    for path in sorted((root / "val2017").iterdir()):
+        path.rename(path.with_name(f"a b {path.name}"))
+    source = CocoSource(root / "val2017", root / "annotations/instances_val2017.json")
+    assert source.load(0)[0].size and source.notes == []
+
+
 def test_a_validation_set_without_objects_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path)
     path = root / "annotations" / "instances_val2017.json"
