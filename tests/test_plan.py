@@ -205,7 +205,7 @@ def test_the_summary_is_short_and_writes_nothing(tmp_path: Path, monkeypatch: py
     data = write_digits(tmp_path / "digits")
     text = plan.dry_run(small("finetune", "optim.batch_size=4"), data=data, out=None)
     assert len(text.splitlines()) <= 12 and [path.name for path in tmp_path.iterdir()] == ["digits"]
-    assert re.search(r"memory: [\d.]+ MiB for each process", text) and re.search(
+    assert re.search(r"memory: [\d.]+ MiB of tensors for each process", text) and re.search(
         r"time: about \d+ \w+ of training here", text
     )
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
 from conv2former.checkpoints.schema import Preprocessing, SavedModel, first_fault
-from conv2former.errors import UserError, nearest, one_line, some
+from conv2former.errors import UserError, nearest, one_line, printable, some
 from conv2former.files import flush, parse_json, read_within, remedy
 from conv2former.models.meta import build_on_meta
 
@@ -244,7 +244,8 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
     given = os.fspath(path).removeprefix("local-dir:")
     path = Path(given)
     if not os.path.exists(path):
-        raise MissingWeights(f"{given} does not exist: give {FROM_FOLDER}{_elsewhere(given)}")
+        meant = nearest(path.name, _runs_in(path.parent))
+        raise MissingWeights(f"{given} does not exist{printable(meant)}: give {FROM_FOLDER}{_elsewhere(given)}")
     if not path.is_dir():
         if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
             return path.parent, path
@@ -266,7 +267,12 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
             f"{path} has no weights yet, because it was not evaluated: continue it with `conv2former train --out "
             f"{shlex.quote(str(path))} --resume`"
         )
-    raise UserError(f"{path} has no {CONFIG_FILE}: give {FROM_FOLDER}")
+    known = f" (runs in it: {some(inside)})" if (inside := _runs_in(path)) else ""
+    raise UserError(printable(f"{path} has no {CONFIG_FILE}{known}: give {FROM_FOLDER}"))
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return [file.parent.name for file in sorted(folder.glob("*/recipe.yaml"))]
 
 
 def _elsewhere(given: str) -> str:

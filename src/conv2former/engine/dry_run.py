@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def dry_run(recipe: Recipe, *, data: Path | None, out: Path | None, verbose: boo
         *images.remarks,
         *_batch(recipe, batch),
         *steps,
-        f"memory: {memory[-1].split(maxsplit=1)[1]} for each process, estimated",
+        f"memory: {memory[-1].split(maxsplit=1)[1]} of tensors for each process, estimated; libraries come on top",
         f"time: {_time(recipe, images, batch, per_epoch)}",
         *filter(None, [slow_precision(recipe, torch.device("cuda" if on_nvidia_gpu(recipe) else "cpu"))]),
         drawn + ("" if verbose else "; --verbose shows the recipe and all numbers"),
@@ -157,12 +158,15 @@ def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | Non
     if batch.world > 1 or ("GPU" in claim.hardware and not gpu):
         known = "nobody has measured it" if claim.time == "not run" else f"{claim.time} there"
         return f"not measured here; the recipe is meant for {claim.hardware} ({known})"
+    busy = os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1) if hasattr(os, "getloadavg") else False
     try:
         count, seconds = _timed(recipe, images, batch, torch.device("cuda" if gpu else "cpu"))
     except torch.OutOfMemoryError:
         return "the batch does not fit into the memory of the GPU: lower optim.batch_size"
     total = seconds / count * batch.total * recipe.schedule.total(per_epoch)
-    return f"about {duration(total)} of training here ({count} images took {seconds:.2g} s), evaluation not counted"
+    return f"about {duration(total)} of training here ({count} images took {seconds:.2g} s), evaluation not counted" + (
+        "; other programs use the processor, alone it is faster" if busy else ""
+    )
 
 
 def _timed(recipe: Recipe, images: Images, batch: BatchPlan, device: torch.device) -> tuple[int, float]:

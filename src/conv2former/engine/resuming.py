@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: boo
         return given.model_copy(update=dict(name=own.name, claim=own.claim))
     if not force:
         raise UserError(
-            f"the run in {run.path} was made with other settings ({difference(own, given)}): resume it without them, "
-            "start a new run in another folder, or add --force to go on with the new ones"
+            f"the run in {run.path} was made with other settings ({difference(own, given)}): go on with its own by "
+            f"`conv2former train --out {shlex.quote(str(run.path))} --resume`, start a new run in another folder, or "
+            "add --force to go on with the new ones"
         )
     fixed = ["task"] * (own.task != given.task)
     heads = sorted({*type(own).model_fields, *type(given).model_fields} - {*Recipe.model_fields, "augment"})

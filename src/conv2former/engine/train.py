@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,14 @@ import torch
 
 from conv2former.checkpoints.weights import TIMM
 from conv2former.config import Recipe
+from conv2former.data.images import BadImage
 from conv2former.data.loading import killed_reader
 from conv2former.data.sampling import Purpose, derive_seed, seed_all
 from conv2former.data.sources import Splits, remarks
 from conv2former.engine.automatic import checked_weights, settled
 from conv2former.engine.batch import BatchPlan, plan_batch, recorded_batch
 from conv2former.engine.batchnorm import freeze
-from conv2former.engine.distributed import Processes, met_by_all
+from conv2former.engine.distributed import Processes, agreed, met_by_all
 from conv2former.engine.head import fit_head, fits_head
 from conv2former.engine.launch import make_fabric, on_nvidia_gpu
 from conv2former.engine.logging import check_loggers
@@ -199,6 +201,11 @@ def _fit(trainer: Trainer, run: RunDir, *, resumed: bool) -> None:
         if trainer.fabric.is_global_zero:
             with contextlib.suppress(OSError):  # the disk may be what has failed
                 run.add_event("stopped", step=trainer.state.step, reason=one_line(error))
+        if isinstance(error, BadImage):
+            command = f"conv2former train --out {shlex.quote(str(run.path))} --resume"
+            way = f"mend or remove it and `{command}`, or leave such images out with `{command} --on-bad-image skip`"
+            told = UserError(f"{error}: {way}")
+            raise agreed(told) if getattr(error, "agreed", False) else told from None
         raise
 
 

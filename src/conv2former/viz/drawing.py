@@ -113,8 +113,9 @@ def objects(
         if mask is not None:
             tint(pixels, mask.astype(bool), colour(index), outlined=True)
     sheet = Image.fromarray(pixels)
-    for box, caption, index in zip(boxes, captions, colours, strict=True):
+    for box, index in zip(boxes, colours, strict=True):
         frame(sheet, box, colour(index))
+    for box, caption, index in zip(boxes, captions, colours, strict=True):  # no box over another one's caption
         label(sheet, box, caption, colour(index))
     return sheet
 

@@ -156,7 +156,9 @@ def prediction_sheet(
 ) -> None:
     """Two blocks of images, as (image, caption, correct): the worst mistakes, then some of all others."""
     columns = 8
-    blocks = [(title, items) for title, items in (("worst mistakes", mistakes), ("others", samples)) if items]
+    blocks = [
+        (title, items) for title, items in (("worst mistakes", mistakes), ("some of all others", samples)) if items
+    ]
     heights = [-(-len(items) // columns) for _, items in blocks]
     figure = Figure(figsize=(1.75 * columns, 2.15 * sum(heights) + 0.5 * len(blocks)), layout="constrained")
     grids = figure.subplots(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from conv2former.data.folders import SPLITS, find_splits, respelled, subfolders, unread
+from conv2former.data.images import BadImage, shown_size
 from conv2former.data.recognise import holds_images, masked, refuse_masks, refuse_parts
 from conv2former.data.sampling import Purpose, derive_seed
 from conv2former.data.sources import alike, counted, given_folder, only_in, spread
@@ -28,7 +30,8 @@ from conv2former.tasks.classification.sources import (
     hfds_splits,
 )
 
-LOOKED_INTO = 20  # class folders
+LOOKED_INTO = 20  # class folders, or images
+LEAST_ENLARGED = 96  # pixels, of small images
 DEEP = 3  # folders that hold one folder each, as unpacking a file leaves them
 
 
@@ -50,6 +53,21 @@ class Splits:
         missing = [visible(name) for i, name in enumerate(self.train.classes) if counts[i] and i not in tried]
         untried = f"no validation images of: {printable(some(missing))}" if missing else None
         return [*filter(None, [self.unread, alike(self.train.classes), untried]), counted(each, self)]
+
+    def too_small(self, data: DataSection) -> str | None:
+        """The line about images that are enlarged to more than twice their size, which takes time."""
+        name_of = getattr(self.train, "file", lambda index: None)
+        sides = []
+        for file in filter(None, map(name_of, spread(len(self.train), LOOKED_INTO))):
+            with contextlib.suppress(BadImage):  # whoever reads the image says it
+                sides.append(max(shown_size(Path(file), turn=False)))
+        side = int(np.median(sides)) if sides else data.input_size
+        fitting = max(-(-2 * side // 32) * 32, LEAST_ENLARGED)
+        if fitting >= data.input_size:
+            return None
+        what = f"images of {side} pixels are enlarged to {data.input_size}, which adds no detail"
+        fewer = (data.input_size / fitting) ** 2
+        return f"{what}: --set data.input_size={fitting} computes {fewer:.1f} times fewer pixels"
 
     def digest(self) -> str:
         """A hash of the names and classes of all images, by which a resumed run knows its data."""
@@ -233,7 +251,7 @@ def _refuse_masks(folder: Path) -> None:
     for place in (folder / names[index] for index in spread(len(names), LOOKED_INTO)):
         if pair := masked(place):
             what = f"{pair[0]}/ and {pair[1]}/ in {place} look like images and their masks"
-            raise UserError(f"{what}: move the masks elsewhere")
+            raise UserError(f"{what}: give the folder of one set of photos, or move the masks elsewhere")
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:
