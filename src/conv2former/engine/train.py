@@ -201,11 +201,6 @@ def _fit(trainer: Trainer, run: RunDir, *, resumed: bool) -> None:
         if trainer.fabric.is_global_zero:
             with contextlib.suppress(OSError):  # the disk may be what has failed
                 run.add_event("stopped", step=trainer.state.step, reason=one_line(error))
-        if isinstance(error, BadImage):
-            command = f"conv2former train --out {shlex.quote(str(run.path))} --resume"
-            way = f"mend or remove it and `{command}`, or leave such images out with `{command} --on-bad-image skip`"
-            told = UserError(f"{error}: {way}")
-            raise agreed(told) if getattr(error, "agreed", False) else told from None
         raise
 
 
@@ -214,6 +209,14 @@ def _one_line_errors(run: RunDir) -> Any:
     """Turns what a disk, a GPU or the memory may refuse into the line that says what to do."""
     try:
         yield
+    except BadImage as error:
+        way = "put a readable image in its place, or leave such images out with --on-bad-image skip"
+        if run.exists():
+            command = f"conv2former train --out {shlex.quote(str(run.path))} --resume"
+            way = f"put a readable image in its place and go on with `{command}`, or without such images with "
+            way += f"`{command} --on-bad-image skip`"
+        told = UserError(f"{error}: {way}")
+        raise agreed(told) if getattr(error, "agreed", False) else told from None
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise UserError(
