@@ -94,7 +94,7 @@ def test_masks_inside_of_class_folders_are_not_learnt(tmp_path: Path) -> None:
     write(
         tmp_path, *(f"{name}/{kind}/{n}.png" for name in ("ill", "well") for kind in ("images", "masks") for n in "01")
     )
-    with pytest.raises(UserError, match=r"^images/ and masks/ in .*ill look like images and their masks: move"):
+    with pytest.raises(UserError, match=r"^images/ and masks/ in .*ill look like images and their masks: give"):
         task_class("classification").open_splits(load_recipe("finetune"), tmp_path)
 
 
