@@ -52,7 +52,7 @@ def test_a_broken_image_ends_the_run_with_its_name_and_a_checkpoint(
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"cannot read .*digit-\d.*png.*: put .* go on with `.* --resume`, or .* --on-bad-image skip`$",
+        match=r"cannot read .*digit-\d.*png.*: mend or replace it, and go on with `.* --resume` \(--on-bad-image skip ",
     ):
         train(tiny_recipe(f"data.workers={workers}"), data=damaged, out=tmp_path / "run")
     assert state(tmp_path / "run")["position"]["step"] < 4

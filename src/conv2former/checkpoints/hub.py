@@ -11,6 +11,7 @@ import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -244,8 +245,9 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
     given = os.fspath(path).removeprefix("local-dir:")
     path = Path(given)
     if not os.path.exists(path):
-        meant = nearest(path.name, _runs_in(path.parent))
-        raise MissingWeights(f"{given} does not exist{printable(meant)}: give {FROM_FOLDER}{_elsewhere(given)}")
+        meant = get_close_matches(path.name, _runs_in(path.parent), n=1)
+        known = printable(f" ({path.parent / meant[0]} does)") if meant else ""
+        raise MissingWeights(f"{given} does not exist{known}: give {FROM_FOLDER}{_elsewhere(given)}")
     if not path.is_dir():
         if path.name in WEIGHT_FILES and (path.parent / CONFIG_FILE).is_file():
             return path.parent, path
@@ -272,7 +274,9 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
 
 
 def _runs_in(folder: Path) -> list[str]:
-    return [file.parent.name for file in sorted(folder.glob("*/recipe.yaml"))]
+    with contextlib.suppress(OSError):
+        return [file.parent.name for file in sorted(folder.glob("[!.]*/recipe.yaml"))]
+    return []
 
 
 def _elsewhere(given: str) -> str:

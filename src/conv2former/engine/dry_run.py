@@ -158,14 +158,16 @@ def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | Non
     if batch.world > 1 or ("GPU" in claim.hardware and not gpu):
         known = "nobody has measured it" if claim.time == "not run" else f"{claim.time} there"
         return f"not measured here; the recipe is meant for {claim.hardware} ({known})"
-    busy = os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1) if hasattr(os, "getloadavg") else False
+    busy = False
+    with contextlib.suppress(AttributeError, OSError):  # what not every system knows
+        busy = not gpu and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
     try:
         count, seconds = _timed(recipe, images, batch, torch.device("cuda" if gpu else "cpu"))
     except torch.OutOfMemoryError:
         return "the batch does not fit into the memory of the GPU: lower optim.batch_size"
     total = seconds / count * batch.total * recipe.schedule.total(per_epoch)
     return f"about {duration(total)} of training here ({count} images took {seconds:.2g} s), evaluation not counted" + (
-        "; other programs use the processor, alone it is faster" if busy else ""
+        "; the processor was busy in the last minute, alone it may be much faster" if busy else ""
     )
 
 

@@ -201,6 +201,11 @@ def _fit(trainer: Trainer, run: RunDir, *, resumed: bool) -> None:
         if trainer.fabric.is_global_zero:
             with contextlib.suppress(OSError):  # the disk may be what has failed
                 run.add_event("stopped", step=trainer.state.step, reason=one_line(error))
+        if isinstance(error, BadImage):
+            command = f"conv2former train --out {shlex.quote(str(run.path))} --resume"
+            skip = "" if trainer.recipe.data.on_bad_image == "skip" else " (--on-bad-image skip leaves such images out)"
+            told = UserError(f"{error}: mend or replace it, and go on with `{command}`{skip}")
+            raise agreed(told) if getattr(error, "agreed", False) else told from None
         raise
 
 
@@ -210,12 +215,7 @@ def _one_line_errors(run: RunDir) -> Any:
     try:
         yield
     except BadImage as error:
-        way = "put a readable image in its place, or leave such images out with --on-bad-image skip"
-        if run.exists():
-            command = f"conv2former train --out {shlex.quote(str(run.path))} --resume"
-            way = f"put a readable image in its place and go on with `{command}`, or without such images with "
-            way += f"`{command} --on-bad-image skip`"
-        told = UserError(f"{error}: {way}")
+        told = UserError(f"{error}: mend or replace it, or leave such images out with --on-bad-image skip")
         raise agreed(told) if getattr(error, "agreed", False) else told from None
     except OSError as error:
         if error.errno == errno.EMFILE:

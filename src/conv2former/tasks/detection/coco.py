@@ -142,7 +142,10 @@ class CocoSource:
         found: dict[str, str] = {}
         if missing:
             there = {one_form(name): name for name in listed(self.images, IMAGE_EXTENSIONS).files}
-            forms = {name: one_form(unquote(name).replace("\\", "/")) for name in missing}
+            forms = {name: one_form(name.replace("\\", "/")) for name in missing}
+            forms |= {
+                name: unquote(form) for name, form in forms.items() if form not in there and unquote(form) in there
+            }
             found = {name: there[form] for name, form in forms.items() if form in there}
             used = {one_form(entry.file_name) for entry in self.entries} - set(forms.values())
             free = {form: name for form, name in there.items() if form not in used}
@@ -365,7 +368,7 @@ def _value(value: Any, kind: str) -> Any:
 
 def _last_part(name: str) -> str:
     """The name of a file without its folders, in small letters."""
-    return one_form(unquote(name)).replace("\\", "/").rpartition("/")[2].casefold()
+    return one_form(name).replace("\\", "/").rpartition("/")[2].casefold()
 
 
 def _check_unique(path: Path, what: str, values: list[Any]) -> None:
