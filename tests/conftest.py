@@ -134,11 +134,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tried: dict[str, Any]) -> None:
     from conv2former.engine.trial import try_out
 
     def try_once(task: Any) -> None:
-        engine_of, network = (
-            task.recipe.engine,
-            task.recipe.model_dump(exclude={"name", "claim", "optim", "schedule", "engine"}),
-        )
-        key = str((engine_of.strategy, engine_of.grad_checkpointing, len(task.classes), network))
+        settings = task.recipe.model_dump(exclude={"name", "claim", "optim", "schedule", "engine"})
+        engine_of = task.recipe.engine
+        key = str((engine_of.strategy, engine_of.grad_checkpointing, len(task.classes), settings))
         if key not in tried:
             try_out(task)
             tried[key] = task.sharded_blocks

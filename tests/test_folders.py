@@ -191,7 +191,9 @@ def test_runs_inside_the_data(
     for run in ("runs/a", "runs/b"):
         train(recipe, data=Path("."), out=Path(run))
         said = capfd.readouterr().err
-        assert re.search(r"^no validation set: 4 images held out for it \(data.val_fraction=0.25\)$", said, re.M), said
+        assert re.search(
+            r"^no validation set: holding out 4 images for validation \(data.val_fraction=0.25\)$", said, re.M
+        ), said
     train(None, data=None, out=Path("runs/a"), resume=True)
     evaluation, folder = evaluate("runs/b", split="train", workers=0)
     assert folder == Path("runs/b/evaluations/train") and evaluation.details["images"] > 8

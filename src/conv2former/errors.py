@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from conv2former_runtime.errors import UserError, printable, say
@@ -23,6 +24,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
 def nearest_or_all(word: str, known: Sequence[str]) -> str:
     """``nearest``, or ``; there are: `` and all of them where none is close."""
     return nearest(word, known) or f"; there are: {', '.join(known)}"
+
+
+def resume_command(run: object) -> str:
+    """What to paste to go on with the run in a folder."""
+    return f"conv2former train --out {shlex.quote(str(run))} --resume"
 
 
 def some(items: Sequence[str], limit: int = 5) -> str:

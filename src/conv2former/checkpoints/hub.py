@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from conv2former.checkpoints.reading import StrPath, read_state_dict, reason
 from conv2former.checkpoints.schema import Preprocessing, SavedModel, first_fault
-from conv2former.errors import UserError, nearest, one_line, printable, some
+from conv2former.errors import UserError, nearest, one_line, printable, resume_command, some
 from conv2former.files import flush, parse_json, read_within, remedy
 from conv2former.models.meta import build_on_meta
 
@@ -266,8 +266,7 @@ def find_model(path: StrPath) -> tuple[Path, Path]:
             raise UserError(f"{folder} has {CONFIG_FILE} but no {WEIGHT_FILES[0]}: {way}")
     if (path / "recipe.yaml").is_file():
         raise UserError(
-            f"{path} has no weights yet, because it was not evaluated: continue it with `conv2former train --out "
-            f"{shlex.quote(str(path))} --resume`"
+            f"{path} has no weights yet, because it was not evaluated: continue it with `{resume_command(path)}`"
         )
     known = f" (runs in it: {some(inside)})" if (inside := _runs_in(path)) else ""
     raise UserError(printable(f"{path} has no {CONFIG_FILE}{known}: give {FROM_FOLDER}"))

@@ -49,6 +49,18 @@ def masked(place: Path) -> tuple[str, str] | None:
     return pair if pair and _of_one_name(place / pair[0], place / pair[1]) else None
 
 
+def masked_part(root: Path) -> tuple[Path, tuple[str, str]] | None:
+    """A folder, or a part of the set in it, with the names of ``masked``; what may not be read has none."""
+    parts = [root]
+    with contextlib.suppress(UserError):
+        parts += [root / name for name in find_splits(subfolders(root)).values()]
+    for part in parts:
+        with contextlib.suppress(UserError):
+            if pair := masked(part):
+                return part, pair
+    return None
+
+
 def _of_one_name(images: Path, masks: Path) -> bool:
     """Whether some image's name is in that of a mask, as far as both are looked at."""
     stems = {os.path.splitext(name)[0] for name in islice(_image_names(images), LOOKED_INTO)}
@@ -110,7 +122,7 @@ def _seen(root: Path, task: str) -> Iterator[tuple[str, str]]:
         if file := next((file for file in islice(place.glob("*.json"), LOOKED_INTO) if _is_coco(file)), None):
             yield "detection", f"{file} looks like annotations of COCO's format"
             break
-    place, pair = next(((place, pair) for place in parts if (pair := masked(place))), (root, ("", "")))
+    place, pair = masked_part(root) or (root, ("", ""))
     what = f"{pair[0]}/ and {pair[1]}/ in {place} look like images and their masks"
     read = pair[0].casefold() in IMAGES and pair[1].casefold() in MASKS
     if read:

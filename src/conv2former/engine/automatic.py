@@ -43,7 +43,7 @@ def settled(recipe: Recipe, data: Path | None, weights: Weights | None) -> tuple
         said = {HELD_OUT: fraction} if held else {}
     elif held and not recipe.brings_data:
         count = plural(len(splits.val), "image")
-        say_once(f"no validation set: {count} held out for it ({HELD_OUT}={recipe.value(HELD_OUT):g})")
+        say_once(f"no validation set: holding out {count} for validation ({HELD_OUT}={recipe.value(HELD_OUT):g})")
     found = choices(recipe, weights, len(splits.train), masks=getattr(splits, "has_masks", True))
     # nothing is to be told where what nobody has set stays as it is
     usual = [key for key in recipe.auto if key in recipe.left_open and found[key][0] == recipe.value(key)]

@@ -167,7 +167,7 @@ def _time(recipe: Recipe, images: Images, batch: BatchPlan, per_epoch: int | Non
         return "the batch does not fit into the memory of the GPU: lower optim.batch_size"
     total = seconds / count * batch.total * recipe.schedule.total(per_epoch)
     return f"about {duration(total)} of training here ({count} images took {seconds:.2g} s), evaluation not counted" + (
-        "; the processor was busy in the last minute, alone it may be much faster" if busy else ""
+        "; the processor was busy in the last minute: on an idle one it may be much faster" if busy else ""
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 
 from conv2former.config import Recipe
@@ -12,16 +11,15 @@ from conv2former.data.sources import Source
 from conv2former.engine.distributed import Processes, agreed
 from conv2former.engine.run_dir import RunDir
 from conv2former.engine.state import TrainState
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, resume_command, some
 from conv2former.files import append_line, read_lines
 
 
 def calmer(run: RunDir, recipe: Recipe) -> str:
     """What to do where losses or weights are not finite."""
-    command = f"conv2former train --out {shlex.quote(str(run.path))} --resume --force"
     return (
         "continue from the last checkpoint, which is sound, with a lower learning rate: "
-        f"{command} --set optim.base_lr={recipe.optim.base_lr / 10:g}"
+        f"{resume_command(run.path)} --force --set optim.base_lr={recipe.optim.base_lr / 10:g}"
         " (--set optim.clip_grad=1 or --set engine.precision=32 may be enough)"
     )
 

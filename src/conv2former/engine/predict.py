@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from conv2former.checkpoints.exported import fingerprint
-from conv2former.data.folders import DRAWN, find_splits, subfolders
+from conv2former.data.folders import DRAWN
 from conv2former.data.images import BadImage, decode, given_images
-from conv2former.data.recognise import masked
+from conv2former.data.recognise import masked_part
 from conv2former.engine.devices import for_inference
 from conv2former.engine.launch import place
 from conv2former.engine.progress import Ticker
@@ -149,15 +148,10 @@ def run_predict(
 def _given(inputs: Sequence[Path]) -> list[Path]:
     """The images; raises UserError where there are none, or masks among them."""
     for folder in (path for path in inputs if path.is_dir()):
-        parts, pair = [folder], None
-        with contextlib.suppress(UserError):  # a folder that may not be read: its images are rows that failed
-            parts += [folder / name for name in find_splits(subfolders(folder)).values()]
-        for part in parts:
-            with contextlib.suppress(UserError):
-                pair = masked(part)
-            if pair:
-                what = f"{part} holds images and their masks: give {part / pair[0]}"
-                raise UserError(printable(f"{what}, and {part / pair[1]} beside it if that holds images, too"))
+        if found := masked_part(folder):
+            part, (images, masks) = found
+            what = f"{part} holds images and their masks: give {part / images}"
+            raise UserError(printable(f"{what}, and {part / masks} beside it if that holds images, too"))
     return given_images(inputs)
 
 

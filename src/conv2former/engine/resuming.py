@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from conv2former.config import Recipe
 from conv2former.engine.batch import KEYS, BatchPlan, fitting_worlds, plan_batch
 from conv2former.engine.checkpointing import CheckpointManager
 from conv2former.engine.run_dir import RunDir
-from conv2former.errors import UserError, some
+from conv2former.errors import UserError, resume_command, some
 
 # another network cannot take the checkpoint's weights
 KEPT = ("name", "args", "weights", "freeze_batchnorm")
@@ -59,9 +58,8 @@ def resumed_recipe(run: RunDir, own: Recipe, given: Recipe | None, *, force: boo
         return given.model_copy(update=dict(name=own.name, claim=own.claim))
     if not force:
         raise UserError(
-            f"the run in {run.path} was made with other settings ({difference(own, given)}): go on with its own by "
-            f"`conv2former train --out {shlex.quote(str(run.path))} --resume`, start a new run in another folder, or "
-            "add --force to go on with the new ones"
+            f"the run in {run.path} was made with other settings ({difference(own, given)}): go on with its own "
+            f"by `{resume_command(run.path)}`, start a new run elsewhere, or add --force to go on with the new ones"
         )
     fixed = ["task"] * (own.task != given.task)
     heads = sorted({*type(own).model_fields, *type(given).model_fields} - {*Recipe.model_fields, "augment"})

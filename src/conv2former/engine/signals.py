@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import stat
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from conv2former.data.activity import STOPS
+from conv2former.errors import resume_command
 
 REPEAT = 1.0  # seconds
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the same command again with --resume
@@ -31,12 +31,11 @@ class Interrupted(Exception):
     """
 
     def __init__(self, run: Path, step: int | None, signum: int, *, saved_step: int | None = None) -> None:
-        command = f"conv2former train --out {shlex.quote(str(run))} --resume"
         state = "state saved"
         if saved_step not in (None, step):
             state = f"the losses since step {saved_step} are not finite, that step's state is kept"
         state += f"; `predict` and `evaluate` take the best weights so far from {run}" * (run / "best").is_dir()
-        saved = f"stopped at step {step}, {state}; continue with: {command}"
+        saved = f"stopped at step {step}, {state}; continue with: {resume_command(run)}"
         super().__init__(saved if step is not None else "stopped before the first step: there is nothing to resume")
         self.code = 128 + signum if signum == signal.SIGINT else RESUME_ME
 

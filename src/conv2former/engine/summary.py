@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conv2former.errors import plural
+from conv2former.errors import plural, resume_command
 
 if TYPE_CHECKING:
     from conv2former.engine.trainer import Trainer
@@ -21,7 +20,7 @@ def summary(trainer: Trainer, out: Path) -> list[str]:
     epochs = f"{trainer.steps / per_epoch:g}"
     plan = f"{plural(trainer.steps, 'step')}: {epochs} {'epoch' if epochs == '1' else 'epochs'} of {per_epoch}"
     operations = f", operations by {trainer.operations}" if trainer.operations else ""
-    again = f"Ctrl-C stops it, and `conv2former train --out {shlex.quote(str(out))} --resume` goes on"
+    again = f"Ctrl-C stops it, and `{resume_command(out)}` goes on"
     total = trainer.batch.total
     rate = f"{optim.base_lr:g} x {total:,} / {optim.base_batch:,} = {trainer.lr:.3g}"
     return [

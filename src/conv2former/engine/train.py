@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ from conv2former.engine.signals import Interrupted, StopRequest
 from conv2former.engine.torch_settings import applied, check_cuda_graphs, compiler_failure, start_lines
 from conv2former.engine.trainer import Trainer
 from conv2former.engine.trial import refusals, try_out
-from conv2former.errors import UserError, is_first, one_line, say, say_once
+from conv2former.errors import UserError, is_first, one_line, resume_command, say, say_once
 from conv2former.recipes.load import load_recipe
 from conv2former.tasks import task_class
 from conv2former.tasks.base import Evaluation, Task
@@ -202,10 +201,9 @@ def _fit(trainer: Trainer, run: RunDir, *, resumed: bool) -> None:
             with contextlib.suppress(OSError):  # the disk may be what has failed
                 run.add_event("stopped", step=trainer.state.step, reason=one_line(error))
         if isinstance(error, BadImage):
-            command = f"conv2former train --out {shlex.quote(str(run.path))} --resume"
             skip = "" if trainer.recipe.data.on_bad_image == "skip" else " (--on-bad-image skip leaves such images out)"
-            told = UserError(f"{error}: mend or replace it, and go on with `{command}`{skip}")
-            raise agreed(told) if getattr(error, "agreed", False) else told from None
+            way = f"repair or replace the file, then continue with `{resume_command(run.path)}`{skip}"
+            raise _with_advice(error, way) from None
         raise
 
 
@@ -215,8 +213,8 @@ def _one_line_errors(run: RunDir) -> Any:
     try:
         yield
     except BadImage as error:
-        told = UserError(f"{error}: mend or replace it, or leave such images out with --on-bad-image skip")
-        raise agreed(told) if getattr(error, "agreed", False) else told from None
+        way = "repair or replace the file, or leave such images out with --on-bad-image skip"
+        raise _with_advice(error, way) from None
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise UserError(
@@ -234,6 +232,12 @@ def _one_line_errors(run: RunDir) -> Any:
         if killed := killed_reader(error):  # met at any moment: PyTorch raises it from a signal handler
             raise killed from None
         raise
+
+
+def _with_advice(error: BadImage, way: str) -> Exception:
+    """The error with what to do, agreed on by all processes if the first one is."""
+    advised = UserError(f"{error}: {way}")
+    return agreed(advised) if getattr(error, "agreed", False) else advised
 
 
 def _recorded(data: Path | None) -> str | None:

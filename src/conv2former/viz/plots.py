@@ -156,14 +156,13 @@ def prediction_sheet(
 ) -> None:
     """Two blocks of images, as (image, caption, correct): the worst mistakes, then some of all others."""
     columns = 8
-    blocks = [
-        (title, items) for title, items in (("worst mistakes", mistakes), ("some of all others", samples)) if items
-    ]
+    titles = {"worst mistakes": mistakes, "some of all others": samples}
+    blocks = [(title, items) for title, items in titles.items() if items]
     heights = [-(-len(items) // columns) for _, items in blocks]
     figure = Figure(figsize=(1.75 * columns, 2.15 * sum(heights) + 0.5 * len(blocks)), layout="constrained")
     grids = figure.subplots(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, rows, (title, items) in zip(grids, heights, blocks, strict=True):
-        # one image for a block: a pair of axes for each of 48 would take most of the time
+        # one image for a block: a pair of axes for each image would take most of the time
         sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
         for number, (image, caption, correct) in enumerate(items):
             row, column = divmod(number, columns)
@@ -182,8 +181,8 @@ def _fitted(image: Image.Image) -> Image.Image:
     """An image at the size of a cell; small ones with their pixels visible."""
     scale = min((CELL[0] - GAP) / image.width, (CELL[1] - CAPTION - GAP) / image.height)
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-    nearest = max(image.size) <= 64
-    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS)
+    filter_ = Image.Resampling.NEAREST if max(image.size) <= 64 else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize(size, filter_)
 
 
 def schedule(

@@ -51,10 +51,11 @@ class CocoSplits:
         few = sum(side < HARDLY_SEEN for side in sides)
         if few <= MANY * len(sides):
             return None
+        size = f"{data.short_side} x {data.long_side} pixels"
         what = (
             f"{few / len(sides):.0%} of the objects measure less than {HARDLY_SEEN} pixels when images are scaled to "
         )
-        what += f"{data.short_side} x {data.long_side} pixels at most, and are hardly seen"
+        what += f"{size} at most, and are hardly seen"
         short, long = (min(2 * side, MOST_SIDE) for side in (data.short_side, data.long_side))
         way = f"--set data.short_side={short} --set data.long_side={long}"
         return f"{what}: larger images show them better, and take more time ({way})"
